@@ -1,0 +1,68 @@
+"""What differs between jax 0.10.2, 0.11 and 0.12, in one place, and what the present device can run.
+
+Mosaic GPU kernels of this package compile for sm_90a (Hopper) on all three versions. The CPU interpreter executes FP8
+kernels from 0.11 on; 0.10.2 cannot interpret a `wgmma` whose second operand is a transposed reference.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+JAX_VERSION: tuple[int, ...] = jax.__version_info__[:2]
+HAS_INTERPRETER: bool = JAX_VERSION >= (0, 11)
+
+
+def compiler_params(**kwargs) -> plgpu.CompilerParams:
+    """Mosaic GPU compiler parameters with warpgroup semantics, the default only from jax 0.11 on."""
+    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **kwargs)
+
+
+def swizzled(dtype, minor: int) -> tuple:
+    """Shared-memory transforms (8-row tiles, widest swizzle) for a buffer whose minor extent is `minor` elements."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(minor * itemsize * 8)
+    return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+
+
+def interpret_params(detect_races: bool = True):
+    """Parameters of the Mosaic GPU CPU interpreter.
+
+    Raises:
+      ValueError: jax is older than 0.11, whose interpreter cannot run the kernels of this package.
+    """
+    if not HAS_INTERPRETER:
+        raise ValueError(f"the Mosaic GPU interpreter needs jax >= 0.11, this is {jax.__version__}")
+    return plgpu.InterpretGPUParams(detect_races=detect_races)
+
+
+def interpret_mode(detect_races: bool = True):
+    """Context manager under which every Mosaic GPU kernel traced runs in the CPU interpreter (jax >= 0.11)."""
+    return plgpu.force_gpu_interpret_mode(interpret_params(detect_races))
+
+
+def reset_interpreter() -> None:
+    """Forget the interpreter's simulated memory: after a failed kernel it would poison the next one."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def races_found() -> bool:
+    """Whether the last interpreted kernel had a data race (jax 0.12 raises by itself as well)."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return bool(getattr(gpu_callbacks.get_races(), "races_found", False))
+
+
+def why_not_hopper() -> str | None:
+    """Why the default device cannot run an sm_90a kernel; None where it can, or where no GPU is in this process.
+
+    Without a GPU the kernel is still lowered for the platform "cuda", as in compiling ahead of time for a machine
+    elsewhere, and that machine is taken to be a Hopper.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability == "9.0":
+        return None
+    return f"the kernel is compiled for compute capability 9.0 (H100, H200), the device has {capability}"

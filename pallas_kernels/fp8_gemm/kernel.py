@@ -1,0 +1,128 @@
+"""The FP8 GEMM on Hopper: 1D2D (activation x weight) and 1D1D (weight gradient) instances of the shared matmul.
+
+Both operands are K-major, as FP8 wgmma demands. Scales of single rows travel with the pipeline as [K/128, rows]; the
+scale of a 128 x 128 weight block is one number per step, read from global memory while the tensor cores work.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.blocks import BLOCK, round_up
+from pallas_kernels.compat import swizzled
+from pallas_kernels.matmul import WGMMA_ROWS, Problem, TileConfig, persistent_matmul
+
+E4M3 = jnp.float8_e4m3fn
+
+
+def unsupported(m: int, n: int, k: int, out_dtype) -> str | None:
+    """Why the kernel cannot compute this product, or None."""
+    if k % BLOCK or k == 0:
+        return f"K={k} must be a positive multiple of {BLOCK}"
+    if n % WGMMA_ROWS:
+        return f"N={n} must be a multiple of {WGMMA_ROWS}"
+    if m == 0:
+        return "M=0"
+    if out_dtype not in (jnp.bfloat16, jnp.float32):
+        return f"out_dtype={jnp.dtype(out_dtype).name}; the kernel writes bfloat16 or float32"
+    return None
+
+
+def operand_spec(rows: int, index_map=lambda k: (0, k)) -> plgpu.BlockSpec:
+    """[rows, 128] of an FP8 operand per step."""
+    return plgpu.BlockSpec(
+        (rows, BLOCK), index_map, transforms=swizzled(E4M3, BLOCK), memory_space=plgpu.SMEM
+    )
+
+
+def scale_spec(rows: int) -> plgpu.BlockSpec:
+    """[1, rows] of row scales per step."""
+    return plgpu.BlockSpec((1, rows), lambda k: (k, 0), memory_space=plgpu.SMEM)
+
+
+def promoted(acc, a_smem, b_smem, scale):
+    """acc + scale * (a @ b.T) over one 128-deep step: four wgmma, then float32 on the CUDA cores."""
+
+    def product(wgmma_acc):
+        plgpu.wgmma(wgmma_acc, a_smem, b_smem.T)
+        return wgmma_acc[...]
+
+    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32)) * scale
+
+
+def step_1d2d(b_scale_of):
+    """Step with one weight scale per step: b_scale_of(refs, tile, k) -> scalar."""
+
+    def step(refs, tile, share, k, smem, accs):
+        a_smem, b_smem, a_scale_smem = smem
+        b_scale = b_scale_of(refs, tile, k)
+        scales = [a_scale_smem[0, slab] * b_scale for slab in share.slabs()]
+        plgpu.commit_smem()  # these reads must be done before TMA overwrites the slot
+        shape = (WGMMA_ROWS, share.num_cols)
+        return [
+            promoted(acc, a_smem.at[slab], b_smem.at[share.cols], lax.broadcast_in_dim(scale, shape, (0,)))
+            for acc, slab, scale in zip(accs, share.slabs(), scales, strict=True)
+        ]
+
+    return step
+
+
+def step_1d1d(refs, tile, share, k, smem, accs):
+    """Step with one scale per row of either operand."""
+    a_smem, b_smem, a_scale_smem, b_scale_smem = smem
+    shape = (WGMMA_ROWS, share.num_cols)
+    b_scale = lax.broadcast_in_dim(b_scale_smem[0, share.cols], shape, (1,))
+    a_scales = [lax.broadcast_in_dim(a_scale_smem[0, slab], shape, (0,)) for slab in share.slabs()]
+    plgpu.commit_smem()
+    return [
+        promoted(acc, a_smem.at[slab], b_smem.at[share.cols], a_scale * b_scale)
+        for acc, slab, a_scale in zip(accs, share.slabs(), a_scales, strict=True)
+    ]
+
+
+def pad_rows(x: jax.Array, multiple: int, axis: int = 0) -> jax.Array:
+    """Zero-pad `axis`; free where nothing is missing."""
+    missing = round_up(x.shape[axis], multiple) - x.shape[axis]
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+
+def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: TileConfig) -> jax.Array:
+    """a [M, K], b [N, K] -> [M, N]; M is padded to the tile, N % tile_n == 0."""
+    m, k = a.shape
+    n = b.shape[0]
+    tm, tn = config.tile_m, config.tile_n
+    a, a_scale = pad_rows(a, tm), pad_rows(a_scale.T, tm, axis=1)
+    is_1d1d = b_scale.shape[0] == n
+    in_specs = [operand_spec(tm), operand_spec(tn), scale_spec(tm)]
+    if is_1d1d:
+        b_scale = b_scale.T
+        in_specs.append(scale_spec(tn))
+
+    def views(refs, tile):
+        a_g, b_g, a_scale_g, b_scale_g, *_ = refs
+        rows = [a_g.at[tile.ms, :], b_g.at[tile.ns, :], a_scale_g.at[:, tile.ms]]
+        return [*rows, b_scale_g.at[:, tile.ns]] if is_1d1d else rows
+
+    def block_scale(refs, tile, step):
+        return refs[3][(tile.ni * tn) // BLOCK, step]
+
+    problem = Problem(
+        grid=(a.shape[0] // tm, n // tn),
+        out_type=jax.ShapeDtypeStruct((a.shape[0], n), out_dtype),
+        in_specs=in_specs,
+        views=views,
+        allocation_views=lambda refs: refs[: len(in_specs)],
+        num_steps=k // BLOCK,
+        step=step_1d1d if is_1d1d else step_1d2d(block_scale),
+        promoted=True,
+        out_view=lambda out, tile: out.at[tile.ms, tile.ns],
+        addend=None if accumulate is None else lambda refs, tile: refs[4].at[tile.ms, tile.ns],
+    )
+    operands = [a, b, a_scale, b_scale]
+    if accumulate is not None:
+        operands.append(pad_rows(accumulate, tm))
+    return persistent_matmul(problem, config, *operands)[:m]

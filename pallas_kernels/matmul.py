@@ -1,0 +1,260 @@
+"""The persistent, warp-specialised Hopper matmul that every GEMM kernel of this package is an instance of.
+
+One thread block per SM walks over output tiles. Its third warpgroup feeds shared memory by TMA, `stages` steps of the
+contraction ahead; the other two multiply with wgmma, each one half of the tile, and store their half by TMA.
+
+What varies is a `Problem`: the pipelined operands, one step of arithmetic, which tiles exist and how many steps each
+one takes. Two kinds of step:
+  - promoted (FP8): the 128-deep product of each step is scaled and added to float32 registers, because the tensor
+    core keeps only about 14 bits of an FP8 accumulator (DeepSeek-V3 report, section 3.3.2);
+  - direct (BF16): wgmma accumulates in float32 by itself.
+
+Legend: M, N output dims, K contraction, g group (expert), tm x tn the tile of a thread block.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.compat import compiler_params, swizzled
+
+COMPUTE_WARPGROUPS = 2
+WGMMA_ROWS = 64
+MEMORY_REGISTERS = 40  # of a thread of the TMA warpgroup; the compute warpgroups get the rest
+H100_SMS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """Tiling of one kernel. `snake` is the width, in tiles along N, of the band that the tiles walk in for L2 reuse."""
+
+    tile_m: int = 128
+    tile_n: int = 128
+    stages: int = 4
+    snake: int = 8
+    num_sms: int = H100_SMS
+
+    def __post_init__(self):
+        if self.tile_m not in (64, 128, 256) or self.tile_n not in (64, 128, 256):
+            raise ValueError(f"tile {self.tile_m} x {self.tile_n}: both extents must be 64, 128 or 256")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: a pipeline needs at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The part of a tile that the calling warpgroup computes, relative to the tile."""
+
+    rows: Any
+    cols: Any
+    num_rows: int
+    num_cols: int
+
+    @classmethod
+    def of(cls, config: TileConfig) -> "Share":
+        """Half of the rows, or of the columns where the tile is only one wgmma high."""
+        wg = lax.axis_index("wg")
+        if config.tile_m > WGMMA_ROWS:
+            rows = config.tile_m // COMPUTE_WARPGROUPS
+            return cls(pl.ds(wg * rows, rows), pl.ds(0, config.tile_n), rows, config.tile_n)
+        cols = config.tile_n // COMPUTE_WARPGROUPS
+        return cls(pl.ds(0, config.tile_m), pl.ds(wg * cols, cols), config.tile_m, cols)
+
+    def slabs(self) -> list[Any]:
+        """Row ranges of one wgmma each: accumulators of 64 rows keep the register demand in bounds."""
+        return [pl.ds(self.rows.start + r, WGMMA_ROWS) for r in range(0, self.num_rows, WGMMA_ROWS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Position of an output tile: group (0 where there are none) and block indices along M and N."""
+
+    g: Any
+    mi: Any
+    ni: Any
+    config: TileConfig
+
+    @property
+    def ms(self):
+        return pl.ds(self.mi * self.config.tile_m, self.config.tile_m)
+
+    @property
+    def ns(self):
+        return pl.ds(self.ni * self.config.tile_n, self.config.tile_n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What distinguishes one GEMM from another. `refs` below are the GMEM references of the operands, in order.
+
+    Attributes:
+      grid: tiles along (M, N).
+      groups: outermost extent of the tile walk; `Tile.g` runs over it.
+      out_type: type of the output.
+      in_specs: block of each pipelined operand in one step.
+      views: (refs, tile) -> the reference that each in_spec walks over.
+      num_steps: int, or (refs, tile) -> int32 where it depends on the data.
+      step: promoted: (refs, tile, share, k, smem, accs) -> accs, lists with one array per slab;
+        direct: (share, smem, acc_ref) -> None, issuing one wgmma.
+      out_view: (out_ref, tile) -> the [tm, tn] slice to store.
+      promoted: which of the two kinds of step.
+      allocation_views: references of the shapes of `views`, outside any tile.
+      active: (refs, tile) -> bool; tiles where it is False are set to zero instead of computed.
+      finish: (refs, tile, rows, acc) -> acc, applied to each slab of 64 rows before it is stored.
+      addend: (refs, tile) -> [tm, tn] reference of the output dtype to add to the product.
+    """
+
+    grid: tuple[int, int]
+    out_type: jax.ShapeDtypeStruct
+    in_specs: Sequence[Any]
+    views: Callable
+    num_steps: int | Callable
+    step: Callable
+    out_view: Callable
+    promoted: bool
+    allocation_views: Callable
+    groups: int = 1
+    active: Callable | None = None
+    finish: Callable | None = None
+    addend: Callable | None = None
+
+
+def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array) -> jax.Array:
+    """Run `problem` over `operands`; returns an array of `problem.out_type`."""
+
+    def body(*refs):
+        *refs, out_ref, out_smem, addend_barrier = refs
+        tile_pipeline = _pipeline(problem, config, refs, out_ref, out_smem, addend_barrier)
+        allocations = _emit(problem, config, _static_steps(problem), _ignore, _ignore).get_allocations
+        sizes = allocations(*problem.allocation_views(refs))
+
+        def walk(allocations):
+            m_tiles, n_tiles = problem.grid
+
+            @plgpu.nd_loop((problem.groups, m_tiles * n_tiles), collective_axes="sm")
+            def _(info):
+                g, linear = info.index
+                mi, ni = plgpu.planar_snake(linear, (m_tiles, n_tiles), 1, config.snake)
+                tile_pipeline(Tile(g, mi, ni, config), allocations)
+
+        pl.run_scoped(walk, sizes, collective_axes="wg")
+        plgpu.wait_smem_to_gmem(0)
+
+    rows, cols = _stored_slab(config)
+    dtype = problem.out_type.dtype
+    transforms = swizzled(dtype, min(cols, 128 // jnp.dtype(dtype).itemsize))
+    return plgpu.kernel(
+        body,
+        out_type=problem.out_type,
+        scratch_types=[
+            plgpu.SMEM((COMPUTE_WARPGROUPS, rows, cols), dtype, transforms=transforms),
+            plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        ],
+        grid=(config.num_sms,),
+        grid_names=("sm",),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="wg",
+        compiler_params=compiler_params(),
+    )(*operands)
+
+
+def _stored_slab(config: TileConfig) -> tuple[int, int]:
+    """Rows and columns a warpgroup stores at a time."""
+    return WGMMA_ROWS, config.tile_n if config.tile_m > WGMMA_ROWS else config.tile_n // COMPUTE_WARPGROUPS
+
+
+def _ignore(*_, **__) -> None:
+    """Stands for the bodies of a pipeline where only its allocations are asked for."""
+
+
+def _static_steps(problem: Problem) -> int:
+    """Number of steps if it is known, else any number that does not bound the stages."""
+    return problem.num_steps if isinstance(problem.num_steps, int) else 1 << 20
+
+
+def _emit(problem: Problem, config: TileConfig, num_steps, body, context):
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(num_steps,),
+        memory_registers=MEMORY_REGISTERS,
+        in_specs=list(problem.in_specs),
+        wg_axis="wg",
+        num_compute_wgs=COMPUTE_WARPGROUPS,
+        max_concurrent_steps=min(config.stages, _static_steps(problem)),
+        compute_context=context,
+    )
+
+
+def _pipeline(problem: Problem, config: TileConfig, refs, out_ref, out_smem, addend_barrier):
+    """Returns (tile, allocations) -> None, which computes and stores one output tile."""
+    wg = lax.axis_index("wg")
+    share = Share.of(config)
+    buffer = out_smem.at[wg]
+
+    def store(tile, slab, acc):
+        """Write one slab; `buffer` is reused, so the previous store must have been read out."""
+        target = problem.out_view(out_ref, tile).at[slab, share.cols]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if problem.addend is not None:
+            source = problem.addend(refs, tile).at[slab, share.cols]
+            plgpu.copy_gmem_to_smem(source, buffer, addend_barrier.at[wg])
+            plgpu.barrier_wait(addend_barrier.at[wg])
+            acc = acc + buffer[...].astype(jnp.float32)
+        if problem.finish is not None:
+            acc = problem.finish(refs, tile, slab, acc)
+        buffer[...] = acc.astype(problem.out_type.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, target)
+
+    def compute(tile, allocations):
+        num_steps = problem.num_steps if isinstance(problem.num_steps, int) else problem.num_steps(refs, tile)
+
+        def promoted_step(index, *smem_and_accs):
+            *smem, accs = smem_and_accs
+            return problem.step(refs, tile, share, index[0], smem, accs)
+
+        def promoted_context(run):
+            zero = jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32)
+            accs = run([zero for _ in share.slabs()])
+            for slab, acc in zip(share.slabs(), accs, strict=True):
+                store(tile, slab, acc)
+
+        def direct_step(_, *smem_and_acc):
+            *smem, acc_ref = smem_and_acc
+            problem.step(share, smem, acc_ref)
+            plgpu.wgmma_wait(1)
+            return acc_ref
+
+        def direct_context(run):
+            def scope(acc_ref):
+                run(acc_ref)
+                acc = acc_ref[...]
+                for i, slab in enumerate(share.slabs()):
+                    store(tile, slab, acc[i * WGMMA_ROWS : (i + 1) * WGMMA_ROWS])
+
+            pl.run_scoped(scope, plgpu.ACC((share.num_rows, share.num_cols), jnp.float32))
+
+        step, context = (
+            (promoted_step, promoted_context) if problem.promoted else (direct_step, direct_context)
+        )
+        _emit(problem, config, num_steps, step, context)(*problem.views(refs, tile), allocations=allocations)
+
+    def clear(tile):
+        @pl.when(wg < COMPUTE_WARPGROUPS)
+        def _():
+            for slab in share.slabs():
+                store(tile, slab, jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32))
+
+    def run_tile(tile, allocations):
+        if problem.active is None:
+            compute(tile, allocations)
+        else:
+            lax.cond(problem.active(refs, tile), lambda: compute(tile, allocations), lambda: clear(tile))
+
+    return run_tile

@@ -1,0 +1,291 @@
+"""Quantisation on Hopper: one tile per thread block, one pass over memory.
+
+A warpgroup loads a tile by TMA, holds it in registers as [64, 128], reduces each row to its scale, and stores q and
+scales by TMA. Tiles along columns are read through a transposed reference, so that the reduction still runs along rows.
+Row scales leave the kernel as [C/128, R] (rows contiguous, as TMA and the GEMMs want them) and are transposed outside;
+XLA cancels that against the transposition in front of the GEMM.
+
+Legend: R, C rows and columns of the quantised output, M, K those of the input, T tokens, F channels.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.blocks import BLOCK, COLUMN_TILE, ROW_TILE, Block
+from pallas_kernels.compat import compiler_params, swizzled
+from pallas_kernels.quantize.fallback import scale_from_amax
+
+E4M3 = jnp.float8_e4m3fn
+ROWS = 64  # height of a tile in registers: the rows of one wgmma layout
+
+
+def quantize_unsupported(shape: tuple[int, ...], dtype, block: Block) -> str | None:
+    """Why the kernel cannot quantise such an array, or None."""
+    rows = math.prod(shape[:-1]) if block == ROW_TILE else shape[-2]
+    multiple = ROWS if block == ROW_TILE else BLOCK
+    return _unsupported(dtype, rows, multiple, shape[-1], ROWS if block == COLUMN_TILE else BLOCK)
+
+
+def swiglu_quantize_unsupported(gate_up: jax.Array, up: jax.Array | None) -> str | None:
+    f = gate_up.shape[-1] // 2 if up is None else gate_up.shape[-1]
+    return _unsupported(gate_up.dtype, math.prod(gate_up.shape[:-1]), ROWS, f, BLOCK)
+
+
+def transposed_unsupported(shape: tuple[int, ...], dtype) -> str | None:
+    if len(shape) != 2:
+        return f"shape {shape}: only matrices are transposed"
+    return _unsupported(dtype, shape[0], BLOCK, shape[1], BLOCK if dtype == E4M3 else ROWS)
+
+
+def _unsupported(dtype, rows: int, row_multiple: int, cols: int, col_multiple: int) -> str | None:
+    if dtype not in (jnp.bfloat16, jnp.float32, E4M3):
+        return f"dtype {jnp.dtype(dtype).name}; the kernel reads bfloat16 or float32"
+    if rows == 0 or rows % row_multiple or cols == 0 or cols % col_multiple:
+        return f"{rows} x {cols}: rows must be a multiple of {row_multiple} and columns of {col_multiple}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where the float32 values of a tile come from.
+
+    Attributes:
+      operands: arrays in global memory.
+      buffers: shared memory: one per operand slice, then any that `value` needs.
+      copies: (operand refs, row start, column start) -> the slices that the first buffers receive.
+      value: buffer refs -> [64, 128] float32 in registers.
+    """
+
+    operands: Sequence[jax.Array]
+    buffers: Sequence[plgpu.SMEM]
+    copies: Callable
+    value: Callable
+    num_copies: int
+
+
+def _registers(ref) -> jax.Array:
+    return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def _buffer(rows: int, cols: int, dtype) -> plgpu.SMEM:
+    return plgpu.SMEM((rows, cols), dtype, transforms=swizzled(dtype, cols))
+
+
+def _row_amax(y: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.max(y, axis=1), -jnp.min(y, axis=1))
+
+
+def _over(v: jax.Array, shape: tuple[int, int], dim: int) -> jax.Array:
+    """Broadcast a vector that lies along `dim`."""
+    return lax.broadcast_in_dim(v, shape, (dim,))
+
+
+def _row_tiles(source: _Source, shape: tuple[int, int], scale: str) -> tuple[jax.Array, jax.Array]:
+    """Quantise an [R, C] array in 1x128 tiles: q [R, C], s [R, C/128]."""
+    num_operands, num_buffers = len(source.operands), len(source.buffers)
+
+    def body(*refs):
+        operands, (q_g, s_g), rest = (
+            refs[:num_operands],
+            refs[num_operands : num_operands + 2],
+            refs[num_operands + 2 :],
+        )
+        buffers, (q_s, s_s, loaded) = rest[:num_buffers], rest[num_buffers:]
+        ri, ci = lax.axis_index("rows"), lax.axis_index("cols")
+        rows, cols = pl.ds(ri * ROWS, ROWS), pl.ds(ci * BLOCK, BLOCK)
+        pieces = source.copies(operands, ri * ROWS, ci * BLOCK)
+        for piece, buffer in zip(pieces, buffers[: source.num_copies], strict=True):
+            plgpu.copy_gmem_to_smem(piece, buffer, loaded)
+        plgpu.barrier_wait(loaded)
+        y = source.value(buffers)
+        s = scale_from_amax(_row_amax(y), scale)
+        q_s[...] = (y / _over(s, y.shape, 0)).astype(E4M3)
+        s_s[...] = s
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s, q_g.at[rows, cols])
+        plgpu.copy_smem_to_gmem(s_s, s_g.at[ci, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    r, c = shape
+    q, s = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((r, c), E4M3), jax.ShapeDtypeStruct((c // BLOCK, r), jnp.float32)],
+        scratch_types=[
+            *source.buffers,
+            _buffer(ROWS, BLOCK, E4M3),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(num_arrivals=source.num_copies),
+        ],
+        grid=(r // ROWS, c // BLOCK),
+        grid_names=("rows", "cols"),
+        compiler_params=compiler_params(),
+    )(*source.operands)
+    return q, s.T
+
+
+def quantize(x: jax.Array, *, block: Block, scale: str) -> tuple[jax.Array, jax.Array]:
+    """x [..., M, K] in any of the three blocks; leading dims join the rows."""
+    *lead, m, k = x.shape
+    x2 = x.reshape(-1, k)
+    if block == ROW_TILE:
+        q, s = _row_tiles(_plain(x2), x2.shape, scale)
+        return q.reshape(x.shape), s.reshape(*lead, m, k // BLOCK)
+    q, s = (_column_tiles if block == COLUMN_TILE else _square_blocks)(x2, scale)
+    return q.reshape(x.shape), s.reshape(*lead, m // BLOCK, s.shape[-1])
+
+
+def _plain(x: jax.Array) -> _Source:
+    return _Source(
+        operands=[x],
+        buffers=[_buffer(ROWS, BLOCK, x.dtype)],
+        copies=lambda refs, row, col: [refs[0].at[pl.ds(row, ROWS), pl.ds(col, BLOCK)]],
+        value=lambda buffers: _registers(buffers[0]),
+        num_copies=1,
+    )
+
+
+def swiglu_quantize(gate_up, up, routing_weight, *, scale: str) -> tuple[jax.Array, jax.Array]:
+    """silu(gate) * up * routing_weight and its 1x128 tiles; gate_up is read in place, never split in memory."""
+    *lead, width = gate_up.shape
+    f = width // 2 if up is None else width
+    operands = [gate_up.reshape(-1, width)]
+    if up is not None:
+        operands.append(up.reshape(-1, f))
+    buffers = [_buffer(ROWS, BLOCK, x.dtype) for x in (gate_up, gate_up if up is None else up)]
+    if routing_weight is not None:
+        operands.append(routing_weight.reshape(-1).astype(jnp.float32))
+        buffers.append(plgpu.SMEM((ROWS,), jnp.float32))
+
+    def copies(refs, row, col):
+        rows = pl.ds(row, ROWS)
+        gate = refs[0].at[rows, pl.ds(col, BLOCK)]
+        second = (
+            refs[0].at[rows, pl.ds(f + col, BLOCK)] if up is None else refs[1].at[rows, pl.ds(col, BLOCK)]
+        )
+        return [gate, second] if routing_weight is None else [gate, second, refs[-1].at[rows]]
+
+    def value(refs):
+        gate, second = _registers(refs[0]), _registers(refs[1])
+        y = gate / (1 + jnp.exp(-gate)) * second
+        return y if routing_weight is None else y * _over(refs[2][...], y.shape, 0)
+
+    q, s = _row_tiles(_Source(operands, buffers, copies, value, len(buffers)), (math.prod(lead), f), scale)
+    return q.reshape(*lead, f), s.reshape(*lead, f // BLOCK)
+
+
+def quantize_transposed(x: jax.Array, *, scale: str) -> tuple[jax.Array, jax.Array]:
+    """x [T, K] -> q [K, T], s [K, T/128]."""
+    source = _Source(
+        operands=[x],
+        buffers=[_buffer(BLOCK, ROWS, x.dtype)],
+        copies=lambda refs, row, col: [refs[0].at[pl.ds(col, BLOCK), pl.ds(row, ROWS)]],
+        value=lambda buffers: _registers(buffers[0].T),
+        num_copies=1,
+    )
+    return _row_tiles(source, (x.shape[1], x.shape[0]), scale)
+
+
+def requantize_transposed(q: jax.Array, q_scale: jax.Array, *, scale: str) -> tuple[jax.Array, jax.Array]:
+    """q [T, K] in 1x128 tiles -> q [K, T] in 1x128 tiles along the tokens, s [K, T/128]."""
+
+    def copies(refs, row, col):
+        tokens = pl.ds(col, BLOCK)
+        return [refs[0].at[tokens, pl.ds(row, ROWS)], refs[1].at[row // BLOCK, tokens]]
+
+    def value(buffers):
+        """Bytes cannot be read transposed into this layout: dequantise into shared memory, read that transposed."""
+        q_s, scale_s, x_s = buffers
+        x_s[...] = _registers(q_s) * _over(scale_s[...], q_s.shape, 0)
+        plgpu.commit_smem()
+        return _registers(x_s.T)
+
+    source = _Source(
+        operands=[q, q_scale.T],
+        buffers=[
+            _buffer(BLOCK, ROWS, E4M3),
+            plgpu.SMEM((BLOCK,), jnp.float32),
+            _buffer(BLOCK, ROWS, jnp.float32),
+        ],
+        copies=copies,
+        value=value,
+        num_copies=2,
+    )
+    return _row_tiles(source, (q.shape[1], q.shape[0]), scale)
+
+
+def _column_tiles(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
+    """x [M, K] in 128x1 tiles: q [M, K], s [M/128, K]. The tile is read twice from shared memory, once transposed."""
+    m, k = x.shape
+
+    def body(x_g, q_g, s_g, x_s, q_s, s_s, loaded):
+        mi, ki = lax.axis_index("rows"), lax.axis_index("cols")
+        rows, cols = pl.ds(mi * BLOCK, BLOCK), pl.ds(ki * ROWS, ROWS)
+        plgpu.copy_gmem_to_smem(x_g.at[rows, cols], x_s, loaded)
+        plgpu.barrier_wait(loaded)
+        s_s[...] = scale_from_amax(_row_amax(_registers(x_s.T)), scale)
+        plgpu.commit_smem()
+        y = _registers(x_s)
+        q_s[...] = (y / _over(s_s[...], y.shape, 1)).astype(E4M3)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s, q_g.at[rows, cols])
+        plgpu.copy_smem_to_gmem(s_s, s_g.at[mi, cols])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((m, k), E4M3), jax.ShapeDtypeStruct((m // BLOCK, k), jnp.float32)],
+        scratch_types=[
+            _buffer(BLOCK, ROWS, x.dtype),
+            _buffer(BLOCK, ROWS, E4M3),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(),
+        ],
+        grid=(m // BLOCK, k // ROWS),
+        grid_names=("rows", "cols"),
+        compiler_params=compiler_params(),
+    )(x)
+
+
+def _square_blocks(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
+    """x [M, K] in 128x128 blocks: q [M, K], s [M/128, K/128]. Row maxima meet in shared memory."""
+    m, k = x.shape
+
+    def body(x_g, q_g, s_g, x_s, q_s, s_s, loaded):
+        mi, ki = lax.axis_index("rows"), lax.axis_index("cols")
+        rows, cols = pl.ds(mi * BLOCK, BLOCK), pl.ds(ki * BLOCK, BLOCK)
+        plgpu.copy_gmem_to_smem(x_g.at[rows, cols], x_s, loaded)
+        plgpu.barrier_wait(loaded)
+        y = _registers(x_s)
+        s_s[...] = _row_amax(y)
+        plgpu.commit_smem()
+        amax = jnp.max(plgpu.layout_cast(s_s[...], plgpu.Layout.WG_STRIDED((BLOCK,), 1)))
+        s = scale_from_amax(lax.broadcast_in_dim(amax, (BLOCK,), ()), scale)
+        q_s[...] = (y / _over(s, y.shape, 0)).astype(E4M3)
+        s_g[mi, ki] = jnp.max(s)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s, q_g.at[rows, cols])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((m, k), E4M3),
+            jax.ShapeDtypeStruct((m // BLOCK, k // BLOCK), jnp.float32),
+        ],
+        scratch_types=[
+            _buffer(BLOCK, BLOCK, x.dtype),
+            _buffer(BLOCK, BLOCK, E4M3),
+            plgpu.SMEM((BLOCK,), jnp.float32),
+            plgpu.Barrier(),
+        ],
+        grid=(m // BLOCK, k // BLOCK),
+        grid_names=("rows", "cols"),
+        compiler_params=compiler_params(),
+    )(x)

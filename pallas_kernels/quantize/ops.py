@@ -1,0 +1,214 @@
+"""Public functions of FP8 quantisation: `quantize`, `dequantize` and the fusions training needs.
+
+Legend: M rows (tokens), K columns (channels), F expert intermediate channels, T tokens contracted by a weight gradient.
+DeepSeek-V3 report, section 3.3.2 (formats, blocks, online scales) and 3.5.2 (fused SwiGLU and cast, transposed cast).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import COLUMN_TILE, ROW_TILE, SQUARE_BLOCK, Block, num_blocks
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.quantize import fallback, kernel, reference
+from pallas_kernels.quantize.reference import SCALE_FORMATS
+
+BLOCKS = (ROW_TILE, COLUMN_TILE, SQUARE_BLOCK)
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def quantize(
+    x: jax.Array, block: Block = ROW_TILE, scale: str = "fp32", implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Quantise to E4M3 with one scale per block, so that `x ~= q * s`.
+
+    Args:
+      x: [..., M, K] bfloat16, float16 or float32.
+      block: (1, 128), (128, 1) or (128, 128) over the last two dims; ragged edges act as zero-padded blocks.
+      scale: "fp32", or "ue8m0" for scales rounded up to a power of two (still stored as float32).
+      implementation: None (by platform), "mosaic", "xla" or "reference".
+
+    Returns:
+      q [..., M, K] float8_e4m3fn and s [..., ceil(M/bm), ceil(K/bk)] float32. A block that holds an infinity or a NaN
+      dequantises to NaN; `count_nonfinite` counts those elements.
+    """
+    _check("quantize", x=x)
+    block = _check_block(block)
+    _check_scale(scale)
+    return dispatch(
+        "quantize",
+        implementation,
+        x,
+        mosaic=functools.partial(kernel.quantize, block=block, scale=scale),
+        xla=functools.partial(fallback.quantize, block=block, scale=scale),
+        reference=functools.partial(reference.quantize, block=block, scale=scale),
+        unsupported=kernel.quantize_unsupported(x.shape, x.dtype, block),
+    )
+
+
+def dequantize(
+    q: jax.Array,
+    scale: jax.Array,
+    block: Block = ROW_TILE,
+    dtype=jnp.float32,
+    implementation: str | None = None,
+) -> jax.Array:
+    """q * scale, the inverse of `quantize` up to its rounding; computed in float32, returned in `dtype`.
+
+    Elementwise, so XLA fuses it with its consumer: there is no kernel of its own.
+    """
+    block = _check_block(block)
+    _check_quantized("dequantize", q, scale, block)
+    if implementation == "reference":
+        return reference.dequantize(q, scale, block).astype(dtype)
+    if implementation not in (None, "xla"):
+        raise ValueError(f"dequantize: implementation={implementation!r}; use None, 'xla' or 'reference'")
+    return fallback.dequantize(q, scale, block).astype(dtype)
+
+
+def count_nonfinite(q: jax.Array, scale: jax.Array, block: Block = ROW_TILE) -> jax.Array:
+    """How many elements of the dequantised array are NaN or infinite, int32: 0 for a sound tensor."""
+    return jnp.sum(~jnp.isfinite(dequantize(q, scale, block)), dtype=jnp.int32)
+
+
+def swiglu_quantize(
+    gate_up: jax.Array,
+    up: jax.Array | None = None,
+    routing_weight: jax.Array | None = None,
+    scale: str = "fp32",
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Quantise `silu(gate) * up * routing_weight` in 1x128 tiles, in one pass over its inputs.
+
+    Args:
+      gate_up: [..., M, 2F] with the gate in the first half, or the gate alone [..., M, F] if `up` is given.
+      up: [..., M, F] or None.
+      routing_weight: [..., M] or None. Applied here, before the down projection, and then never again.
+      scale, implementation: as in `quantize`.
+
+    Returns:
+      q [..., M, F] float8_e4m3fn, s [..., M, ceil(F/128)] float32; the product is formed in float32.
+    """
+    _check("swiglu_quantize", gate_up=gate_up, **({} if up is None else {"up": up}))
+    _check_scale(scale)
+    if up is None and gate_up.shape[-1] % 2:
+        raise ValueError(
+            f"swiglu_quantize: gate_up has {gate_up.shape[-1]} columns, gate and up need an even number"
+        )
+    if up is not None and up.shape != gate_up.shape:
+        raise ValueError(
+            f"swiglu_quantize: gate has shape {gate_up.shape} and up {up.shape}; they must be equal"
+        )
+    if routing_weight is not None and routing_weight.shape != gate_up.shape[:-1]:
+        raise ValueError(
+            f"swiglu_quantize: routing_weight has shape {routing_weight.shape}, expected {gate_up.shape[:-1]}"
+        )
+
+    def plain(module):
+        def apply(gate_up, up, routing_weight):
+            gate, up = jnp.split(gate_up, 2, axis=-1) if up is None else (gate_up, up)
+            return module.quantize(reference.swiglu(gate, up, routing_weight), ROW_TILE, scale)
+
+        return apply
+
+    return dispatch(
+        "swiglu_quantize",
+        implementation,
+        gate_up,
+        up,
+        routing_weight,
+        mosaic=functools.partial(kernel.swiglu_quantize, scale=scale),
+        xla=plain(fallback),
+        reference=plain(reference),
+        unsupported=kernel.swiglu_quantize_unsupported(gate_up, up),
+    )
+
+
+def quantize_transposed(
+    x: jax.Array, scale: str = "fp32", implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Quantise 128x1 tiles of x and transpose: the operand of a weight gradient, contracted over its last dim.
+
+    Args:
+      x: [..., T, K] bfloat16, float16 or float32.
+
+    Returns:
+      q [..., K, T] float8_e4m3fn, s [..., K, ceil(T/128)] float32, equal to `quantize(swapaxes(x, -1, -2))`.
+    """
+    _check("quantize_transposed", x=x)
+    _check_scale(scale)
+
+    def plain(module):
+        return lambda x: module.quantize(jnp.swapaxes(x, -1, -2), ROW_TILE, scale)
+
+    return dispatch(
+        "quantize_transposed",
+        implementation,
+        x,
+        mosaic=functools.partial(kernel.quantize_transposed, scale=scale),
+        xla=plain(fallback),
+        reference=plain(reference),
+        unsupported=kernel.transposed_unsupported(x.shape, x.dtype),
+    )
+
+
+def requantize_transposed(
+    q: jax.Array, q_scale: jax.Array, scale: str = "fp32", implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """1x128 tiles saved by the forward pass -> dequantise, transpose, requantise for the weight gradient.
+
+    Args:
+      q, q_scale: [..., T, K] float8_e4m3fn and [..., T, ceil(K/128)] float32 of `quantize(x, (1, 128))`.
+
+    Returns:
+      q [..., K, T] float8_e4m3fn, s [..., K, ceil(T/128)] float32 (128x1 tiles of x, transposed).
+    """
+    _check_quantized("requantize_transposed", q, q_scale, ROW_TILE)
+    _check_scale(scale)
+
+    def plain(module):
+        def apply(q, q_scale):
+            x = module.dequantize(q, q_scale, ROW_TILE)
+            return module.quantize(jnp.swapaxes(x, -1, -2), ROW_TILE, scale)
+
+        return apply
+
+    return dispatch(
+        "requantize_transposed",
+        implementation,
+        q,
+        q_scale,
+        mosaic=functools.partial(kernel.requantize_transposed, scale=scale),
+        xla=plain(fallback),
+        reference=plain(reference),
+        unsupported=kernel.transposed_unsupported(q.shape, q.dtype),
+    )
+
+
+def _check(op: str, **arrays: jax.Array) -> None:
+    for name, x in arrays.items():
+        if x.ndim < 2:
+            raise ValueError(f"{op}: {name} has shape {x.shape}; it needs at least two dims")
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{op}: {name} is {x.dtype}; cast it to bfloat16, float16 or float32")
+
+
+def _check_block(block: Block) -> Block:
+    if tuple(block) not in BLOCKS:
+        raise ValueError(f"block={block} is not supported; use one of {BLOCKS}")
+    return tuple(block)  # type: ignore[return-value]
+
+
+def _check_scale(scale: str) -> None:
+    if scale not in SCALE_FORMATS:
+        raise ValueError(f"scale={scale!r} is unknown; use one of {SCALE_FORMATS}")
+
+
+def _check_quantized(op: str, q: jax.Array, scale: jax.Array, block: Block) -> None:
+    if q.dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"{op}: q is {q.dtype}; expected float8_e4m3fn")
+    if scale.shape != num_blocks(q.shape, block):
+        raise ValueError(
+            f"{op}: scale has shape {scale.shape}; q {q.shape} in blocks {block} needs {num_blocks(q.shape, block)}"
+        )

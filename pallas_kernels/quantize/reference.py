@@ -1,0 +1,58 @@
+"""What quantisation means, in float32 arithmetic and without the float8 conversion of the compiler.
+
+DeepSeek-V3 report, section 3.3.2: all tensors are E4M3 (3 mantissa bits, exponents -6..8, largest value 448, no
+infinity), each block has one scale from its own largest magnitude (no delayed scaling).
+
+    amax = max(|x| over the block, 1e-4)      the floor is on amax, so an all-zero block has scale 1e-4/448
+    s    = amax / 448                         "ue8m0": rounded up to a power of two
+    q    = e4m3(x / s)                        a division, as DeepSeek's inference code does; kernels that multiply by a
+                                              reciprocal differ in the last bit
+A non-finite x makes its whole block NaN once dequantised: nothing is clipped silently.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import Block, expand_scale, merge_blocks, split_blocks
+
+E4M3_MAX = 448.0
+AMAX_FLOOR = 1e-4
+SCALE_FORMATS = ("fp32", "ue8m0")
+
+
+def round_to_e4m3(y: jax.Array) -> jax.Array:
+    """Round float32 to the nearest E4M3 value, ties to even, as float32; beyond 464 and NaN -> NaN."""
+    _, exponent = jnp.frexp(y)  # |y| in [2^(e-1), 2^e)
+    ulp_exponent = jnp.maximum(exponent - 1, -6) - 3  # below 2^-6 the format is subnormal: fixed spacing 2^-9
+    rounded = jnp.ldexp(jnp.round(jnp.ldexp(y, -ulp_exponent)), ulp_exponent)
+    return jnp.where(jnp.abs(rounded) <= E4M3_MAX, rounded, jnp.nan)
+
+
+def scale_from_amax(amax: jax.Array, scale: str) -> jax.Array:
+    """Scale of a block whose largest magnitude is `amax`."""
+    s = jnp.maximum(amax, AMAX_FLOOR) / E4M3_MAX
+    if scale == "ue8m0":
+        mantissa, exponent = jnp.frexp(s)  # s = mantissa * 2^exponent, mantissa in [0.5, 1)
+        power = jnp.ldexp(jnp.float32(1), jnp.where(mantissa == 0.5, exponent - 1, exponent))
+        s = jnp.where(jnp.isfinite(s), power, s)
+    return s
+
+
+def quantize(x: jax.Array, block: Block, scale: str) -> tuple[jax.Array, jax.Array]:
+    """x [..., M, K] -> q e4m3 [..., M, K], s float32 [..., ceil(M/bm), ceil(K/bk)] with x ~= q * s."""
+    tiles = split_blocks(x.astype(jnp.float32), block)
+    s = scale_from_amax(jnp.max(jnp.abs(tiles), axis=(-3, -1)), scale)
+    q = round_to_e4m3(tiles / s[..., :, None, :, None])
+    return merge_blocks(q, x.shape).astype(jnp.float8_e4m3fn), s
+
+
+def dequantize(q: jax.Array, s: jax.Array, block: Block) -> jax.Array:
+    """q * s in float32."""
+    return q.astype(jnp.float32) * expand_scale(s, block, q.shape)
+
+
+def swiglu(gate: jax.Array, up: jax.Array, routing_weight: jax.Array | None) -> jax.Array:
+    """silu(gate) * up * routing_weight in float32; gate, up [..., M, F], routing_weight [..., M]."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    y = gate / (1 + jnp.exp(-gate)) * up
+    return y if routing_weight is None else y * routing_weight.astype(jnp.float32)[..., None]

@@ -1,0 +1,1 @@
+"""Tools to test kernels: an error measure, and compilation for an H100 on a machine without a GPU."""
