@@ -1,0 +1,215 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from deepseek_jax import data
+from deepseek_jax.data.unigram import unigram_bits_per_byte
+
+SIZES = [4, 4, 6, 10, 10, 2, 200, 8, 8, 600, 3, 5]  # a ramp, and jumps over one and several epochs
+
+
+@pytest.fixture
+def load(settings):
+    opened = []
+
+    def open_data(mtp_depth=1, process_index=0, process_count=1, **changes):
+        opened.append(data.load(settings(**changes), mtp_depth, process_index, process_count))
+        return opened[-1]
+
+    yield open_data
+    for item in opened:
+        item.train.close()
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name])
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_batches_have_the_promised_form_and_repeat_exactly(load, segments):
+    one, other = load(segments=segments).train, load(segments=segments).train
+    for size in SIZES:
+        batch = one.take(size)
+        assert set(batch) == ({"tokens", "segments", "positions"} if segments else {"tokens"})
+        for array in batch.values():
+            assert array.shape == (size, 66) and array.dtype == np.int32
+        assert_same(batch, other.take(size))
+    assert one.state()["sequences"] == sum(SIZES) and one.state()["epoch"] >= 3
+
+
+def test_resume_at_any_step_equals_the_uninterrupted_run(load):
+    stream = load().train
+    states, batches = [], []
+    for size in SIZES:
+        states.append(json.dumps(stream.state()))
+        batches.append(stream.take(size))
+    for start in (0, 5, 7, 10):
+        resumed = load().train
+        resumed.take(3)  # where it stood before must not matter
+        resumed.restore(json.loads(states[start]))
+        assert json.dumps(resumed.state()) == states[start]
+        for size, batch in zip(SIZES[start:], batches[start:], strict=True):
+            assert_same(resumed.take(size), batch)
+    # Going back in one and the same stream, too.
+    stream.restore(json.loads(states[2]))
+    assert_same(stream.take(SIZES[2]), batches[2])
+
+
+def test_state_tells_what_was_handed_out_not_what_was_read_ahead(load):
+    stream = load().train
+    stream.take(8)
+    stream._ahead[2].result()  # the next batch is ready in the background
+    state = stream.state()
+    assert (state["epoch"], state["position"], state["sequences"]) == (0, 8, 8)
+    read_ahead_for_another_size = stream.take(5)
+    fresh = load().train
+    fresh.restore(state)
+    assert_same(fresh.take(5), read_ahead_for_another_size)
+
+
+def test_batch_sizes_do_not_change_the_order_of_sequences(load):
+    one, other = load().train, load().train
+    singles = np.concatenate([one.take(1)["tokens"] for _ in range(60)])
+    np.testing.assert_array_equal(singles, np.concatenate([other.take(n)["tokens"] for n in (7, 33, 20)]))
+
+
+def test_hosts_together_read_the_single_hosts_batch(load):
+    single = load().train
+    hosts = [load(process_index=i, process_count=2).train for i in range(2)]
+    for size in (4, 6, 300, 8):
+        rows = [host.take(size)["tokens"] for host in hosts]
+        assert [len(part) for part in rows] == [size // 2, size // 2]
+        np.testing.assert_array_equal(np.concatenate(rows), single.take(size)["tokens"])
+        assert hosts[0].state() == hosts[1].state() == single.state()
+    four = [load(process_index=i, process_count=4).train for i in range(4)]
+    for host in four:
+        host.restore(single.state())
+    rows = [host.take(8)["tokens"] for host in four]
+    np.testing.assert_array_equal(np.concatenate(rows), single.take(8)["tokens"])
+    for bad in (0, -4, 3):
+        with pytest.raises(ValueError, match=f"a batch of {bad} sequences does not divide among 2 processes"):
+            hosts[0].take(bad)
+    with pytest.raises(ValueError, match="process_index 2 is outside"):
+        load(process_index=2, process_count=2)
+
+
+def test_an_epoch_hands_out_every_window_once_shuffled(load):
+    stream = load(fim_rate=0.0, split_punctuation_rate=0.0).train
+    packed = [stream._packer.epoch(epoch) for epoch in (0, 1)]
+    orders = []
+    for epoch in packed:
+        windows = [epoch[i]["tokens"].tolist() for i in range(len(epoch))]
+        taken = stream.take(len(epoch))["tokens"].tolist()
+        assert taken != windows and sorted(taken) == sorted(windows)
+        orders.append([windows.index(row) for row in taken])
+    assert orders[0] != orders[1]
+    assert not np.array_equal(load(seed=8).train.take(8)["tokens"], load(seed=9).train.take(8)["tokens"])
+
+
+def test_foreign_state_is_refused_with_the_difference(load, tmp_path):
+    stream = load().train
+    state = stream.state()
+    for changes, text in (
+        ({"seq_len": 32}, "seq_len was 64, is now 32"),
+        ({"fim_rate": 0.1}, "fim_rate was 0.5, is now 0.1"),
+        ({"seed": 8}, "seed was 7, is now 8"),
+        ({"vocab_size": 400}, "tokenizer was '[0-9a-f]+', is now"),
+        ({"validation_fraction": 0.5}, "corpus was '[0-9a-f]+', is now"),
+        ({"mtp_depth": 0}, "mtp_depth was 1, is now 0"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to other data: .*{text}"):
+            load(**changes).train.restore(state)
+    for bad in ({}, {**state, "position": "x"}, {**state, "epoch": -1}, {**state, "data": None}):
+        with pytest.raises(ValueError, match="not a state of the data stream"):
+            stream.restore(bad)
+    stream.restore(state)
+
+
+def test_first_error_in_the_background_reaches_the_caller(load):
+    stream = load().train
+    stream.take(2)
+    stream._ahead[2].result()
+    stream._epochs.clear()
+    object.__setattr__(stream._packer, "seq_len", 1 << 40)
+    stream.take(2)  # was ready before
+    with pytest.raises(ValueError, match="less than one window"):
+        stream.take(2)
+
+
+def test_cached_start_reads_no_text_and_gives_the_same(load, tmp_path, monkeypatch):
+    cold = load(cache_dir=str(tmp_path / "cache"))
+    files = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())
+    assert files == ["tokenizer", "tokens", "tokens"]
+    monkeypatch.setattr("deepseek_jax.data.train_tokenizer", None)
+    monkeypatch.setattr(data.Corpus, "documents", lambda *_: iter(()))
+    warm = load(cache_dir=str(tmp_path / "cache"))
+    assert warm.fingerprint == cold.fingerprint
+    assert_same(warm.train.take(16), cold.train.take(16))
+    monkeypatch.undo()
+    (cached,) = (tmp_path / "cache").glob("tokenizer-*")
+    cached.write_text(cached.read_text()[:1000])
+    assert load(cache_dir=str(tmp_path / "cache")).fingerprint == cold.fingerprint
+
+
+def test_validation_is_plain_and_its_bytes_are_counted(load, module_folder):
+    loaded = load()
+    validation, tokenizer = loaded.validation, loaded.tokenizer
+    assert validation.tokens.shape == (len(validation), 66) and validation.targets.shape == (
+        len(validation),
+        64,
+    )
+    np.testing.assert_array_equal(validation.targets, validation.tokens[:, 1:65])
+    text = tokenizer.decode(validation.targets.ravel()).replace("<｜end▁of▁sentence｜>", "")
+    assert "<｜" not in text
+    # The stand-in characters of a text cut inside a character would miscount; this one is ASCII.
+    assert text.isascii() and len(text) == validation.num_bytes
+    corpus = data.Corpus(str(module_folder), validation_fraction=0.2)
+    whole = "".join(document.text for document in corpus.documents("validation"))
+    assert text in whole
+    assert_same(validation.batch, load(fim_rate=1.0, seed=3).validation.batch)
+    few = validation.subset(3)
+    assert len(few) == 3 and few.num_bytes == few.bytes_n.sum() and few.bytes_n[0] == validation.bytes_n[0]
+    assert validation.subset(10**6) is validation
+    with pytest.raises(ValueError, match="max_windows must be at least 1"):
+        validation.subset(0)
+
+
+def test_unigram_by_hand_and_on_the_corpus(load):
+    counts_v = np.array([2, 1, 0, 0])  # with add-one smoothing: 3/7, 2/7, 1/7, 1/7
+    loss = unigram_bits_per_byte(counts_v, np.array([[0, 1], [2, 0]]), num_bytes=5)
+    nats = -math.log(3 / 7 * 2 / 7 * 1 / 7 * 3 / 7)
+    assert loss.nats_per_token == pytest.approx(nats / 4)
+    assert loss.bits_per_byte == pytest.approx(nats / math.log(2) / 5)
+    with pytest.raises(ValueError, match="num_bytes is 0"):
+        unigram_bits_per_byte(counts_v, np.array([0]), num_bytes=0)
+    loaded = load()
+    whole, part = loaded.unigram(), loaded.unigram(loaded.validation.subset(4))
+    assert 1.0 < whole.nats_per_token < math.log(512) and whole != part
+    assert 1.0 < whole.bits_per_byte < 8.0
+
+
+def test_settings_that_do_not_fit(load, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="has 512 ids, vocab_size is 400: set vocab_size to 512 or more"):
+        load(tokenizer=str(tmp_path), vocab_size=400)
+    assert load(tokenizer=str(tmp_path), vocab_size=600).tokenizer.fingerprint() == tokenizer.fingerprint()
+    short = tmp_path / "short.txt"
+    short.write_text("import this")
+    with pytest.raises(ValueError, match=r"validation: .*less than one window.*raise validation_fraction"):
+        load(validation=str(short))
+
+
+def test_user_files_of_one_kind_each(load, tmp_path, texts):
+    lines = [json.dumps({"body": text}) for text in texts]
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines, "broken"]))
+    (tmp_path / "held_out.txt").write_text("import os\n\nprint(os.getcwd())\n" * 30)
+    loaded = load(
+        source=str(tmp_path / "*.jsonl"), validation=str(tmp_path / "held_out.txt"), text_field="body"
+    )
+    assert (loaded.report.documents, loaded.report.num_skipped) == (len(texts) + 1, 1)
+    assert "getcwd" in loaded.tokenizer.decode(loaded.validation.tokens[0])
+    assert loaded.train.take(4)["tokens"].shape == (4, 66)

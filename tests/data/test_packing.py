@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+from deepseek_jax.data.packing import EpochPacker
+from deepseek_jax.data.token_cache import tokenize
+from deepseek_jax.data.tokenizer import Tokenizer
+
+SEQ_LEN, MTP_DEPTH = 32, 2
+LENGTH = SEQ_LEN + 1 + MTP_DEPTH
+
+
+@pytest.fixture(scope="module")
+def documents(texts, tokenizer, tmp_path_factory):
+    short = ["one", "two\n", "three words here"]
+    return tokenize([*texts, *short], tokenizer, tmp_path_factory.mktemp("tokens"), "test")
+
+
+def packer(documents, tokenizer, **changes):
+    return EpochPacker(documents, tokenizer, **({"seq_len": SEQ_LEN, "mtp_depth": MTP_DEPTH} | changes))
+
+
+def stream_of(packed):
+    """The tokens of a packed stream, checked to be what its overlapping windows say."""
+    windows = np.stack([packed[i]["tokens"] for i in range(len(packed))])
+    assert windows.dtype == np.int32 and windows.shape[1] == LENGTH
+    np.testing.assert_array_equal(windows[:-1, SEQ_LEN:], windows[1:, : LENGTH - SEQ_LEN])
+    return np.concatenate([windows[:, :SEQ_LEN].ravel(), windows[-1, SEQ_LEN:]])
+
+
+def test_windows_tile_the_documents_in_order(documents, tokenizer):
+    stream = stream_of(packer(documents, tokenizer).in_order())
+    np.testing.assert_array_equal(stream, documents.ids[: len(stream)])
+    assert 0 <= len(documents.ids) - len(stream) < SEQ_LEN
+    assert (documents.ids[documents.starts[1:] - 1] == tokenizer.eos_id).all()
+
+
+def test_an_epoch_holds_every_document_once_in_another_order(documents, tokenizer):
+    whole = packer(documents, tokenizer, seq_len=1, mtp_depth=0)
+    epochs = []
+    for epoch in (0, 1):
+        packed = whole.epoch(epoch)
+        stream = np.array(
+            [packed[i]["tokens"][0] for i in range(len(packed))] + [packed[len(packed) - 1]["tokens"][1]]
+        )
+        epochs.append(
+            [part.tolist() for part in np.split(stream, np.flatnonzero(stream == tokenizer.eos_id) + 1)][:-1]
+        )
+    assert epochs[0] != epochs[1]
+    plain = sorted(documents[i].tolist() for i in range(len(documents)))
+    assert sorted(epochs[0]) == sorted(epochs[1]) == plain
+
+
+def test_fim_and_split_change_the_form_not_the_text(documents, tokenizer):
+    made = packer(documents, tokenizer, fim_rate=0.5, split_punctuation_rate=1.0, seed=1)
+    stream = stream_of(made.epoch(0))
+    np.testing.assert_array_equal(stream, stream_of(made.epoch(0)))
+    assert len(stream) > len(documents.ids)
+    plain = {tokenizer.decode(documents[i][:-1]) for i in range(len(documents))}
+    parts = tokenizer.decode(stream).split("<｜end▁of▁sentence｜>")[:-1]
+    num_fim = 0
+    for part in parts:
+        if part.startswith("<｜fim▁begin｜>"):
+            num_fim += 1
+            prefix, rest = part.removeprefix("<｜fim▁begin｜>").split("<｜fim▁hole｜>")
+            suffix, middle = rest.split("<｜fim▁end｜>")
+            part = prefix + middle + suffix
+        assert part in plain
+    assert 0 < num_fim < len(parts)
+    assert not np.isin(stream, made._splitter.combined).any()
+    other = stream_of(made.epoch(1))
+    assert len(stream) != len(other) or (stream != other).any()
+
+
+def test_segments_and_positions(documents, tokenizer):
+    packed = packer(documents, tokenizer, segments=True, seed=2).epoch(0)
+    borders = 0
+    for i in range(len(packed)):
+        window = packed[i]
+        segment, position = 1, 0
+        for t in range(LENGTH):
+            assert (window["segments"][t], window["positions"][t]) == (segment, position)
+            position += 1
+            if window["tokens"][t] == tokenizer.eos_id:
+                segment, position, borders = segment + 1, 0, borders + 1
+    assert borders > 3
+    assert set(packer(documents, tokenizer).epoch(0)[0]) == {"tokens"}
+
+
+def test_errors(documents, tokenizer, texts, tmp_path):
+    with pytest.raises(ValueError, match=r"less than one window of \d+ \(seq_len 10000000 .*lower seq_len"):
+        packer(documents, tokenizer, seq_len=10_000_000).in_order()
+    with pytest.raises(IndexError, match="window -1 of"):
+        packer(documents, tokenizer).in_order()[-1]
+    for name, value in (
+        ("fim_rate", 1.5),
+        ("split_punctuation_rate", -0.1),
+        ("seq_len", 0),
+        ("mtp_depth", -1),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must .* got {value}"):
+            packer(documents, tokenizer, **{name: value})
+    without_fim = Tokenizer(tokenizer._full, {"fim_hole": "<absent>"})
+    with pytest.raises(ValueError, match=r"no fim_hole token.*fim_rate=0"):
+        packer(documents, without_fim, fim_rate=0.1)
+    packer(documents, without_fim, fim_rate=0.0)
