@@ -1,0 +1,113 @@
+"""AdamW as in report sections 3.3.3 and 4.2: both moments stored in BF16, gradients clipped by global norm.
+
+`optax.adamw` can store only the first moment in another dtype and takes its learning rate from a schedule of
+its own step count; here both moments have `moment_dtype`, all arithmetic is float32, and the learning rate is
+an argument, because the report's schedule follows the token count. Otherwise the formulas are optax's.
+
+Clipping, moments, bias correction and weight decay of a leaf are one elementwise expression: one pass over
+memory under jit.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.config import OptimizerConfig
+
+PyTree = Any
+
+
+class AdamWState(NamedTuple):
+    """State of `adamw`: int32 number of applied updates, both moments like the parameters, in moment_dtype."""
+
+    num_updates: jax.Array
+    mu: PyTree
+    nu: PyTree
+
+
+def decay_matrices(params: PyTree) -> PyTree:
+    """Which leaves decay: everything but norm scales (leaf named `scale`, or ending in `_scale`) and vectors.
+
+    The report gives the weight decay but not what it covers. Layers are stacked on a leading dim, so a norm
+    scale may have two dims: the name decides.
+    """
+
+    def decays(path: tuple, leaf: jax.Array) -> bool:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return leaf.ndim >= 2 and name != "scale" and not name.endswith("_scale")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def adamw(
+    config: OptimizerConfig, mask: Callable[[PyTree], PyTree] = decay_matrices
+) -> optax.GradientTransformationExtraArgs:
+    """Clipped AdamW with decoupled weight decay.
+
+    Args:
+        config: b1, b2, eps, weight_decay, clip_norm, moment_dtype.
+        mask: tree of params -> tree of bools, True where the weight decays.
+
+    Returns:
+        `init(params) -> AdamWState` and `update(grads, state, params, lr, grad_norm=None) -> (updates, state)`,
+        updates in the parameters' dtype, to be added (`optax.apply_updates`). `lr`: float32 []. `grad_norm`:
+        the global norm, where the caller has it already or where this device holds only a part of `grads`.
+    """
+    moment_dtype = jnp.dtype(config.moment_dtype)
+
+    def init(params: PyTree) -> AdamWState:
+        # Two calls: the moments must not share buffers, the state is donated.
+        mu, nu = (jax.tree.map(lambda p: jnp.zeros(p.shape, moment_dtype), params) for _ in range(2))
+        return AdamWState(jnp.zeros((), jnp.int32), mu, nu)
+
+    def update(
+        grads: PyTree,
+        state: AdamWState,
+        params: PyTree = None,
+        lr: jax.Array | float | None = None,
+        grad_norm: jax.Array | None = None,
+    ) -> tuple[PyTree, AdamWState]:
+        if params is None or lr is None:
+            raise ValueError(
+                "adamw.update needs params (weight decay) and lr: update(grads, state, params, lr)"
+            )
+        norm = global_norm(grads) if grad_norm is None else grad_norm
+        clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+        num_updates = state.num_updates + 1
+        # 1 - b^count without the cancellation of float32 at b close to 1.
+        mu_correction = -jnp.expm1(num_updates * math.log(config.b1))
+        nu_correction = -jnp.expm1(num_updates * math.log(config.b2))
+
+        def leaf(g, mu, nu, p, decays):
+            g = g.astype(jnp.float32) * clip
+            mu = config.b1 * mu.astype(jnp.float32) + (1.0 - config.b1) * g
+            nu = config.b2 * nu.astype(jnp.float32) + (1.0 - config.b2) * g * g
+            step = (mu / mu_correction) / (jnp.sqrt(nu / nu_correction) + config.eps)
+            if decays:
+                step = step + config.weight_decay * p.astype(jnp.float32)
+            return (-lr * step).astype(p.dtype), mu.astype(moment_dtype), nu.astype(moment_dtype)
+
+        leaves = jax.tree.map(leaf, grads, state.mu, state.nu, params, mask(params))
+        updates, mu, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), leaves)
+        return updates, AdamWState(num_updates, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """L2 norm over all leaves, float32 [], accumulated in float32."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+
+
+def apply_if_finite(new: PyTree, old: PyTree, finite: jax.Array) -> PyTree:
+    """`new` where `finite` (bool []), else `old`, leaf by leaf.
+
+    A select per leaf fuses into the elementwise loop that produces the new leaf and, with `old` donated,
+    writes in place; `lax.cond` would keep both trees alive. Leaves that are the same array are passed through.
+    """
+    return jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, old)
