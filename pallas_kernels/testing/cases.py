@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import cdiv
 from pallas_kernels.fp8_gemm.ops import fp8_gemm as fp8_gemm_op
+from pallas_kernels.fp8_grouped_gemm import ops as fp8_grouped_ops
+from pallas_kernels.grouped_gemm import ops as grouped_ops
 from pallas_kernels.matmul import TileConfig
 from pallas_kernels.quantize import ops as quantize_ops
 
@@ -34,6 +36,50 @@ def fp8_gemm(m, n, k, recipe="1d2d", accumulate=False, config=None):
     if not accumulate:
         return run, shapes
     return lambda a, sa, b, sb, c: run(a, sa, b, sb, accumulate=c), [*shapes, _struct(m, n, F32)]
+
+
+def fp8_grouped_gemm(groups, m, n, k, config=None):
+    rows, kb = groups * m, cdiv(k, 128)
+    run = functools.partial(fp8_grouped_ops.fp8_grouped_gemm, implementation="mosaic", config=_config(config))
+    weight = [_struct(groups, n, k, E4M3), _struct(groups, cdiv(n, 128), kb, F32)]
+    return run, [_struct(rows, k, E4M3), _struct(rows, kb, F32), *weight, _struct(rows, I32)]
+
+
+def fp8_grouped_gemm_masked(groups, m, n, k, config=None):
+    kb = cdiv(k, 128)
+    run = functools.partial(
+        fp8_grouped_ops.fp8_grouped_gemm_masked, implementation="mosaic", config=_config(config)
+    )
+    weight = [_struct(groups, n, k, E4M3), _struct(groups, cdiv(n, 128), kb, F32)]
+    return run, [_struct(groups, m, k, E4M3), _struct(groups, m, kb, F32), *weight, _struct(groups, I32)]
+
+
+def fp8_grouped_wgrad(groups, m, n, k, config=None):
+    t = groups * k
+    run = functools.partial(
+        fp8_grouped_ops.fp8_grouped_wgrad, implementation="mosaic", config=_config(config)
+    )
+    operands = [
+        _struct(m, t, E4M3),
+        _struct(m, t // 128, F32),
+        _struct(n, t, E4M3),
+        _struct(n, t // 128, F32),
+    ]
+    return run, [*operands, _struct(groups, I32), _struct(groups, m, n, F32)]
+
+
+def grouped_gemm(groups, m, n, k, transpose_b=True, config=None):
+    run = functools.partial(
+        grouped_ops.grouped_gemm, transpose_b=transpose_b, implementation="mosaic", config=_config(config)
+    )
+    b = _struct(groups, n, k, BF16) if transpose_b else _struct(groups, k, n, BF16)
+    return run, [_struct(groups * m, k, BF16), b, _struct(groups * m, I32)]
+
+
+def grouped_wgrad(groups, m, n, k, config=None):
+    t = groups * k
+    run = functools.partial(grouped_ops.grouped_wgrad, implementation="mosaic", config=_config(config))
+    return run, [_struct(t, m, BF16), _struct(t, n, BF16), _struct(groups, I32), _struct(groups, m, n, F32)]
 
 
 def quantize(m, k, block, scale="fp32", dtype="bfloat16"):

@@ -1,0 +1,154 @@
+"""Public functions of the grouped FP8 GEMM: routed experts in training, prefill and decoding.
+
+Legend: G groups (experts), M rows sorted by group, N outputs, K contraction, T tokens contracted by a weight gradient.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import BLOCK, ROW_TILE, SQUARE_BLOCK, Block, num_blocks
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.fp8_grouped_gemm import fallback, kernel, reference
+from pallas_kernels.fp8_grouped_gemm.shapes import gemm_config, wgrad_config
+from pallas_kernels.grouped_gemm.ops import check_accumulate
+from pallas_kernels.groups import PADDING, check_rows, check_sizes
+from pallas_kernels.matmul import TileConfig
+
+
+def fp8_grouped_gemm(
+    a: jax.Array,
+    a_scale: jax.Array,
+    b: jax.Array,
+    b_scale: jax.Array,
+    group_ids: jax.Array,
+    out_dtype=jnp.bfloat16,
+    alignment: int = BLOCK,
+    implementation: str | None = None,
+    config: TileConfig | None = None,
+) -> jax.Array:
+    """Each row of a times the matrix of its group, a[i] @ b[group_ids[i]].T, promoted to float32 every 128 of K.
+
+    Args:
+      a, a_scale: [M, K] float8_e4m3fn in 1x128 tiles, [M, ceil(K/128)] float32; rows sorted by group.
+      b, b_scale: [G, N, K] float8_e4m3fn in 128x128 blocks, [G, ceil(N/128), ceil(K/128)] float32.
+      group_ids: [M] int32, -1 for padding rows. Segments start at multiples of `alignment` (not checked on data).
+      out_dtype: bfloat16 or float32.
+      alignment: rows that share a group; the kernel needs a multiple of 64.
+      implementation: None (by platform), "mosaic", "xla" or "reference".
+      config: tiling of the kernel; None takes it from `shapes.py`.
+
+    Returns:
+      [M, N] in out_dtype, zero in padding rows.
+    """
+    op = "fp8_grouped_gemm"
+    check_rows(op, a.shape[0], group_ids, alignment)
+    _check_quantized(op, "a", a, a_scale, ROW_TILE, 2)
+    _check_quantized(op, "b", b, b_scale, SQUARE_BLOCK, 3)
+    (m, k), n = a.shape, b.shape[1]
+    if b.shape[2] != k:
+        raise ValueError(f"{op}: a contracts {k} and b {b.shape[2]}; b is stored [G, N, K]")
+    config = config or gemm_config(alignment, n)
+    return dispatch(
+        op,
+        implementation,
+        a,
+        a_scale,
+        b,
+        b_scale,
+        group_ids,
+        mosaic=functools.partial(kernel.fp8_grouped_gemm, out_dtype=out_dtype, config=config),
+        xla=functools.partial(fallback.fp8_grouped_gemm, out_dtype=out_dtype, alignment=alignment),
+        reference=functools.partial(reference.fp8_grouped_gemm, out_dtype=out_dtype),
+        unsupported=kernel.gemm_unsupported(m, n, k, alignment, out_dtype, config),
+    )
+
+
+def fp8_grouped_gemm_masked(
+    a: jax.Array,
+    a_scale: jax.Array,
+    b: jax.Array,
+    b_scale: jax.Array,
+    masked_m: jax.Array,
+    out_dtype=jnp.bfloat16,
+    implementation: str | None = None,
+    config: TileConfig | None = None,
+) -> jax.Array:
+    """The grouped GEMM of decoding: every group has room for M rows, of which the first masked_m[g] are present.
+
+    Args:
+      a, a_scale: [G, M, K] float8_e4m3fn, [G, M, ceil(K/128)] float32.
+      b, b_scale: as in `fp8_grouped_gemm`.
+      masked_m: [G] int32 rows present.
+
+    Returns:
+      [G, M, N] in out_dtype, zero in absent rows.
+    """
+    op = "fp8_grouped_gemm_masked"
+    if a.ndim != 3 or masked_m.shape != a.shape[:1] or masked_m.dtype != jnp.int32:
+        raise ValueError(
+            f"{op}: a has shape {a.shape}, masked_m is {masked_m.dtype}{list(masked_m.shape)}; "
+            "expected [G, M, K] and int32[G]"
+        )
+    g, m, k = a.shape
+    present = jnp.arange(m, dtype=jnp.int32)[None] < masked_m[:, None]
+    ids = jnp.where(present, jnp.arange(g, dtype=jnp.int32)[:, None], PADDING)
+    rows = (a.reshape(g * m, k), a_scale.reshape(g * m, -1), b, b_scale, ids.reshape(-1))
+    return fp8_grouped_gemm(*rows, out_dtype, m, implementation, config).reshape(g, m, -1)
+
+
+def fp8_grouped_wgrad(
+    a: jax.Array,
+    a_scale: jax.Array,
+    b: jax.Array,
+    b_scale: jax.Array,
+    group_sizes: jax.Array,
+    accumulate: jax.Array | None = None,
+    implementation: str | None = None,
+    config: TileConfig | None = None,
+) -> jax.Array:
+    """Weight gradient of every group, a @ b.T over the group's tokens, which are contiguous along the last dim.
+
+    Args:
+      a, a_scale: [M, T] float8_e4m3fn in 1x128 tiles along the tokens, [M, T/128] float32 (`quantize_transposed`).
+      b, b_scale: [N, T], [N, T/128] likewise.
+      group_sizes: [G] int32, tokens per group with padding: multiples of 128 (not checked on data), at most T together.
+        An empty group yields zeros, or `accumulate` unchanged.
+      accumulate: [G, M, N] float32 to add, as in a gradient over several micro-batches.
+
+    Returns:
+      [G, M, N] float32.
+    """
+    op = "fp8_grouped_wgrad"
+    _check_quantized(op, "a", a, a_scale, ROW_TILE, 2)
+    _check_quantized(op, "b", b, b_scale, ROW_TILE, 2)
+    (m, t), n = a.shape, b.shape[0]
+    if b.shape[1] != t:
+        raise ValueError(f"{op}: a has {t} tokens and b {b.shape[1]}")
+    check_sizes(op, t, group_sizes, BLOCK)
+    check_accumulate(op, accumulate, (group_sizes.shape[0], m, n), jnp.float32)
+    config = config or wgrad_config(m, n)
+    return dispatch(
+        op,
+        implementation,
+        a,
+        a_scale,
+        b,
+        b_scale,
+        group_sizes,
+        accumulate,
+        mosaic=functools.partial(kernel.fp8_grouped_wgrad, config=config),
+        xla=fallback.fp8_grouped_wgrad,
+        reference=reference.fp8_grouped_wgrad,
+        unsupported=kernel.wgrad_unsupported(m, n, t, config),
+    )
+
+
+def _check_quantized(op: str, name: str, q: jax.Array, scale: jax.Array, block: Block, ndim: int) -> None:
+    if q.dtype != jnp.float8_e4m3fn or q.ndim != ndim:
+        raise ValueError(f"{op}: {name} is {q.dtype}{list(q.shape)}; expected float8_e4m3fn of {ndim} dims")
+    if scale.shape != num_blocks(q.shape, block):
+        raise ValueError(
+            f"{op}: {name}_scale has shape {scale.shape}; {name} {q.shape} needs {num_blocks(q.shape, block)}"
+        )

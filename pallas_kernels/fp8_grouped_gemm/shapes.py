@@ -1,0 +1,60 @@
+"""Shapes of DeepSeek-V3's routed experts in FP8 and the tile configuration of each.
+
+Every configuration listed compiles for H100 with FP8 wgmma, no spill and no serialised wgmma
+(tests/kernels/test_h100_compile.py). The BF16 grouped GEMM takes the same shapes.
+"""
+
+import dataclasses
+
+from pallas_kernels.matmul import TileConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedShape:
+    """`kind` "contiguous": out [groups * m, n], contraction k per group of m rows. "masked": out [groups, m, n] of
+    which `rows` per group are present. "wgrad": out [groups, m, n], contraction k per group."""
+
+    name: str
+    kind: str
+    groups: int
+    m: int
+    n: int
+    k: int
+    rows: int | None = None
+    peer_tflops: float | None = None  # DeepGEMM on one H800, as published by its authors
+
+    @property
+    def present_rows(self) -> int:
+        return self.m if self.rows is None else self.rows
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.groups * self.present_rows * self.n * self.k
+
+    def bytes(self, element: int = 1) -> int:
+        """Bytes moved at least once, `element` bytes per operand element."""
+        rows, out = self.present_rows, 8 if self.kind == "wgrad" else 2
+        return self.groups * (element * (rows + self.n) * self.k + out * rows * self.n)
+
+
+SHAPES = (
+    GroupedShape("gate_up_4x8192", "contiguous", 4, 8192, 4096, 7168, peer_tflops=1346),
+    GroupedShape("down_4x8192", "contiguous", 4, 8192, 7168, 2048, peer_tflops=1214),
+    GroupedShape("gate_up_8x4096", "contiguous", 8, 4096, 4096, 7168, peer_tflops=1346),
+    GroupedShape("down_8x4096", "contiguous", 8, 4096, 7168, 2048, peer_tflops=1214),
+    GroupedShape("gate_up_decode_4x256", "masked", 4, 256, 4096, 7168, 256, 932),
+    GroupedShape("down_decode_4x256", "masked", 4, 256, 7168, 2048, 256, 815),
+    GroupedShape("gate_up_decode_32x192", "masked", 32, 4096, 4096, 7168, 192),
+    GroupedShape("gate_up_wgrad_4x8192", "wgrad", 4, 4096, 7168, 8192, peer_tflops=1044),
+    GroupedShape("down_wgrad_4x8192", "wgrad", 4, 7168, 2048, 8192, peer_tflops=1033),
+)
+
+
+def gemm_config(alignment: int, n: int) -> TileConfig:
+    """Tile configuration of the m-grouped product."""
+    return TileConfig(tile_m=64 if alignment % 128 else 128, tile_n=64 if n % 128 else 128, stages=4)
+
+
+def wgrad_config(m: int, n: int) -> TileConfig:
+    """Tile configuration of the k-grouped product."""
+    return TileConfig(tile_m=64 if m % 128 else 128, tile_n=64 if n % 128 else 128, stages=4)

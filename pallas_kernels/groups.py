@@ -1,0 +1,59 @@
+"""Rows sorted by group (expert): where the segments lie, and what the tiles of a kernel belong to.
+
+Convention of the grouped GEMMs, DeepGEMM's: the rows of a group are contiguous, each segment starts at a multiple of
+`alignment` (128), and rows that only fill up a segment, or lie behind the last one, carry the id -1.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import BLOCK
+
+PADDING = -1
+
+
+def aligned_sizes(group_sizes: jax.Array, alignment: int = BLOCK) -> jax.Array:
+    """Rows that each group occupies with its padding."""
+    return (group_sizes + alignment - 1) // alignment * alignment
+
+
+def row_groups(group_sizes: jax.Array, num_rows: int, alignment: int = BLOCK) -> jax.Array:
+    """group_sizes [G] -> id of each of `num_rows` rows, int32, -1 for padding.
+
+    Rows of groups that do not fit into `num_rows` are cut off: the caller provides enough room, at most
+    `sum(sizes) + G * (alignment - 1)` rows.
+    """
+    occupied = aligned_sizes(group_sizes, alignment)
+    ends = jnp.cumsum(occupied)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
+    inside = jnp.minimum(group, group_sizes.shape[0] - 1)
+    real = row - (ends - occupied)[inside] < group_sizes[inside]
+    return jnp.where((group < group_sizes.shape[0]) & real, group, PADDING)
+
+
+def tile_groups(group_ids: jax.Array, tile: int) -> jax.Array:
+    """Group of each tile of rows, -1 where it is all padding: [M] -> [M / tile]."""
+    return jnp.max(group_ids.reshape(-1, tile), axis=1)
+
+
+def check_rows(op: str, rows: int, group_ids: jax.Array, alignment: int) -> None:
+    """Raise ValueError unless `group_ids` fits an operand of `rows` rows."""
+    if group_ids.shape != (rows,) or group_ids.dtype != jnp.int32:
+        raise ValueError(
+            f"{op}: group_ids is {group_ids.dtype}{list(group_ids.shape)}; expected int32[{rows}]"
+        )
+    if alignment < 1 or rows % alignment:
+        raise ValueError(
+            f"{op}: {rows} rows are no multiple of alignment={alignment}; pad the last segment with id -1"
+        )
+
+
+def check_sizes(op: str, length: int, group_sizes: jax.Array, alignment: int) -> None:
+    """Raise ValueError unless `group_sizes` is a vector of counts for a contraction of `length`."""
+    if group_sizes.ndim != 1 or group_sizes.dtype != jnp.int32:
+        raise ValueError(
+            f"{op}: group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}; expected int32[G]"
+        )
+    if alignment < 1 or length % alignment:
+        raise ValueError(f"{op}: the contraction of {length} is no multiple of alignment={alignment}; pad it")
