@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+# Validation windows are held in memory; of a larger split, windows spread evenly over it.
+MAX_VALIDATION_TOKENS = 1 << 23
+
+
 class DataSettings(Protocol):
     """The attributes `load` reads; `deepseek_jax.config.DataConfig` has them."""
 
@@ -54,6 +58,8 @@ class DataSettings(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Validation:
     """Fixed windows of the validation documents: plain text in order, no FIM, nothing random.
+
+    All windows of a split up to `MAX_VALIDATION_TOKENS`, else that many tokens, spread evenly over it.
 
     Attributes:
         batch: "tokens" int32 [n, seq_len + 1 + mtp_depth]; with segments also "segments" and "positions".
@@ -157,7 +163,7 @@ def load(cfg: DataSettings, mtp_depth: int, process_index: int = 0, process_coun
         ) from error
     fingerprint = {
         "corpus": corpus.fingerprint(TRAIN),
-        "tokenizer": tokenizer.fingerprint(),
+        "tokenizer": tokenizer.fingerprint,
         "seq_len": cfg.seq_len,
         "mtp_depth": mtp_depth,
         "fim_rate": cfg.fim_rate,
@@ -197,7 +203,8 @@ def _documents(corpus: Corpus, split: str, tokenizer: Tokenizer, cache_dir: Path
 
 
 def _validation(stream: PackedStream, tokenizer: Tokenizer, seq_len: int) -> Validation:
-    windows = [stream[i] for i in range(len(stream))]
+    num_windows = min(len(stream), max(1, MAX_VALIDATION_TOKENS // seq_len))
+    windows = [stream[i * len(stream) // num_windows] for i in range(num_windows)]
     batch = {name: np.stack([window[name] for window in windows]) for name in windows[0]}
     bytes_n = tokenizer.byte_lengths()[batch["tokens"][:, 1 : seq_len + 1]].sum(axis=1, dtype=np.int64)
     return Validation(batch, bytes_n, seq_len)

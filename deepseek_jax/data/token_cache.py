@@ -54,7 +54,7 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer, cache_dir: Path, name: 
 
     `name` must identify the texts; the tokenizer's fingerprint is added here. `texts` is read only on a miss.
     """
-    entry = cache_dir / f"tokens-{name}-{tokenizer.fingerprint()}"
+    entry = cache_dir / f"tokens-{name}-{tokenizer.fingerprint}"
     documents = _read_entry(entry)
     if documents is None:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -77,27 +77,31 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer, cache_dir: Path, name: 
 
 def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Yields int32 ids of each text followed by eos, encoding a few MB at a time in parallel."""
-    pieces: list[str] = []
-    pieces_per_document: list[int] = []
+    eos = np.array([tokenizer.eos_id], np.int32)
+    parts: list[np.ndarray] = []  # of the document at hand, which may reach over several batches
+    for batch in _piece_batches(texts):
+        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+        for ids, (_, is_last) in zip(encoded, batch, strict=True):
+            parts.append(np.array(ids, np.int32))
+            if is_last:
+                yield np.concatenate([*parts, eos])
+                parts = []
+
+
+def _piece_batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Batches of (piece, whether it ends its document), each of about `BATCH_CHARS` characters."""
+    batch: list[tuple[str, bool]] = []
     size = 0
     for text in texts:
-        cut = list(split_text(text))
-        pieces += cut
-        pieces_per_document.append(len(cut))
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield from _encode_batch(pieces, pieces_per_document, tokenizer)
-            pieces, pieces_per_document, size = [], [], 0
-    yield from _encode_batch(pieces, pieces_per_document, tokenizer)
-
-
-def _encode_batch(pieces: list[str], counts: list[int], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    encoded = iter(tokenizer.encode_batch(pieces))
-    for count in counts:
-        ids: list[int] = []
-        for _ in range(count):
-            ids += next(encoded)
-        yield np.array([*ids, tokenizer.eos_id], np.int32)
+        *heads, last = split_text(text)
+        for piece, is_last in [*((head, False) for head in heads), (last, True)]:
+            batch.append((piece, is_last))
+            size += len(piece)
+            if size >= BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def split_text(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:

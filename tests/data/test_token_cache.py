@@ -82,6 +82,9 @@ def test_long_documents_encode_in_pieces_as_they_do_whole(texts, tokenizer):
 
 
 def test_batches_do_not_change_the_result(texts, tokenizer, monkeypatch):
+    texts = [*texts, "\n".join(texts * 10), "last"]
+    assert len(list(split_text(texts[-2]))) > 1, "one document must reach over several batches"
     whole = [ids.tolist() for ids in encode_documents(texts, tokenizer)]
+    assert whole == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     monkeypatch.setattr("deepseek_jax.data.token_cache.BATCH_CHARS", 5000)
     assert [ids.tolist() for ids in encode_documents(texts, tokenizer)] == whole

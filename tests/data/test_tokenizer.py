@@ -49,9 +49,9 @@ def test_trained_tokenizer_round_trips(tokenizer, text):
 
 def test_training_is_deterministic_and_fills_the_vocabulary(texts, tokenizer):
     again = train_tokenizer(iter(texts), vocab_size=512)
-    assert again.fingerprint() == tokenizer.fingerprint()
+    assert again.fingerprint == tokenizer.fingerprint
     assert tokenizer.vocab_size == 512
-    assert train_tokenizer(texts, vocab_size=300).fingerprint() != tokenizer.fingerprint()
+    assert train_tokenizer(texts, vocab_size=300).fingerprint != tokenizer.fingerprint
     assert train_tokenizer([], vocab_size=512).vocab_size == MIN_VOCAB_SIZE
     with pytest.raises(ValueError, match=f"vocab_size 200 is too small.*at least {MIN_VOCAB_SIZE}"):
         train_tokenizer(texts, vocab_size=200)
@@ -110,7 +110,7 @@ def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "deep" / "tokenizer.json")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tokenizer.json"]
     for path in (tmp_path / "deep", tmp_path / "deep" / "tokenizer.json"):
-        assert Tokenizer.load(path).fingerprint() == tokenizer.fingerprint()
+        assert Tokenizer.load(path).fingerprint == tokenizer.fingerprint
 
 
 def test_load_errors_name_the_file(tmp_path):
