@@ -121,8 +121,8 @@ class BatchStream:
         mine = range(self._process_index * local, (self._process_index + 1) * local)
         epoch, position, rows = cursor.epoch, cursor.position, []
         for row in range(num_sequences):
-            while position >= len(self._epoch(epoch)):
-                epoch, position = epoch + 1, position - len(self._epoch(epoch))
+            if position >= len(self._epoch(epoch)):
+                epoch, position = epoch + 1, 0
             if row in mine:
                 rows.append(self._epoch(epoch)[position])
             position += 1
