@@ -1,0 +1,62 @@
+"""DeepSeekMoE layer: shared experts for every token, routed experts by the gate (equations 12-16).
+
+The routed computation is an argument (`experts`), so that the same layer runs on one device
+(`experts.routed_experts`), while decoding (`experts.decode_experts`) and over a mesh.
+
+Dims: b batch, t token, d hidden, e routed expert, k selected expert.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.experts import expert_params, routed_experts
+from deepseek_jax.model.layers import Params, mlp, mlp_params
+from deepseek_jax.model.params import declare
+from deepseek_jax.model.router import BalanceStats, affinities, balance_stats, gate_params, route
+
+# (expert params, x [n, d], expert ids [n, k], weights [n, k]) -> [n, d]
+Experts = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def moe_params(cfg: ModelConfig) -> dict[str, Any]:
+    tree: dict[str, Any] = {"gate": gate_params(cfg), "experts": expert_params(cfg)}
+    if cfg.n_shared_experts:
+        tree["shared"] = mlp_params(cfg.hidden_size, cfg.n_shared_experts * cfg.moe_intermediate_size)
+    return tree
+
+
+def moe(
+    p: Params,
+    cfg: ModelConfig,
+    x_btd: jax.Array,
+    bias_e: jax.Array | None = None,
+    experts: Experts = routed_experts,
+) -> tuple[jax.Array, BalanceStats]:
+    """Shared plus routed experts -> ([b, t, d], load and balance losses of this layer)."""
+    s_bte = affinities(p["gate"], cfg, x_btd)
+    routing = route(cfg, s_bte, bias_e)
+    k = cfg.num_experts_per_tok
+    flat = x_btd.reshape(-1, x_btd.shape[-1])
+    y = experts(p["experts"], flat, routing.experts_btk.reshape(-1, k), routing.weights_btk.reshape(-1, k))
+    y_btd = y.reshape(x_btd.shape)
+    if "shared" in p:
+        y_btd = y_btd + mlp(p["shared"], x_btd)
+    return y_btd, balance_stats(cfg, s_bte, routing)
+
+
+class DeepSeekMoE(nn.Module):
+    """The MoE layer over [b, t, d] as a module of its own (study, notebooks): returns (y, BalanceStats)."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array, bias_e: jax.Array | None = None) -> Any:
+        p = declare(self, moe_params(self.cfg), self.cfg.initializer_range)
+        if bias_e is None and self.cfg.has_balance_bias:
+            bias_e = jnp.zeros((self.cfg.n_routed_experts,), jnp.float32)
+        return moe(p, self.cfg, x_btd, bias_e)

@@ -1,0 +1,112 @@
+"""Gate, group-limited top-k, auxiliary-loss-free bias update and balance losses (report section 2.1.2).
+
+Experts are *selected* by affinity plus correction bias and *weighted* by the affinity alone. A group's score
+is the sum of its two best biased affinities (V3) or their maximum (V2, softmax, no bias); groups that are
+not kept are masked with -inf, because with negative biases a mask of 0 would win.
+
+Dims: b batch, t token, d hidden, e routed expert, k selected expert, g group, l layer.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.layers import Params
+from deepseek_jax.model.params import Param
+
+
+class Routing(NamedTuple):
+    """experts_btk: int32 ids; weights_btk: float32 gating values, routed_scaling_factor included."""
+
+    experts_btk: jax.Array
+    weights_btk: jax.Array
+
+
+class BalanceStats(NamedTuple):
+    """Of one layer: tokens per expert (int32 [e]) and the two balance losses (float32, weight excluded)."""
+
+    counts_e: jax.Array
+    seq_loss: jax.Array
+    classic_loss: jax.Array
+
+
+def gate_params(cfg: ModelConfig) -> dict[str, Param]:
+    return {"w_gate_de": Param((cfg.hidden_size, cfg.n_routed_experts), ("embed", None))}
+
+
+def affinities(p: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
+    """Token-to-expert affinities in float32 [b, t, e] (equation 15; softmax for V2)."""
+    logits_bte = x_btd.astype(jnp.float32) @ p["w_gate_de"].astype(jnp.float32)
+    if cfg.scoring_func == "sigmoid":
+        return jax.nn.sigmoid(logits_bte)
+    return jax.nn.softmax(logits_bte, axis=-1)
+
+
+def _limit_groups(choice: jax.Array, cfg: ModelConfig, biased: bool) -> jax.Array:
+    """Scores with all experts outside the `topk_group` best groups at -inf."""
+    if cfg.topk_group == cfg.n_group:
+        return choice
+    grouped = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
+    best = min(2, grouped.shape[-1]) if biased else 1
+    score_btg = jax.lax.top_k(grouped, best)[0].sum(-1)
+    _, kept = jax.lax.top_k(score_btg, cfg.topk_group)
+    keep_btg = (kept[..., None] == jnp.arange(cfg.n_group)).any(-2)
+    return jnp.where(keep_btg[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def route(cfg: ModelConfig, s_bte: jax.Array, bias_e: jax.Array | None) -> Routing:
+    """Top-k experts of each token and their gating values (equations 13, 14, 16).
+
+    `bias_e` (float32) shifts the selection only; it must be None or zero for softmax gating.
+    """
+    biased = cfg.has_balance_bias and bias_e is not None
+    choice = jax.lax.stop_gradient(s_bte)
+    if biased:
+        choice = choice + jax.lax.stop_gradient(bias_e)
+    choice = _limit_groups(choice, cfg, cfg.has_balance_bias)
+    _, experts = jax.lax.top_k(choice, cfg.num_experts_per_tok)
+    weights = jnp.take_along_axis(s_bte, experts, axis=-1)
+    if cfg.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return Routing(experts.astype(jnp.int32), weights * cfg.routed_scaling_factor)
+
+
+def expert_counts(experts: jax.Array, n_experts: int) -> jax.Array:
+    """How often each expert occurs in `experts` (any shape) -> int32 [e]; ids outside [0, e) are ignored."""
+    return jnp.zeros((n_experts,), jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
+
+
+def balance_stats(cfg: ModelConfig, s_bte: jax.Array, routing: Routing) -> BalanceStats:
+    """Load and balance losses of one layer.
+
+    The sequence-wise loss (equations 17-20) is per sequence, then averaged over b; its f uses the plain
+    top-k of the unbiased affinities, as equation 18 says. The classic loss takes the experts really
+    selected, over all b x t tokens at hand. Both are 1 under perfect balance.
+    """
+    b, t, e = s_bte.shape
+    k = cfg.num_experts_per_tok
+    share_bte = s_bte / (s_bte.sum(-1, keepdims=True) + 1e-20)
+    _, top = jax.lax.top_k(jax.lax.stop_gradient(s_bte), k)
+    hits_be = jax.vmap(lambda ids: expert_counts(ids, e))(top)
+    f_be = hits_be.astype(jnp.float32) * (e / (k * t))
+    seq_loss = (f_be * share_bte.mean(1)).sum(-1).mean()
+    counts_e = expert_counts(routing.experts_btk, e)
+    f_e = counts_e.astype(jnp.float32) * (e / (k * b * t))
+    return BalanceStats(counts_e, seq_loss, (f_e * share_bte.mean((0, 1))).sum())
+
+
+def update_bias(bias_le: jax.Array, counts_le: jax.Array, gamma: jax.Array | float) -> jax.Array:
+    """Move each bias by gamma against the sign of its overload (section 2.1.2); integers, so exact.
+
+    counts_le int32: load over the whole global batch; an expert exactly at the mean keeps its bias.
+    """
+    over = counts_le * counts_le.shape[-1] - counts_le.sum(-1, keepdims=True)
+    return bias_le - gamma * jnp.sign(over).astype(bias_le.dtype)
+
+
+def max_violation(counts_le: jax.Array) -> jax.Array:
+    """MaxVio of each layer: heaviest load over mean load, minus 1 -> float32 [l]."""
+    counts = counts_le.astype(jnp.float32)
+    return counts.max(-1) / jnp.maximum(counts.mean(-1), 1e-9) - 1.0

@@ -1,0 +1,327 @@
+"""DeepSeek-V3: embedding, stack of dense blocks, stack of MoE blocks, final norm, head, MTP modules.
+
+Layers of one kind are stacked on a leading axis and scanned, so compile time does not grow with depth.
+`forward` is the pure function; `DeepSeekV3` is the Linen module over it.
+
+Dims: b batch, t token, s cache slot, d hidden, l layer, e routed expert, v vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.experts import decode_experts, routed_experts
+from deepseek_jax.model.layers import (
+    MLA_UP,
+    RMSNORM,
+    Params,
+    embed,
+    embed_params,
+    head_params,
+    logits,
+    mlp,
+    mlp_params,
+    rms_norm,
+)
+from deepseek_jax.model.mla import LatentCache, Rope, latents, mla, mla_decode, mla_params
+from deepseek_jax.model.moe import Experts, moe, moe_params
+from deepseek_jax.model.params import Param, declare, stacked
+from deepseek_jax.model.rope import rope_table
+from deepseek_jax.model.router import BalanceStats
+
+
+def block_params(cfg: ModelConfig, is_moe: bool) -> dict[str, Any]:
+    d = cfg.hidden_size
+    return {
+        "attn_norm_d": Param((d,), ("embed",), "ones"),
+        "attn": mla_params(cfg),
+        "ffn_norm_d": Param((d,), ("embed",), "ones"),
+        "ffn": moe_params(cfg) if is_moe else mlp_params(d, cfg.intermediate_size),
+    }
+
+
+def mtp_params(cfg: ModelConfig) -> dict[str, Any]:
+    """One MTP module: two input norms, projection of [embedding; hidden], a MoE block, output norm."""
+    d = cfg.hidden_size
+    return {
+        "enorm_d": Param((d,), ("embed",), "ones"),
+        "hnorm_d": Param((d,), ("embed",), "ones"),
+        "w_eh_cd": Param((2 * d, d), (None, "embed")),
+        "block": block_params(cfg, is_moe=True),
+        "norm_d": Param((d,), ("embed",), "ones"),
+    }
+
+
+def model_params(cfg: ModelConfig) -> dict[str, Any]:
+    """Every parameter of the model; the router's correction bias is state, not a parameter."""
+    tree: dict[str, Any] = {"embed": embed_params(cfg)}
+    if cfg.first_k_dense_replace:
+        tree["dense_layers"] = stacked(block_params(cfg, False), cfg.first_k_dense_replace)
+    if cfg.num_moe_layers:
+        tree["moe_layers"] = stacked(block_params(cfg, True), cfg.num_moe_layers)
+    tree["final_norm"] = {"scale_d": Param((cfg.hidden_size,), ("embed",), "ones")}
+    if not cfg.tie_word_embeddings:
+        tree["head"] = head_params(cfg)
+    if cfg.num_nextn_predict_layers:
+        tree["mtp"] = stacked(mtp_params(cfg), cfg.num_nextn_predict_layers)
+    return tree
+
+
+# --- recomputation (report section 3.2.3) ------------------------------------------------------------------
+
+REMAT = ("none", "deepseek", "full")
+
+
+def recompute(fn: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """`fn` under a named policy: "none" saves all, "full" saves only its inputs, "deepseek" saves all but the
+    outputs of RMSNorm and of the MLA up-projections, which are recomputed in the backward pass."""
+    if policy == "none":
+        return fn
+    if policy == "full":
+        return jax.checkpoint(fn)
+    if policy == "deepseek":
+        keep = jax.checkpoint_policies.save_anything_except_these_names(RMSNORM, MLA_UP)
+        return jax.checkpoint(fn, policy=keep)
+    raise ValueError(f"remat={policy!r} is not one of {list(REMAT)}")
+
+
+# --- blocks and stacks -------------------------------------------------------------------------------------
+
+
+def no_stats(cfg: ModelConfig) -> BalanceStats:
+    zero = jnp.zeros((), jnp.float32)
+    return BalanceStats(jnp.zeros((cfg.n_routed_experts,), jnp.int32), zero, zero)
+
+
+def _ffn(
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: Experts
+) -> tuple[jax.Array, BalanceStats]:
+    h_btd = rms_norm(x_btd, p["ffn_norm_d"], cfg.rms_norm_eps)
+    if "gate" in p["ffn"]:
+        y_btd, stats = moe(p["ffn"], cfg, h_btd, bias_e, experts)
+        return x_btd + y_btd, stats
+    return x_btd + mlp(p["ffn"], h_btd), no_stats(cfg)
+
+
+def block(
+    p: Params,
+    cfg: ModelConfig,
+    x_btd: jax.Array,
+    rope: Rope,
+    segments_bt: jax.Array | None,
+    bias_e: jax.Array | None,
+    experts: Experts,
+) -> tuple[jax.Array, BalanceStats, LatentCache]:
+    """One transformer block: attention, then dense or MoE FFN, each with a pre-norm and a residual."""
+    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
+    a_btd, latent = mla(p["attn"], cfg, h_btd, rope, segments_bt)
+    y_btd, stats = _ffn(p, cfg, x_btd + a_btd, bias_e, experts)
+    return y_btd, stats, latent
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward pass share."""
+
+    rope: Rope
+    segments_bt: jax.Array | None
+    remat: str
+    experts: Experts
+    with_cache: bool
+
+
+# Up to this many layers a stack is unrolled: no copies of weight slices, at little compile time.
+UNROLL_LAYERS = 4
+
+
+def _stack(
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_le: jax.Array | None, ctx: Context
+) -> tuple[jax.Array, BalanceStats, LatentCache | None]:
+    """All layers of one kind. Statistics and latents come back stacked on the layer axis."""
+
+    def body(x, layer):
+        p_layer, bias_e = layer
+        y, stats, latent = block(p_layer, cfg, x, ctx.rope, ctx.segments_bt, bias_e, ctx.experts)
+        return y, (stats, latent if ctx.with_cache else None)
+
+    n = jax.tree.leaves(p)[0].shape[0]
+    unroll = n if n <= UNROLL_LAYERS else 1
+    y_btd, (stats, latent) = lax.scan(recompute(body, ctx.remat), x_btd, (p, bias_le), unroll=unroll)
+    return y_btd, stats, latent
+
+
+class Aux(NamedTuple):
+    """expert_counts_le int32: tokens per MoE layer (main model, then MTP modules) and expert.
+    seq_loss, classic_loss: float32, summed over those layers, weights excluded.
+    mtp: hidden states [depth, b, t, d] of the MTP modules (inside) or their logits (from the module).
+    cache: latents of the main model, stacked [l, b, t, ...], if asked for."""
+
+    expert_counts_le: jax.Array
+    seq_loss: jax.Array
+    classic_loss: jax.Array
+    mtp: jax.Array | None
+    cache: LatentCache | None
+
+
+def mtp_hidden(
+    params: Params, cfg: ModelConfig, h_btd: jax.Array, tokens_bt: jax.Array, bias_le: Any, ctx: Context
+) -> tuple[jax.Array, BalanceStats]:
+    """Hidden states of each MTP module, after its norm [depth, b, t, d] (equations 21-23).
+
+    Module k reads, at position i, the previous depth's hidden state and the embedding of token i + k; the
+    embedding comes first in the projection, as in the released weights. `h_btd` is the main model's state
+    after its final norm. The last k positions have no token i + k: they wrap around and are to be ignored.
+    """
+    outs, stats = [], []
+    for k in range(cfg.num_nextn_predict_layers):
+        p = jax.tree.map(lambda x, k=k: x[k], params["mtp"])
+        e_btd = embed(params["embed"], cfg, jnp.roll(tokens_bt, -(k + 1), axis=1))
+        bias_e = None if bias_le is None else bias_le[k]
+
+        def module(p, h, e, bias_e):
+            joined = (
+                rms_norm(e, p["enorm_d"], cfg.rms_norm_eps),
+                rms_norm(h, p["hnorm_d"], cfg.rms_norm_eps),
+            )
+            x = jnp.concatenate(joined, axis=-1) @ p["w_eh_cd"].astype(e.dtype)
+            y, s, _ = block(p["block"], cfg, x, ctx.rope, ctx.segments_bt, bias_e, ctx.experts)
+            return y, s, rms_norm(y, p["norm_d"], cfg.rms_norm_eps)
+
+        h_btd, s, out = recompute(module, ctx.remat)(p, h_btd, e_btd, bias_e)
+        outs.append(out)
+        stats.append(s)
+    return jnp.stack(outs), jax.tree.map(lambda *x: jnp.stack(x), *stats)
+
+
+def forward(
+    params: Params,
+    cfg: ModelConfig,
+    tokens_bt: jax.Array,
+    balance_bias: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    *,
+    remat: str = "none",
+    experts: Experts = routed_experts,
+    mtp: bool = True,
+    with_cache: bool = False,
+) -> tuple[jax.Array, Aux]:
+    """Hidden states after the final norm [b, t, d] in the compute dtype, and `Aux`.
+
+    tokens_bt int32; balance_bias float32 [layer, expert] or None for zeros; positions int32 [b, t] (default
+    0..t-1); segments int32 [b, t]: tokens of different segments do not see each other.
+    """
+    if positions is None:
+        positions = jnp.arange(tokens_bt.shape[1])[None]
+    ctx = Context(rope_table(cfg, positions), segments, remat, experts, with_cache)
+    n_moe = cfg.num_moe_layers
+    x_btd = embed(params["embed"], cfg, tokens_bt)
+    all_stats, caches = [], []
+    if cfg.first_k_dense_replace:
+        x_btd, _, cache = _stack(params["dense_layers"], cfg, x_btd, None, ctx)
+        caches.append(cache)
+    if n_moe:
+        bias = None if balance_bias is None else balance_bias[:n_moe]
+        x_btd, stats, cache = _stack(params["moe_layers"], cfg, x_btd, bias, ctx)
+        all_stats.append(stats)
+        caches.append(cache)
+    h_btd = rms_norm(x_btd, params["final_norm"]["scale_d"], cfg.rms_norm_eps)
+    hidden = None
+    if mtp and cfg.num_nextn_predict_layers:
+        bias = None if balance_bias is None else balance_bias[n_moe:]
+        hidden, stats = mtp_hidden(params, cfg, h_btd, tokens_bt, bias, ctx)
+        all_stats.append(stats)
+    stats = jax.tree.map(lambda *x: jnp.concatenate(x), *all_stats) if all_stats else None
+    cache = jax.tree.map(lambda *x: jnp.concatenate(x), *caches) if with_cache else None
+    if stats is None:
+        none = no_stats(cfg)
+        return h_btd, Aux(none.counts_e[None][:0], none.seq_loss, none.classic_loss, hidden, cache)
+    return h_btd, Aux(stats.counts_e, stats.seq_loss.sum(), stats.classic_loss.sum(), hidden, cache)
+
+
+# --- decoding over the latent cache ------------------------------------------------------------------------
+
+
+def _decode_block(
+    p: Params,
+    cfg: ModelConfig,
+    x_btd: jax.Array,
+    ctx: tuple[Rope, jax.Array, jax.Array],
+    cache: LatentCache,
+    bias_e: Any,
+) -> tuple[jax.Array, LatentCache]:
+    rope, slot, mask_bts = ctx
+    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
+    new = latents(p["attn"], cfg, h_btd, rope)
+    cache = jax.tree.map(
+        lambda c, n: lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), slot, 1), cache, new
+    )
+    x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, rope, cache, mask_bts)
+    return _ffn(p, cfg, x_btd, bias_e, decode_experts)[0], cache
+
+
+def decode(
+    params: Params,
+    cfg: ModelConfig,
+    tokens_bt: jax.Array,
+    cache: LatentCache,
+    slot: jax.Array,
+    positions_bt: jax.Array,
+    mask_bts: jax.Array,
+    balance_bias: jax.Array | None = None,
+) -> tuple[jax.Array, LatentCache]:
+    """t new tokens per sequence through the absorbed form. Returns (hidden [b, t, d], updated cache).
+
+    The tokens' latents go to slots slot .. slot + t - 1 of the cache [l, b, s, ...]; `mask_bts` says which
+    slots each token sees, itself included.
+    """
+    ctx = (rope_table(cfg, positions_bt), slot, mask_bts)
+    x_btd = embed(params["embed"], cfg, tokens_bt)
+    layer = 0
+    for name in ("dense_layers", "moe_layers"):
+        if name not in params:
+            continue
+        n = jax.tree.leaves(params[name])[0].shape[0]
+        bias = balance_bias[:n] if balance_bias is not None and name == "moe_layers" else None
+
+        def body(carry, xs):
+            x, whole = carry
+            p, bias_e, i = xs
+            one = jax.tree.map(lambda c: lax.dynamic_index_in_dim(c, i, 0, keepdims=False), whole)
+            y, one = _decode_block(p, cfg, x, ctx, one, bias_e)
+            whole = jax.tree.map(lambda c, o: lax.dynamic_update_index_in_dim(c, o, i, 0), whole, one)
+            return (y, whole), None
+
+        index = jnp.arange(layer, layer + n)
+        unroll = n if n <= UNROLL_LAYERS else 1
+        (x_btd, cache), _ = lax.scan(body, (x_btd, cache), (params[name], bias, index), unroll=unroll)
+        layer += n
+    return rms_norm(x_btd, params["final_norm"]["scale_d"], cfg.rms_norm_eps), cache
+
+
+class DeepSeekV3(nn.Module):
+    """The whole model. `apply({"params": params}, tokens_bt, balance_bias=...) -> (logits_btv, aux)`.
+
+    Logits are float32. `aux.mtp` holds the MTP modules' logits [depth, b, t, v]: depth k at position i
+    predicts token i + k + 2 (counting k from 0); its last k + 1 positions are meaningless.
+    """
+
+    cfg: ModelConfig
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_bt: jax.Array,
+        balance_bias: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> tuple[jax.Array, Aux]:
+        params = declare(self, model_params(self.cfg), self.cfg.initializer_range)
+        h_btd, aux = forward(params, self.cfg, tokens_bt, balance_bias, positions, segments, remat=self.remat)
+        mtp_logits = None if aux.mtp is None else logits(params, aux.mtp)
+        return logits(params, h_btd), aux._replace(mtp=mtp_logits)
