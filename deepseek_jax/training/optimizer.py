@@ -30,7 +30,7 @@ class AdamWState(NamedTuple):
 
 
 def decay_matrices(params: PyTree) -> PyTree:
-    """Which leaves decay: everything but norm scales (leaf named `scale`, or ending in `_scale`) and vectors.
+    """Which leaves decay: everything but norm scales (`norm` or `scale` in the leaf's name) and vectors.
 
     The report gives the weight decay but not what it covers. Layers are stacked on a leading dim, so a norm
     scale may have two dims: the name decides.
@@ -38,7 +38,7 @@ def decay_matrices(params: PyTree) -> PyTree:
 
     def decays(path: tuple, leaf: jax.Array) -> bool:
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        return leaf.ndim >= 2 and name != "scale" and not name.endswith("_scale")
+        return leaf.ndim >= 2 and "norm" not in name and "scale" not in name
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -1,0 +1,233 @@
+"""One training step: losses, gradients over the mesh, guarded update, bias update (report sections 2.1.2, 2.2, 4.2).
+
+The forward and backward pass runs inside `shard_map`, each device on its own sequences; losses are divided by
+the *global* token count on each device, so that plain sums over the batch axes give global means. Expert loads
+are summed as integers, so the bias update is exact whatever the number of devices.
+
+Dims: b sequence, t token, w window (t + 1 or more tokens), n flattened token, k MTP depth, l layer, e expert.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from deepseek_jax.config import BalanceConfig, Config, ModelConfig
+from deepseek_jax.model.layers import head_weight
+from deepseek_jax.model.loss import weighted_nll
+from deepseek_jax.model.params import initialise
+from deepseek_jax.model.router import update_bias
+from deepseek_jax.model.transformer import forward, model_params
+from deepseek_jax.parallel.mesh import BATCH_AXES, batch_shards
+from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
+from deepseek_jax.training.state import Hyper, TrainState
+
+Batch = Mapping[str, jax.Array]  # "tokens" int32 [b, w], and with packing masks "segments" and "positions"
+
+
+class Losses(NamedTuple):
+    """Means over the global batch, nats per token: main model, MTP (equation 25 without lambda), balance."""
+
+    main: jax.Array
+    mtp: jax.Array
+    balance: jax.Array
+    counts_le: jax.Array  # int32: tokens per MoE layer and expert
+
+
+class Metrics(NamedTuple):
+    """Of one step; `finite` is False where the update was not applied."""
+
+    loss: jax.Array
+    mtp_loss: jax.Array
+    balance_loss: jax.Array
+    grad_norm: jax.Array
+    counts_le: jax.Array
+    finite: jax.Array
+    bad_steps: jax.Array
+    skipped: jax.Array
+
+
+def _targets(batch: Batch, t: int, depth: int) -> tuple[jax.Array, jax.Array]:
+    """Labels [b, t] of depth 0 (main model) or k (MTP), and which of them count.
+
+    Depth k predicts token i + k + 1 at position i. The last k positions of a window have no label within the
+    window (the sums are still divided by t, section 2.2). With segments, a label of another document does not
+    count.
+    """
+    tokens, b = batch["tokens"], batch["tokens"].shape[0]
+    labels = jnp.roll(tokens[:, : t + 1], -(depth + 1), axis=1)[:, :t]
+    valid = jnp.broadcast_to(jnp.arange(t) < t - depth, (b, t))
+    if "segments" in batch:
+        segments = batch["segments"][:, : t + 1]
+        valid &= jnp.roll(segments, -(depth + 1), axis=1)[:, :t] == segments[:, :t]
+    return labels, valid
+
+
+def _balance_loss(balance: BalanceConfig, seq_loss: jax.Array, classic_loss: jax.Array) -> jax.Array:
+    if balance.mode == "loss_free":
+        return balance.seq_alpha * seq_loss
+    if balance.mode == "classic":
+        return balance.classic_alpha * classic_loss
+    return jnp.zeros((), jnp.float32)
+
+
+def losses(
+    params: Any,
+    cfg: Config,
+    batch: Batch,
+    balance_bias: jax.Array,
+    sequences: int,
+    forward_fn: Callable[..., Any] = forward,
+) -> Losses:
+    """This device's part of the losses: sums divided by the `sequences` of the global batch.
+
+    Summed over devices and micro-batches they are the global means.
+    """
+    model, t = cfg.model, cfg.data.seq_len
+    context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
+    inputs = batch["tokens"][:, :t]
+    h_btd, aux = forward_fn(params, model, inputs, balance_bias, remat=cfg.train.remat, **context)
+    w_dv = head_weight(params)
+
+    def nll(h, depth):
+        labels, valid = _targets(batch, t, depth)
+        weights = valid.astype(jnp.float32).reshape(-1) / (sequences * t)
+        return weighted_nll(h.reshape(-1, h.shape[-1]), w_dv, labels.reshape(-1), weights, cfg.train.loss_chunk)
+
+    depths = model.num_nextn_predict_layers
+    mtp = jnp.zeros((), jnp.float32)
+    for k in range(depths):
+        mtp = mtp + nll(aux.mtp[k], k + 1) / depths
+    share = inputs.shape[0] / sequences
+    balance = _balance_loss(cfg.balance, aux.seq_loss, aux.classic_loss) * share
+    return Losses(nll(h_btd, 0), mtp, balance, aux.expert_counts_le)
+
+
+def _gradients(
+    params: Any, cfg: Config, batch: Batch, balance_bias: jax.Array, mtp_lambda: jax.Array, sequences: int
+) -> tuple[Any, Losses]:
+    """Gradients and losses of this device's sequences, in `grad_accumulation` micro-batches."""
+
+    def objective(params, micro):
+        parts = losses(params, cfg, micro, balance_bias, sequences)
+        return parts.main + mtp_lambda * parts.mtp + parts.balance, parts
+
+    grad = jax.grad(objective, has_aux=True)
+    steps = cfg.train.grad_accumulation
+    if steps == 1:
+        return grad(params, batch)
+    micro = {name: x.reshape(steps, -1, *x.shape[1:]) for name, x in batch.items()}
+
+    def body(total, part):
+        return jax.tree.map(jnp.add, total, grad(params, part)), None
+
+    shapes = jax.eval_shape(grad, params, {name: x[0] for name, x in micro.items()})
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return lax.scan(body, zero, micro)[0]
+
+
+def init_state(cfg: Config, mesh: Mesh) -> TrainState:
+    """Random parameters (from train.seed), empty moments, zero bias; replicated over the mesh."""
+
+    def create():
+        init_key, run_key = jax.random.split(jax.random.key(cfg.train.seed))
+        params = initialise(init_key, model_params(cfg.model), cfg.model.initializer_range)
+        bias = jnp.zeros(cfg.model.balance_bias_shape, jnp.float32)
+        return TrainState.create(params, adamw(cfg.optimizer).init(params), bias, run_key)
+
+    everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    return jax.jit(create, out_shardings=everywhere)()
+
+
+def _sequences(cfg: Config, mesh: Mesh, batch: Batch) -> int:
+    """Global batch size. Raises ValueError if it does not divide over devices and micro-batches."""
+    n, parts = batch["tokens"].shape[0], batch_shards(mesh) * cfg.train.grad_accumulation
+    if n % parts:
+        raise ValueError(
+            f"a batch of {n} sequences does not divide into {batch_shards(mesh)} device shards x "
+            f"grad_accumulation={cfg.train.grad_accumulation}; change train.batch_size or mesh.*"
+        )
+    return n
+
+
+def make_train_step(cfg: Config, mesh: Mesh) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
+    """The jitted step: (state, batch, hyper) -> (state, metrics). `state` is donated.
+
+    A loss or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
+    Recompiles for each batch size.
+    """
+    optimizer = adamw(cfg.optimizer)
+    everywhere = PartitionSpec()
+
+    def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        n = _sequences(cfg, mesh, batch)
+
+        def local(params, bias, batch, mtp_lambda):
+            grads, parts = _gradients(params, cfg, batch, bias, mtp_lambda, n)
+            return lax.psum((grads, parts), BATCH_AXES)
+
+        grads, parts = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, PartitionSpec(BATCH_AXES), everywhere),
+            out_specs=everywhere,
+            check_vma=False,
+        )(state.params, state.balance_bias, batch, hyper.mtp_lambda)
+        norm = global_norm(grads)
+        finite = jnp.isfinite(parts.main) & jnp.isfinite(parts.mtp) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper.lr, norm)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        bias = state.balance_bias
+        if cfg.model.has_balance_bias and cfg.balance.mode == "loss_free":
+            bias = update_bias(bias, parts.counts_le, hyper.gamma)
+        new = (params, opt_state, bias)
+        old = (state.params, state.opt_state, state.balance_bias)
+        params, opt_state, bias = apply_if_finite(new, old, finite)
+        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            balance_bias=bias,
+            bad_steps=bad_steps,
+            skipped=skipped,
+        )
+        metrics = Metrics(
+            parts.main, parts.mtp, parts.balance, norm, parts.counts_le, finite, bad_steps, skipped
+        )
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch], jax.Array]:
+    """The jitted evaluation: (params, balance_bias, batch) -> summed nats of each window, float32 [b]."""
+    model, t = cfg.model, cfg.data.seq_len
+
+    def local(params, bias, batch):
+        context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
+        h_btd, _ = forward(params, model, batch["tokens"][:, :t], bias, mtp=False, **context)
+        labels, valid = _targets(batch, t, 0)
+        w_dv = head_weight(params)
+
+        def window(args):
+            h, y, v = args
+            return weighted_nll(h, w_dv, y, v.astype(jnp.float32), cfg.train.loss_chunk)
+
+        return lax.map(window, (h_btd, labels, valid))
+
+    everywhere, sharded = PartitionSpec(), PartitionSpec(BATCH_AXES)
+    return jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=(everywhere, everywhere, sharded), out_specs=sharded, check_vma=False
+        )
+    )
+
+
+def model_flops_per_step(cfg: ModelConfig, sequences: int, seq_len: int) -> float:
+    """FLOPs of one step of the main model (causal attention, MTP excluded, no recomputation)."""
+    return cfg.flops_per_token(seq_len) * sequences * seq_len
