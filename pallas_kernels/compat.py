@@ -24,6 +24,13 @@ def swizzled(dtype, minor: int) -> tuple:
     return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
+def load_global(ref, layout) -> jax.Array:
+    """Read a slice of global memory straight into registers of `layout` (without shared memory, for small vectors)."""
+    if JAX_VERSION < (0, 11):
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
 def interpret_params(detect_races: bool = True):
     """Parameters of the Mosaic GPU CPU interpreter.
 

@@ -26,7 +26,7 @@ from pallas_kernels.compat import compiler_params, swizzled
 
 COMPUTE_WARPGROUPS = 2
 WGMMA_ROWS = 64
-MEMORY_REGISTERS = 40  # of a thread of the TMA warpgroup; the compute warpgroups get the rest
+MEMORY_REGISTERS = 72  # per thread of the TMA warpgroup: with less it spills; the compute warpgroups share the rest
 H100_SMS = 132
 
 
@@ -73,7 +73,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Position of an output tile: group (0 where there are none) and block indices along M and N."""
+    """Position of an output tile: its group (0 where there are none) and its block indices along M and N."""
 
     g: Any
     mi: Any
@@ -105,7 +105,8 @@ class Problem:
       out_view: (out_ref, tile) -> the [tm, tn] slice to store.
       promoted: which of the two kinds of step.
       allocation_views: references of the shapes of `views`, outside any tile.
-      active: (refs, tile) -> bool; tiles where it is False are set to zero instead of computed.
+      group_of: (refs, mi) -> group of a row of tiles, read once per tile into `Tile.g`; tiles of a negative group are
+        set to zero instead of computed.
       finish: (refs, tile, rows, acc) -> acc, applied to each slab of 64 rows before it is stored.
       addend: (refs, tile) -> [tm, tn] reference of the output dtype to add to the product.
     """
@@ -120,7 +121,7 @@ class Problem:
     promoted: bool
     allocation_views: Callable
     groups: int = 1
-    active: Callable | None = None
+    group_of: Callable | None = None
     finish: Callable | None = None
     addend: Callable | None = None
 
@@ -141,6 +142,7 @@ def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array
             def _(info):
                 g, linear = info.index
                 mi, ni = plgpu.planar_snake(linear, (m_tiles, n_tiles), 1, config.snake)
+                g = g if problem.group_of is None else problem.group_of(refs, mi)
                 tile_pipeline(Tile(g, mi, ni, config), allocations)
 
         pl.run_scoped(walk, sizes, collective_axes="wg")
@@ -248,13 +250,14 @@ def _pipeline(problem: Problem, config: TileConfig, refs, out_ref, out_smem, add
     def clear(tile):
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _():
+            zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32), plgpu.Layout.WGMMA)
             for slab in share.slabs():
-                store(tile, slab, jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32))
+                store(tile, slab, zero)
 
     def run_tile(tile, allocations):
-        if problem.active is None:
+        if problem.group_of is None:
             compute(tile, allocations)
         else:
-            lax.cond(problem.active(refs, tile), lambda: compute(tile, allocations), lambda: clear(tile))
+            lax.cond(tile.g >= 0, lambda: compute(tile, allocations), lambda: clear(tile))
 
     return run_tile

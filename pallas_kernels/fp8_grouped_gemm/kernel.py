@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK
+from pallas_kernels.compat import load_global
 from pallas_kernels.fp8_gemm.kernel import operand_spec, scale_spec, step_1d1d, step_1d2d
 from pallas_kernels.groups import tile_groups
 from pallas_kernels.matmul import WGMMA_ROWS, Problem, TileConfig, persistent_matmul
@@ -39,7 +40,7 @@ def keep_real_rows(ids_of):
 
     def finish(refs, tile, slab, acc):
         first = tile.mi * tile.config.tile_m + slab.start
-        ids = plgpu.layout_cast(ids_of(refs)[pl.ds(first, WGMMA_ROWS)], plgpu.Layout.WGMMA.reduce(1))
+        ids = load_global(ids_of(refs).at[pl.ds(first, WGMMA_ROWS)], plgpu.Layout.WGMMA.reduce(1))
         return jnp.where(lax.broadcast_in_dim(ids, acc.shape, (0,)) >= 0, acc, 0.0)
 
     return finish
@@ -50,24 +51,21 @@ def fp8_grouped_gemm(a, a_scale, b, b_scale, group_ids, *, out_dtype, config: Ti
     (m, k), n = a.shape, b.shape[1]
     tm, tn = config.tile_m, config.tile_n
 
-    def group(refs, tile):
-        return refs[4][tile.mi]
-
     problem = Problem(
         grid=(m // tm, n // tn),
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
         in_specs=[operand_spec(tm), operand_spec(tn), scale_spec(tm)],
         views=lambda refs, tile: [
             refs[0].at[tile.ms, :],
-            refs[1].at[group(refs, tile), tile.ns, :],
+            refs[1].at[tile.g, tile.ns, :],
             refs[2].at[:, tile.ms],
         ],
         allocation_views=lambda refs: [refs[0], refs[1].at[0], refs[2]],
         num_steps=k // BLOCK,
-        step=step_1d2d(lambda refs, tile, step: refs[3][group(refs, tile), (tile.ni * tn) // BLOCK, step]),
+        step=step_1d2d(lambda refs, tile, step: refs[3][tile.g, (tile.ni * tn) // BLOCK, step]),
         promoted=True,
         out_view=lambda out, tile: out.at[tile.ms, tile.ns],
-        active=lambda refs, tile: group(refs, tile) >= 0,
+        group_of=lambda refs, mi: refs[4][mi],
         finish=keep_real_rows(lambda refs: refs[5]),
     )
     operands = (a, b, a_scale.T, b_scale, tile_groups(group_ids, tm), group_ids)

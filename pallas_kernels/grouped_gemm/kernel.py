@@ -57,15 +57,8 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileC
     (m, k), n = a.shape, b.shape[1 if transpose_b else 2]
     tm, tn = config.tile_m, config.tile_n
 
-    def group(refs, tile):
-        return refs[2][tile.mi]
-
     def views(refs, tile):
-        b_g = (
-            refs[1].at[group(refs, tile), tile.ns, :]
-            if transpose_b
-            else refs[1].at[group(refs, tile), :, tile.ns]
-        )
+        b_g = refs[1].at[tile.g, tile.ns, :] if transpose_b else refs[1].at[tile.g, :, tile.ns]
         return [refs[0].at[tile.ms, :], b_g]
 
     def step(share, smem, acc_ref):
@@ -84,7 +77,7 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileC
         step=step,
         promoted=False,
         out_view=lambda out, tile: out.at[tile.ms, tile.ns],
-        active=lambda refs, tile: group(refs, tile) >= 0,
+        group_of=lambda refs, mi: refs[2][mi],
         finish=keep_real_rows(lambda refs: refs[3]),
     )
     return persistent_matmul(problem, config, a, b, tile_groups(group_ids, tm), group_ids)
