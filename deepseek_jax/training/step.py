@@ -95,7 +95,9 @@ def losses(
     def nll(h, depth):
         labels, valid = _targets(batch, t, depth)
         weights = valid.astype(jnp.float32).reshape(-1) / (sequences * t)
-        return weighted_nll(h.reshape(-1, h.shape[-1]), w_dv, labels.reshape(-1), weights, cfg.train.loss_chunk)
+        return weighted_nll(
+            h.reshape(-1, h.shape[-1]), w_dv, labels.reshape(-1), weights, cfg.train.loss_chunk
+        )
 
     depths = model.num_nextn_predict_layers
     mtp = jnp.zeros((), jnp.float32)
@@ -153,7 +155,9 @@ def _sequences(cfg: Config, mesh: Mesh, batch: Batch) -> int:
     return n
 
 
-def make_train_step(cfg: Config, mesh: Mesh) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
+def make_train_step(
+    cfg: Config, mesh: Mesh
+) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch, hyper) -> (state, metrics). `state` is donated.
 
     A loss or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
