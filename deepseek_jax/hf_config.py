@@ -1,0 +1,272 @@
+"""config.json of Hugging Face <-> `ModelConfig`, for DeepSeek-V3/R1/V3.1, V2, V2-Lite, Moonlight and Kimi-K2.
+
+Every field is either translated, required to have the one value that this model implements, or known to be
+harmless; anything else raises, because a field that is skipped in silence is a model that is silently wrong.
+Both spellings of the rotary settings are read: the published one (`rope_theta`, `rope_scaling`) and that of
+transformers 5 (`rope_parameters`). Sources: config.json of each model as published.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from deepseek_jax.config import ModelConfig, YarnConfig
+
+_SIGMOID_TYPES = ("deepseek_v3", "kimi_k2")  # V3, R1, V3.1, Moonlight; Kimi-K2
+_SOFTMAX_TYPES = ("deepseek_v2",)  # V2, V2-Lite
+
+# Same name and meaning on both sides.
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "first_k_dense_replace",
+    "intermediate_size",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "rms_norm_eps",
+)
+_OPTIONAL = ("tie_word_embeddings", "initializer_range")
+
+# Fields with one supported value. Absent is fine: it is the default everywhere.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0.0,),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+
+# Fields that do not change what the model computes.
+_HARMLESS_NAMES = """
+    _name_or_path architectures auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size eos_token_id ep_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder label2id length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix
+    pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate router_aux_loss_coef sep_token_id seq_aux suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+    torchscript transformers_version typical_p unsloth_version use_bfloat16 use_cache use_mtp
+"""
+_HARMLESS = frozenset(_HARMLESS_NAMES.split())
+# Translated, or compared with what other fields imply, by the functions below.
+_HANDLED_NAMES = """
+    model_type scoring_func topk_method n_group topk_group n_shared_experts num_key_value_heads head_dim
+    qk_head_dim num_nextn_predict_layers num_mtp_layers rope_theta rope_scaling rope_parameters
+    torch_dtype dtype quantization_config num_local_experts num_experts
+"""
+_HANDLED = frozenset(_HANDLED_NAMES.split())
+_YARN = tuple(f.name for f in dataclasses.fields(YarnConfig))
+
+
+def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a parsed config.json.
+
+    `dtype` follows `torch_dtype` (float32 if absent). `initializer_range` is copied as it stands: every published
+    file says 0.02, transformers' default, while the report (section 4.2) trained with 0.006.
+
+    Raises ValueError naming the field: unknown, missing, or with a value this model does not implement.
+    """
+    family = _scoring(hf)
+    _refuse_unsupported(hf)
+    quantization(hf)
+    missing = [name for name in _SAME if name not in hf and name != "q_lora_rank"]
+    if missing:
+        raise ValueError(f"config.json lacks {missing}")
+    values = {name: hf[name] for name in _SAME if name in hf}
+    values |= {name: hf[name] for name in _OPTIONAL if name in hf}
+    values["q_lora_rank"] = hf.get("q_lora_rank")
+    values |= _router(hf, family) | _rope(hf)
+    mtp = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers"))
+    return ModelConfig(**values, num_nextn_predict_layers=mtp or 0, dtype=_dtype(hf))
+
+
+def to_hf(cfg: ModelConfig) -> dict[str, Any]:
+    """The config.json (as a dict) that `transformers` reads for this model: DeepseekV3 with sigmoid gating,
+    DeepseekV2 with softmax.
+
+    Raises ValueError for a combination that no published format expresses.
+    """
+    if cfg.scoring_func == "softmax" and (cfg.norm_topk_prob or cfg.num_nextn_predict_layers):
+        raise ValueError(
+            f"DeepSeek-V2's format has neither norm_topk_prob={cfg.norm_topk_prob} nor "
+            f"num_nextn_predict_layers={cfg.num_nextn_predict_layers}: use False and 0, or scoring_func='sigmoid'"
+        )
+    v3, grouped = cfg.scoring_func == "sigmoid", cfg.n_group > 1
+    topk_method = "noaux_tc" if v3 else ("group_limited_greedy" if grouped else "greedy")
+    hf: dict[str, Any] = {
+        "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v3" if v3 else "deepseek_v2",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "moe_layer_freq": 1,
+        "n_group": cfg.n_group,
+        "n_shared_experts": cfg.n_shared_experts,
+        "num_key_value_heads": cfg.num_attention_heads,
+        "rope_scaling": None,
+        "rope_theta": cfg.rope_theta,
+        "scoring_func": cfg.scoring_func,
+        "topk_group": cfg.topk_group,
+        "topk_method": topk_method,
+        "torch_dtype": cfg.dtype,
+        "use_cache": True,
+    }
+    hf |= {name: getattr(cfg, name) for name in (*_SAME, *_OPTIONAL)}
+    if v3:
+        hf["num_nextn_predict_layers"] = cfg.num_nextn_predict_layers
+    if cfg.rope_scaling is not None:
+        hf["rope_scaling"] = dataclasses.asdict(cfg.rope_scaling) | {"type": "yarn"}
+    return dict(sorted(hf.items()))
+
+
+def quantization(hf: Mapping[str, Any]) -> str | None:
+    """Format of the FP8 scales: None for an unquantised checkpoint, else "fp32" or "ue8m0".
+
+    Raises ValueError for any quantisation that is not DeepSeek's (e4m3, blocks of 128 x 128).
+    """
+    q = hf.get("quantization_config")
+    if q is None:
+        return None
+    allowed: dict[str, tuple[Any, ...]] = {
+        "quant_method": ("fp8",),
+        "fmt": ("e4m3",),
+        "weight_block_size": ([128, 128], (128, 128)),
+        "activation_scheme": ("dynamic",),
+        "scale_fmt": ("ue8m0", None),
+    }
+    for name, value in q.items():
+        if name not in allowed:
+            raise ValueError(f"config.json: unknown field quantization_config.{name}={value!r}")
+        if value not in allowed[name]:
+            raise ValueError(
+                f"config.json: quantization_config.{name}={value!r} is not supported; "
+                f"supported: {list(allowed[name])}"
+            )
+    for name in ("quant_method", "weight_block_size"):
+        if name not in q:
+            raise ValueError(f"config.json: quantization_config lacks {name}")
+    return "ue8m0" if q.get("scale_fmt") == "ue8m0" else "fp32"
+
+
+def quantization_config(scale: str) -> dict[str, Any]:
+    """`quantization_config` of DeepSeek's FP8 layout, with "fp32" scales (V3) or "ue8m0" ones (V3.1)."""
+    config: dict[str, Any] = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+    return config | ({"scale_fmt": "ue8m0"} if scale == "ue8m0" else {})
+
+
+# --- the parts of from_hf ---------------------------------------------------------------------------------
+
+
+def _scoring(hf: Mapping[str, Any]) -> str:
+    model_type = hf.get("model_type")
+    if model_type not in _SIGMOID_TYPES + _SOFTMAX_TYPES:
+        raise ValueError(
+            f"config.json: model_type={model_type!r} is not supported; "
+            f"supported: {list(_SIGMOID_TYPES + _SOFTMAX_TYPES)}"
+        )
+    expected = "sigmoid" if model_type in _SIGMOID_TYPES else "softmax"
+    if hf.get("scoring_func", expected) != expected:
+        raise ValueError(
+            f"config.json: scoring_func={hf['scoring_func']!r} is not supported with model_type={model_type!r}; "
+            f"supported: {expected!r}"
+        )
+    return expected
+
+
+def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+    known = _HARMLESS | _HANDLED | set(_FIXED) | set(_SAME) | set(_OPTIONAL)
+    # Unset fields carry no meaning, and transformers writes its private ones with a leading underscore.
+    unknown = [k for k, v in hf.items() if k not in known and v is not None and not k.startswith("_")]
+    if unknown:
+        named = ", ".join(f"{k}={hf[k]!r}" for k in sorted(unknown))
+        raise ValueError(f"config.json: unknown or unsupported fields: {named}")
+    for name, values in _FIXED.items():
+        if name in hf and hf[name] is not None and hf[name] not in values:
+            raise ValueError(f"config.json: {name}={hf[name]!r} is not supported; supported: {list(values)}")
+    implied = {
+        "num_key_value_heads": hf.get("num_attention_heads"),
+        "head_dim": hf.get("qk_rope_head_dim"),
+        "qk_head_dim": (hf.get("qk_nope_head_dim") or 0) + (hf.get("qk_rope_head_dim") or 0),
+        "num_local_experts": hf.get("n_routed_experts"),
+        "num_experts": hf.get("n_routed_experts"),
+    }
+    for name, value in implied.items():
+        if hf.get(name) is not None and hf[name] != value:
+            raise ValueError(f"config.json: {name}={hf[name]!r} is not supported; it must be {value}")
+
+
+def _router(hf: Mapping[str, Any], scoring: str) -> dict[str, Any]:
+    n_group, topk_group = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    methods = ("noaux_tc",) if scoring == "sigmoid" else ("greedy", "group_limited_greedy")
+    method = hf.get("topk_method", methods[0])
+    if method not in methods:
+        raise ValueError(
+            f"config.json: topk_method={method!r} is not supported with {scoring} gating; "
+            f"supported: {list(methods)}"
+        )
+    if method == "greedy":  # V2-Lite: groups, if given, are not looked at
+        n_group = topk_group = 1
+    if scoring == "softmax" and hf.get("norm_topk_prob"):
+        raise ValueError(
+            "config.json: norm_topk_prob=True is not supported with softmax gating (the released code drops "
+            "routed_scaling_factor then, transformers ignores the field)"
+        )
+    return {
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "scoring_func": scoring,
+        "n_shared_experts": hf.get("n_shared_experts") or 0,
+    }
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", hf.get("rope_theta"))
+    if theta is None:
+        raise ValueError("config.json lacks rope_theta")
+    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope}
+    kind = kinds.pop() if len(kinds) == 1 else ("default" if not kinds else f"{sorted(kinds)}")
+    if kind == "default":
+        if rope:
+            raise ValueError(f"config.json: rope_scaling fields {sorted(rope)} without type 'yarn'")
+        return {"rope_theta": float(theta), "rope_scaling": None}
+    if kind != "yarn":
+        raise ValueError(f"config.json: rope_scaling.type={kind!r} is not supported; supported: 'yarn'")
+    unknown = sorted(k for k in rope if k not in _YARN)
+    if unknown:
+        raise ValueError(f"config.json: unknown fields of rope_scaling: {unknown}; known: {list(_YARN)}")
+    missing = [k for k in ("factor", "original_max_position_embeddings") if k not in rope]
+    if missing:
+        raise ValueError(f"config.json: rope_scaling lacks {missing}")
+    # Absent means what DeepSeek's code takes: no mscale in the softmax scale.
+    yarn = {"mscale": 1.0, "mscale_all_dim": 0.0} | rope
+    return {"rope_theta": float(theta), "rope_scaling": YarnConfig(**yarn)}
+
+
+def _dtype(hf: Mapping[str, Any]) -> str:
+    dtype = hf.get("torch_dtype", hf.get("dtype")) or "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"config.json: torch_dtype={dtype!r} is not supported; supported: ['float32', 'bfloat16']"
+        )
+    return dtype
