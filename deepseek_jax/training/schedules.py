@@ -13,7 +13,7 @@ What the report leaves open, and the choice here:
 import math
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -135,9 +135,10 @@ class Schedules:
         return start + granularity * ((full - start) * tokens // (self._batch_ramp * granularity))
 
     def hyper(self, step: int, tokens: int) -> Hyper:
-        """The scalars of one step as float32 arrays, the way the jitted step takes them."""
+        """The scalars of one step, float32 []; NumPy's, which cost no transfer before the step is dispatched."""
         values = (self.lr(step, tokens), self.gamma(tokens), self.mtp_lambda(tokens))
-        return Hyper(*(np.asarray(value, np.float32) for value in values))
+        scalars: list[Any] = [np.asarray(value, np.float32) for value in values]
+        return Hyper(*scalars)
 
     # --- the run as a sequence of steps -------------------------------------------------------------------
 

@@ -12,19 +12,17 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 class Hyper(NamedTuple):
-    """Scheduled scalars of one step, float32. Arguments of the jitted step, so no value is compiled in."""
+    """Scheduled scalars of one step, float32 []. Arguments of the jitted step, so no value is compiled in."""
 
-    lr: np.ndarray
-    gamma: np.ndarray  # speed of the balance-bias update (report section 2.1.2)
-    mtp_lambda: np.ndarray  # weight of the MTP loss (equation 25)
+    lr: jax.Array
+    gamma: jax.Array  # speed of the balance-bias update (report section 2.1.2)
+    mtp_lambda: jax.Array  # weight of the MTP loss (equation 25)
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All arrays of a run; donated to the jitted step and written whole to the checkpoint."""
 
     step: jax.Array  # int32 []: steps taken, skipped ones included
