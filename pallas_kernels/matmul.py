@@ -26,7 +26,9 @@ from pallas_kernels.compat import compiler_params, swizzled
 
 COMPUTE_WARPGROUPS = 2
 WGMMA_ROWS = 64
-MEMORY_REGISTERS = 72  # per thread of the TMA warpgroup: with less it spills; the compute warpgroups share the rest
+MEMORY_REGISTERS = (
+    72  # per thread of the TMA warpgroup: with less it spills; the compute warpgroups share the rest
+)
 H100_SMS = 132
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.blocks import Block, merge_blocks, split_blocks
-from pallas_kernels.quantize.reference import AMAX_FLOOR, E4M3_MAX
+from pallas_kernels.quantize.reference import divide, scale_of_amax
 
 
 def ceil_to_power_of_two(s: jax.Array) -> jax.Array:
@@ -19,7 +19,8 @@ def ceil_to_power_of_two(s: jax.Array) -> jax.Array:
 
 
 def scale_from_amax(amax: jax.Array, scale: str) -> jax.Array:
-    s = jnp.maximum(amax, AMAX_FLOOR) / E4M3_MAX
+    """Scale of a block whose largest magnitude is `amax`."""
+    s = scale_of_amax(amax)
     return ceil_to_power_of_two(s) if scale == "ue8m0" else s
 
 
@@ -27,7 +28,7 @@ def quantize(x: jax.Array, block: Block, scale: str) -> tuple[jax.Array, jax.Arr
     """x [..., M, K] -> q e4m3 [..., M, K], s float32 [..., ceil(M/bm), ceil(K/bk)]."""
     tiles = split_blocks(x.astype(jnp.float32), block)
     s = scale_from_amax(jnp.max(jnp.abs(tiles), axis=(-3, -1)), scale)
-    q = (tiles / s[..., :, None, :, None]).astype(jnp.float8_e4m3fn)
+    q = divide(tiles, s[..., :, None, :, None]).astype(jnp.float8_e4m3fn)
     return merge_blocks(q, x.shape), s
 
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.blocks import BLOCK, COLUMN_TILE, ROW_TILE, Block
 from pallas_kernels.compat import compiler_params, swizzled
 from pallas_kernels.quantize.fallback import scale_from_amax
+from pallas_kernels.quantize.reference import divide
 
 E4M3 = jnp.float8_e4m3fn
 ROWS = 64  # height of a tile in registers: the rows of one wgmma layout
@@ -106,7 +107,7 @@ def _row_tiles(source: _Source, shape: tuple[int, int], scale: str) -> tuple[jax
         plgpu.barrier_wait(loaded)
         y = source.value(buffers)
         s = scale_from_amax(_row_amax(y), scale)
-        q_s[...] = (y / _over(s, y.shape, 0)).astype(E4M3)
+        q_s[...] = divide(y, _over(s, y.shape, 0)).astype(E4M3)
         s_s[...] = s
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, q_g.at[rows, cols])
@@ -232,7 +233,7 @@ def _column_tiles(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
         s_s[...] = scale_from_amax(_row_amax(_registers(x_s.T)), scale)
         plgpu.commit_smem()
         y = _registers(x_s)
-        q_s[...] = (y / _over(s_s[...], y.shape, 1)).astype(E4M3)
+        q_s[...] = divide(y, _over(s_s[...], y.shape, 1)).astype(E4M3)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, q_g.at[rows, cols])
         plgpu.copy_smem_to_gmem(s_s, s_g.at[mi, cols])
@@ -254,7 +255,7 @@ def _column_tiles(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
 
 
 def _square_blocks(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
-    """x [M, K] in 128x128 blocks: q [M, K], s [M/128, K/128]. Row maxima meet in shared memory."""
+    """x [M, K] in 128x128 blocks: q [M, K], s [M/128, K/128]. Row scales meet in shared memory."""
     m, k = x.shape
 
     def body(x_g, q_g, s_g, x_s, q_s, s_s, loaded):
@@ -263,12 +264,13 @@ def _square_blocks(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
         plgpu.copy_gmem_to_smem(x_g.at[rows, cols], x_s, loaded)
         plgpu.barrier_wait(loaded)
         y = _registers(x_s)
-        s_s[...] = _row_amax(y)
+        s_s[...] = scale_from_amax(
+            _row_amax(y), scale
+        )  # the scale grows with amax: the block's is the rows' largest
         plgpu.commit_smem()
-        amax = jnp.max(plgpu.layout_cast(s_s[...], plgpu.Layout.WG_STRIDED((BLOCK,), 1)))
-        s = scale_from_amax(lax.broadcast_in_dim(amax, (BLOCK,), ()), scale)
-        q_s[...] = (y / _over(s, y.shape, 0)).astype(E4M3)
-        s_g[mi, ki] = jnp.max(s)
+        s = jnp.max(plgpu.layout_cast(s_s[...], plgpu.Layout.WG_STRIDED((BLOCK,), 1)))
+        q_s[...] = divide(y, lax.broadcast_in_dim(s, y.shape, ())).astype(E4M3)
+        s_g[mi, ki] = s
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, q_g.at[rows, cols])
         plgpu.wait_smem_to_gmem(0)

@@ -30,8 +30,8 @@ def quantize(
       implementation: None (by platform), "mosaic", "xla" or "reference".
 
     Returns:
-      q [..., M, K] float8_e4m3fn and s [..., ceil(M/bm), ceil(K/bk)] float32. A block that holds an infinity or a NaN
-      dequantises to NaN; `count_nonfinite` counts those elements.
+      q [..., M, K] float8_e4m3fn and s [..., ceil(M/bm), ceil(K/bk)] float32. Infinities and NaN
+      dequantise to NaN, an infinity with its whole block; `count_nonfinite` counts those elements.
     """
     _check("quantize", x=x)
     block = _check_block(block)

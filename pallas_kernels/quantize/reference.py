@@ -5,9 +5,9 @@ infinity), each block has one scale from its own largest magnitude (no delayed s
 
     amax = max(|x| over the block, 1e-4)      the floor is on amax, so an all-zero block has scale 1e-4/448
     s    = amax / 448                         "ue8m0": rounded up to a power of two
-    q    = e4m3(x / s)                        a division, as DeepSeek's inference code does; kernels that multiply by a
-                                              reciprocal differ in the last bit
-A non-finite x makes its whole block NaN once dequantised: nothing is clipped silently.
+    q    = e4m3(x / s)                        a division, as in DeepSeek's inference code; DeepGEMM multiplies by 1 / s
+                                              and DeepEP by 448 / amax, which differ in the last bit
+A non-finite x is NaN once dequantised, and an infinity takes its whole block along: nothing is clipped silently.
 """
 
 import jax
@@ -28,9 +28,24 @@ def round_to_e4m3(y: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(rounded) <= E4M3_MAX, rounded, jnp.nan)
 
 
+def divide(x: jax.Array, s: jax.Array) -> jax.Array:
+    """x / s, correctly rounded, wherever it is compiled.
+
+    XLA turns a division by a constant or by a broadcast array into a multiplication by the rounded reciprocal, and so
+    moves values that lie on a rounding boundary of float8. The added zero keeps the divisor an ordinary array. A
+    non-finite x gives NaN.
+    """
+    return x / (s + 0 * x)
+
+
+def scale_of_amax(amax: jax.Array) -> jax.Array:
+    """max(amax, 1e-4) / 448."""
+    return divide(jnp.maximum(amax, AMAX_FLOOR), jnp.float32(E4M3_MAX))
+
+
 def scale_from_amax(amax: jax.Array, scale: str) -> jax.Array:
     """Scale of a block whose largest magnitude is `amax`."""
-    s = jnp.maximum(amax, AMAX_FLOOR) / E4M3_MAX
+    s = scale_of_amax(amax)
     if scale == "ue8m0":
         mantissa, exponent = jnp.frexp(s)  # s = mantissa * 2^exponent, mantissa in [0.5, 1)
         power = jnp.ldexp(jnp.float32(1), jnp.where(mantissa == 0.5, exponent - 1, exponent))
@@ -42,7 +57,7 @@ def quantize(x: jax.Array, block: Block, scale: str) -> tuple[jax.Array, jax.Arr
     """x [..., M, K] -> q e4m3 [..., M, K], s float32 [..., ceil(M/bm), ceil(K/bk)] with x ~= q * s."""
     tiles = split_blocks(x.astype(jnp.float32), block)
     s = scale_from_amax(jnp.max(jnp.abs(tiles), axis=(-3, -1)), scale)
-    q = round_to_e4m3(tiles / s[..., :, None, :, None])
+    q = round_to_e4m3(divide(tiles, s[..., :, None, :, None]))
     return merge_blocks(q, x.shape).astype(jnp.float8_e4m3fn), s
 
 

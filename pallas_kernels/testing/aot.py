@@ -2,16 +2,15 @@
 
 Needs `jax-cuda13-plugin` and `jax-cuda13-pjrt` of the jaxlib version (install with `--no-deps`: no CUDA library is
 loaded) and `ptxas` from a CUDA toolkit or from the wheel `nvidia-cuda-nvcc`. Mosaic GPU reads its dump folder once per
-process, so every compilation runs in a process of its own:
+process, so compilations run in a subprocess:
 
-    report = compile_for_h100("pallas_kernels.testing.cases:fp8_gemm", {"m": 4096, "n": 4096, "k": 7168})
+    [report] = compile_for_h100([("fp8_gemm", {"m": 4096, "n": 4096, "k": 7168})])
 
 `h100.txtpb` describes the device to XLA; on a machine with the GPU it can be regenerated from
 `jax._src.lib.xla_client.get_topology_for_devices(jax.devices()).target_config`.
 """
 
 import dataclasses
-import importlib
 import importlib.util
 import json
 import math
@@ -24,7 +23,8 @@ import sys
 import tempfile
 
 TARGET = pathlib.Path(__file__).with_name("h100.txtpb")
-TIMEOUT_S = 240
+ROOT = pathlib.Path(__file__).parents[2]
+START_S, CASE_S = 60, 60  # time allowed to the subprocess, and to each case on a slow machine
 REGISTERS_PER_SM = 65536
 SHARED_BYTES_PER_SM = 233472
 SHARED_BYTES_RESERVED = 1024  # per thread block, by the driver
@@ -35,7 +35,6 @@ THREADS_PER_SM = 2048
 class KernelReport:
     """What ptxas and Mosaic say about one kernel compiled for sm_90a."""
 
-    name: str
     registers: int  # per thread
     spill_bytes: int  # spill stores and loads together
     serialised: bool  # ptxas gave up overlapping wgmma
@@ -56,18 +55,23 @@ class KernelReport:
         return self.spill_bytes == 0 and not self.serialised
 
 
-class CompileError(RuntimeError):
-    """The kernel did not compile for H100; the message ends with the compiler's."""
+@dataclasses.dataclass(frozen=True)
+class CaseReport:
+    """One compiled program: its Mosaic GPU kernels, or the compiler's message."""
+
+    case: str
+    arguments: dict
+    kernels: tuple[KernelReport, ...]
+    error: str | None
 
 
 def why_unavailable() -> str | None:
     """Why this machine cannot compile for H100, or None if it can."""
     if importlib.util.find_spec("jax_plugins") is None or not _has_plugin():
         return "the packages jax-cuda13-plugin and jax-cuda13-pjrt are not installed"
-    if shutil.which("ptxas") is None and not pathlib.Path("/usr/local/cuda/bin/ptxas").exists():
-        has_wheel = importlib.util.find_spec("nvidia") is not None
-        if not has_wheel:
-            return "no ptxas: neither a CUDA toolkit nor the package nvidia-cuda-nvcc is installed"
+    in_path = shutil.which("ptxas") or pathlib.Path("/usr/local/cuda/bin/ptxas").exists()
+    if not in_path and importlib.util.find_spec("nvidia") is None:
+        return "no ptxas: neither a CUDA toolkit nor the package nvidia-cuda-nvcc is installed"
     return None
 
 
@@ -75,18 +79,18 @@ def _has_plugin() -> bool:
     return any(importlib.util.find_spec(f"jax_plugins.{name}") for name in ("xla_cuda13", "xla_cuda12"))
 
 
-def compile_for_h100(case: str, arguments: dict) -> list[KernelReport]:
-    """Compile `case` for one H100 in a subprocess.
+def compile_for_h100(cases: list[tuple[str, dict]]) -> list[CaseReport]:
+    """Compile programs for one H100, all in one subprocess.
 
     Args:
-      case: "module:function"; the function takes `arguments` and returns (callable, list of ShapeDtypeStruct).
-      arguments: JSON values.
+      cases: (function of `testing.cases`, its arguments as JSON values); no two may hold the same kernel, which would
+        be compiled only once.
 
     Returns:
-      One report per Mosaic GPU kernel in the program, in order of compilation.
+      One report per case, in order. A case that does not compile has `error` set and does not stop the others.
 
     Raises:
-      CompileError: lowering or compiling failed, or ran over four minutes.
+      RuntimeError: the subprocess itself died or ran over its time.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
@@ -96,63 +100,75 @@ def compile_for_h100(case: str, arguments: dict) -> list[KernelReport]:
             "MOSAIC_GPU_DUMP_PTX": "1",
             "MOSAIC_GPU_DUMP_PTXAS": "1",
         }
-        command = [sys.executable, "-m", __name__, case, json.dumps(arguments)]
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            raise CompileError(f"{case} {arguments}: compiling took over {TIMEOUT_S} s") from error
-        if done.returncode != 0:
-            raise CompileError(f"{case} {arguments}: exit code {done.returncode}\n{done.stderr[-3000:]}")
-        return read_dump(pathlib.Path(folder))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "pallas_kernels.testing.aot", json.dumps(cases)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=START_S + CASE_S * len(cases)
+        )
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode != 0 or len(lines) != len(cases):
+            raise RuntimeError(
+                f"compiling for H100 died with exit code {done.returncode}\n{done.stderr[-3000:]}"
+            )
+        return [
+            CaseReport(name, arguments, read_dump(pathlib.Path(folder), line["kernels"]), line["error"])
+            for (name, arguments), line in zip(cases, lines, strict=True)
+        ]
 
 
-def read_dump(folder: pathlib.Path) -> list[KernelReport]:
-    """Parse the `.ptx` and `.ptxas` files that Mosaic GPU dumped."""
+def read_dump(folder: pathlib.Path, stems: list[str]) -> tuple[KernelReport, ...]:
+    """Parse what Mosaic GPU dumped for the kernels named."""
     reports = []
-    for path in sorted(folder.glob("*.ptxas")):
-        log = path.read_text()
-        ptx = path.with_suffix(".ptx").read_text()
-        registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
-        spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    for stem in stems:
+        log = (folder / f"{stem}.ptxas").read_text()
+        ptx = (folder / f"{stem}.ptx").read_text()
+        program = (folder / f"{stem}.before_layout_inference.txt").read_text()
         threads = re.search(r"\.(?:reqntid|maxntid) (\d+), (\d+), (\d+)", ptx)
+        shared = re.search(r"dynamic_shared_memory_size %c(\d+)", program)
+        if threads is None or shared is None:
+            raise RuntimeError(f"{stem}: no thread count or no shared memory size in the compiler's dump")
         reports.append(
             KernelReport(
-                name=path.stem,
-                registers=registers,
-                spill_bytes=spills,
+                registers=max(int(n) for n in re.findall(r"Used (\d+) registers", log)),
+                spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)),
                 serialised="serialized" in log,
-                shared_bytes=_shared_bytes(folder, path.stem),
-                threads=math.prod(int(n) for n in threads.groups()) if threads else 0,
+                shared_bytes=int(shared.group(1)),
+                threads=math.prod(int(n) for n in threads.groups()),
                 wgmma=tuple(sorted(set(re.findall(r"wgmma\.mma_async[\w.]*?\.(m64n\d+k\d+[\w.]*)", ptx)))),
                 tma="cp.async.bulk.tensor" in ptx,
             )
         )
-    return reports
+    return tuple(reports)
 
 
-def _shared_bytes(folder: pathlib.Path, stem: str) -> int:
-    program = (folder / f"{stem}.before_layout_inference.txt").read_text()
-    found = re.search(r"dynamic_shared_memory_size %c(\d+)", program)
-    return int(found.group(1)) if found else 0
-
-
-def _compile(case: str, arguments: dict) -> None:
-    """In the subprocess: lower and compile for the H100 of `h100.txtpb`."""
+def _compile_all(cases: list[tuple[str, dict]]) -> None:
+    """In the subprocess: compile each case for the H100 of `h100.txtpb`, print one JSON line per case."""
     import jax
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
+
+    from pallas_kernels.testing import cases as functions
 
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
     )
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("device",))
     replicated = NamedSharding(mesh, PartitionSpec())
-    module, function = case.split(":")
-    fn, shapes = getattr(importlib.import_module(module), function)(**arguments)
-    operands = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated) for s in shapes]
-    with use_abstract_mesh(mesh.abstract_mesh):
-        jax.jit(fn).lower(*operands).compile()
+    folder = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    seen: set[str] = set()
+    for name, arguments in cases:
+        error = None
+        try:
+            fn, shapes = getattr(functions, name)(**arguments)
+            operands = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated) for s in shapes]
+            with use_abstract_mesh(mesh.abstract_mesh):
+                jax.jit(fn).lower(*operands).compile()
+        except Exception as failure:  # whatever the compiler raises is this case's result
+            error = f"{type(failure).__name__}: {failure}"
+        new = {path.stem for path in folder.glob("*.ptxas")} - seen
+        seen |= new
+        print(json.dumps({"kernels": sorted(new), "error": error}), flush=True)
 
 
 if __name__ == "__main__":
-    _compile(sys.argv[1], json.loads(sys.argv[2]))
+    _compile_all(json.loads(sys.argv[1]))
