@@ -128,11 +128,14 @@ class Checkpointer:
         return restored
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step, or None."""
+        """The newest checkpoint's step, or None."""
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, ascending; one still being written is not among them."""
+        """Steps in the directory, ascending; one still being written is not among them.
+
+        All but the oldest are whole: a kill while old steps are removed can leave one of these in part.
+        """
         return _steps(self.directory)
 
     def wait(self) -> None:

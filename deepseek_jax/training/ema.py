@@ -19,7 +19,7 @@ PyTree = Any
 
 @jax.jit
 def _copy(params: PyTree) -> PyTree:
-    # jnp.copy: without it jit hands its inputs through, and the snapshot would share the donated buffers.
+    # Arrays of their own, whatever becomes of the inputs: nothing is donated here.
     return jax.tree.map(jnp.copy, params)
 
 

@@ -4,8 +4,9 @@
 its own step count; here both moments have `moment_dtype`, all arithmetic is float32, and the learning rate is
 an argument, because the report's schedule follows the token count. Otherwise the formulas are optax's.
 
-Clipping, moments, bias correction and weight decay of a leaf are one elementwise expression: one pass over
-memory under jit.
+The step is computed from the moments as stored, that is after rounding: what a checkpoint holds determines the
+step, and the old moments are dead by then, so that XLA updates donated moments in place. Computed from the
+unrounded moments, XLA's CPU compiler evaluates them twice and copies the old ones first, 2 to 3 times slower.
 """
 
 import math
@@ -53,9 +54,11 @@ def adamw(
         mask: tree of params -> tree of bools, True where the weight decays.
 
     Returns:
-        `init(params) -> AdamWState` and `update(grads, state, params, lr, grad_norm=None) -> (updates, state)`,
-        updates in the parameters' dtype, to be added (`optax.apply_updates`). `lr`: float32 []. `grad_norm`:
-        the global norm, where the caller has it already or where this device holds only a part of `grads`.
+        `init(params) -> AdamWState` and
+        `update(grads, state, params, lr, grad_norm=None, finite=None) -> (updates, state)`, updates in the
+        parameters' dtype, to be added (`optax.apply_updates`). `lr`: float32 []. `grad_norm`: the global norm,
+        where the caller has it already or where this device holds only a part of `grads`. `finite`: bool [];
+        where False, the state comes back as it was and adding the updates changes no bit.
     """
     moment_dtype = jnp.dtype(config.moment_dtype)
 
@@ -70,29 +73,38 @@ def adamw(
         params: PyTree = None,
         lr: jax.Array | float | None = None,
         grad_norm: jax.Array | None = None,
+        finite: jax.Array | bool | None = None,
     ) -> tuple[PyTree, AdamWState]:
         if params is None or lr is None:
             raise ValueError(
                 "adamw.update needs params (weight decay) and lr: update(grads, state, params, lr)"
             )
         norm = global_norm(grads) if grad_norm is None else grad_norm
+        finite = True if finite is None else finite
         clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
         num_updates = state.num_updates + 1
-        # 1 - b^count without the cancellation of float32 at b close to 1.
-        mu_correction = -jnp.expm1(num_updates * math.log(config.b1))
-        nu_correction = -jnp.expm1(num_updates * math.log(config.b2))
+        # 1 / (1 - b^n), without the cancellation of float32 at b close to 1
+        mu_factor = -1.0 / jnp.expm1(num_updates * math.log(config.b1))
+        nu_factor = -1.0 / jnp.expm1(num_updates * math.log(config.b2))
 
         def leaf(g, mu, nu, p, decays):
             g = g.astype(jnp.float32) * clip
-            mu = config.b1 * mu.astype(jnp.float32) + (1.0 - config.b1) * g
-            nu = config.b2 * nu.astype(jnp.float32) + (1.0 - config.b2) * g * g
-            step = (mu / mu_correction) / (jnp.sqrt(nu / nu_correction) + config.eps)
+            new_mu = config.b1 * mu.astype(jnp.float32) + (1.0 - config.b1) * g
+            new_nu = config.b2 * nu.astype(jnp.float32) + (1.0 - config.b2) * g * g
+            mu = jnp.where(finite, new_mu.astype(moment_dtype), mu)
+            nu = jnp.where(finite, new_nu.astype(moment_dtype), nu)
+            mu, nu = jax.lax.optimization_barrier((mu, nu))  # see the module's docstring
+            step = (mu.astype(jnp.float32) * mu_factor) / (
+                jnp.sqrt(nu.astype(jnp.float32) * nu_factor) + config.eps
+            )
             if decays:
                 step = step + config.weight_decay * p.astype(jnp.float32)
-            return (-lr * step).astype(p.dtype), mu.astype(moment_dtype), nu.astype(moment_dtype)
+            # -0.0, not 0.0: x + -0.0 is x for every x
+            return jnp.where(finite, -lr * step, -0.0).astype(p.dtype), mu, nu
 
         leaves = jax.tree.map(leaf, grads, state.mu, state.nu, params, mask(params))
         updates, mu, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), leaves)
+        num_updates = jnp.where(finite, num_updates, state.num_updates)
         return updates, AdamWState(num_updates, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -107,7 +119,8 @@ def global_norm(tree: PyTree) -> jax.Array:
 def apply_if_finite(new: PyTree, old: PyTree, finite: jax.Array) -> PyTree:
     """`new` where `finite` (bool []), else `old`, leaf by leaf.
 
-    A select per leaf fuses into the elementwise loop that produces the new leaf and, with `old` donated,
-    writes in place; `lax.cond` would keep both trees alive. Leaves that are the same array are passed through.
+    For what the optimizer does not guard itself (`update(..., finite=...)`). A select per leaf fuses into the
+    loop that produces the new leaf; `lax.cond` would keep both trees alive. Leaves that are the same array are
+    passed through.
     """
     return jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, old)

@@ -141,11 +141,11 @@ def test_data_sheet_of_known_devices(kind, tera):
     assert peak_flops("bfloat16", device) == (tera * 1e12, "data sheet")
 
 
-def test_measured_peak_of_the_cpu_is_not_beaten_by_a_matmul_and_cached():
+def test_peak_of_the_cpu_is_measured_once():
     peak = peak_flops("float32")
     assert peak.source == "measured"
     assert 1e9 < peak.flops < 1e14
-    assert peak_flops("float32") is not None and peak_flops("float32").flops == peak.flops
+    assert peak_flops("float32") == peak  # equal to the last digit only if not measured again
 
 
 def test_progress_line():

@@ -85,15 +85,27 @@ def test_bfloat16_moments_are_stored_rounded_and_computed_in_float32(steps):
     got, state = run(steps, params, c, lr)
     want, mu, nu = oracle(steps, params, c, lr)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves((state.mu, state.nu)))
-    # Relative rounding error of bfloat16 is 2^-9 per store, damped by b1, b2: at most 2^-9 / (1 - b) in all.
-    assert_close(state.nu, nu, rtol=2**-9 / (1 - c.b2))
+    # Relative rounding error of bfloat16 is 2^-8 per store, damped by b1, b2: at most 2^-8 / (1 - b) in all.
+    assert_close(state.nu, nu, rtol=2**-8 / (1 - c.b2))
     largest = max(np.abs(m).max() for m in jax.tree.leaves(mu))
-    assert_close(state.mu, mu, rtol=0, atol=2**-9 / (1 - c.b1) * largest)
+    assert_close(state.mu, mu, rtol=0, atol=2**-8 / (1 - c.b1) * largest)
     # One step moves a weight by about lr; its error is a few per cent of that.
     assert_close(got, want, rtol=0, atol=0.05 * lr * len(steps))
-    # The first step sees unrounded moments: exact up to float32.
-    first, _ = run(steps[:1], params, c, lr)
-    assert_close(first, oracle(steps[:1], params, c, lr)[0], rtol=2e-6, atol=2e-7)
+
+
+def test_the_step_uses_the_moments_as_stored(steps):
+    """First step: mu and nu round once each, so the step errs by up to 2^-8 and half of 2^-8."""
+    c, params, lr = OptimizerConfig(weight_decay=0.0), random_tree(99), 1e-2
+    first, state = run(steps[:1], params, c, lr)
+    got = jax.tree.map(lambda new, old: np.float64(new) - np.float64(old), first, params)
+    from_stored = jax.tree.map(
+        lambda m, v: -lr * np.float64(m) / (1 - c.b1) / (np.sqrt(np.float64(v) / (1 - c.b2)) + c.eps),
+        state.mu,
+        state.nu,
+    )
+    exact = jax.tree.map(lambda new, old: new - old, oracle(steps[:1], params, c, lr)[0], params)
+    assert_close(got, from_stored, rtol=1e-5, atol=3e-7)  # atol: the params' own float32
+    assert_close(got, exact, rtol=1.51 * 2**-8, atol=3e-7)
 
 
 def test_equals_optax_where_optax_can_say_it(steps):
@@ -152,6 +164,7 @@ def test_update_without_lr_is_refused():
 def test_a_non_finite_step_changes_nothing_bitwise(bad):
     optimizer = adamw(OptimizerConfig())
     params = jax.tree.map(jnp.asarray, random_tree(0))
+    params["embed"] = params["embed"].at[0, 0].set(-0.0)
     state = TrainState.create(params, optimizer.init(params), jnp.zeros((2, 4)), jax.random.key(0))
     good, poisoned = random_tree(1), random_tree(1)
     poisoned["layers"]["wq_a"][0, 0, 0] = bad
@@ -159,14 +172,34 @@ def test_a_non_finite_step_changes_nothing_bitwise(bad):
     @jax.jit
     def step(state, grads):
         norm = global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, 0.1, norm)
-        new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-        return apply_if_finite(new, state, jnp.isfinite(norm))
+        finite = jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, 0.1, norm, finite)
+        bias = apply_if_finite(state.balance_bias + norm, state.balance_bias, finite)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(params=params, opt_state=opt_state, balance_bias=bias)
 
+    bits = lambda x: np.asarray(x).view(f"u{x.dtype.itemsize}")  # noqa: E731
+    state = step(state, good)  # moments that are not zero
     skipped, applied = step(state, poisoned), step(state, good)
-    jax.tree.map(np.testing.assert_array_equal, skipped, state)
-    assert int(applied.opt_state.num_updates) == 1
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), skipped, state)
+    assert int(applied.opt_state.num_updates) == 2
     assert not np.array_equal(applied.params["embed"], state.params["embed"])
+    assert not np.array_equal(applied.balance_bias, state.balance_bias)
+
+
+def test_donated_moments_are_updated_in_place():
+    """No copy of a whole leaf in the compiled step: its memory traffic is what the optimizer costs on CPU."""
+    optimizer, params = adamw(OptimizerConfig()), {"w": jnp.ones((64, 48))}
+
+    def step(params, state, grads):
+        norm = global_norm(grads)
+        updates, state = optimizer.update(grads, state, params, 0.1, norm, jnp.isfinite(norm))
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params)
+    entry = lowered.compile().as_text().split("ENTRY")[1]
+    assert "[64,48]" in entry
+    assert not [line for line in entry.splitlines() if "[64,48]" in line and " copy(" in line]
 
 
 def test_the_state_has_no_buffer_twice_and_its_key_follows_the_step():
