@@ -3,6 +3,7 @@
 Dims: b batch, t token, d hidden, f FFN inner, v vocabulary, n flattened tokens.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -26,9 +27,15 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return checkpoint_name((x32 * inv * scale.astype(jnp.float32)).astype(x.dtype), RMSNORM)
 
 
-def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., i] times w [i, *out] -> [..., *out], with w cast to the dtype of x."""
-    return jnp.tensordot(x, w.astype(x.dtype), axes=1)
+def linear(x: jax.Array, w: jax.Array, n_in: int = 1) -> jax.Array:
+    """Contract the last `n_in` dims of x with the first `n_in` dims of w, cast to the dtype of x.
+
+    One two-dimensional product: with several batch dims left in, XLA transposes the operands of the weight
+    gradient through memory.
+    """
+    batch, out = x.shape[: x.ndim - n_in], w.shape[n_in:]
+    width = math.prod(w.shape[:n_in])
+    return (x.reshape(-1, width) @ w.astype(x.dtype).reshape(width, -1)).reshape(*batch, *out)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

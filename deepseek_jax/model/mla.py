@@ -86,7 +86,7 @@ def mla(
     q_bthk = jnp.concatenate([q_nope, q_rope], axis=-1)
     k_bthk = jnp.concatenate([k_nope, k_rope], axis=-1)
     o_bthv = causal_attention(q_bthk, k_bthk, v_bthv, softmax_scale(cfg), segments_bt)
-    return jnp.einsum("bthv,hvd->btd", o_bthv, p["wo_hvd"].astype(x_btd.dtype)), latent
+    return linear(o_bthv, p["wo_hvd"], n_in=2), latent
 
 
 def mla_decode(
@@ -106,7 +106,7 @@ def mla_decode(
     prob = jax.nn.softmax(score, axis=-1).astype(dtype)
     o_bthc = jnp.einsum("bhts,bsc->bthc", prob, cache.c_bsc)
     o_bthv = jnp.einsum("bthc,chv->bthv", o_bthc, wv_chv)
-    return jnp.einsum("bthv,hvd->btd", o_bthv, p["wo_hvd"].astype(dtype))
+    return linear(o_bthv, p["wo_hvd"], n_in=2)
 
 
 class MLA(nn.Module):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.layers import Params
+from deepseek_jax.model.layers import Params, linear
 from deepseek_jax.model.params import Param
 
 
@@ -38,7 +38,7 @@ def gate_params(cfg: ModelConfig) -> dict[str, Param]:
 
 def affinities(p: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
     """Token-to-expert affinities in float32 [b, t, e] (equation 15; softmax for V2)."""
-    logits_bte = x_btd.astype(jnp.float32) @ p["w_gate_de"].astype(jnp.float32)
+    logits_bte = linear(x_btd.astype(jnp.float32), p["w_gate_de"])
     if cfg.scoring_func == "sigmoid":
         return jax.nn.sigmoid(logits_bte)
     return jax.nn.softmax(logits_bte, axis=-1)

@@ -23,6 +23,7 @@ from deepseek_jax.model.layers import (
     embed,
     embed_params,
     head_params,
+    linear,
     logits,
     mlp,
     mlp_params,
@@ -187,7 +188,7 @@ def mtp_hidden(
                 rms_norm(e, p["enorm_d"], cfg.rms_norm_eps),
                 rms_norm(h, p["hnorm_d"], cfg.rms_norm_eps),
             )
-            x = jnp.concatenate(joined, axis=-1) @ p["w_eh_cd"].astype(e.dtype)
+            x = linear(jnp.concatenate(joined, axis=-1), p["w_eh_cd"])
             y, s, _ = block(p["block"], cfg, x, ctx.rope, ctx.segments_bt, bias_e, ctx.experts)
             return y, s, rms_norm(y, p["norm_d"], cfg.rms_norm_eps)
 
