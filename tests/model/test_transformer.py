@@ -1,0 +1,173 @@
+"""The whole model against the oracle: logits, MTP, loads, losses, gradients; and what depth may not change."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.hf.names import get, leaves
+from deepseek_jax.model import transformer
+from deepseek_jax.model.params import abstract
+from deepseek_jax.model.transformer import REMAT, DeepSeekV3, forward, model_params
+from tests.oracle import model as oracle
+from tests.oracle.tiny import V2, V3, checkpoint, rel, weights
+
+TOKENS = np.random.default_rng(1).integers(0, V3.vocab_size, (2, 9)).astype(np.int32)
+# float32 against float64: rounding of about 1e-7 per operation through some 40 of them, in the same routing.
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module", params=[V3, V2], ids=["v3", "v2"])
+def case(request):
+    """(cfg, params, bias, logits, aux, what the oracle says)"""
+    cfg = request.param
+    params, bias = weights(cfg)
+    logits, aux = jax.jit(DeepSeekV3(cfg).apply)({"params": params}, TOKENS, balance_bias=bias)
+    return cfg, params, bias, logits, aux, oracle.forward(*checkpoint(cfg, params, bias), TOKENS)
+
+
+def test_logits(case):
+    _, _, _, logits, _, want = case
+    assert logits.dtype == jnp.float32
+    assert rel(logits, want.logits) < CLOSE
+
+
+def test_mtp_logits(case):
+    cfg, _, _, _, aux, want = case
+    if not cfg.num_nextn_predict_layers:
+        assert aux.mtp is None
+        return
+    for k, logits in enumerate(want.mtp):
+        assert rel(aux.mtp[k][:, : -(k + 1)], logits[:, : -(k + 1)]) < CLOSE
+
+
+def test_mtp_joins_embedding_first_and_starts_after_the_final_norm(case):
+    """The two other conventions give other logits, so the comparison above can tell them apart."""
+    cfg, params, bias, *_, want = case
+    if not cfg.num_nextn_predict_layers:
+        pytest.skip("no MTP")
+    tensors, config = checkpoint(cfg, params, bias)
+    name = f"model.layers.{cfg.num_hidden_layers}.eh_proj.weight"
+    swapped = tensors | {name: np.concatenate(np.split(tensors[name], 2, axis=1)[::-1], axis=1)}
+    assert rel(oracle.forward(swapped, config, TOKENS).mtp[0], want.mtp[0]) > 0.1
+    # Before the norm: fold the final norm's weight into nothing by setting it to one in the MTP path only.
+    plain = tensors | {"model.norm.weight": np.ones_like(tensors["model.norm.weight"])}
+    assert rel(oracle.forward(plain, config, TOKENS).mtp[0], want.mtp[0]) > 0.05
+
+
+def test_loads(case):
+    cfg, *_, aux, want = case
+    n = cfg.num_moe_layers  # the oracle leaves out the MTP positions past the end
+    assert aux.expert_counts_le.shape == cfg.balance_bias_shape and aux.expert_counts_le.dtype == jnp.int32
+    np.testing.assert_array_equal(aux.expert_counts_le[:n], want.counts[:n])
+
+
+def test_sequence_loss(case):
+    cfg, *_, aux, want = case
+    if cfg.num_nextn_predict_layers:
+        pytest.skip("the wrapped MTP positions count here, not in the oracle")
+    assert abs(float(aux.seq_loss) - want.seq_loss) < 1e-5 * want.seq_loss
+
+
+def test_positions_and_segments():
+    """Two documents packed into one window give what each gives alone."""
+    cfg = dataclasses.replace(V3, num_nextn_predict_layers=0)
+    params, bias = weights(cfg)
+    segments = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1]] * 2, np.int32)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2, np.int32)
+    got, _ = jax.jit(lambda p: forward(p, cfg, TOKENS, bias, positions, segments))(params)
+    tensors, config = checkpoint(cfg, params, bias)
+    first = oracle.forward(tensors, config, TOKENS[:, :4]).hidden
+    second = oracle.forward(tensors, config, TOKENS[:, 4:]).hidden
+    assert rel(got, np.concatenate([first, second], axis=1)) < CLOSE
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+
+
+def _labels(cfg):
+    return np.random.default_rng(2).integers(0, cfg.vocab_size, TOKENS.shape)
+
+
+def _jax_loss(cfg, bias, remat="none"):
+    labels = _labels(cfg)
+
+    def loss(params):
+        logits, aux = DeepSeekV3(cfg, remat).apply({"params": params}, TOKENS, balance_bias=bias)
+
+        def nll(x, y):
+            return -jnp.take_along_axis(jax.nn.log_softmax(x), y[..., None], -1).mean()
+
+        total = nll(logits, labels)
+        for k in range(cfg.num_nextn_predict_layers):
+            total += 0.3 * nll(aux.mtp[k][:, : -(k + 1)], labels[:, k + 1 :])
+        return total
+
+    return loss
+
+
+def _oracle_loss(cfg, tensors, config):
+    out, labels = oracle.forward(tensors, config, TOKENS), _labels(cfg)
+
+    def nll(x, y):
+        return -np.take_along_axis(np.log(oracle.softmax(x)), y[..., None], -1).mean()
+
+    total = nll(out.logits, labels)
+    for k in range(cfg.num_nextn_predict_layers):
+        total += 0.3 * nll(out.mtp[k][:, : -(k + 1)], labels[:, k + 1 :])
+    return total
+
+
+@pytest.fixture(scope="module")
+def graded():
+    """(cfg, params, bias, gradients): one dense layer, one MoE layer, one MTP module."""
+    cfg = dataclasses.replace(V3, num_hidden_layers=2, num_nextn_predict_layers=1)
+    params, bias = weights(cfg)
+    return cfg, params, bias, jax.jit(jax.grad(_jax_loss(cfg, bias)))(params)
+
+
+def test_gradients_against_finite_differences_in_float64(graded):
+    """Along one random direction per leaf: two evaluations of the oracle tell the derivative."""
+    cfg, params, bias, grads = graded
+    rng, eps = np.random.default_rng(3), 1e-5
+    for path in leaves(cfg):
+        g = np.asarray(get(grads, path), np.float64)
+        direction = rng.standard_normal(g.shape)
+        direction /= np.linalg.norm(direction)
+        ends = []
+        for sign in (1, -1):
+            moved = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+            get(moved, path)[...] += sign * eps * direction
+            ends.append(_oracle_loss(cfg, *checkpoint(cfg, moved, bias)))
+        numeric = (ends[0] - ends[1]) / (2 * eps)
+        typical = np.linalg.norm(g) / np.sqrt(g.size)  # a derivative may happen to be near zero
+        assert typical > 0, path
+        assert abs((g * direction).sum() - numeric) < 1e-4 * max(typical, abs(numeric)), path
+
+
+@pytest.mark.parametrize("remat", REMAT[1:])
+def test_recomputation_does_not_change_gradients(graded, remat):
+    cfg, params, bias, want = graded
+    got = jax.jit(jax.grad(_jax_loss(cfg, bias, remat)))(params)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_unknown_recomputation_is_named():
+    with pytest.raises(ValueError, match="remat='half'"):
+        transformer.recompute(lambda x: x, "half")
+
+
+# --- depth ------------------------------------------------------------------------------------------------
+
+
+def test_the_traced_program_does_not_grow_with_depth():
+    def lines(layers):
+        cfg = dataclasses.replace(V3, num_hidden_layers=layers, num_nextn_predict_layers=0)
+        params = abstract(model_params(cfg))
+        step = jax.grad(lambda p: forward(p, cfg, TOKENS)[0].sum())
+        return jax.jit(step).lower(params).as_text().count("\n")
+
+    deep = transformer.UNROLL_LAYERS + 2  # both stacks as loops: the dense one has one layer either way
+    assert lines(61) == lines(deep)
