@@ -260,8 +260,8 @@ class OptimizerConfig:
     """AdamW and the schedules of report section 4.2, by token count (tokens of the report's 14.8T run).
 
     Every `*_tokens` is a boundary of the 14.8T run; `schedule_tokens` is the length of that run. A shorter
-    run scales all boundaries by total_tokens / schedule_tokens, and `warmup_steps` by `warmup_fraction`
-    if that is set.
+    run scales all boundaries by total_tokens / schedule_tokens, and the warm-up likewise
+    (`training/schedules.py`).
     """
 
     peak_lr: float = 2.2e-4

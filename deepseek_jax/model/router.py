@@ -104,9 +104,3 @@ def update_bias(bias_le: jax.Array, counts_le: jax.Array, gamma: jax.Array | flo
     """
     over = counts_le * counts_le.shape[-1] - counts_le.sum(-1, keepdims=True)
     return bias_le - gamma * jnp.sign(over).astype(bias_le.dtype)
-
-
-def max_violation(counts_le: jax.Array) -> jax.Array:
-    """MaxVio of each layer: heaviest load over mean load, minus 1 -> float32 [l]."""
-    counts = counts_le.astype(jnp.float32)
-    return counts.max(-1) / jnp.maximum(counts.mean(-1), 1e-9) - 1.0

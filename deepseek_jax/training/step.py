@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -182,14 +183,12 @@ def make_train_step(
         )(state.params, state.balance_bias, batch, hyper.mtp_lambda)
         norm = global_norm(grads)
         finite = jnp.isfinite(parts.main) & jnp.isfinite(parts.mtp) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper.lr, norm)
-        params = jax.tree.map(jnp.add, state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper.lr, norm, finite)
+        params = optax.apply_updates(state.params, updates)
         bias = state.balance_bias
         if cfg.model.has_balance_bias and cfg.balance.mode == "loss_free":
             bias = update_bias(bias, parts.counts_le, hyper.gamma)
-        new = (params, opt_state, bias)
-        old = (state.params, state.opt_state, state.balance_bias)
-        params, opt_state, bias = apply_if_finite(new, old, finite)
+            bias = apply_if_finite(bias, state.balance_bias, finite)
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         state = state.replace(

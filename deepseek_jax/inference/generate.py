@@ -1,0 +1,176 @@
+"""Generation: one jitted prefill in the expanded form, then one jitted loop in the absorbed form.
+
+Prompts of unequal length are padded on the left, so that all sequences of a batch write the same cache slot;
+a pad is a segment of its own, which no real token sees. Lengths are rounded up to buckets, so that few
+programs are compiled.
+
+Dims: b batch, t prompt token, s cache slot, n new token, v vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.cache import extend
+from deepseek_jax.inference.sampling import Sampling, sample
+from deepseek_jax.model.layers import logits
+from deepseek_jax.model.transformer import decode, forward
+
+BUCKET = 32  # prompt lengths and cache sizes are multiples of this
+
+
+class Prompts(NamedTuple):
+    """tokens_bt int32, padded on the left; pad_b: number of pads of each row."""
+
+    tokens_bt: np.ndarray
+    pad_b: np.ndarray
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], bucket: int = BUCKET) -> Prompts:
+    """Rows of equal length. Raises ValueError for no prompt or an empty one."""
+    if not prompts or any(len(p) == 0 for p in prompts):
+        raise ValueError("generation needs at least one prompt, and each needs at least one token")
+    length = -(-max(map(len, prompts)) // bucket) * bucket
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
+    return Prompts(tokens, np.array([length - len(p) for p in prompts], np.int32))
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    token_b: jax.Array
+    done_b: jax.Array
+    out_bn: jax.Array
+    cache: Any
+    key: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
+def _prefill(params: Any, cfg: ModelConfig, prompts: Prompts, bias_le: Any, slots: int) -> tuple[jax.Array, Any]:
+    """Logits of the last prompt token [b, v] and the cache, extended to `slots`."""
+    t = prompts.tokens_bt.shape[1]
+    slot_bt = jnp.arange(t)[None] - prompts.pad_b[:, None]
+    segments = (slot_bt >= 0).astype(jnp.int32)
+    h, aux = forward(
+        params,
+        cfg,
+        prompts.tokens_bt,
+        bias_le,
+        positions=jnp.maximum(slot_bt, 0),
+        segments=segments,
+        mtp=False,
+        with_cache=True,
+    )
+    assert aux.cache is not None
+    return logits(params, h[:, -1]), extend(aux.cache, slots)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "sampling", "new_tokens", "num_ids"), donate_argnames=("cache",)
+)
+def _decode_loop(
+    params: Any,
+    cfg: ModelConfig,
+    first_bv: jax.Array,
+    cache: Any,
+    pad_b: jax.Array,
+    start: jax.Array,
+    bias_le: Any,
+    stop_ids: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    new_tokens: int,
+    num_ids: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(tokens int32 [b, n], number of decode steps run). Rows that are done repeat their stop token."""
+    slots = cache.c_bsc.shape[2]
+
+    def pick(key, logits_bv):
+        return sample(key, jnp.where(jnp.arange(logits_bv.shape[-1]) < num_ids, logits_bv, -jnp.inf), sampling)
+
+    def is_stop(token_b):
+        return (token_b[:, None] == stop_ids[None]).any(-1)
+
+    def more(s: _State):
+        return (s.step < new_tokens) & ~s.done_b.all()
+
+    def body(s: _State) -> _State:
+        slot = start + s.step - 1  # of the token chosen last
+        mask = (jnp.arange(slots)[None] <= slot) & (jnp.arange(slots)[None] >= pad_b[:, None])
+        positions = (slot - pad_b)[:, None]
+        h, cache = decode(params, cfg, s.token_b[:, None], s.cache, slot, positions, mask[:, None], bias_le)
+        key, sub = jax.random.split(s.key)
+        token = jnp.where(s.done_b, s.token_b, pick(sub, logits(params, h[:, 0])))
+        out = lax.dynamic_update_slice_in_dim(s.out_bn, token[:, None], s.step, 1)
+        return _State(s.step + 1, token, s.done_b | is_stop(token), out, cache, key)
+
+    key, sub = jax.random.split(key)
+    token = pick(sub, first_bv)
+    out = jnp.zeros((token.shape[0], new_tokens), jnp.int32).at[:, 0].set(token)
+    state = lax.while_loop(more, body, _State(jnp.int32(1), token, is_stop(token), out, cache, key))
+    return state.out_bn, state.step
+
+
+def generate(
+    params: Any,
+    cfg: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    balance_bias: Any = None,
+    sampling: Sampling = Sampling(),
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+    num_ids: int | None = None,
+) -> list[list[int]]:
+    """Continuations of the prompts, without the prompts; a stop token ends a row and is left out.
+
+    Args:
+        params, balance_bias: as for `forward`.
+        prompts: token ids; lengths may differ.
+        num_ids: ids the tokenizer knows; ids from there to vocab_size are never chosen.
+
+    Raises:
+        ValueError: an empty prompt, max_new_tokens < 1, or more positions than the model has.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    longest = max((len(p) for p in prompts), default=0)
+    if longest + max_new_tokens > cfg.max_position_embeddings:
+        raise ValueError(
+            f"prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds "
+            f"max_position_embeddings={cfg.max_position_embeddings}"
+        )
+    padded = pad_prompts(prompts)
+    length = padded.tokens_bt.shape[1]
+    room = -(-max_new_tokens // BUCKET) * BUCKET
+    first_bv, cache = _prefill(params, cfg, padded, balance_bias, length + room)
+    stop = jnp.asarray(tuple(stop_ids) or (-1,), jnp.int32)
+    out_bn, steps = _decode_loop(
+        params,
+        cfg,
+        first_bv,
+        cache,
+        jnp.asarray(padded.pad_b),
+        jnp.int32(length),
+        balance_bias,
+        stop,
+        jax.random.key(seed),
+        sampling,
+        max_new_tokens,
+        num_ids or cfg.vocab_size,
+    )
+    rows = np.asarray(out_bn)[:, : int(steps)].tolist()
+    return [_until_stop(row, set(stop_ids)) for row in rows]
+
+
+def _until_stop(row: list[int], stop_ids: set[int]) -> list[int]:
+    end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
+    return row[:end]

@@ -1,0 +1,276 @@
+"""The training loop: data, schedules, steps, evaluation, checkpoints, records.
+
+The host runs one step ahead of what it reads: the metrics of step n - 1 are fetched after step n is dispatched,
+so nothing in the loop waits for the device. A run is a function of its config: resumed from any checkpoint it
+goes on bitwise as if it had never stopped (state, average, data position and token count are all restored).
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deepseek_jax import data as data_lib
+from deepseek_jax.config import Config, to_dict
+from deepseek_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from deepseek_jax.training.checkpoint import Checkpointer
+from deepseek_jax.training.ema import EMA
+from deepseek_jax.training.metrics import MetricsWriter, Progress, Throughput, max_vio, peak_flops
+from deepseek_jax.training.schedules import Schedules, StepPlan
+from deepseek_jax.training.state import Hyper, TrainState
+from deepseek_jax.training.step import Metrics, init_state, make_eval_step, make_train_step
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row with a loss or gradient that is not finite; the last checkpoint is kept."""
+
+
+class Evaluation(NamedTuple):
+    """On the validation windows: nats per token, bits per byte."""
+
+    loss: float
+    bits_per_byte: float
+
+
+class Result(NamedTuple):
+    """Of a run that ended: at its last step, or earlier if it was told to stop (`stopped`)."""
+
+    state: TrainState
+    step: int
+    tokens: int
+    stopped: bool
+    evaluation: Evaluation | None
+    ema_evaluation: Evaluation | None
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set. A second Ctrl-C interrupts at once. Main thread only."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(signum: int, _frame: Any) -> None:
+        if stop.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+class Trainer:
+    """One run: everything that lives as long as it does.
+
+    Args:
+        cfg: the frozen config. Checkpoints and records go to `cfg.train.out_dir`.
+        mesh: default: all devices, by `cfg.mesh`.
+        data: default: `deepseek_jax.data.load(cfg.data)`.
+
+    Raises:
+        ValueError: batch, mesh and accumulation do not divide; data that cannot be read.
+    """
+
+    def __init__(self, cfg: Config, mesh: Mesh | None = None, data: data_lib.Data | None = None):
+        self.cfg = cfg
+        self.mesh = make_mesh(cfg.mesh) if mesh is None else mesh
+        self.out_dir = Path(cfg.train.out_dir)
+        # MTP targets lie inside the window (section 2.2), so windows need only the main model's label.
+        self.data = data or data_lib.load(cfg.data, 0, jax.process_index(), jax.process_count())
+        if self.data.tokenizer.vocab_size > cfg.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.data.tokenizer.vocab_size} ids, model.vocab_size is "
+                f"{cfg.model.vocab_size}: raise it"
+            )
+        self.granularity = batch_shards(self.mesh) * cfg.train.grad_accumulation
+        self.schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len, self.granularity)
+        self.total_steps = self.schedules.num_steps(self.granularity)
+        self.step_fn = make_train_step(cfg, self.mesh)
+        self.eval_fn = make_eval_step(cfg, self.mesh)
+        self.checkpointer = Checkpointer(self.out_dir / "checkpoints", cfg.train.keep)
+        self.state = init_state(cfg, self.mesh)
+        self.ema = EMA(self.state.params, cfg.train.ema_decay)
+        self.step, self.tokens = 0, 0
+        self.data.tokenizer.save(self.out_dir / "tokenizer.json")
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def resume(self, step: int | None = None) -> bool:
+        """Continue from a checkpoint (default: the newest). False if there is none.
+
+        Raises CheckpointError if it is damaged or belongs to another model, ValueError if to other data.
+        """
+        if step is None and self.checkpointer.latest() is None:
+            return False
+        restored = self.checkpointer.restore(self.state, step, to_dict(self.cfg)["model"])
+        self.data.train.restore(restored.meta["data"])
+        self.state, self.step, self.tokens = restored.state, restored.step, restored.meta["tokens"]
+        self.ema.restore(restored.ema)
+        return True
+
+    def save(self) -> None:
+        """Start writing a checkpoint of the present step; the write goes on in the background."""
+        meta = {
+            "config": to_dict(self.cfg),
+            "data": self.data.train.state(),
+            "tokens": self.tokens,
+        }
+        self.checkpointer.save(self.step, self.state, self.ema.state(), meta)
+
+    def close(self) -> None:
+        """Finish pending writes and stop the threads."""
+        self.checkpointer.close()
+        self.ema.close()
+        self.data.train.close()
+
+    # --- running ------------------------------------------------------------------------------------------
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch as global arrays, sharded over the batch axes."""
+        sharding = batch_sharding(self.mesh)
+        return {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}
+
+    def evaluate(self, params: Any) -> Evaluation:
+        """Validation loss of `params` with the present balance bias."""
+        windows = self.data.validation.subset(self.cfg.train.eval_windows)
+        nats, size = [], self.granularity * max(1, 16 // self.granularity)
+        for start in range(0, len(windows), size):
+            batch = {k: x[start : start + size] for k, x in windows.batch.items()}
+            have = len(batch["tokens"])
+            batch = {k: np.pad(x, ((0, size - have), (0, 0)), mode="edge") for k, x in batch.items()}
+            out = self.eval_fn(params, self.state.balance_bias, self.put(batch))
+            nats.append(np.asarray(out)[:have])
+        total = float(np.concatenate(nats).astype(np.float64).sum())
+        tokens = len(windows) * self.cfg.data.seq_len
+        return Evaluation(total / tokens, data_lib.bits_per_byte(total, windows.num_bytes))
+
+    def run(self, stop: threading.Event | None = None, progress_file: Any = None) -> Result:
+        """Train to the last step, or until `stop` is set; both end with a checkpoint of where it stands.
+
+        Raises NonFiniteError after `train.max_bad_steps` skipped steps in a row.
+        """
+        stop = stop or threading.Event()
+        records = _Records(self, progress_file)
+        try:
+            for plan in self.schedules.plan(self.granularity, self.step, self.tokens):
+                if stop.is_set():
+                    break
+                self._one_step(plan, records)
+            records.flush()
+            if self.step == 0 or self.checkpointer.latest() != self.step:
+                self.save()
+            if stop.is_set():
+                return Result(self.state, self.step, self.tokens, True, None, None)
+            return self._finish(records)
+        finally:
+            records.close()
+
+    def _one_step(self, plan: StepPlan, records: "_Records") -> None:
+        cfg = self.cfg.train
+        hyper = self.schedules.hyper(plan.step, plan.tokens)
+        batch = self.put(self.data.train.take(plan.batch_size))
+        self.state, metrics = self.step_fn(self.state, batch, hyper)
+        self.step, self.tokens = plan.step + 1, plan.tokens + plan.batch_size * self.cfg.data.seq_len
+        records.add(self.step, self.tokens, plan.batch_size, hyper, metrics)
+        if self.step % cfg.ema_every == 0:
+            self.ema.update(self.state.params)
+        last = self.step == self.total_steps
+        if not last and self.step % cfg.eval_every == 0:
+            records.flush()
+            records.evaluation(self.step, self.evaluate(self.state.params))
+        if last or self.step % cfg.checkpoint_every == 0:
+            records.flush()
+            self.save()
+            records.pause()
+
+    def _finish(self, records: "_Records") -> Result:
+        evaluation = self.evaluate(self.state.params)
+        records.evaluation(self.step, evaluation)
+        averaged = jax.device_put(self.ema.value(), jax.tree.map(lambda x: x.sharding, self.state.params))
+        ema_evaluation = self.evaluate(averaged)
+        self.checkpointer.wait()
+        return Result(self.state, self.step, self.tokens, False, evaluation, ema_evaluation)
+
+
+class _Records:
+    """Metrics, one step behind: what was handed in for step n - 1 is read when step n is handed in."""
+
+    def __init__(self, trainer: Trainer, progress_file: Any):
+        cfg, self._trainer = trainer.cfg, trainer
+        resumed = trainer.step if trainer.step else None
+        self._writer = MetricsWriter(trainer.out_dir, resumed)
+        self._progress = Progress(trainer.total_steps, trainer.step, progress_file)
+        peak = peak_flops(cfg.model.dtype).flops * trainer.mesh.size
+        self._throughput = Throughput(cfg.model.flops_per_token(cfg.data.seq_len), peak)
+        self._pending: tuple[int, int, int, Hyper, Metrics] | None = None
+
+    def add(self, step: int, tokens: int, batch_size: int, hyper: Hyper, metrics: Metrics) -> None:
+        self.flush()
+        self._pending = (step, tokens, batch_size, hyper, metrics)
+
+    def flush(self) -> None:
+        """Read and write what is pending. Raises NonFiniteError where the run must stop."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        step, tokens, batch_size, hyper, metrics = pending
+        host = jax.device_get(metrics)
+        values = {
+            "loss": float(host.loss),
+            "mtp_loss": float(host.mtp_loss) if self._trainer.cfg.model.num_nextn_predict_layers else None,
+            "balance_loss": float(host.balance_loss),
+            "grad_norm": float(host.grad_norm),
+            "lr": float(hyper.lr),
+            "gamma": float(hyper.gamma),
+            "mtp_lambda": float(hyper.mtp_lambda),
+            "batch_size": batch_size,
+            "tokens": tokens,
+            "max_vio": np.asarray(max_vio(host.counts_le)),
+            "expert_counts": np.asarray(host.counts_le),
+            "skipped": int(host.skipped),
+            **self._throughput.update(tokens),
+        }
+        values = {name: value for name, value in values.items() if value is not None}
+        self._writer.write("train", step, values)
+        self._progress.update(step, values)
+        if not host.finite:
+            self._not_finite(step, host)
+
+    def _not_finite(self, step: int, host: Metrics) -> None:
+        names = ("loss", "mtp_loss", "grad_norm")
+        what = ", ".join(f"{n}={getattr(host, n)}" for n in names if not np.isfinite(getattr(host, n)))
+        self._progress.write(f"step {step} skipped: {what} ({int(host.bad_steps)} in a row)")
+        limit = self._trainer.cfg.train.max_bad_steps
+        if host.bad_steps >= limit:
+            kept = self._trainer.checkpointer.latest()
+            raise NonFiniteError(
+                f"step {step}: {what}; {int(host.bad_steps)} steps in a row were skipped "
+                f"(train.max_bad_steps={limit}). The last checkpoint, step {kept}, is kept; "
+                f"lower optimizer.peak_lr or resume from there with other data"
+            )
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self._writer.write("eval", step, evaluation._asdict())
+        self._progress.write(
+            f"step {step}: validation loss {evaluation.loss:.3f}, {evaluation.bits_per_byte:.3f} bits per byte"
+        )
+        self.pause()
+
+    def pause(self) -> None:
+        """After work that is no training, so that it does not count in tokens/s."""
+        self._throughput.pause()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._progress.close()
