@@ -10,46 +10,54 @@ Expected: validation loss about 3.9 nats per token, 1.5 bits per byte; a unigram
 
 import ml_collections
 
+from configs.defaults import defaults
+
 
 def get_config() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    config.model = {
-        "vocab_size": 2048,
-        "hidden_size": 192,
-        "num_hidden_layers": 4,
-        "first_k_dense_replace": 1,
-        "intermediate_size": 512,
-        "num_attention_heads": 6,
-        "q_lora_rank": 96,
-        "kv_lora_rank": 64,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "moe_intermediate_size": 128,
-        "n_routed_experts": 16,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 4,
-        "n_group": 4,
-        "topk_group": 2,
-        "num_nextn_predict_layers": 1,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.02,
-    }
-    config.data = {"source": "stdlib", "vocab_size": 2048, "seq_len": 256, "fim_rate": 0.1}
-    config.optimizer = {
-        "peak_lr": 3e-3,
-        "mid_lr": 3e-4,
-        "final_lr": 1e-4,
-        "batch_start": 8,
-        "gamma": 0.003,
-    }
-    config.train = {
-        "steps": 400,
-        "batch_size": 8,
-        "eval_every": 100,
-        "checkpoint_every": 100,
-        "ema_decay": 0.9,
-        "ema_every": 5,
-        "out_dir": "runs/tiny",
-    }
+    config = defaults()
+    config.model.update(
+        {
+            "vocab_size": 2048,
+            "hidden_size": 192,
+            "num_hidden_layers": 4,
+            "first_k_dense_replace": 1,
+            "intermediate_size": 512,
+            "num_attention_heads": 6,
+            "q_lora_rank": 96,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "moe_intermediate_size": 128,
+            "n_routed_experts": 16,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_nextn_predict_layers": 1,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.02,
+        }
+    )
+    config.data.update({"source": "stdlib", "vocab_size": 2048, "seq_len": 256, "fim_rate": 0.1})
+    config.optimizer.update(
+        {
+            "peak_lr": 3e-3,
+            "mid_lr": 3e-4,
+            "final_lr": 1e-4,
+            "batch_start": 8,
+            "gamma": 0.003,
+        }
+    )
+    config.train.update(
+        {
+            "steps": 400,
+            "batch_size": 8,
+            "eval_every": 100,
+            "checkpoint_every": 100,
+            "ema_decay": 0.9,
+            "ema_every": 5,
+            "out_dir": "runs/tiny",
+        }
+    )
     return config

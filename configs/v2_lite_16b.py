@@ -1,0 +1,79 @@
+"""DeepSeek-V2-Lite: 15.7B parameters, 2.4B active, softmax gating, full-rank queries.
+
+    python -m experiments.train --config=configs/v2_lite_16b.py --config.data.source="data/*.parquet"
+
+Hardware: 16 bytes of state per parameter: at least 4 GPUs with 80 GB, the parameters sharded. Not run here:
+there is no expected loss. Figures of the published config.json of deepseek-ai/DeepSeek-V2-Lite.
+"""
+
+import ml_collections
+
+from configs.defaults import defaults
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = defaults()
+    config.model.update(
+        {
+            "vocab_size": 102400,
+            "hidden_size": 2048,
+            "num_hidden_layers": 27,
+            "first_k_dense_replace": 1,
+            "intermediate_size": 10944,
+            "num_attention_heads": 16,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "n_group": 1,
+            "topk_group": 1,
+            "scoring_func": "softmax",
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            "num_nextn_predict_layers": 0,
+            "rope_scaling": {
+                "factor": 40.0,
+                "original_max_position_embeddings": 4096,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+            "max_position_embeddings": 163840,
+            "dtype": "bfloat16",
+        }
+    )
+    config.data.update(
+        {
+            "source": "data/*.parquet",
+            "vocab_size": 102400,
+            "seq_len": 4096,
+        }
+    )
+    config.optimizer.update(
+        {
+            "peak_lr": 0.00042,
+            "mid_lr": 4.2e-05,
+            "final_lr": 1.4e-05,
+            "batch_start": 4608,
+            "batch_ramp_tokens": 0.0,
+        }
+    )
+    config.train.update(
+        {
+            "steps": 301000,
+            "batch_size": 4608,
+            "grad_accumulation": 4,
+            "remat": "deepseek",
+            "loss_chunk": 4096,
+            "eval_every": 500,
+            "checkpoint_every": 500,
+            "out_dir": "runs/v2_lite_16b",
+        }
+    )
+    return config

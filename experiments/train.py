@@ -1,0 +1,116 @@
+"""Train a model: `python -m experiments.train --config=configs/tiny.py [--config.train.steps=...]`.
+
+Resumes by itself from the newest checkpoint in `train.out_dir`. SIGTERM and Ctrl-C save and exit. At the end it
+prints the validation loss beside a unigram model's, writes `report.png` and shows two completions.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from deepseek_jax.config import Config, from_config_dict
+from experiments.devices import one_device_per_core
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The run's config.", lock_config=True)
+_FROM_STEP = flags.DEFINE_integer("from_step", None, "Resume from this checkpoint instead of the newest.")
+_FRESH = flags.DEFINE_bool("fresh", False, "Refuse to resume: the output folder must hold no checkpoint.")
+
+PLAIN_PROMPT = "def read(self, size=-1):\n    "
+FIM_PROMPT = ("def __init__(self, name, value):\n        self.name = ", "\n        self.value = value\n")
+
+
+def _describe(cfg: Config, trainer) -> None:
+    model, data = cfg.model, trainer.data
+    print(
+        f"model: {model.num_params():,} parameters, {model.num_active_params():,} active per token "
+        f"(without the embedding), {model.num_mtp_params():,} more in MTP modules"
+    )
+    print(f"data: {data.report.summary()}")
+    tokens = trainer.schedules.total_tokens
+    print(f"run: {trainer.total_steps:,} steps, {tokens:,} tokens on {trainer.mesh.size} device(s)", flush=True)
+
+
+def _complete(trainer, result) -> None:
+    """One plain completion and one in the middle, greedy."""
+    from deepseek_jax.data.fim import fim_prompt
+    from deepseek_jax.inference.generate import generate
+
+    cfg, tokenizer = trainer.cfg, trainer.data.tokenizer
+    plain = tokenizer.encode(PLAIN_PROMPT)
+    middle = fim_prompt(*FIM_PROMPT, tokenizer)
+    out = generate(
+        result.state.params,
+        cfg.model,
+        [plain, middle],
+        min(cfg.train.sample_tokens, cfg.model.max_position_embeddings - max(len(plain), len(middle))),
+        balance_bias=result.state.balance_bias,
+        stop_ids=[tokenizer.eos_id],
+        num_ids=tokenizer.vocab_size,
+    )
+    print("\n--- completion " + "-" * 60)
+    print(PLAIN_PROMPT + tokenizer.decode(out[0], skip_special=True))
+    print("--- fill in the middle, between >> and << " + "-" * 33)
+    print(f"{FIM_PROMPT[0]}>>{tokenizer.decode(out[1], skip_special=True)}<<{FIM_PROMPT[1]}")
+    print("-" * 75)
+
+
+def _finish(trainer, result) -> None:
+    from deepseek_jax.training.report import write_report
+
+    unigram = trainer.data.unigram(trainer.data.validation.subset(trainer.cfg.train.eval_windows))
+    last, averaged = result.evaluation, result.ema_evaluation
+    print(f"\nvalidation loss {last.loss:.3f} nats per token, {last.bits_per_byte:.3f} bits per byte")
+    print(f"  averaged parameters: {averaged.loss:.3f}, {averaged.bits_per_byte:.3f}")
+    print(f"  unigram model:       {unigram.nats_per_token:.3f}, {unigram.bits_per_byte:.3f}")
+    picture = trainer.out_dir / "report.png"
+    write_report(trainer.out_dir / "metrics.jsonl", picture, unigram.nats_per_token, f"{trainer.out_dir.name}")
+    _complete(trainer, result)
+    print(f"picture: {picture}\nmetrics: {trainer.out_dir / 'metrics.jsonl'}, {trainer.out_dir / 'tensorboard'}")
+    print(f"checkpoints: {trainer.out_dir / 'checkpoints'}", flush=True)
+
+
+def run(cfg: Config, from_step: int | None = None, fresh: bool = False) -> int:
+    """Train; the process's exit status."""
+    from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
+
+    with stop_on_signals() as stop:
+        trainer = Trainer(cfg)
+        try:
+            if fresh and trainer.checkpointer.latest() is not None:
+                raise ValueError(f"--fresh: {trainer.checkpointer.directory} holds checkpoints; remove it first")
+            if trainer.resume(from_step):
+                print(f"resumed from step {trainer.step} in {trainer.checkpointer.directory}")
+            _describe(cfg, trainer)
+            result = trainer.run(stop)
+            if result.stopped:
+                print(f"stopped at step {result.step}; the same command goes on from there", flush=True)
+                return 0
+            _finish(trainer, result)
+            return 0
+        except NonFiniteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        finally:
+            trainer.close()
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) > 1:
+        print(f"error: unexpected arguments {argv[1:]}; settings are --config.KEY=VALUE", file=sys.stderr)
+        return 2
+    logging.set_verbosity(logging.ERROR)
+    try:
+        cfg = from_config_dict(_CONFIG.value)
+        one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation)
+        return run(cfg, _FROM_STEP.value, _FRESH.value)
+    except ValueError as error:
+        step = getattr(error, "whole_step", None)
+        hint = f"\n  (to go on from there: --from_step={step})" if step is not None else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    app.run(main)
