@@ -44,7 +44,8 @@ def interpret_params(detect_races: bool = True):
 
 def interpret_mode(detect_races: bool = True):
     """Context manager under which every Mosaic GPU kernel traced runs in the CPU interpreter (jax >= 0.11)."""
-    return plgpu.force_gpu_interpret_mode(interpret_params(detect_races))
+    params = interpret_params(detect_races)
+    return plgpu.force_gpu_interpret_mode(params)
 
 
 def reset_interpreter() -> None:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK, COLUMN_TILE, ROW_TILE, Block
-from pallas_kernels.compat import compiler_params, swizzled
+from pallas_kernels.compat import JAX_VERSION, compiler_params, swizzled
 from pallas_kernels.quantize.fallback import scale_from_amax
 from pallas_kernels.quantize.reference import divide
 
@@ -42,6 +42,8 @@ def swiglu_quantize_unsupported(gate_up: jax.Array, up: jax.Array | None) -> str
 def transposed_unsupported(shape: tuple[int, ...], dtype) -> str | None:
     if len(shape) != 2:
         return f"shape {shape}: only matrices are transposed"
+    if dtype == E4M3 and JAX_VERSION < (0, 11):
+        return "jax 0.10 searches half a minute for the layouts of this kernel; jax 0.11 and later find them at once"
     return _unsupported(dtype, shape[0], BLOCK, shape[1], BLOCK if dtype == E4M3 else ROWS)
 
 
@@ -85,7 +87,7 @@ def _row_amax(y: jax.Array) -> jax.Array:
 
 def _over(v: jax.Array, shape: tuple[int, int], dim: int) -> jax.Array:
     """Broadcast a vector that lies along `dim`."""
-    return lax.broadcast_in_dim(v, shape, (dim,))
+    return lax.broadcast_in_dim(plgpu.layout_cast(v, plgpu.Layout.WGMMA.reduce(1 - dim)), shape, (dim,))
 
 
 def _row_tiles(source: _Source, shape: tuple[int, int], scale: str) -> tuple[jax.Array, jax.Array]:

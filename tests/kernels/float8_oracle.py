@@ -35,12 +35,12 @@ def encode(y: np.ndarray) -> np.ndarray:
     return byte | (np.signbit(y).astype(np.uint8) << 7)
 
 
+POWERS_OF_TWO = 2.0 ** np.arange(-126, 128)
+
+
 def power_of_two_above(s: np.float32) -> np.float32:
     """Smallest power of two that is not below s, by comparison."""
-    power = np.float32(2.0**-126)
-    while power < s:
-        power = np.float32(power * 2)
-    return power
+    return np.float32(POWERS_OF_TWO[np.searchsorted(POWERS_OF_TWO, np.float64(s))])
 
 
 def quantize(x, block: tuple[int, int], scale: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,96 @@
+"""Which implementation an op runs, and that every kernel lowers for CUDA on this jax, without any GPU package."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import compat
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.fp8_gemm.ops import fp8_gemm
+from pallas_kernels.quantize.ops import quantize
+from pallas_kernels.testing import cases
+
+LOWERED = {
+    "quantize_rows": ("quantize", {"m": 128, "k": 256, "block": (1, 128), "scale": "ue8m0"}),
+    "quantize_columns": ("quantize", {"m": 128, "k": 256, "block": (128, 1)}),
+    "quantize_blocks": ("quantize", {"m": 128, "k": 256, "block": (128, 128)}),
+    "swiglu_quantize": ("swiglu_quantize", {"m": 128, "f": 256}),
+    "quantize_transposed": ("quantize_transposed", {"t": 128, "k": 256}),
+    "requantize_transposed": ("requantize_transposed", {"t": 128, "k": 256}),
+    "fp8_gemm": ("fp8_gemm", {"m": 128, "n": 256, "k": 512}),
+    "fp8_gemm_wgrad": ("fp8_gemm", {"m": 128, "n": 256, "k": 512, "recipe": "1d1d", "accumulate": True}),
+    "fp8_grouped_gemm": ("fp8_grouped_gemm", {"groups": 2, "m": 128, "n": 256, "k": 512}),
+    "fp8_grouped_wgrad": ("fp8_grouped_wgrad", {"groups": 2, "m": 128, "n": 256, "k": 512}),
+    "grouped_gemm": ("grouped_gemm", {"groups": 2, "m": 128, "n": 256, "k": 512}),
+    "grouped_gemm_dgrad": ("grouped_gemm", {"groups": 2, "m": 128, "n": 256, "k": 512, "transpose_b": False}),
+    "grouped_wgrad": ("grouped_wgrad", {"groups": 2, "m": 128, "n": 256, "k": 512}),
+}
+
+
+def lowered_for_cuda(fn, *operands) -> str:
+    return jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_kernel_lowers_for_cuda(name):
+    if name == "requantize_transposed" and compat.JAX_VERSION < (0, 11):
+        pytest.skip("jax 0.10 searches half a minute for the layouts of this kernel")
+    case, arguments = LOWERED[name]
+    fn, operands = getattr(cases, case)(**arguments)
+    assert lowered_for_cuda(fn, *operands).count("mosaic_gpu_v2") or "mosaic_gpu" in lowered_for_cuda(
+        fn, *operands
+    )
+
+
+def test_platform_picks_the_implementation():
+    x = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)
+    assert "mosaic_gpu" in lowered_for_cuda(quantize, x)
+    assert "mosaic_gpu" not in jax.jit(quantize).lower(x).as_text()
+    ragged = jax.ShapeDtypeStruct((128, 100), jnp.bfloat16)
+    assert "mosaic_gpu" not in lowered_for_cuda(quantize, ragged)
+
+
+def run(implementation, unsupported=None):
+    return dispatch(
+        "op",
+        implementation,
+        jnp.float32(1),
+        None,
+        mosaic=lambda x, none: x + 1,
+        xla=lambda x, none: x + 2,
+        reference=lambda x, none: x + 3,
+        unsupported=unsupported,
+    )
+
+
+def test_named_implementations_are_used_or_refused():
+    assert [float(run(i)) for i in (None, "mosaic", "xla", "reference")] == [3, 2, 3, 4]
+    assert float(run(None, "reason")) == 3
+    with pytest.raises(ValueError, match="op: the Mosaic GPU kernel does not support this call: reason"):
+        run("mosaic", "reason")
+    with pytest.raises(ValueError, match="implementation='triton' is unknown"):
+        run("triton")
+
+
+def test_other_gpus_get_the_xla_path(monkeypatch):
+    class Device:
+        compute_capability = "8.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert "the device has 8.0" in compat.why_not_hopper()
+    assert float(run(None)) == 3
+    Device.compute_capability = "9.0"
+    assert compat.why_not_hopper() is None
+
+
+def test_interpreter_is_refused_where_it_cannot_work(monkeypatch):
+    monkeypatch.setattr(compat, "HAS_INTERPRETER", False)
+    with pytest.raises(ValueError, match=r"needs jax >= 0\.11"):
+        compat.interpret_mode()
+
+
+def test_kernel_does_not_run_on_cpu_by_accident():
+    q, s = quantize(jnp.ones((128, 128)))
+    with pytest.raises(ValueError, match=r"CPU|cpu"):
+        jax.block_until_ready(jax.jit(lambda q, s: fp8_gemm(q, s, q, s, implementation="mosaic"))(q, s))

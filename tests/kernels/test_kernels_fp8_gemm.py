@@ -1,0 +1,133 @@
+"""The FP8 GEMM against float64, in every implementation, and its error against the unquantised product."""
+
+import functools
+from typing import ClassVar
+
+import gemm_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gemm_oracle import normal, quantized, small
+from op_suite import Case, OpSuite, assert_product, pytest_generate, run
+
+from pallas_kernels.blocks import ROW_TILE, SQUARE_BLOCK
+from pallas_kernels.fp8_gemm.ops import fp8_gemm
+from pallas_kernels.quantize.ops import quantize
+from pallas_kernels.testing.metrics import calc_diff, relative_l2
+
+pytest_generate_tests = pytest_generate
+
+
+def gemm_case(
+    m, n, k, b_block=SQUARE_BLOCK, out_dtype=jnp.float32, accumulate=False, kernel=True, **tile
+) -> Case:
+    a, a_scale, a64 = quantized(0, (m, k))
+    b, b_scale, b64 = quantized(1, (n, k), b_block)
+    expected, magnitude = oracle.product(a64, b64)
+    c = normal(2, m, n) if accumulate else None
+    if accumulate:
+        expected, magnitude = (
+            expected + np.asarray(c, np.float64),
+            magnitude + np.abs(np.asarray(c, np.float64)),
+        )
+
+    def call(a, a_scale, b, b_scale, c, implementation):
+        return fp8_gemm(a, a_scale, b, b_scale, out_dtype, c, implementation, small(**tile))
+
+    def check(out):
+        assert out.dtype == out_dtype
+        assert_product(out, expected, magnitude, terms=k + 4)
+
+    only = ("reference", "xla", "mosaic") if kernel else ("reference", "xla")
+    return Case(call, (a, a_scale, b, b_scale, c), check, only)
+
+
+class TestFp8Gemm(OpSuite):
+    cases: ClassVar = {
+        "fprop": functools.partial(gemm_case, 256, 256, 384, num_sms=3),
+        "fprop_stages_wrap": functools.partial(gemm_case, 128, 128, 512, stages=3),
+        "half_block_tile_n": functools.partial(gemm_case, 128, 192, 256, tile_n=64),
+        "ragged_rows_bf16": functools.partial(gemm_case, 40, 256, 256, tile_m=64, out_dtype=jnp.bfloat16),
+        "wgrad": functools.partial(gemm_case, 128, 128, 384, ROW_TILE),
+        "wgrad_accumulate": functools.partial(gemm_case, 128, 256, 256, ROW_TILE, accumulate=True),
+        "ragged_k": functools.partial(gemm_case, 30, 150, 200, kernel=False),
+    }
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic"])
+def test_promotes_every_128_in_order(implementation):
+    """2^24 + 1 + 1 in float32 stays 2^24 if the blocks are added one by one, in order; added otherwise it is more."""
+    x = np.zeros((128, 384), np.float32)
+    x[:, 0], x[:, 128], x[:, 256] = 2.0**12, 1, 1  # the one column of each block that both operands have
+    w = x.copy()
+    x[:, 1::128] = (
+        448 * x[:, 0::128]
+    )  # these make every scale a power of two, and meet zeros in the other operand
+    w[:, 2::128] = 448 * w[:, 0::128]
+    (a, a_scale), (b, b_scale) = quantize(jnp.asarray(x)), quantize(jnp.asarray(w), SQUARE_BLOCK)
+
+    def call(a, a_scale, b, b_scale, implementation):
+        return fp8_gemm(a, a_scale, b, b_scale, jnp.float32, None, implementation, small())
+
+    np.testing.assert_array_equal(np.asarray(run(call, implementation, a, a_scale, b, b_scale)), 2.0**24)
+
+
+DIFF_BAND = (
+    6.5e-4,
+    7.5e-4,
+)  # where correct fine-grained FP8 products of Gaussian data land at 128 x 512 outputs
+CONTRACTIONS = (512, 576, 1536, 2048, 2112, 4096, 7168, 16384, 24576, 32768)  # of the model's projections
+RECIPES = {"1d2d": (SQUARE_BLOCK, "fp32"), "1d2d_ue8m0": (SQUARE_BLOCK, "ue8m0"), "1d1d": (ROW_TILE, "fp32")}
+
+
+@functools.partial(jax.jit, static_argnames=("b_block", "scale"))
+def quantized_product(x, w, b_block, scale):
+    return fp8_gemm(*quantize(x, scale=scale), *quantize(w, b_block, scale), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    rng = np.random.default_rng(0)
+    return tuple(rng.standard_normal((rows, max(CONTRACTIONS)), np.float32) for rows in (128, 512))
+
+
+@pytest.mark.parametrize(
+    ("k", "recipe"),
+    [(k, "1d2d") for k in CONTRACTIONS] + [(k, r) for k in (576, 7168) for r in ("1d2d_ue8m0", "1d1d")],
+)
+def test_error_of_quantisation_is_in_its_band(k, recipe, gaussian):
+    x, w = (array[:, :k] for array in gaussian)
+    out, exact = quantized_product(x, w, *RECIPES[recipe]), x @ w.T
+    assert DIFF_BAND[0] < calc_diff(out, exact) < DIFF_BAND[1]
+    assert 0.036 < relative_l2(out, exact) < 0.039
+
+
+def test_bad_operands_are_named():
+    a, a_scale, _ = quantized(0, (4, 256))
+    b, b_scale, _ = quantized(1, (256, 256), SQUARE_BLOCK)
+    for call, message in (
+        (lambda: fp8_gemm(a.astype(jnp.float32), a_scale, b, b_scale), "a is float32"),
+        (lambda: fp8_gemm(a[:, :128], a_scale, b, b_scale), "a contracts 128 and b 256"),
+        (lambda: fp8_gemm(a, a_scale.T, b, b_scale), r"a_scale has shape \(2, 4\)"),
+        (lambda: fp8_gemm(a, a_scale, b, b_scale[:1]), r"b_scale has shape \(1, 2\)"),
+        (lambda: fp8_gemm(a, a_scale, b, b_scale, accumulate=jnp.zeros((4, 256))), "out_dtype bfloat16"),
+        (lambda: fp8_gemm(a, a_scale, b, b_scale, jnp.float16, implementation="mosaic"), "out_dtype=float16"),
+        (
+            lambda: fp8_gemm(a, a_scale, b[:100], b_scale[:1], implementation="mosaic"),
+            "N=100 must be a multiple",
+        ),
+        (lambda: small(tile_m=100), "tile 100 x 128"),
+        (lambda: small(stages=1), "stages=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_calc_diff():
+    assert calc_diff([0, 0], [0, 0]) == 0
+    assert calc_diff([1, 2], [1, 2]) == 0
+    assert calc_diff([1, 0], [0, 1]) == 1
+    assert np.isnan(calc_diff([np.nan], [1]))
+    with pytest.raises(ValueError, match="1 against 2 elements"):
+        calc_diff([1], [1, 2])

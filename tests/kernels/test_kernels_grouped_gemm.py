@@ -1,0 +1,178 @@
+"""The grouped GEMMs, FP8 and BF16, against float64: padding, empty groups, decoding masks, gradients per group."""
+
+import functools
+from typing import ClassVar
+
+import gemm_oracle as oracle
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gemm_oracle import normal, quantized, small
+from op_suite import Case, OpSuite, assert_product, pytest_generate
+
+from pallas_kernels.blocks import SQUARE_BLOCK
+from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_gemm_masked, fp8_grouped_wgrad
+from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
+from pallas_kernels.groups import aligned_sizes, row_groups, tile_groups
+
+pytest_generate_tests = pytest_generate
+GROUPS, N, K = 3, 128, 384
+SIZES = (100, 0, 200)  # group 1 is empty; both others end in padding; the last 128 rows belong to nobody
+
+
+def ids(alignment=128, rows=512) -> jnp.ndarray:
+    return row_groups(jnp.asarray(SIZES, jnp.int32), rows, alignment)
+
+
+def contiguous_case(out_dtype=jnp.float32, alignment=128, rows=512, kernel=True, **tile) -> Case:
+    a, a_scale, a64 = quantized(0, (rows, K))
+    b, b_scale, b64 = quantized(1, (GROUPS, N, K), SQUARE_BLOCK)
+    group_ids = ids(alignment, rows)
+    expected, magnitude = oracle.contiguous(a64, b64, group_ids)
+
+    def call(*operands_and_implementation):
+        *operands, implementation = operands_and_implementation
+        return fp8_grouped_gemm(*operands, out_dtype, alignment, implementation, small(**tile))
+
+    only = ("reference", "xla", "mosaic") if kernel else ("reference", "xla")
+    check = lambda out: assert_product(out, expected, magnitude, K + 4)  # noqa: E731
+    return Case(call, (a, a_scale, b, b_scale, group_ids), check, only)
+
+
+def masked_case() -> Case:
+    a, a_scale, a64 = quantized(0, (GROUPS, 128, K))
+    b, b_scale, b64 = quantized(1, (GROUPS, N, K), SQUARE_BLOCK)
+    present = jnp.asarray([0, 17, 128], jnp.int32)
+    rows = np.where(np.arange(128) < np.asarray(present)[:, None], np.arange(GROUPS)[:, None], -1)
+    expected, magnitude = oracle.contiguous(a64.reshape(-1, K), b64, rows.reshape(-1))
+
+    def call(*operands_and_implementation):
+        *operands, implementation = operands_and_implementation
+        out = fp8_grouped_gemm_masked(*operands, jnp.float32, implementation, small(tile_m=64))
+        return out.reshape(-1, N)
+
+    check = lambda out: assert_product(out, expected, magnitude, K + 4)  # noqa: E731
+    return Case(call, (a, a_scale, b, b_scale, present), check)
+
+
+def wgrad_case(accumulate: bool) -> Case:
+    tokens = 640
+    a, a_scale, a64 = quantized(0, (128, tokens))
+    b, b_scale, b64 = quantized(1, (N, tokens))
+    sizes = aligned_sizes(jnp.asarray(SIZES, jnp.int32))
+    c = normal(2, GROUPS, 128, N) if accumulate else None
+    expected, magnitude = oracle.wgrad(a64, b64, sizes, c)
+
+    def call(*operands_and_implementation):
+        *operands, implementation = operands_and_implementation
+        return fp8_grouped_wgrad(*operands, implementation, small(stages=3))
+
+    def check(out):
+        assert_product(out, expected, magnitude, tokens + 4)
+        empty = np.zeros((128, N)) if c is None else np.asarray(c[1])
+        np.testing.assert_array_equal(np.asarray(out[1]), empty)
+
+    return Case(call, (a, a_scale, b, b_scale, sizes, c), check)
+
+
+class TestFp8GroupedGemm(OpSuite):
+    cases: ClassVar = {
+        "contiguous": contiguous_case,
+        "contiguous_bf16": functools.partial(contiguous_case, jnp.bfloat16),
+        "small_alignment": functools.partial(contiguous_case, alignment=8, rows=320, kernel=False),
+        "masked": masked_case,
+        "wgrad": functools.partial(wgrad_case, False),
+        "wgrad_accumulate": functools.partial(wgrad_case, True),
+    }
+
+
+def bf16_case(transpose_b: bool, out_dtype=jnp.float32, alignment=128, rows=512, kernel=True) -> Case:
+    a = normal(0, rows, K).astype(jnp.bfloat16)
+    weight = normal(1, GROUPS, N, K).astype(jnp.bfloat16)
+    b = weight if transpose_b else weight.swapaxes(1, 2)
+    group_ids = ids(alignment, rows)
+    expected, magnitude = oracle.contiguous(
+        np.asarray(a, np.float64), np.asarray(weight, np.float64), group_ids
+    )
+
+    def call(a, b, group_ids, implementation):
+        return grouped_gemm(
+            a, b, group_ids, transpose_b, out_dtype, alignment, implementation, small(stages=3)
+        )
+
+    only = ("reference", "xla", "mosaic") if kernel else ("reference", "xla")
+    check = lambda out: assert_product(out, expected, magnitude, K + 4)  # noqa: E731
+    return Case(call, (a, b, group_ids), check, only)
+
+
+def bf16_wgrad_case(accumulate: bool, out_dtype=jnp.float32) -> Case:
+    tokens = 640
+    a, b = (normal(seed, tokens, 128).astype(jnp.bfloat16) for seed in (0, 1))
+    sizes = aligned_sizes(jnp.asarray(SIZES, jnp.int32))
+    c = normal(2, GROUPS, 128, N) if accumulate else None
+    expected, magnitude = oracle.wgrad(np.asarray(a, np.float64).T, np.asarray(b, np.float64).T, sizes, c)
+
+    def call(a, b, sizes, c, implementation):
+        return grouped_wgrad(a, b, sizes, c, out_dtype, implementation=implementation, config=small(stages=3))
+
+    return Case(call, (a, b, sizes, c), lambda out: assert_product(out, expected, magnitude, tokens + 4))
+
+
+class TestGroupedGemm(OpSuite):
+    cases: ClassVar = {
+        "forward": functools.partial(bf16_case, True),
+        "input_gradient_bf16": functools.partial(bf16_case, False, jnp.bfloat16),
+        "small_alignment": functools.partial(bf16_case, True, alignment=8, rows=320, kernel=False),
+        "wgrad_bf16": functools.partial(bf16_wgrad_case, False, jnp.bfloat16),
+        "wgrad_accumulate": functools.partial(bf16_wgrad_case, True),
+    }
+
+
+@pytest.mark.parametrize("alignment", [1, 8, 128])
+def test_row_groups_lay_out_aligned_segments(alignment):
+    sizes = np.array([3, 0, 130, 128], np.int32)
+    rows = 640
+    expected, row = np.full(rows, -1), 0
+    for group, size in enumerate(sizes):
+        expected[row : row + size] = group
+        row += -(-size // alignment) * alignment
+    got = row_groups(jnp.asarray(sizes), rows, alignment)
+    np.testing.assert_array_equal(got, expected)
+    tiles = tile_groups(got, alignment)
+    assert tiles.shape == (rows // alignment,)
+    np.testing.assert_array_equal(tiles, expected.reshape(-1, alignment).max(1))
+
+
+def test_bad_operands_are_named():
+    a, a_scale, _ = quantized(0, (256, 128))
+    b, b_scale, _ = quantized(1, (2, 128, 128), SQUARE_BLOCK)
+    rows = jnp.zeros(256, jnp.int32)
+    sizes = jnp.asarray([128, 128], jnp.int32)
+    x, w = jnp.ones((256, 128)), jnp.ones((2, 128, 64))
+    for call, message in (
+        (lambda: fp8_grouped_gemm(a, a_scale, b, b_scale, rows[:9]), r"group_ids is int32\[9\]"),
+        (
+            lambda: fp8_grouped_gemm(a, a_scale, b, b_scale, rows, alignment=100),
+            "no multiple of alignment=100",
+        ),
+        (lambda: fp8_grouped_gemm(a, a_scale, b, b_scale[:1], rows), "b_scale has shape"),
+        (
+            lambda: fp8_grouped_gemm(a, a_scale, b, b_scale, rows, alignment=32, implementation="mosaic"),
+            "alignment=32",
+        ),
+        (lambda: fp8_grouped_gemm_masked(a, a_scale, b, b_scale, sizes), r"expected \[G, M, K\]"),
+        (
+            lambda: fp8_grouped_wgrad(a, a_scale, a[:, :64], a_scale[:, :1], sizes),
+            "a has 128 tokens and b 64",
+        ),
+        (
+            lambda: fp8_grouped_wgrad(a, a_scale, a, a_scale, sizes.astype(jnp.float32)),
+            "group_sizes is float32",
+        ),
+        (lambda: fp8_grouped_wgrad(a, a_scale, a, a_scale, sizes, x), r"accumulate is float32\[256, 128\]"),
+        (lambda: grouped_gemm(x, w, rows), "transpose_b=True"),
+        (lambda: grouped_gemm(x, w, rows, False, implementation="mosaic"), "the kernel multiplies bfloat16"),
+        (lambda: grouped_wgrad(x, x[:128], sizes), "need equal rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
