@@ -22,6 +22,9 @@ from deepseek_jax.model.layers import MLA_UP, Params, linear, rms_norm
 from deepseek_jax.model.params import Param, declare
 from deepseek_jax.model.rope import apply_rope, rope_table, softmax_scale
 
+# Of the two latent norms. The released code does not take rms_norm_eps there, which differs for Moonlight.
+LATENT_EPS = 1e-6
+
 Rope = tuple[jax.Array, jax.Array]  # cos and sin, each [b or 1, t, r/2]
 
 
@@ -56,7 +59,7 @@ def _queries(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> tuple
     if cfg.q_lora_rank is None:
         q_bthk = linear(x_btd, p["wq_dhk"])
     else:
-        q_lora_btq = rms_norm(linear(x_btd, p["wq_a_dq"]), p["q_norm_q"], cfg.rms_norm_eps)
+        q_lora_btq = rms_norm(linear(x_btd, p["wq_a_dq"]), p["q_norm_q"], LATENT_EPS)
         q_bthk = linear(q_lora_btq, p["wq_b_qhk"])
     q_bthk = checkpoint_name(q_bthk, MLA_UP)
     q_nope, q_rope = jnp.split(q_bthk, [cfg.qk_nope_head_dim], axis=-1)
@@ -67,7 +70,7 @@ def _queries(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> tuple
 def latents(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> LatentCache:
     """What the cache keeps of each token (equations 1-3): [b, t, c] and [b, t, r]."""
     c_btc, r_btr = jnp.split(linear(x_btd, p["wkv_a_dc"]), [cfg.kv_lora_rank], axis=-1)
-    return LatentCache(rms_norm(c_btc, p["kv_norm_c"], cfg.rms_norm_eps), apply_rope(r_btr, *rope))
+    return LatentCache(rms_norm(c_btc, p["kv_norm_c"], LATENT_EPS), apply_rope(r_btr, *rope))
 
 
 def mla(

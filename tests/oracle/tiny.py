@@ -29,6 +29,7 @@ V3 = ModelConfig(
     n_group=4,
     topk_group=2,
     num_nextn_predict_layers=2,
+    rms_norm_eps=1e-3,  # far from the eps inside MLA
     initializer_range=0.2,
 )
 V2 = dataclasses.replace(
