@@ -1,1 +1,12 @@
-"""Hugging Face checkpoints in and out."""
+"""Hugging Face checkpoints in and out: `load`, `save`, `Checkpoint`.
+
+names.py   which tensors make up which leaf of the parameter tree
+files.py   safetensors folders: checked scan, streaming writer
+fp8.py     DeepSeek's FP8 blocks
+read.py    checkpoint -> parameters        write.py   parameters -> checkpoint
+"""
+
+from deepseek_jax.hf.read import Checkpoint, load
+from deepseek_jax.hf.write import FORMATS, save
+
+__all__ = ["FORMATS", "Checkpoint", "load", "save"]

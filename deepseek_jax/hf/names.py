@@ -65,7 +65,8 @@ class Leaf:
     """One leaf of the parameter tree.
 
     path: keys joined by dots. shape: with the stacked axes in front. stack: those axes, one tensor each.
-    hf_shape: of one tensor in the checkpoint. transposed: whether the tensor is [out, in].
+    hf_shape: of one tensor in the checkpoint. transposed: whether the tensor is [out, in]. split: how many
+    dims of a piece are input dims.
     """
 
     path: str
@@ -73,6 +74,7 @@ class Leaf:
     stack: tuple[int, ...]
     hf_shape: tuple[int, ...]
     transposed: bool
+    split: int
     first_layer: int
     template: str
 
@@ -99,6 +101,22 @@ class Leaf:
         """Tensor of the checkpoint -> piece of this leaf (a view)."""
         return w.T.reshape(self.piece_shape) if self.transposed else w
 
+    def window(self, piece: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """What to read for a slice of a piece: (slices of the checkpoint's tensor, slices of what came).
+
+        Only the first of the dims that make up a row or column range narrows what is read.
+        """
+        if not self.transposed:
+            return piece, (slice(None),) * len(piece)
+        outer, rest = [], []
+        for dims in (range(self.split), range(self.split, len(self.piece_shape))):
+            first, *others = dims
+            start, stop, _ = piece[first].indices(self.piece_shape[first])
+            width = math.prod(self.piece_shape[d] for d in others)
+            outer.append(slice(start * width, stop * width))
+            rest += [slice(None), *(piece[d] for d in others)]
+        return (outer[1], outer[0]), tuple(rest)
+
     def to_hf(self, x: np.ndarray) -> np.ndarray:
         """Piece of this leaf -> tensor of the checkpoint (a view)."""
         return x.reshape(self.hf_shape[::-1]).T if self.transposed else x
@@ -120,7 +138,7 @@ def _leaf(cfg: ModelConfig, keys: list[str], param: Param) -> Leaf:
     split = 2 if keys[-1] in _TWO_INPUT_DIMS else 1
     hf_shape = (math.prod(piece[split:]), math.prod(piece[:split])) if transposed else piece
     template, first = _template(cfg, keys)
-    return Leaf(path, param.shape, param.shape[:n], hf_shape, transposed, first, template)
+    return Leaf(path, param.shape, param.shape[:n], hf_shape, transposed, split, first, template)
 
 
 def _template(cfg: ModelConfig, keys: list[str]) -> tuple[str, int]:

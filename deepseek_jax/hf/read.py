@@ -1,0 +1,243 @@
+"""Hugging Face checkpoint -> parameter tree, tensor by tensor.
+
+`Checkpoint` checks a folder whole (files, names, shapes, dtypes) from the headers alone; only then is data read.
+A leaf's array is filled in place, one tensor at a time, and on CPU it becomes the JAX array without a copy.
+Over a mesh every device's slice is read from just the bytes that it covers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.hf import fp8
+from deepseek_jax.hf.files import DTYPES, Tensor, read_config, scan
+from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, mtp_prefixes, shared_copies, unflatten
+from deepseek_jax.hf_config import from_hf
+
+SCALE_SUFFIX = "_scale_inv"  # of "<name>.weight"
+# A leaf kept in FP8 is a dict of these two: checkpoint layout [stack..., out, in] and [stack..., blocks, blocks].
+Q, SCALE = "fp8", "scale"
+_IGNORED = ("rotary_emb.inv_freq",)  # derived from the config; old files carry it
+_FLOATS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def load(
+    path: str | Path, dtype: str | None = None, *, keep_fp8: bool = False, shardings: Any = None
+) -> tuple[ModelConfig, Any, jax.Array]:
+    """A Hugging Face checkpoint of the family.
+
+    Args:
+        path: folder with config.json and safetensors, one file or sharded with an index.
+        dtype: "float32" or "bfloat16" for all parameters and as compute dtype; None: as stored (FP8 becomes
+            bfloat16), computing in the `torch_dtype` of config.json.
+        keep_fp8: leave FP8 matrices in FP8: {"fp8": float8_e4m3fn [stack..., out, in], "scale": float32
+            [stack..., out blocks, in blocks]} in the leaf's place, instead of dequantised.
+        shardings: tree like the parameters of `jax.sharding.Sharding`; each device reads only its slice.
+            None: the default device.
+
+    Returns:
+        (config, parameters stacked by layer, balance_bias float32 [layer, expert]). Where the config promises MTP
+        modules and the files have none, the config returned has none.
+
+    Raises:
+        ValueError: anything wrong with the folder, naming file and tensor, before data is read.
+    """
+    checkpoint = Checkpoint(path)
+    if dtype is not None and dtype not in _FLOATS:
+        raise ValueError(f"dtype={dtype!r} is not one of {list(_FLOATS)}")
+    flat: dict[str, Any] = {}
+    for name, leaf in checkpoint.leaves.items():
+        target = None if shardings is None else get(shardings, name)
+        if keep_fp8 and checkpoint.is_fp8(leaf):
+            flat[name] = {
+                part: _array(shape, kind, None if target is None else target[part], fill)
+                for part, (shape, kind, fill) in _fp8_parts(checkpoint, leaf).items()
+            }
+        else:
+            kind = _FLOATS[dtype] if dtype else checkpoint.float_dtype(leaf)
+            fill = _filler(leaf, lambda i, s, out, leaf=leaf: checkpoint.read(leaf, i, s, out))
+            flat[name] = _array(leaf.shape, kind, target, fill)
+    cfg = checkpoint.cfg if dtype is None else dataclasses.replace(checkpoint.cfg, dtype=dtype)
+    return cfg, unflatten(flat), jax.device_put(checkpoint.balance_bias())
+
+
+class Checkpoint:
+    """A checked checkpoint folder.
+
+    hf: parsed config.json. cfg: its ModelConfig, without MTP modules if the files have none. tensors: by name.
+    layout: how they are spread over files. leaves: of the parameter tree, by path.
+
+    Raises ValueError naming file and tensor.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).absolute()
+        self.hf = read_config(self.path)
+        try:
+            cfg = from_hf(self.hf)
+        except ValueError as error:
+            raise ValueError(f"{self.path / 'config.json'}: {error}") from error
+        self.tensors, self.layout = scan(self.path)
+        if not any(name.startswith(mtp_prefixes(cfg)) for name in self.tensors):
+            cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+        self.cfg = cfg
+        self.leaves = leaves(cfg)
+        self._check()
+
+    def is_fp8(self, leaf: Leaf) -> bool:
+        """Whether all tensors of the leaf are FP8."""
+        return all(self.tensors[leaf.name(i)].dtype == "F8_E4M3" for i in leaf.indices())
+
+    def float_dtype(self, leaf: Leaf) -> np.dtype:
+        """The dtype that holds all tensors of the leaf without loss; FP8 counts as bfloat16."""
+        stored = {self.tensors[leaf.name(i)].dtype for i in leaf.indices()}
+        return DTYPES["F32"] if "F32" in stored else DTYPES["BF16"]
+
+    def read(self, leaf: Leaf, index: Index, piece: tuple[slice, ...], out: np.ndarray) -> None:
+        """Writes a slice of one piece of `leaf` into `out`, dequantised and cast to its dtype."""
+        name = leaf.name(index)
+        tensor = self.tensors[name]
+        window, rest = leaf.window(piece)
+        data = tensor.read()[window]
+        if tensor.dtype == "F8_E4M3":
+            scales = np.array(self.tensors[name + SCALE_SUFFIX].read())
+            data = fp8.dequantise(data, scales, out.dtype, window[0].start or 0, window[1].start or 0)
+        if leaf.transposed:
+            shape = list(leaf.piece_shape)
+            for dim in (0, leaf.split):
+                shape[dim] = len(range(shape[dim])[piece[dim]])
+            data = data.T.reshape(shape)
+        out[...] = data[rest]
+
+    def balance_bias(self) -> np.ndarray:
+        """float32 [layer, expert]; zeros for softmax gating."""
+        bias = np.zeros(self.cfg.balance_bias_shape, np.float32)
+        for row, name in enumerate(bias_names(self.cfg)):
+            bias[row] = self.tensors[name].read()
+        return bias
+
+    # --- checks -------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        expected: set[str] = set()
+        for leaf in self.leaves.values():
+            for index in leaf.indices():
+                expected |= self._check_tensor(leaf.name(index), leaf.hf_shape, leaf.may_be_fp8)
+        for name in bias_names(self.cfg):
+            expected |= self._check_tensor(name, (self.cfg.n_routed_experts,), False)
+        if self.cfg.tie_word_embeddings and "lm_head.weight" in self.tensors:
+            self._check_copy("lm_head.weight", "model.embed_tokens.weight")
+            expected.add("lm_head.weight")
+        for copy, original in shared_copies(self.cfg).items():
+            if copy in self.tensors:
+                self._check_copy(copy, original)
+                expected.add(copy)
+        for name, tensor in self.tensors.items():
+            if name not in expected and not name.endswith(_IGNORED):
+                raise ValueError(f"{tensor.file}: tensor {name} does not belong to the model of config.json")
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...], may_be_fp8: bool) -> set[str]:
+        """Checks one tensor, with its scales if it is FP8; returns the names that it accounts for."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"{self.path}: tensor {name} of shape {list(shape)} is missing")
+        allowed = ("F32", "BF16", "F8_E4M3") if may_be_fp8 else ("F32", "BF16")
+        _check_one(name, tensor, shape, allowed)
+        if tensor.dtype != "F8_E4M3":
+            return {name}
+        scale = self.tensors.get(name + SCALE_SUFFIX)
+        if scale is None:
+            raise ValueError(f"{tensor.file}: FP8 tensor {name} has no {name + SCALE_SUFFIX}")
+        _check_one(name + SCALE_SUFFIX, scale, fp8.scale_shape(shape), ("F32",))
+        return {name, name + SCALE_SUFFIX}
+
+    def _check_copy(self, copy: str, original: str) -> None:
+        """The MTP modules of this model share embedding and head: copies that differ cannot be represented."""
+        a, b = self.tensors[copy], self.tensors[original]
+        _check_one(copy, a, b.shape, (b.dtype,))
+        x, y = a.read(), b.read()
+        rows = max(1, (1 << 24) // max(1, x.strides[0]))
+        for start in range(0, len(x), rows):
+            if not np.array_equal(
+                x[start : start + rows].view(np.uint8), y[start : start + rows].view(np.uint8)
+            ):
+                raise ValueError(f"{a.file}: tensor {copy} differs from {original}, which this model shares")
+
+
+def _check_one(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    if tensor.shape != tuple(shape):
+        raise ValueError(
+            f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}"
+        )
+    if tensor.dtype not in dtypes:
+        raise ValueError(
+            f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, expected one of {list(dtypes)}"
+        )
+
+
+# --- arrays -----------------------------------------------------------------------------------------------
+
+# Fills an array with the given slices of a leaf.
+Fill = Callable[[tuple[slice, ...], np.ndarray], None]
+
+
+def _filler(leaf: Leaf, read: Callable[[Index, tuple[slice, ...], np.ndarray], None]) -> Fill:
+    """Fills a slice of a stacked leaf, one tensor of the checkpoint at a time."""
+
+    def fill(where: tuple[slice, ...], out: np.ndarray) -> None:
+        n = len(leaf.stack)
+        starts = [s.indices(size)[0] for s, size in zip(where[:n], leaf.stack, strict=True)]
+        for local in np.ndindex(*out.shape[:n]):
+            index = tuple(start + i for start, i in zip(starts, local, strict=True))
+            read(index, where[n:], out[local])
+
+    return fill
+
+
+def _fp8_parts(checkpoint: Checkpoint, leaf: Leaf) -> dict[str, tuple[tuple[int, ...], np.dtype, Fill]]:
+    """Shape, dtype and filler of the two arrays of a leaf kept in FP8."""
+
+    def reader(suffix: str) -> Callable[[Index, tuple[slice, ...], np.ndarray], None]:
+        def read(index: Index, window: tuple[slice, ...], out: np.ndarray) -> None:
+            out[...] = checkpoint.tensors[leaf.name(index) + suffix].read()[window]
+
+        return read
+
+    return {
+        Q: ((*leaf.stack, *leaf.hf_shape), fp8.E4M3, _filler(leaf, reader(""))),
+        SCALE: (
+            (*leaf.stack, *fp8.scale_shape(leaf.hf_shape)),
+            np.dtype(np.float32),
+            _filler(leaf, reader(SCALE_SUFFIX)),
+        ),
+    }
+
+
+def _array(shape: tuple[int, ...], dtype: np.dtype, sharding: Any, fill: Fill) -> jax.Array:
+    """A JAX array filled slice by slice: in host memory, one device's slice exists at a time."""
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    parts = []
+    for device, where in sharding.addressable_devices_indices_map(shape).items():
+        lengths = [len(range(*s.indices(n))) for s, n in zip(where, shape, strict=True)]
+        part = _aligned(tuple(lengths), dtype)
+        fill(tuple(where), part)
+        parts.append(jax.device_put(part, device))
+        if device.platform != "cpu":
+            parts[-1].block_until_ready()  # so that the host's part is freed before the next is made
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that begins on a 64-byte boundary: JAX on CPU takes it over without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
