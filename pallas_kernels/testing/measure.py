@@ -1,0 +1,101 @@
+"""Correctness and speed of one workload on the present device, next to a peer that runs in the same process."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.testing.metrics import calc_diff_on_device
+from pallas_kernels.testing.timing import input_sets, median_seconds
+from pallas_kernels.testing.workloads import Workload
+
+MAX_MISMATCHES = (
+    1e-4  # share of float8 bytes that may differ: quotients on a rounding boundary, see quantize/kernel.py
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Figures of one workload. `diff` is calc_diff to the exact result, or the share of differing float8 bytes."""
+
+    op: str
+    name: str
+    implementation: str
+    diff: float
+    correct: bool
+    seconds: float
+    tflops: float
+    gb_s: float
+    bound_share: float  # roofline time of an H100 divided by the time taken
+    peer_ratio: float  # time of the peer divided by ours
+    torch_ratio: float | None
+    published_tflops: float | None
+
+
+def check(workload: Workload, implementation: str) -> tuple[float, bool]:
+    """(diff, whether it is where it belongs) on fresh inputs."""
+    sources = workload.make(0)
+    operands = jax.jit(workload.operands)(*sources)
+    out = jax.jit(lambda *xs: workload.run(*xs, implementation))(*operands)
+    if workload.exact is not None:
+        diff = float(calc_diff_on_device(out, jax.jit(workload.exact)(*sources)))
+        low, high = workload.band
+        return diff, low <= diff <= high
+    expected = jax.jit(lambda *xs: workload.run(*xs, "xla"))(*operands)
+    diff = float(jnp.mean(out[0].astype(jnp.float32) != expected[0].astype(jnp.float32)))
+    scales_agree = bool(jnp.allclose(out[1], expected[1], rtol=1e-6, atol=0))
+    return diff, diff <= MAX_MISMATCHES and scales_agree
+
+
+def measure(workload: Workload, implementation: str, torch_peer: bool, **timing) -> Measurement:
+    """Check and time `workload`; `timing` goes to `median_seconds`."""
+    diff, correct = check(workload, implementation)
+    sets = input_sets(lambda seed: jax.jit(workload.operands)(*workload.make(seed)))
+    seconds = median_seconds(lambda *xs: workload.run(*xs, implementation), sets, **timing)
+    del sets
+    peer_sets = input_sets(workload.make)
+    peer_seconds = median_seconds(workload.peer, peer_sets, **timing)
+    del peer_sets
+    torch_seconds = torch_scaled_mm_seconds(workload) if torch_peer else None
+    return Measurement(
+        op=workload.op,
+        name=workload.name,
+        implementation=implementation,
+        diff=diff,
+        correct=correct,
+        seconds=seconds,
+        tflops=workload.flops / seconds / 1e12,
+        gb_s=workload.bytes / seconds / 1e9,
+        bound_share=workload.bound_seconds / seconds,
+        peer_ratio=peer_seconds / seconds,
+        torch_ratio=None if torch_seconds is None else torch_seconds / seconds,
+        published_tflops=workload.published_tflops,
+    )
+
+
+def torch_scaled_mm_seconds(workload: Workload, repeats: int = 30) -> float | None:
+    """Median seconds of torch's row-wise scaled FP8 product on the same shape; None where torch cannot run it."""
+    if workload.op != "fp8_gemm":
+        return None
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    shape = workload.case[1]
+    m, n, k = shape["m"], shape["n"], shape["k"]
+    a = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
+    b = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn)
+    scales = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
+    flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch._scaled_mm(a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
