@@ -53,7 +53,7 @@ def weights(cfg: ModelConfig, seed: int = 0, bias: float = 0.3):
         x = rng.standard_normal(leaf.shape, np.float32)
         flat[path] = 1 + 0.3 * x if "norm" in path else cfg.initializer_range * x
     rows = (bias if cfg.has_balance_bias else 0.0) * rng.standard_normal(cfg.balance_bias_shape)
-    return unflatten(flat), rows.astype(np.float32)
+    return unflatten(flat), rows.astype(np.float32) + 0.0  # no negative zeros
 
 
 def checkpoint(cfg: ModelConfig, params, balance_bias) -> tuple[dict, dict]:
