@@ -3,10 +3,12 @@
 names.py   which tensors make up which leaf of the parameter tree
 files.py   safetensors folders: checked scan, streaming writer
 fp8.py     DeepSeek's FP8 blocks
-read.py    checkpoint -> parameters        write.py   parameters -> checkpoint
+read.py    checkpoint -> parameters        write.py    parameters -> checkpoint
+orbax.py   parameters in orbax by pieces   convert.py  streamed conversion between the two
 """
 
+from deepseek_jax.hf import convert
 from deepseek_jax.hf.read import Checkpoint, load
 from deepseek_jax.hf.write import FORMATS, save
 
-__all__ = ["FORMATS", "Checkpoint", "load", "save"]
+__all__ = ["FORMATS", "Checkpoint", "convert", "load", "save"]

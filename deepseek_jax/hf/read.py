@@ -95,6 +95,10 @@ class Checkpoint:
         """Whether all tensors of the leaf are FP8."""
         return all(self.tensors[leaf.name(i)].dtype == "F8_E4M3" for i in leaf.indices())
 
+    def has_fp8(self, leaf: Leaf) -> bool:
+        """Whether any tensor of the leaf is FP8."""
+        return any(self.tensors[leaf.name(i)].dtype == "F8_E4M3" for i in leaf.indices())
+
     def float_dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype that holds all tensors of the leaf without loss; FP8 counts as bfloat16."""
         stored = {self.tensors[leaf.name(i)].dtype for i in leaf.indices()}

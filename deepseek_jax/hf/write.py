@@ -99,7 +99,7 @@ class _MemorySource(Source):
         if self._bias.shape != cfg.balance_bias_shape:
             raise ValueError(f"balance_bias has shape {self._bias.shape}, expected {cfg.balance_bias_shape}")
         self.dtypes = {}
-        self._layer: tuple[Any, int, np.ndarray] | None = None
+        self._layers: dict[str, tuple[int, np.ndarray]] = {}
         for path, leaf in leaves(cfg).items():
             self.dtypes[path] = self._check(path, leaf)
 
@@ -121,20 +121,23 @@ class _MemorySource(Source):
 
     def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
         x = get(self._params, leaf.path)
-        return self._host(x[Q] if isinstance(x, dict) else x, index)
+        return self._host(leaf.path, x[Q] if isinstance(x, dict) else x, index)
 
     def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
-        return self._host(get(self._params, leaf.path)[SCALE], index)
+        return self._host(leaf.path + SCALE, get(self._params, leaf.path)[SCALE], index)
 
     def bias(self) -> np.ndarray:
         return self._bias
 
-    def _host(self, x: Any, index: Index) -> np.ndarray:
-        if not index or not isinstance(x, jax.Array):
+    def _host(self, key: str, x: Any, index: Index) -> np.ndarray:
+        on_host = not isinstance(x, jax.Array) or (
+            x.is_fully_addressable and all(device.platform == "cpu" for device in x.devices())
+        )
+        if on_host or not index:
             return np.asarray(x)[index]
-        if self._layer is None or self._layer[0] is not x or self._layer[1] != index[0]:
-            self._layer = (x, index[0], np.asarray(x[index[0]]))
-        return self._layer[2][index[1:]]
+        if self._layers.get(key, (None,))[0] != index[0]:
+            self._layers[key] = (index[0], np.asarray(jax.lax.dynamic_index_in_dim(x, index[0], 0, False)))
+        return self._layers[key][1][index[1:]]
 
 
 @dataclasses.dataclass

@@ -1,0 +1,249 @@
+"""Conversion between Hugging Face folders and orbax checkpoints, streamed and resumable.
+
+A conversion writes to `<output>.partial` and renames at the end. Cut off at any moment and called again with the
+same arguments, it goes on: after the last finished layer of an array (to orbax) or file (to Hugging Face).
+A Hugging Face folder becomes a run folder, `<output>/checkpoints/0` and the tokenizer's files beside it; its
+config.json and the spread of tensors over files are kept in the metadata, so that the way back gives the same
+files bit for bit.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.config import Config, DataConfig
+from deepseek_jax.hf import fp8
+from deepseek_jax.hf.files import DTYPES, Layout, plan_shards, write_index, write_shard
+from deepseek_jax.hf.names import Index, Leaf
+from deepseek_jax.hf.orbax import TreeSource, arrays, write_inventory, write_meta, write_tree
+from deepseek_jax.hf.read import SCALE_SUFFIX, Checkpoint
+from deepseek_jax.hf.write import SHARD_BYTES, Producer, Source, require_free
+
+FORMAT = 1  # of training.checkpoint
+# Files that a folder's user needs besides weights and config.
+_BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_JOB = "conversion.json"  # what a partial output is a part of
+
+# (bytes written so far, bytes in total)
+Progress = Callable[[int, int], None]
+
+
+def to_orbax(
+    source: str | Path, target: str | Path, format: str = "stored", progress: Progress | None = None
+) -> None:
+    """Hugging Face folder -> run folder with an orbax checkpoint of step 0.
+
+    format: "stored" (FP8 stays FP8), "bf16" or "f32".
+    Raises ValueError before anything is written: unreadable source, target in use, unknown format.
+    """
+    if format not in ("stored", "bf16", "f32"):
+        raise ValueError(f"format={format!r} is not one of ['stored', 'bf16', 'f32'] for orbax")
+    checkpoint = Checkpoint(source)
+    folder = _FolderSource(checkpoint, format == "stored")
+    dtype = {"stored": None, "bf16": DTYPES["BF16"], "f32": DTYPES["F32"]}[format]
+    stacks = list(arrays(checkpoint.cfg, folder, dtype))
+    partial, target = _begin(source, target, format)
+    step = partial / "checkpoints" / "0"
+    count = _Counter(sum(stack.nbytes for stack in stacks), progress)
+    write_tree(step / "state", stacks, count)
+    (step / "ema").mkdir(exist_ok=True)  # there is no average to go with published weights
+    write_meta(step / "meta", _meta(checkpoint))
+    write_inventory(step)
+    _finish(checkpoint.path, partial, target)
+
+
+def to_hf(
+    source: str | Path,
+    target: str | Path,
+    format: str = "stored",
+    progress: Progress | None = None,
+    *,
+    scale: str = "fp32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Run folder (its newest step), checkpoints folder, one step, or a Hugging Face folder -> Hugging Face folder.
+
+    format, scale, shard_bytes: as in `hf.save`; a checkpoint that came from Hugging Face and is written as "stored"
+    gets its own files back. Raises ValueError before anything is written.
+    """
+    tree: Source
+    kept: dict[str, Any] | None = None
+    if (Path(source) / "config.json").exists():
+        checkpoint = Checkpoint(source)
+        cfg, tree, root = checkpoint.cfg, _FolderSource(checkpoint, format == "stored"), checkpoint.path
+    else:
+        step, root = _newest_step(Path(source).absolute())
+        tree = TreeSource(step)
+        cfg, kept = tree.cfg, tree.meta.get("huggingface")
+    producer = Producer(cfg, tree, format, scale)
+    config, layout = producer.config(), plan_shards(producer.specs, shard_bytes)
+    if kept is not None:
+        config = kept["config"] if format == "stored" else _merged(kept["config"], config)
+        if format == "stored":
+            layout = _restored_layout(kept, producer)
+    partial, target = _begin(source, target, f"{format} {scale} {shard_bytes}")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    names = [name for group in layout.files.values() for name in group]
+    count = _Counter(sum(_nbytes(producer, [name]) for name in names), progress)
+    for file, group in layout.files.items():
+        if (partial / file).exists():
+            count(_nbytes(producer, group))
+        else:
+            write_shard(partial / file, group, producer.specs, layout.metadata[file], producer, count)
+    write_index(partial, layout)
+    _finish(root, partial, target)
+
+
+# --- from Hugging Face ------------------------------------------------------------------------------------
+
+
+class _FolderSource(Source):
+    """Leaf pieces of a Hugging Face folder, FP8 as it is.
+
+    A leaf that is FP8 in some layers only becomes float32 on the way, unless it is to be `stored` as it is, which
+    stacked arrays cannot do.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, stored: bool):
+        self._checkpoint = checkpoint
+        self.dtypes = {}
+        for path, leaf in checkpoint.leaves.items():
+            whole, some = checkpoint.is_fp8(leaf), checkpoint.has_fp8(leaf)
+            if stored and some and not whole:
+                raise ValueError(
+                    f"{checkpoint.path}: {leaf.template} is FP8 in some layers only; use format 'bf16'"
+                )
+            mixed = DTYPES["F32"] if some else checkpoint.float_dtype(leaf)
+            self.dtypes[path] = fp8.E4M3 if whole else mixed
+
+    def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
+        if self.dtypes[leaf.path] == fp8.E4M3:
+            return np.asarray(self._checkpoint.tensors[leaf.name(index)].read())
+        out = np.empty(leaf.piece_shape, self.dtypes[leaf.path])
+        self._checkpoint.read(leaf, index, (slice(None),) * out.ndim, out)
+        return out
+
+    def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
+        return np.asarray(self._checkpoint.tensors[leaf.name(index) + SCALE_SUFFIX].read())
+
+    def bias(self) -> np.ndarray:
+        return self._checkpoint.balance_bias()
+
+
+def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Metadata of the orbax checkpoint: what a training run writes, and how the folder was laid out."""
+    model, layout = checkpoint.cfg, checkpoint.layout
+    data = DataConfig(
+        tokenizer="tokenizer.json",
+        vocab_size=model.vocab_size,
+        seq_len=min(DataConfig.seq_len, model.max_position_embeddings),
+    )
+    files = {
+        file: {name: checkpoint.tensors[name].dtype for name in names} for file, names in layout.files.items()
+    }
+    return {
+        "config": dataclasses.asdict(Config(model=model, data=data)),
+        "data": {},
+        "tokens": 0,
+        "format": FORMAT,
+        "step": 0,
+        "huggingface": {
+            "config": checkpoint.hf,
+            "files": files,
+            "metadata": layout.metadata,
+            "index": layout.index,
+        },
+    }
+
+
+# --- to Hugging Face --------------------------------------------------------------------------------------
+
+
+def _newest_step(path: Path) -> tuple[Path, Path]:
+    """(folder of the step, folder with the tokenizer) for a run folder, its checkpoints, or a step."""
+    if (path / "state").is_dir():
+        return path, path.parent.parent
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = [int(p.name) for p in root.iterdir() if p.name.isdecimal()] if root.is_dir() else []
+    if not steps:
+        raise ValueError(f"{path} holds neither config.json nor checkpoints by step")
+    return root / str(max(steps)), root.parent
+
+
+def _restored_layout(kept: dict[str, Any], producer: Producer) -> Layout:
+    """The files that the checkpoint came in; tensors come back in the dtype they had there."""
+    files = {}
+    for file, names in kept["files"].items():
+        files[file] = [name for name in names if name in producer.specs]
+        for name in files[file]:
+            producer.specs[name] = (DTYPES[names[name]], producer.specs[name][1])
+    return Layout(files, kept["metadata"], kept["index"])
+
+
+def _merged(original: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The original config.json with the dtype and quantisation of another format."""
+    merged = {k: v for k, v in original.items() if k not in ("quantization_config", "dtype")}
+    changed = ("torch_dtype", "quantization_config")
+    return merged | {k: config[k] for k in changed if k in config}
+
+
+def _nbytes(producer: Producer, names: list[str]) -> int:
+    return sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in (producer.specs[n] for n in names))
+
+
+# --- a job that can be cut off ----------------------------------------------------------------------------
+
+
+class _Counter:
+    """Adds up bytes and reports them."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _begin(source: str | Path, target: str | Path, options: str) -> tuple[Path, Path]:
+    """(partial output, output): a new one, or one that the same conversion was cut off from."""
+    source, target = Path(source).absolute(), Path(target).absolute()
+    require_free(target)
+    partial = target.with_name(target.name + ".partial")
+    files = sorted(p for p in source.rglob("*") if p.is_file())
+    stamps = [[str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    job = {"source": str(source), "options": options, "files": stamps}
+    if partial.exists():
+        if not (partial / _JOB).exists() or json.loads((partial / _JOB).read_text()) != job:
+            raise ValueError(
+                f"{partial} belongs to another conversion, or its source changed: remove it first"
+            )
+    else:
+        partial.mkdir(parents=True)
+        (partial / _JOB).write_text(json.dumps(job))
+    return partial, target
+
+
+def _finish(root: Path, partial: Path, target: Path) -> None:
+    for name in _BESIDE:
+        if (root / name).is_file():
+            shutil.copyfile(root / name, partial / name)
+    (partial / _JOB).unlink()
+    if target.exists():
+        target.rmdir()
+    os.replace(partial, target)

@@ -1,0 +1,257 @@
+"""Parameters in an orbax checkpoint, written and read piece by piece.
+
+Orbax writes whole arrays from memory; a stack of experts may be larger than that. So orbax lays out the tree, and
+each array is then written through tensorstore in chunks of one piece (one layer's matrix, or one expert's), in
+the plain zarr format that orbax reads. The result is a step of a run's checkpoints, with `params` and
+`balance_bias` but no optimizer state: what `training.checkpoint.load_params` reads.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from deepseek_jax.config import ModelConfig, build
+from deepseek_jax.hf import fp8
+from deepseek_jax.hf.files import DTYPES
+from deepseek_jax.hf.names import Index, Leaf, leaves
+from deepseek_jax.hf.read import SCALE, Q
+from deepseek_jax.hf.write import Source
+
+BIAS = "balance_bias"
+INVENTORY = "files.json"  # as training.checkpoint writes and checks it
+
+
+class Stacked(NamedTuple):
+    """One array of the checkpoint: name in the tree, shape, stacked axes, dtype, and its pieces by index."""
+
+    name: str
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+    dtype: np.dtype
+    piece: Callable[[Index], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def arrays(cfg: ModelConfig, source: Source, dtype: np.dtype | None) -> Iterator[Stacked]:
+    """The arrays that hold a source's leaves, `dtype` None leaving each as it is (FP8 as values and scales)."""
+    for path, leaf in leaves(cfg).items():
+        name, stored = f"params.{path}", source.dtypes[path]
+        if stored == fp8.E4M3 and dtype is None:
+            values, scales = (*leaf.stack, *leaf.hf_shape), (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
+            yield Stacked(f"{name}.{Q}", values, leaf.stack, fp8.E4M3, _bound(source.piece, leaf))
+            yield Stacked(f"{name}.{SCALE}", scales, leaf.stack, DTYPES["F32"], _bound(source.scale, leaf))
+        else:
+            yield Stacked(
+                name, leaf.shape, leaf.stack, dtype or stored, _converted(source, leaf, dtype or stored)
+            )
+    bias = source.bias()
+    yield Stacked(BIAS, bias.shape, (), bias.dtype, lambda _: bias)
+
+
+def _bound(read: Callable[[Leaf, Index], np.ndarray], leaf: Leaf) -> Callable[[Index], np.ndarray]:
+    return lambda index: read(leaf, index)
+
+
+def _converted(source: Source, leaf: Leaf, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
+    def piece(index: Index) -> np.ndarray:
+        x = source.piece(leaf, index)
+        if x.dtype == fp8.E4M3:
+            x = leaf.from_hf(fp8.dequantise(x, source.scale(leaf, index), dtype))
+        return x.astype(dtype, copy=False)
+
+    return piece
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def write_tree(directory: Path, stacks: list[Stacked], written: Callable[[int], None]) -> None:
+    """Writes the arrays as the orbax tree at `directory`; goes on where an earlier call was cut off.
+
+    `written` is called with the number of bytes after each piece, the ones found finished included.
+    """
+    _lay_out(directory, [stack.name for stack in stacks])
+    journal = directory / "finished.txt"  # pieces that are safely on disk, "<array> <layer>" per line
+    finished = set(journal.read_text().splitlines()) if journal.exists() else set()
+    with open(journal, "a", encoding="utf-8") as log:
+        for stack in stacks:
+            store = ts.open(_spec(directory / stack.name, stack), create=True, open=True).result()
+            for layer in range(stack.stack[0] if stack.stack else 1):
+                line = f"{stack.name} {layer}"
+                if line in finished:
+                    written(stack.nbytes // (stack.stack[0] if stack.stack else 1))
+                    continue
+                for rest in np.ndindex(*stack.stack[1:]):
+                    index = (layer, *rest)[: len(stack.stack)]
+                    piece = stack.piece(index)
+                    store[index].write(piece).result()
+                    written(piece.nbytes)
+                log.write(line + "\n")
+                log.flush()
+    journal.unlink()
+
+
+def _lay_out(directory: Path, names: list[str]) -> None:
+    """Orbax's own description of the tree, made from one-number arrays that are then taken away."""
+    if (directory / "_METADATA").exists():
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    scratch = directory.with_name(directory.name + ".layout")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    tree: dict[str, Any] = {}
+    for name in names:
+        *parents, last = name.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = np.zeros(1, np.float32)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    handler.save(epath.Path(scratch), args=ocp.args.PyTreeSave(tree))
+    for name in names:
+        shutil.rmtree(scratch / name)
+    scratch.rename(directory)
+
+
+def _spec(path: Path, stack: Stacked) -> dict[str, Any]:
+    chunks = [1] * len(stack.stack) + [max(1, n) for n in stack.shape[len(stack.stack) :]]
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "metadata": {
+            "zarr_format": 2,
+            "shape": list(stack.shape),
+            "chunks": chunks,
+            "dtype": "<f4" if stack.dtype == np.float32 else stack.dtype.name,
+            "compressor": {"id": "zstd", "level": 1},
+            "dimension_separator": ".",
+            "order": "C",
+            "fill_value": None,
+            "filters": None,
+        },
+        "store_data_equal_to_fill_value": True,  # orbax takes an absent chunk for damage
+    }
+
+
+def write_meta(directory: Path, meta: dict[str, Any]) -> None:
+    """The JSON item next to the tree."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ocp.JsonCheckpointHandler().save(epath.Path(directory), args=ocp.args.JsonSave(meta))
+
+
+def write_inventory(step: Path) -> None:
+    """The list of a step's files and sizes, by which a reader finds what was cut off or is gone."""
+    files = sorted(p for p in step.rglob("*") if p.is_file())
+    sizes = {p.relative_to(step).as_posix(): p.stat().st_size for p in files}
+    (step / INVENTORY).write_text(json.dumps(sizes), encoding="utf-8")
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+class TreeSource(Source):
+    """Leaf pieces of the parameters in one step of a run's checkpoints, `<step>/{state,meta}`.
+
+    Holds one chunk per leaf in memory. Raises ValueError naming the path: not such a folder, arrays that do not
+    fit its own config, damaged data.
+    """
+
+    def __init__(self, step: Path):
+        self.meta = _read_json(step / "meta" / "metadata")
+        model = self.meta.get("config", {}).get("model")
+        if model is None:
+            raise ValueError(f"{step / 'meta'} names no model config: not a checkpoint of this project")
+        self.cfg: ModelConfig = build(ModelConfig, model, "model.")
+        self._directory = step / "state"
+        if (step / INVENTORY).exists():
+            for name, size in _read_json(step / INVENTORY).items():
+                found = (step / name).stat().st_size if (step / name).exists() else 0
+                if found != size:
+                    raise ValueError(f"{step / name} is damaged: it has {found} of {size} bytes")
+        tree = _read_json(self._directory / "_METADATA")
+        self._zarr3, self._ocdbt = bool(tree.get("use_zarr3")), (self._directory / "manifest.ocdbt").exists()
+        names = {".".join(k["key"] for k in v["key_metadata"]) for v in tree["tree_metadata"].values()}
+        self._blocks: dict[str, tuple[tuple[int, ...], np.ndarray]] = {}
+        self._stores: dict[str, Any] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        for path, leaf in leaves(self.cfg).items():
+            name = f"params.{path}"
+            if f"{name}.{Q}" in names:
+                self._open(f"{name}.{Q}", (*leaf.stack, *leaf.hf_shape), (fp8.E4M3,))
+                scales = (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
+                self._open(f"{name}.{SCALE}", scales, (DTYPES["F32"],))
+                self.dtypes[path] = fp8.E4M3
+            elif name in names:
+                self.dtypes[path] = self._open(name, leaf.shape, (DTYPES["F32"], DTYPES["BF16"]))
+            else:
+                raise ValueError(f"{self._directory} lacks {name}")
+        self._open(BIAS, self.cfg.balance_bias_shape, (DTYPES["F32"],))
+
+    def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
+        suffix = f".{Q}" if self.dtypes[leaf.path] == fp8.E4M3 else ""
+        return self._read(f"params.{leaf.path}{suffix}", index)
+
+    def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
+        return self._read(f"params.{leaf.path}.{SCALE}", index)
+
+    def bias(self) -> np.ndarray:
+        return self._read(BIAS, ())
+
+    def _open(self, name: str, shape: tuple[int, ...], allowed: tuple[np.dtype, ...]) -> np.dtype:
+        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._directory / name}/"}
+        if self._ocdbt:
+            kvstore = {"driver": "ocdbt", "base": f"file://{self._directory}/", "path": f"{name}/"}
+        try:
+            store = ts.open({"driver": "zarr3" if self._zarr3 else "zarr", "kvstore": kvstore}).result()
+        except ValueError as error:
+            raise ValueError(
+                f"{self._directory}: array {name} cannot be opened: {_first_line(error)}"
+            ) from error
+        dtype = store.dtype.numpy_dtype
+        if tuple(store.shape) != tuple(shape) or dtype not in allowed:
+            raise ValueError(
+                f"{self._directory}: array {name} is {dtype}{list(store.shape)}, expected one of "
+                f"{[str(d) for d in allowed]} and shape {list(shape)}"
+            )
+        self._stores[name] = store
+        return dtype
+
+    def _read(self, name: str, index: Index) -> np.ndarray:
+        """A piece, through the chunk that holds it: orbax may have put many pieces into one."""
+        store = self._stores[name]
+        chunk = store.chunk_layout.read_chunk.shape[: len(index)]
+        start = tuple(i // c * c for i, c in zip(index, chunk, strict=True))
+        if self._blocks.get(name, (None,))[0] != start:
+            window = tuple(
+                slice(s, min(s + c, n)) for s, c, n in zip(start, chunk, store.shape, strict=False)
+            )
+            try:
+                self._blocks[name] = (start, store[window].read().result())
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._directory}: array {name} is damaged: {_first_line(error)}"
+                ) from error
+        block = self._blocks[name][1]
+        return block[tuple(i - s for i, s in zip(index, start, strict=True))]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; not a checkpoint of this project") from error

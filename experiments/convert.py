@@ -1,0 +1,48 @@
+"""Converts checkpoints between Hugging Face folders and this project's orbax checkpoints.
+
+    python -m experiments.convert --from=hf --to=orbax --input=DeepSeek-V2-Lite --output=runs/v2_lite
+    python -m experiments.convert --from=orbax --to=hf --input=runs/tiny --output=tiny-hf --format=bf16
+    python -m experiments.convert --from=hf --to=hf --input=bf16-folder --output=fp8-folder --format=fp8
+
+Streams tensor by tensor; run it again after an interruption and it goes on. `--format=stored` keeps every
+tensor as it is, FP8 included.
+"""
+
+import sys
+
+from absl import app, flags
+from tqdm import tqdm
+
+from deepseek_jax.hf import FORMATS, convert
+
+_FROM = flags.DEFINE_enum("from", None, ["hf", "orbax"], "Format of the input.", required=True)
+_TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "Format of the output.", required=True)
+_INPUT = flags.DEFINE_string("input", None, "Folder to read.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist or be empty.", required=True)
+_FORMAT = flags.DEFINE_enum("format", "stored", list(FORMATS), "Number format of the output.")
+_SCALE = flags.DEFINE_enum("scale", "fp32", ["fp32", "ue8m0"], "FP8 scales: DeepSeek-V3's, or V3.1's.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=f"{_FROM.value} -> {_TO.value}") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            if _TO.value == "hf":
+                convert.to_hf(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress, scale=_SCALE.value)
+            elif _FROM.value == "hf":
+                convert.to_orbax(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress)
+            else:
+                raise ValueError("--from=orbax --to=orbax: nothing to convert; copy the folder")
+        except ValueError as error:
+            bar.close()
+            sys.exit(f"error: {error}")
+    print(f"wrote {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,186 @@
+"""Streamed conversion between Hugging Face folders and orbax: there and back bitwise, cut off and resumed."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+
+from deepseek_jax import hf
+from deepseek_jax.config import Config, DataConfig, ModelConfig, build
+from deepseek_jax.hf import convert
+from deepseek_jax.training.checkpoint import Checkpointer, load_params
+from tests.oracle.tiny import V3, weights
+from tests.test_hf_checkpoint import WIDE, files, same
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A folder as DeepSeek publishes: FP8 with MTP, files cut at odd places, config fields that we do not keep."""
+    path = tmp_path_factory.mktemp("released") / "tiny-v3"
+    hf.save(path, WIDE, *weights(WIDE), format="fp8")
+    tensors = safetensors.torch.load_file(next(path.glob("*.safetensors")))
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    weight_map = {}
+    for i, names in enumerate(np.array_split(np.random.default_rng(0).permutation(sorted(tensors)), 3)):
+        file = f"model-{i + 1:05d}-of-000003.safetensors"
+        safetensors.torch.save_file({n: tensors[n] for n in names}, path / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(map(str, names), file)
+    index = {"metadata": {"total_size": 123}, "weight_map": dict(sorted(weight_map.items()))}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": 1, "ep_size": 1}, indent=2) + "\n")
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(released, tmp_path_factory):
+    path = tmp_path_factory.mktemp("converted") / "run"
+    convert.to_orbax(released, path)
+    return path
+
+
+def test_there_and_back_is_bitwise(released, converted, tmp_path):
+    convert.to_hf(converted, tmp_path / "back")
+    assert files(tmp_path / "back") == files(released)
+
+
+def test_fp8_stays_fp8_in_orbax(released, converted):
+    config, params, bias, meta = load_params(converted / "checkpoints")
+    _, want, want_bias = hf.load(released, keep_fp8=True)
+    jax.tree.map(same, params, want)
+    same(bias, want_bias)
+    expert = params["moe_layers"]["ffn"]["experts"]["w_up_edf"]
+    assert expert["fp8"].dtype == ml_dtypes.float8_e4m3fn
+    assert build(Config, config).model == dataclasses.replace(WIDE, dtype="bfloat16")
+    assert meta["tokens"] == 0
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("bf16", "bfloat16"), ("f32", "float32")])
+def test_dequantised_on_request(released, tmp_path, format, dtype):
+    convert.to_orbax(released, tmp_path / "run", format)
+    config, params, _, _ = load_params(tmp_path / "run" / "checkpoints")
+    jax.tree.map(same, params, hf.load(released, dtype=dtype)[1])
+    assert build(ModelConfig, config["model"]).hidden_size == WIDE.hidden_size
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+
+
+def test_from_fp8_to_bfloat16_folder(released, converted, tmp_path):
+    """The same bytes whether through orbax, from folder to folder, or through memory."""
+    convert.to_hf(converted, tmp_path / "a", "bf16")
+    convert.to_hf(released, tmp_path / "b", "bf16")
+    hf.save(tmp_path / "c", *hf.load(released), format="bf16")
+    shards = [{n: x for n, x in files(tmp_path / p).items() if n.startswith("model")} for p in "abc"]
+    assert shards[0] == shards[1] == shards[2]
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert "quantization_config" not in config and config["eos_token_id"] == 1
+    jax.tree.map(same, hf.load(tmp_path / "a")[1], hf.load(released)[1])
+
+
+def test_a_training_run_becomes_a_folder(tmp_path):
+    """What the trainer saves: orbax's own format, with optimizer state beside the parameters."""
+    params, bias = weights(V3)
+    run = tmp_path / "run"
+    config = dataclasses.asdict(Config(model=V3, data=DataConfig(vocab_size=64, seq_len=16)))
+    checkpointer = Checkpointer(run / "checkpoints")
+    state = {"params": params, "balance_bias": bias, "opt_state": {"mu": params}, "step": np.int32(7)}
+    for step in (3, 7):
+        checkpointer.save(step, state, {"params": params}, {"config": config, "data": {}, "tokens": 1})
+    checkpointer.close()
+    (run / "tokenizer.json").write_text("{}")
+    convert.to_hf(run, tmp_path / "hf")
+    cfg, got, got_bias = hf.load(tmp_path / "hf")
+    assert cfg == V3
+    jax.tree.map(same, got, params)
+    same(got_bias, bias)
+    assert (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+class CutError(Exception):
+    pass
+
+
+def cut_after(fraction):
+    def progress(done, total):
+        if done > fraction * total:
+            raise CutError
+
+    return progress
+
+
+@pytest.mark.parametrize("direction", [convert.to_orbax, convert.to_hf])
+def test_resumes_where_it_was_cut_off(released, converted, tmp_path, direction, monkeypatch):
+    source = released if direction is convert.to_orbax else converted
+    for fraction in (0.4, 0.7):
+        with pytest.raises(CutError):
+            direction(source, tmp_path / "out", progress=cut_after(fraction))
+        assert not (tmp_path / "out").exists()
+    pieces = []
+    original = convert._FolderSource.piece if direction is convert.to_orbax else convert.TreeSource.piece
+
+    def counted(self, leaf, index):
+        pieces.append((leaf.path, index))
+        return original(self, leaf, index)
+
+    monkeypatch.setattr(convert._FolderSource, "piece", counted)
+    monkeypatch.setattr(convert.TreeSource, "piece", counted)
+    done = []
+    direction(source, tmp_path / "out", progress=lambda n, total: done.append((n, total)))
+    assert done[-1][0] == done[-1][1]
+    everything = sum(len(list(leaf.indices())) for leaf in hf.Checkpoint(released).leaves.values())
+    assert 0 < len(pieces) < 0.7 * everything
+    direction(source, tmp_path / "whole")
+    want, got = (
+        {p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file() and p.name != "_METADATA"}
+        for d in (tmp_path / "whole", tmp_path / "out")
+    )
+    assert got == want
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_partial_output_of_another_conversion_is_refused(released, tmp_path):
+    with pytest.raises(CutError):
+        convert.to_orbax(released, tmp_path / "out", progress=cut_after(0.5))
+    with pytest.raises(ValueError, match=r"out.partial belongs to another conversion"):
+        convert.to_orbax(released, tmp_path / "out", "bf16")
+
+
+def test_damaged_sources_are_named_before_anything_is_written(released, converted, tmp_path):
+    broken = shutil.copytree(released, tmp_path / "broken")
+    (broken / "model-00002-of-000003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-000003.safetensors is missing"):
+        convert.to_orbax(broken, tmp_path / "out")
+    lacking = shutil.copytree(converted, tmp_path / "lacking")
+    shutil.rmtree(lacking / "checkpoints/0/state/params.mtp.enorm_d")
+    with pytest.raises(ValueError, match=r"params.mtp.enorm_d/.zarray is damaged: it has 0 of"):
+        convert.to_hf(lacking, tmp_path / "out")
+    (lacking / "checkpoints/0/files.json").unlink()
+    with pytest.raises(ValueError, match=r"array params.mtp.enorm_d cannot be opened"):
+        convert.to_hf(lacking, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"neither config.json nor checkpoints"):
+        convert.to_hf(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ValueError, match="format='fp8'"):
+        convert.to_orbax(released, tmp_path / "out", "fp8")
+    with pytest.raises(ValueError, match="exists already"):
+        convert.to_orbax(released, converted)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_command(released, tmp_path):
+    command = [sys.executable, "-m", "experiments.convert", "--from=hf", "--to=orbax"]
+    root = Path(__file__).parents[1]
+    args = [f"--input={released}", f"--output={tmp_path / 'run'}"]
+    done = subprocess.run([*command, *args], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "100%" in done.stderr
+    again = subprocess.run([*command, *args], cwd=root, capture_output=True, text=True, check=False)
+    assert again.returncode == 1 and "exists already" in again.stderr
