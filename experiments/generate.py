@@ -1,6 +1,6 @@
 """Generate text from a training run:
 
-    python -m experiments.generate --checkpoint=runs/tiny --prompt="import os"
+python -m experiments.generate --checkpoint=runs/tiny --prompt="import os"
 """
 
 import sys

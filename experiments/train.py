@@ -29,7 +29,9 @@ def _describe(cfg: Config, trainer) -> None:
     )
     print(f"data: {data.report.summary()}")
     tokens = trainer.schedules.total_tokens
-    print(f"run: {trainer.total_steps:,} steps, {tokens:,} tokens on {trainer.mesh.size} device(s)", flush=True)
+    print(
+        f"run: {trainer.total_steps:,} steps, {tokens:,} tokens on {trainer.mesh.size} device(s)", flush=True
+    )
 
 
 def _complete(trainer, result) -> None:
@@ -65,9 +67,13 @@ def _finish(trainer, result) -> None:
     print(f"  averaged parameters: {averaged.loss:.3f}, {averaged.bits_per_byte:.3f}")
     print(f"  unigram model:       {unigram.nats_per_token:.3f}, {unigram.bits_per_byte:.3f}")
     picture = trainer.out_dir / "report.png"
-    write_report(trainer.out_dir / "metrics.jsonl", picture, unigram.nats_per_token, f"{trainer.out_dir.name}")
+    write_report(
+        trainer.out_dir / "metrics.jsonl", picture, unigram.nats_per_token, f"{trainer.out_dir.name}"
+    )
     _complete(trainer, result)
-    print(f"picture: {picture}\nmetrics: {trainer.out_dir / 'metrics.jsonl'}, {trainer.out_dir / 'tensorboard'}")
+    print(
+        f"picture: {picture}\nmetrics: {trainer.out_dir / 'metrics.jsonl'}, {trainer.out_dir / 'tensorboard'}"
+    )
     print(f"checkpoints: {trainer.out_dir / 'checkpoints'}", flush=True)
 
 
@@ -79,7 +85,9 @@ def run(cfg: Config, from_step: int | None = None, fresh: bool = False) -> int:
         trainer = Trainer(cfg)
         try:
             if fresh and trainer.checkpointer.latest() is not None:
-                raise ValueError(f"--fresh: {trainer.checkpointer.directory} holds checkpoints; remove it first")
+                raise ValueError(
+                    f"--fresh: {trainer.checkpointer.directory} holds checkpoints; remove it first"
+                )
             if trainer.resume(from_step):
                 print(f"resumed from step {trainer.step} in {trainer.checkpointer.directory}")
             _describe(cfg, trainer)

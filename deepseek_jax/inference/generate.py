@@ -53,7 +53,9 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))
-def _prefill(params: Any, cfg: ModelConfig, prompts: Prompts, bias_le: Any, slots: int) -> tuple[jax.Array, Any]:
+def _prefill(
+    params: Any, cfg: ModelConfig, prompts: Prompts, bias_le: Any, slots: int
+) -> tuple[jax.Array, Any]:
     """Logits of the last prompt token [b, v] and the cache, extended to `slots`."""
     t = prompts.tokens_bt.shape[1]
     slot_bt = jnp.arange(t)[None] - prompts.pad_b[:, None]
@@ -93,7 +95,9 @@ def _decode_loop(
     slots = cache.c_bsc.shape[2]
 
     def pick(key, logits_bv):
-        return sample(key, jnp.where(jnp.arange(logits_bv.shape[-1]) < num_ids, logits_bv, -jnp.inf), sampling)
+        return sample(
+            key, jnp.where(jnp.arange(logits_bv.shape[-1]) < num_ids, logits_bv, -jnp.inf), sampling
+        )
 
     def is_stop(token_b):
         return (token_b[:, None] == stop_ids[None]).any(-1)

@@ -1,21 +1,95 @@
 """Causal attention core: exact softmax attention in query chunks that read only the keys they may see.
 
+The backward pass is written out: it recomputes the probabilities of a chunk from the saved log-sum-exp, so
+that no [s, t] array outlives a chunk, and adds each chunk's key and value gradients in place. Scores are held
+keys first, [s, t]: the softmax then reduces over rows, which a CPU does vector by vector.
+
 Dims: b batch, h heads, t query token, s key token, k query/key head dim, v value head dim.
 """
 
+import functools
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 # A query chunk is a dense product; below this many rows its overhead shows, above it masked work does.
 MIN_CHUNK = 64
 MAX_CHUNKS = 8
 
 
-def _chunk(t: int) -> int:
-    """Rows per query chunk: at most MAX_CHUNKS chunks, each at least MIN_CHUNK rows."""
-    return max(MIN_CHUNK, -(-t // MAX_CHUNKS))
+def _chunks(t: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of each query chunk: at most MAX_CHUNKS, each of at least MIN_CHUNK rows."""
+    step = max(MIN_CHUNK, -(-t // MAX_CHUNKS))
+    for start in range(0, t, step):
+        yield start, min(start + step, t)
 
 
+def _seen(segments_bt: jax.Array | None, start: int, end: int) -> jax.Array:
+    """Which keys 0..end-1 the queries start..end-1 see: bool, broadcasts against [b, h, s, t]."""
+    seen = jnp.arange(end)[:, None] <= jnp.arange(start, end)[None, :]
+    if segments_bt is None:
+        return seen
+    same = segments_bt[:, :end, None] == segments_bt[:, None, start:end]
+    return (seen & same)[:, None]
+
+
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _attention(q_bhtk, k_bhsk, v_bhsv, segments_bt):  # type: ignore[no-untyped-def]
+    return _forward(q_bhtk, k_bhsk, v_bhsv, segments_bt)[0]
+
+
+def _forward(q, k, v, segments_bt):  # type: ignore[no-untyped-def]
+    outs, lses = [], []
+    for start, end in _chunks(q.shape[2]):
+        s = _dot("bhsk,bhtk->bhst", k[:, :, :end], q[:, :, start:end])
+        s = jnp.where(_seen(segments_bt, start, end), s, -jnp.inf)
+        top = s.max(-2)
+        p = jnp.exp(s - top[:, :, None])
+        total = p.sum(-2)
+        o = _dot("bhst,bhsv->bhtv", p.astype(v.dtype), v[:, :, :end]) / total[..., None]
+        outs.append(o.astype(v.dtype))
+        lses.append(top + jnp.log(total))
+    o, lse = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
+    return o, (q, k, v, segments_bt, o, lse)
+
+
+def _add_prefix(acc: jax.Array | None, new: jax.Array) -> jax.Array:
+    """`acc` with `new` added to its first rows; the first, longest `new` starts it."""
+    if acc is None:
+        return new
+    head = lax.slice_in_dim(acc, 0, new.shape[2], axis=2)
+    return lax.dynamic_update_slice_in_dim(acc, head + new, 0, 2)
+
+
+def _backward(saved, do):  # type: ignore[no-untyped-def]
+    q, k, v, segments_bt, o, lse = saved
+    delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
+    dqs, dk, dv = [], None, None
+    for start, end in reversed(list(_chunks(q.shape[2]))):
+        q_c, k_c, v_c = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        do_c = do[:, :, start:end]
+        s = _dot("bhsk,bhtk->bhst", k_c, q_c) - lse[:, :, None, start:end]
+        p = jnp.where(_seen(segments_bt, start, end), jnp.exp(s), 0.0)
+        dp = _dot("bhsv,bhtv->bhst", v_c, do_c)
+        ds = (p * (dp - delta[:, :, None, start:end])).astype(q.dtype)
+        dqs.append(_dot("bhst,bhsk->bhtk", ds, k_c))
+        dk = _add_prefix(dk, _dot("bhst,bhtk->bhsk", ds, q_c))
+        dv = _add_prefix(dv, _dot("bhst,bhtv->bhsv", p.astype(v.dtype), do_c))
+    dq = jnp.concatenate(dqs[::-1], axis=2)
+    assert dk is not None and dv is not None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.named_call, name="causal_attention")
 def causal_attention(
     q_bthk: jax.Array,
     k_bshk: jax.Array,
@@ -27,17 +101,5 @@ def causal_attention(
 
     Token t sees tokens s <= t, and only those of its own segment if `segments_bt` (int32) is given.
     """
-    q_bhtk, k_bhsk, v_bhsv = (jnp.swapaxes(x, 1, 2) for x in (q_bthk, k_bshk, v_bshv))
-    t, outs = q_bhtk.shape[2], []
-    step = _chunk(t)
-    for start in range(0, t, step):
-        end = min(start + step, t)
-        keys, values = k_bhsk[:, :, :end], v_bhsv[:, :, :end]
-        s = jnp.einsum("bhtk,bhsk->bhts", q_bhtk[:, :, start:end], keys, preferred_element_type=jnp.float32)
-        seen = jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None]
-        if segments_bt is not None:
-            same = segments_bt[:, start:end, None] == segments_bt[:, None, :end]
-            seen = (seen & same)[:, None]
-        p = jax.nn.softmax(jnp.where(seen, s * scale, -jnp.inf), axis=-1).astype(values.dtype)
-        outs.append(jnp.einsum("bhts,bhsv->bhtv", p, values))
-    return jnp.swapaxes(jnp.concatenate(outs, axis=2), 1, 2)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_bthk * jnp.asarray(scale, q_bthk.dtype), k_bshk, v_bshv))
+    return jnp.swapaxes(_attention(q, k, v, segments_bt), 1, 2)
