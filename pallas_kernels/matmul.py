@@ -34,15 +34,28 @@ H100_SMS = 132
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Tiling of one kernel. `snake` is the width, in tiles along N, of the band that the tiles walk in for L2 reuse."""
+    """Tiling of one kernel.
+
+    Attributes:
+      tile_m, tile_n: output tile of a thread block.
+      stages: steps of the contraction in flight.
+      snake: width, in tiles along N, of the band that the tiles walk in for L2 reuse.
+      cluster: thread blocks, neighbours along N, that load each tile of `a` once for all of them (TMA multicast).
+      num_sms: thread blocks in flight, one per SM.
+    """
 
     tile_m: int = 128
     tile_n: int = 128
     stages: int = 4
     snake: int = 8
     num_sms: int = H100_SMS
+    cluster: int = 1
 
     def __post_init__(self):
+        if self.cluster not in (1, 2) or self.num_sms % self.cluster:
+            raise ValueError(
+                f"cluster={self.cluster} with num_sms={self.num_sms}: must be 1 or 2 and divide it"
+            )
         if self.tile_m not in (64, 128, 256) or self.tile_n not in (64, 128, 256):
             raise ValueError(f"tile {self.tile_m} x {self.tile_n}: both extents must be 64, 128 or 256")
         if self.stages < 2:
@@ -129,7 +142,13 @@ class Problem:
 
 
 def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array) -> jax.Array:
-    """Run `problem` over `operands`; returns an array of `problem.out_type`."""
+    """Run `problem` over `operands`; returns an array of `problem.out_type`.
+
+    Raises:
+      ValueError: the tiles along N do not divide into clusters.
+    """
+    if problem.grid[1] % config.cluster:
+        raise ValueError(f"{problem.grid[1]} tiles along N do not divide into clusters of {config.cluster}")
 
     def body(*refs):
         *refs, out_ref, out_smem, addend_barrier = refs
@@ -139,11 +158,14 @@ def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array
 
         def walk(allocations):
             m_tiles, n_tiles = problem.grid
+            n_clusters = n_tiles // config.cluster
 
-            @plgpu.nd_loop((problem.groups, m_tiles * n_tiles), collective_axes="sm")
+            @plgpu.nd_loop((problem.groups, m_tiles * n_clusters), collective_axes="sm")
             def _(info):
                 g, linear = info.index
-                mi, ni = plgpu.planar_snake(linear, (m_tiles, n_tiles), 1, config.snake)
+                mi, ni = plgpu.planar_snake(linear, (m_tiles, n_clusters), 1, config.snake)
+                if config.cluster > 1:
+                    ni = ni * config.cluster + lax.axis_index("cluster")
                 g = g if problem.group_of is None else problem.group_of(refs, mi)
                 tile_pipeline(Tile(g, mi, ni, config), allocations)
 
@@ -160,8 +182,9 @@ def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array
             plgpu.SMEM((COMPUTE_WARPGROUPS, rows, cols), dtype, transforms=transforms),
             plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         ],
-        grid=(config.num_sms,),
+        grid=(config.num_sms // config.cluster,),
         grid_names=("sm",),
+        **({} if config.cluster == 1 else {"cluster": (config.cluster,), "cluster_names": ("cluster",)}),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         compiler_params=compiler_params(),

@@ -30,10 +30,12 @@ def unsupported(m: int, n: int, k: int, out_dtype) -> str | None:
     return None
 
 
-def operand_spec(rows: int, index_map=lambda k: (0, k)) -> plgpu.BlockSpec:
-    """[rows, 128] of an FP8 operand per step."""
+def operand_spec(rows: int, cluster: int = 1) -> plgpu.BlockSpec:
+    """[rows, 128] of an FP8 operand per step, shared by the thread blocks of a cluster where there is one."""
+    shared = {} if cluster == 1 else {"collective_axes": ("cluster",)}
+    transforms = swizzled(E4M3, BLOCK)
     return plgpu.BlockSpec(
-        (rows, BLOCK), index_map, transforms=swizzled(E4M3, BLOCK), memory_space=plgpu.SMEM
+        (rows, BLOCK), lambda k: (0, k), transforms=transforms, memory_space=plgpu.SMEM, **shared
     )
 
 
@@ -97,7 +99,7 @@ def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: Tile
     tm, tn = config.tile_m, config.tile_n
     a, a_scale = pad_rows(a, tm), pad_rows(a_scale.T, tm, axis=1)
     is_1d1d = b_scale.shape[0] == n
-    in_specs = [operand_spec(tm), operand_spec(tn), scale_spec(tm)]
+    in_specs = [operand_spec(tm, config.cluster), operand_spec(tn), scale_spec(tm)]
     if is_1d1d:
         b_scale = b_scale.T
         in_specs.append(scale_spec(tn))

@@ -54,7 +54,7 @@ def fp8_grouped_gemm(a, a_scale, b, b_scale, group_ids, *, out_dtype, config: Ti
     problem = Problem(
         grid=(m // tm, n // tn),
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
-        in_specs=[operand_spec(tm), operand_spec(tn), scale_spec(tm)],
+        in_specs=[operand_spec(tm, config.cluster), operand_spec(tn), scale_spec(tm)],
         views=lambda refs, tile: [
             refs[0].at[tile.ms, :],
             refs[1].at[tile.g, tile.ns, :],
@@ -96,7 +96,7 @@ def fp8_grouped_wgrad(
         grid=(m // tm, n // tn),
         groups=group_sizes.shape[0],
         out_type=jax.ShapeDtypeStruct((group_sizes.shape[0], m, n), jnp.float32),
-        in_specs=[operand_spec(tm), operand_spec(tn), scale_spec(tm), scale_spec(tn)],
+        in_specs=[operand_spec(tm, config.cluster), operand_spec(tn), scale_spec(tm), scale_spec(tn)],
         views=views,
         allocation_views=lambda refs: refs[:4],
         num_steps=lambda refs, tile: refs[5][tile.g],

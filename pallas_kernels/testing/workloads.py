@@ -71,7 +71,9 @@ class Workload:
 def _normal(seed: int, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """Gaussian data in BF16, drawn in float32: drawn in BF16 its tails are cut, and with them the largest values."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return tuple(jax.random.normal(key, shape).astype(jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    return tuple(
+        jax.random.normal(key, shape).astype(jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
+    )
 
 
 def _gemm(shape: gemm_shapes.GemmShape) -> Workload:

@@ -47,6 +47,7 @@ class TestFp8Gemm(OpSuite):
     cases: ClassVar = {
         "fprop": functools.partial(gemm_case, 256, 256, 384, num_sms=3),
         "fprop_stages_wrap": functools.partial(gemm_case, 128, 128, 512, stages=3),
+        "fprop_cluster": functools.partial(gemm_case, 256, 256, 256, num_sms=2, cluster=2),
         "half_block_tile_n": functools.partial(gemm_case, 128, 192, 256, tile_n=64),
         "ragged_rows_bf16": functools.partial(gemm_case, 40, 256, 256, tile_m=64, out_dtype=jnp.bfloat16),
         "wgrad": functools.partial(gemm_case, 128, 128, 384, ROW_TILE),
@@ -103,6 +104,13 @@ def test_error_of_quantisation_is_in_its_band(k, recipe, gaussian):
     assert 0.036 < relative_l2(out, exact) < 0.039
 
 
+def test_clusters_must_divide_the_tiles():
+    a, a_scale, _ = quantized(0, (128, 128))
+    b, b_scale, _ = quantized(1, (384, 128), SQUARE_BLOCK)
+    with pytest.raises(ValueError, match="3 tiles along N do not divide into clusters of 2"):
+        fp8_gemm(a, a_scale, b, b_scale, implementation="mosaic", config=small(cluster=2))
+
+
 def test_bad_operands_are_named():
     a, a_scale, _ = quantized(0, (4, 256))
     b, b_scale, _ = quantized(1, (256, 256), SQUARE_BLOCK)
@@ -119,6 +127,7 @@ def test_bad_operands_are_named():
         ),
         (lambda: small(tile_m=100), "tile 100 x 128"),
         (lambda: small(stages=1), "stages=1"),
+        (lambda: small(cluster=2, num_sms=3), "cluster=2 with num_sms=3"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
