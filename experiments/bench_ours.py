@@ -1,0 +1,83 @@
+"""Worker of `experiments.bench`: this project. Imports no torch.
+
+Training runs the project's own step on the devices that `experiments.train` would use; decoding runs `generate`
+as `experiments.generate` does.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments.bench_worker import Measure, serve
+
+
+def start() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    return {"python": platform.python_version(), "jax": version("jax")}
+
+
+def setup(spec: Mapping[str, Any]) -> Measure:
+    from deepseek_jax.config import Config, build
+
+    cfg = build(Config, spec["config"])
+    return (_train if spec["kind"] == "train" else _decode)(cfg, spec)
+
+
+def _train(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
+    from experiments.devices import one_device_per_core
+
+    one_device_per_core(cfg.train.batch_size, at_most=spec["threads"])
+    import jax
+    import numpy as np
+
+    from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
+    from deepseek_jax.training.schedules import Schedules
+    from deepseek_jax.training.step import init_state, make_train_step
+
+    mesh = make_mesh(cfg.mesh)
+    shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, np.int32)
+    batch = {"tokens": jax.device_put(tokens, batch_sharding(mesh))}
+    schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len)
+    step, state, taken = make_train_step(cfg, mesh), init_state(cfg, mesh), 0
+
+    def run(steps: int) -> float:
+        nonlocal state, taken
+        began = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = step(state, batch, schedules.hyper(taken, taken * batch["tokens"].size))
+            taken += 1
+        jax.block_until_ready((state, metrics))
+        return (time.perf_counter() - began) / steps
+
+    run(2)
+    return lambda: run(spec["steps"])
+
+
+def _decode(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
+    import jax
+    import numpy as np
+
+    from deepseek_jax.inference.generate import generate
+    from deepseek_jax.parallel.mesh import make_mesh
+    from deepseek_jax.training.step import init_state
+
+    state = init_state(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+    shape = (spec["batch"], spec["prompt"])
+    prompts = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape).tolist()
+
+    def run() -> float:
+        began = time.perf_counter()
+        out = generate(state.params, cfg.model, prompts, spec["new"], balance_bias=state.balance_bias)
+        seconds = time.perf_counter() - began
+        assert [len(row) for row in out] == [spec["new"]] * spec["batch"]
+        return seconds
+
+    run()
+    return run
+
+
+if __name__ == "__main__":
+    serve(start, setup)
