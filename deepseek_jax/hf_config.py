@@ -259,7 +259,7 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"config.json: rope_scaling lacks {missing}")
     # Absent means what DeepSeek's code takes: no mscale in the softmax scale.
-    yarn = {"mscale": 1.0, "mscale_all_dim": 0.0} | rope
+    yarn: dict[str, Any] = {"mscale": 1.0, "mscale_all_dim": 0.0} | rope
     return {"rope_theta": float(theta), "rope_scaling": YarnConfig(**yarn)}
 
 

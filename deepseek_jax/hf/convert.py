@@ -165,7 +165,7 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
             "config": checkpoint.hf,
             "files": files,
             "metadata": layout.metadata,
-            "index": layout.index,
+            "index": layout.index_metadata,
         },
     }
 

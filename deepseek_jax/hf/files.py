@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
     files: dict[str, list[str]]
     metadata: dict[str, dict[str, str]]
-    index: dict[str, Any] | None  # the index file's own "metadata"; None: there is no index
+    index_metadata: dict[str, Any] | None  # the index file's own "metadata"; None: there is no index
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def write_shard(
 
 def write_index(path: Path, layout: Layout) -> None:
     """The index file, unless the layout has none."""
-    if layout.index is None:
+    if layout.index_metadata is None:
         return
     weight_map = {name: file for file, names in layout.files.items() for name in names}
-    index = {"metadata": layout.index, "weight_map": dict(sorted(weight_map.items()))}
+    index = {"metadata": layout.index_metadata, "weight_map": dict(sorted(weight_map.items()))}
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ def block_scales(w_oi: np.ndarray, scale: str = "fp32") -> np.ndarray:
         scales[block_row] = np.pad(amax, (0, -len(amax) % BLOCK)).reshape(-1, BLOCK).max(-1)
     if not np.isfinite(scales).all():
         raise ValueError("cannot quantise to FP8: the matrix holds values that are not finite")
-    scales = np.maximum(scales, np.float32(_AMAX_FLOOR)) / np.float32(_MAX)
+    scales[:] = np.maximum(scales, np.float32(_AMAX_FLOOR)) / np.float32(_MAX)
     return scales if scale == "fp32" else _power_of_two_above(scales)
 
 

@@ -6,6 +6,7 @@ Over a mesh every device's slice is read from just the bytes that it covers.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def load(
             }
         else:
             kind = _FLOATS[dtype] if dtype else checkpoint.float_dtype(leaf)
-            fill = _filler(leaf, lambda i, s, out, leaf=leaf: checkpoint.read(leaf, i, s, out))
+            fill = _filler(leaf, functools.partial(checkpoint.read, leaf))
             flat[name] = _array(leaf.shape, kind, target, fill)
     cfg = checkpoint.cfg if dtype is None else dataclasses.replace(checkpoint.cfg, dtype=dtype)
     return cfg, unflatten(flat), jax.device_put(checkpoint.balance_bias())

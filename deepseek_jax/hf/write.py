@@ -108,10 +108,9 @@ class _MemorySource(Source):
             x = get(self._params, path)
         except KeyError as error:
             raise ValueError(f"params lack {path} of shape {leaf.shape}") from error
+        shape, allowed = leaf.shape, [DTYPES["F32"], DTYPES["BF16"]]
         if isinstance(x, dict):
-            x, shape, allowed = x[Q], (*leaf.stack, *leaf.hf_shape), (fp8.E4M3,)
-        else:
-            shape, allowed = leaf.shape, (DTYPES["F32"], DTYPES["BF16"])
+            x, shape, allowed = x[Q], (*leaf.stack, *leaf.hf_shape), [fp8.E4M3]
         if tuple(x.shape) != shape or np.dtype(x.dtype) not in allowed:
             raise ValueError(
                 f"params.{path} is {np.dtype(x.dtype)}{list(x.shape)}, expected one of "
