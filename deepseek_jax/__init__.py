@@ -1,0 +1,13 @@
+"""DeepSeek-V3 as a whole system in JAX.
+
+deepseek_jax.load(path) -> Model       a checkpoint, ready to generate and score
+DeepSeekV3(cfg).apply(...)             the model as a Linen module
+ModelConfig                            any model of the family; counts of parameters, FLOPs, cache bytes
+"""
+
+from deepseek_jax.config import Config, ModelConfig, from_config_dict
+from deepseek_jax.inference.generate import generate
+from deepseek_jax.inference.model import Model, load
+from deepseek_jax.model.transformer import DeepSeekV3
+
+__all__ = ["Config", "DeepSeekV3", "Model", "ModelConfig", "from_config_dict", "generate", "load"]

@@ -43,6 +43,40 @@ def pad_prompts(prompts: Sequence[Sequence[int]], bucket: int = BUCKET) -> Promp
     return Prompts(tokens, np.array([length - len(p) for p in prompts], np.int32))
 
 
+def check_request(cfg: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises ValueError if there is nothing to generate or more positions than the model has."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    longest = max((len(p) for p in prompts), default=0)
+    if longest + max_new_tokens > cfg.max_position_embeddings:
+        raise ValueError(
+            f"prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds "
+            f"max_position_embeddings={cfg.max_position_embeddings}"
+        )
+    out_of_range = [t for p in prompts for t in p if not 0 <= t < cfg.vocab_size]
+    if out_of_range:
+        raise ValueError(f"token id {out_of_range[0]} lies outside [0, vocab_size={cfg.vocab_size})")
+
+
+def allowed(logits_bv: jax.Array, num_ids: int) -> jax.Array:
+    """-inf for the ids that no tokenizer knows, `num_ids` and up."""
+    return jnp.where(jnp.arange(logits_bv.shape[-1]) < num_ids, logits_bv, -jnp.inf)
+
+
+def stop_array(stop_ids: Sequence[int]) -> jax.Array:
+    return jnp.asarray(tuple(stop_ids) or (-1,), jnp.int32)
+
+
+def is_stop(token_b: jax.Array, stop_ids: jax.Array) -> jax.Array:
+    return (token_b[:, None] == stop_ids[None]).any(-1)
+
+
+def until_stop(row: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """The row up to its first stop token."""
+    end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
+    return row[:end]
+
+
 class _State(NamedTuple):
     step: jax.Array
     token_b: jax.Array
@@ -74,9 +108,7 @@ def _prefill(
     return logits(params, h[:, -1]), extend(aux.cache, slots)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("cfg", "sampling", "new_tokens", "num_ids"), donate_argnames=("cache",)
-)
+@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "new_tokens", "num_ids"))
 def _decode_loop(
     params: Any,
     cfg: ModelConfig,
@@ -99,9 +131,6 @@ def _decode_loop(
             key, jnp.where(jnp.arange(logits_bv.shape[-1]) < num_ids, logits_bv, -jnp.inf), sampling
         )
 
-    def is_stop(token_b):
-        return (token_b[:, None] == stop_ids[None]).any(-1)
-
     def more(s: _State):
         return (s.step < new_tokens) & ~s.done_b.all()
 
@@ -113,12 +142,12 @@ def _decode_loop(
         key, sub = jax.random.split(s.key)
         token = jnp.where(s.done_b, s.token_b, pick(sub, logits(params, h[:, 0])))
         out = lax.dynamic_update_slice_in_dim(s.out_bn, token[:, None], s.step, 1)
-        return _State(s.step + 1, token, s.done_b | is_stop(token), out, cache, key)
+        return _State(s.step + 1, token, s.done_b | is_stop(token, stop_ids), out, cache, key)
 
     key, sub = jax.random.split(key)
     token = pick(sub, first_bv)
     out = jnp.zeros((token.shape[0], new_tokens), jnp.int32).at[:, 0].set(token)
-    state = lax.while_loop(more, body, _State(jnp.int32(1), token, is_stop(token), out, cache, key))
+    state = lax.while_loop(more, body, _State(jnp.int32(1), token, is_stop(token, stop_ids), out, cache, key))
     return state.out_bn, state.step
 
 
@@ -144,19 +173,11 @@ def generate(
     Raises:
         ValueError: an empty prompt, max_new_tokens < 1, or more positions than the model has.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    longest = max((len(p) for p in prompts), default=0)
-    if longest + max_new_tokens > cfg.max_position_embeddings:
-        raise ValueError(
-            f"prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds "
-            f"max_position_embeddings={cfg.max_position_embeddings}"
-        )
+    check_request(cfg, prompts, max_new_tokens)
     padded = pad_prompts(prompts)
     length = padded.tokens_bt.shape[1]
     room = -(-max_new_tokens // BUCKET) * BUCKET
     first_bv, cache = _prefill(params, cfg, padded, balance_bias, length + room)
-    stop = jnp.asarray(tuple(stop_ids) or (-1,), jnp.int32)
     out_bn, steps = _decode_loop(
         params,
         cfg,
@@ -165,16 +186,11 @@ def generate(
         jnp.asarray(padded.pad_b),
         jnp.int32(length),
         balance_bias,
-        stop,
+        stop_array(stop_ids),
         jax.random.key(seed),
         sampling,
         max_new_tokens,
         num_ids or cfg.vocab_size,
     )
     rows = np.asarray(out_bn)[:, : int(steps)].tolist()
-    return [_until_stop(row, set(stop_ids)) for row in rows]
-
-
-def _until_stop(row: list[int], stop_ids: set[int]) -> list[int]:
-    end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
-    return row[:end]
+    return [until_stop(row, stop_ids) for row in rows]

@@ -168,6 +168,24 @@ class Aux(NamedTuple):
     cache: LatentCache | None
 
 
+def mtp_input(p: Params, cfg: ModelConfig, h_btd: jax.Array, e_btd: jax.Array) -> jax.Array:
+    """Projection of [normed embedding; normed hidden state] (equation 21)."""
+    joined = (
+        rms_norm(e_btd, p["enorm_d"], cfg.rms_norm_eps),
+        rms_norm(h_btd, p["hnorm_d"], cfg.rms_norm_eps),
+    )
+    return linear(jnp.concatenate(joined, axis=-1), p["w_eh_cd"])
+
+
+def mtp_module(
+    p: Params, cfg: ModelConfig, h_btd: jax.Array, e_btd: jax.Array, bias_e: jax.Array | None, ctx: Context
+) -> tuple[jax.Array, jax.Array, BalanceStats, LatentCache]:
+    """One MTP module: (hidden state for the next depth, the same after its norm, statistics, latents)."""
+    x_btd = mtp_input(p, cfg, h_btd, e_btd)
+    y_btd, stats, latent = block(p["block"], cfg, x_btd, ctx.rope, ctx.segments_bt, bias_e, ctx.experts)
+    return y_btd, rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), stats, latent
+
+
 def mtp_hidden(
     params: Params, cfg: ModelConfig, h_btd: jax.Array, tokens_bt: jax.Array, bias_le: Any, ctx: Context
 ) -> tuple[jax.Array, BalanceStats]:
@@ -184,15 +202,9 @@ def mtp_hidden(
         bias_e = None if bias_le is None else bias_le[k]
 
         def module(p, h, e, bias_e):
-            joined = (
-                rms_norm(e, p["enorm_d"], cfg.rms_norm_eps),
-                rms_norm(h, p["hnorm_d"], cfg.rms_norm_eps),
-            )
-            x = linear(jnp.concatenate(joined, axis=-1), p["w_eh_cd"])
-            y, s, _ = block(p["block"], cfg, x, ctx.rope, ctx.segments_bt, bias_e, ctx.experts)
-            return y, s, rms_norm(y, p["norm_d"], cfg.rms_norm_eps)
+            return mtp_module(p, cfg, h, e, bias_e, ctx)[:3]
 
-        h_btd, s, out = recompute(module, ctx.remat)(p, h_btd, e_btd, bias_e)
+        h_btd, out, s = recompute(module, ctx.remat)(p, h_btd, e_btd, bias_e)
         outs.append(out)
         stats.append(s)
     return jnp.stack(outs), jax.tree.map(lambda *x: jnp.stack(x), *stats)
@@ -247,6 +259,14 @@ def forward(
 # --- decoding over the latent cache ------------------------------------------------------------------------
 
 
+def _write(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """`new` [b, t, ...] into slots slot .. slot + t - 1 of `cache` [b, s, ...]; `slot` is [] or [b]."""
+    new = new.astype(cache.dtype)
+    if jnp.ndim(slot) == 0:
+        return lax.dynamic_update_slice_in_dim(cache, new, slot, 1)
+    return jax.vmap(lambda c, n, s: lax.dynamic_update_slice_in_dim(c, n, s, 0))(cache, new, slot)
+
+
 def _decode_block(
     p: Params,
     cfg: ModelConfig,
@@ -258,9 +278,7 @@ def _decode_block(
     rope, slot, mask_bts = ctx
     h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
     new = latents(p["attn"], cfg, h_btd, rope)
-    cache = jax.tree.map(
-        lambda c, n: lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), slot, 1), cache, new
-    )
+    cache = jax.tree.map(lambda c, n: _write(c, n, slot), cache, new)
     x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, rope, cache, mask_bts)
     return _ffn(p, cfg, x_btd, bias_e, decode_experts)[0], cache
 
@@ -277,8 +295,8 @@ def decode(
 ) -> tuple[jax.Array, LatentCache]:
     """t new tokens per sequence through the absorbed form. Returns (hidden [b, t, d], updated cache).
 
-    The tokens' latents go to slots slot .. slot + t - 1 of the cache [l, b, s, ...]; `mask_bts` says which
-    slots each token sees, itself included.
+    The tokens' latents go to slots slot .. slot + t - 1 of the cache [l, b, s, ...], `slot` int32 [] or [b];
+    `mask_bts` says which slots each token sees, itself included.
     """
     ctx = (rope_table(cfg, positions_bt), slot, mask_bts)
     x_btd = embed(params["embed"], cfg, tokens_bt)
@@ -302,6 +320,27 @@ def decode(
         (x_btd, cache), _ = lax.scan(body, (x_btd, cache), (params[name], bias, index), unroll=unroll)
         layer += n
     return rms_norm(x_btd, params["final_norm"]["scale_d"], cfg.rms_norm_eps), cache
+
+
+def mtp_decode(
+    params: Params,
+    cfg: ModelConfig,
+    h_btd: jax.Array,
+    next_tokens_bt: jax.Array,
+    cache: LatentCache,
+    slot: jax.Array,
+    positions_bt: jax.Array,
+    mask_bts: jax.Array,
+    balance_bias: jax.Array | None = None,
+) -> tuple[jax.Array, LatentCache]:
+    """The first MTP module on t positions: hidden states h_i of the main model (after its final norm) and the
+    tokens that follow, t_{i+1}. Returns (states after its norm [b, t, d], which predict t_{i+2}; its cache)."""
+    p = jax.tree.map(lambda x: x[0], params["mtp"])
+    x_btd = mtp_input(p, cfg, h_btd, embed(params["embed"], cfg, next_tokens_bt))
+    bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
+    ctx = (rope_table(cfg, positions_bt), slot, mask_bts)
+    y_btd, cache = _decode_block(p["block"], cfg, x_btd, ctx, cache, bias_e)
+    return rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), cache
 
 
 class DeepSeekV3(nn.Module):

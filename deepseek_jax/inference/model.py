@@ -1,0 +1,172 @@
+"""`deepseek_jax.load(path) -> Model`: a checkpoint, ready to generate, to score and to look into.
+
+Prompts are padded to buckets of lengths, so that a notebook compiles once per bucket and not once per prompt.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import Config, ModelConfig, build
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inference.chat import ChatTemplate
+from deepseek_jax.inference.generate import BUCKET, generate
+from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inference.speculative import Stats, generate_speculative
+from deepseek_jax.model.layers import logits
+from deepseek_jax.model.transformer import forward
+
+Text = str | Sequence[int]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _logits(params: Any, cfg: ModelConfig, tokens_bt: jax.Array, bias_le: Any) -> jax.Array:
+    h_btd, _ = forward(params, cfg, tokens_bt, bias_le, mtp=False)
+    return logits(params, h_btd)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _token_scores(params: Any, cfg: ModelConfig, tokens_bt: jax.Array, bias_le: Any) -> jax.Array:
+    log_prob = jax.nn.log_softmax(_logits(params, cfg, tokens_bt[:, :-1], bias_le), axis=-1)
+    return jnp.take_along_axis(log_prob, tokens_bt[:, 1:, None], axis=-1)[..., 0]
+
+
+class Model:
+    """Parameters with their config and tokenizer.
+
+    Attributes:
+        config: ModelConfig.
+        params, balance_bias: as for `DeepSeekV3.apply`.
+        tokenizer: None where the checkpoint has none; then pass token ids instead of text.
+        last_stats: acceptance of the last speculative generation, or None.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        balance_bias: Any = None,
+        tokenizer: Tokenizer | None = None,
+        chat_template: ChatTemplate | None = None,
+    ):
+        self.config, self.params, self.balance_bias = config, params, balance_bias
+        self.tokenizer, self.chat_template = tokenizer, chat_template or ChatTemplate()
+        self.last_stats: Stats | None = None
+
+    def _ids(self, text: Text) -> list[int]:
+        if not isinstance(text, str):
+            return [int(token) for token in text]
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json: pass token ids instead of text")
+        return self.tokenizer.encode(text, allow_special=True)
+
+    def logits(self, text: Text) -> np.ndarray:
+        """Float32 logits [t, v] after each of the t tokens of a text (or list of ids)."""
+        ids = self._ids(text)
+        if not ids:
+            raise ValueError("logits needs at least one token")
+        padded = np.zeros((1, -(-len(ids) // BUCKET) * BUCKET), np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(_logits(self.params, self.config, padded, self.balance_bias))[0, : len(ids)]
+
+    def score(self, text: Text) -> np.ndarray:
+        """Log-probability (nats) of each token given those before it, float32 [t - 1]."""
+        ids = self._ids(text)
+        if len(ids) < 2:
+            raise ValueError(f"score needs at least two tokens, got {len(ids)}")
+        padded = np.zeros((1, -(-len(ids) // BUCKET) * BUCKET + 1), np.int32)
+        padded[0, : len(ids)] = ids
+        scores = _token_scores(self.params, self.config, padded, self.balance_bias)
+        return np.asarray(scores)[0, : len(ids) - 1]
+
+    def generate(
+        self,
+        prompts: Text | Sequence[Text],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_ids: Sequence[int] | None = None,
+        speculative: bool = False,
+        seed: int = 0,
+    ) -> Any:
+        """Continuations: a text for a text, ids for ids, a list for a list of them.
+
+        Args:
+            temperature, top_p: 0 is greedy.
+            stop_ids: default: the tokenizer's end of sentence.
+            speculative: draft with the MTP module (same distribution; `last_stats` has the acceptance).
+
+        Raises:
+            ValueError: see `inference.generate.generate`.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+        many: Sequence[Any] = [prompts] if single else prompts
+        if stop_ids is None:
+            stop_ids = [] if self.tokenizer is None else [self.tokenizer.eos_id]
+        kwargs: dict[str, Any] = {
+            "balance_bias": self.balance_bias,
+            "sampling": Sampling(temperature, top_p),
+            "stop_ids": stop_ids,
+            "seed": seed,
+            "num_ids": None
+            if self.tokenizer is None
+            else min(self.tokenizer.vocab_size, self.config.vocab_size),
+        }
+        ids = [self._ids(p) for p in many]
+        if speculative:
+            rows, self.last_stats = generate_speculative(
+                self.params, self.config, ids, max_new_tokens, **kwargs
+            )
+        else:
+            rows = generate(self.params, self.config, ids, max_new_tokens, **kwargs)
+        outs = [self._text(row) if isinstance(p, str) else row for p, row in zip(many, rows, strict=True)]
+        return outs[0] if single else outs
+
+    def chat(self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 512, **kwargs: Any) -> str:
+        """The assistant's next turn; append it to `messages` as {"role": "assistant"} to go on."""
+        return self.generate(self.chat_template.render(messages), max_new_tokens, **kwargs)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        assert self.tokenizer is not None
+        return self.tokenizer.decode(ids, skip_special=True)
+
+
+def load(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    dtype: str | None = None,
+    sharding: Any = None,
+) -> Model:
+    """A Hugging Face folder (config.json and safetensors) or the output folder of a training run.
+
+    Args:
+        step, ema: which checkpoint of a training run, and whether its averaged parameters.
+        dtype, shardings: of the parameters of a Hugging Face checkpoint, see `deepseek_jax.hf.load`.
+
+    Raises:
+        ValueError: neither of the two, or a damaged checkpoint; names the file.
+    """
+    folder = Path(path).expanduser()
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    template = ChatTemplate(folder)
+    if (folder / "config.json").is_file():
+        from deepseek_jax import hf
+
+        config, params, bias = hf.load(folder, dtype=dtype, shardings=shardings)
+        return Model(config, params, bias, tokenizer, template)
+    if (folder / "checkpoints").is_dir():
+        from deepseek_jax.training.checkpoint import load_params
+
+        saved, params, bias, _ = load_params(folder / "checkpoints", step, ema)
+        return Model(
+            build(Config, saved).model, jax.device_put(params), jnp.asarray(bias), tokenizer, template
+        )
+    raise ValueError(f"{folder} holds neither config.json (Hugging Face) nor checkpoints/ (a training run)")
