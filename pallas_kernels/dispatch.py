@@ -29,7 +29,8 @@ def dispatch(
       op: name of the op, for messages.
       implementation: None, "mosaic", "xla" or "reference".
       operands: arrays, or None for an absent operand; every implementation takes them all.
-      mosaic, xla, reference: the implementations, with equal results up to rounding.
+      mosaic, xla, reference: the implementations, with equal results up to rounding. `mosaic` should be jitted: with
+        implementation=None it is traced on every platform, and the jit's cache makes that once per shape.
       unsupported: why the kernel cannot take these operands, or None if it can.
 
     Raises:

@@ -4,6 +4,8 @@ Both operands are K-major, as FP8 wgmma demands. Scales of single rows travel wi
 scale of a 128 x 128 weight block is one number per step, read from global memory while the tensor cores work.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -92,6 +94,7 @@ def pad_rows(x: jax.Array, multiple: int, axis: int = 0) -> jax.Array:
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
 
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: TileConfig) -> jax.Array:
     """a [M, K], b [N, K] -> [M, N]; M is padded to the tile, N % tile_n == 0."""
     m, k = a.shape

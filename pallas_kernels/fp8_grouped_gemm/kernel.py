@@ -1,5 +1,7 @@
 """The grouped FP8 GEMMs on Hopper: the dense kernels with a group per tile, or a range of the contraction per group."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -46,6 +48,7 @@ def keep_real_rows(ids_of):
     return finish
 
 
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def fp8_grouped_gemm(a, a_scale, b, b_scale, group_ids, *, out_dtype, config: TileConfig) -> jax.Array:
     """a [M, K], b [G, N, K], group_ids [M] -> [M, N]; tiles of padding are cleared, not computed."""
     (m, k), n = a.shape, b.shape[1]
@@ -72,6 +75,7 @@ def fp8_grouped_gemm(a, a_scale, b, b_scale, group_ids, *, out_dtype, config: Ti
     return persistent_matmul(problem, config, *operands)
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
 def fp8_grouped_wgrad(
     a, a_scale, b, b_scale, group_sizes, accumulate=None, *, config: TileConfig
 ) -> jax.Array:

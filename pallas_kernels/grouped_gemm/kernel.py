@@ -1,6 +1,8 @@
 """The BF16 grouped GEMMs on Hopper. wgmma reads 16-bit operands in either orientation, so the weight serves the forward
 pass ([G, N, K]) and the input gradient ([G, K, N]) as it lies, and the weight gradient reads tokens x channels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -52,6 +54,7 @@ def _spec(shape: tuple[int, int], index_map) -> plgpu.BlockSpec:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("transpose_b", "out_dtype", "config"))
 def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileConfig) -> jax.Array:
     """a [M, K], b [G, N, K] (or [G, K, N]), group_ids [M] -> [M, N]."""
     (m, k), n = a.shape, b.shape[1 if transpose_b else 2]
@@ -83,6 +86,7 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileC
     return persistent_matmul(problem, config, a, b, tile_groups(group_ids, tm), group_ids)
 
 
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def grouped_wgrad(a, b, group_sizes, accumulate=None, *, out_dtype, config: TileConfig) -> jax.Array:
     """a [T, M], b [T, N], group_sizes [G] multiples of 64 -> [G, M, N]."""
     (t, m), n = a.shape, b.shape[1]

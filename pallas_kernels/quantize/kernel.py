@@ -9,6 +9,7 @@ Legend: R, C rows and columns of the quantised output, M, K those of the input, 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -133,6 +134,7 @@ def _row_tiles(source: _Source, shape: tuple[int, int], scale: str) -> tuple[jax
     return q, s.T
 
 
+@functools.partial(jax.jit, static_argnames=("block", "scale"))
 def quantize(x: jax.Array, *, block: Block, scale: str) -> tuple[jax.Array, jax.Array]:
     """x [..., M, K] in any of the three blocks; leading dims join the rows."""
     *lead, m, k = x.shape
@@ -154,6 +156,7 @@ def _plain(x: jax.Array) -> _Source:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("scale",))
 def swiglu_quantize(gate_up, up, routing_weight, *, scale: str) -> tuple[jax.Array, jax.Array]:
     """silu(gate) * up * routing_weight and its 1x128 tiles; gate_up is read in place, never split in memory."""
     *lead, width = gate_up.shape
@@ -183,6 +186,7 @@ def swiglu_quantize(gate_up, up, routing_weight, *, scale: str) -> tuple[jax.Arr
     return q.reshape(*lead, f), s.reshape(*lead, f // BLOCK)
 
 
+@functools.partial(jax.jit, static_argnames=("scale",))
 def quantize_transposed(x: jax.Array, *, scale: str) -> tuple[jax.Array, jax.Array]:
     """x [T, K] -> q [K, T], s [K, T/128]."""
     source = _Source(
@@ -195,6 +199,7 @@ def quantize_transposed(x: jax.Array, *, scale: str) -> tuple[jax.Array, jax.Arr
     return _row_tiles(source, (x.shape[1], x.shape[0]), scale)
 
 
+@functools.partial(jax.jit, static_argnames=("scale",))
 def requantize_transposed(q: jax.Array, q_scale: jax.Array, *, scale: str) -> tuple[jax.Array, jax.Array]:
     """q [T, K] in 1x128 tiles -> q [K, T] in 1x128 tiles along the tokens, s [K, T/128]."""
 
