@@ -7,10 +7,10 @@ checkpoint = data.train.state()      # JSON; data.train.restore(checkpoint) goes
 
 import dataclasses
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from deepseek_jax.config import DataConfig
 from deepseek_jax.data.corpus import TRAIN, VALIDATION, Corpus
 from deepseek_jax.data.loader import BatchStream
 from deepseek_jax.data.packing import EpochPacker, PackedStream
@@ -36,23 +36,6 @@ __all__ = [
 
 # Validation windows are held in memory; of a larger split, windows spread evenly over it.
 MAX_VALIDATION_TOKENS = 1 << 23
-
-
-class DataSettings(Protocol):
-    """The attributes `load` reads; `deepseek_jax.config.DataConfig` has them."""
-
-    source: str
-    validation: str | None
-    validation_fraction: float
-    text_field: str
-    tokenizer: str | None
-    vocab_size: int
-    seq_len: int
-    fim_rate: float
-    split_punctuation_rate: float
-    segments: bool
-    seed: int
-    cache_dir: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +108,14 @@ class Data:
         return unigram_bits_per_byte(self.train_counts_v, validation.targets, validation.num_bytes)
 
 
-def load(cfg: DataSettings, mtp_depth: int, process_index: int = 0, process_count: int = 1) -> Data:
+def load(cfg: DataConfig, mtp_depth: int, process_index: int = 0, process_count: int = 1) -> Data:
     """Reads the corpus, trains or loads the tokenizer, and opens the training stream.
 
     The first call on a corpus trains and encodes, and leaves both results in `cfg.cache_dir`; later calls
     only read the corpus through once, to know that it is the same.
 
     Args:
-        cfg: see `DataSettings`. `vocab_size` is the size to train, or the most a loaded tokenizer may have.
+        cfg: see `DataConfig`. `vocab_size` is the size to train, or the most a loaded tokenizer may have.
         mtp_depth: number of MTP modules; each needs one more target per position.
         process_index, process_count: this host among all hosts; each reads only its rows.
 
@@ -176,7 +159,7 @@ def load(cfg: DataSettings, mtp_depth: int, process_index: int = 0, process_coun
     return Data(tokenizer, stream, validation, corpus.report, counts_v, fingerprint)
 
 
-def _tokenizer(cfg: DataSettings, corpus: Corpus, cache_dir: Path) -> Tokenizer:
+def _tokenizer(cfg: DataConfig, corpus: Corpus, cache_dir: Path) -> Tokenizer:
     if cfg.tokenizer is not None:
         tokenizer = Tokenizer.load(cfg.tokenizer)
         if tokenizer.vocab_size > cfg.vocab_size:

@@ -28,8 +28,8 @@ BUCKET = 32  # prompt lengths and cache sizes are multiples of this
 class Prompts(NamedTuple):
     """tokens_bt int32, padded on the left; pad_b: number of pads of each row."""
 
-    tokens_bt: np.ndarray
-    pad_b: np.ndarray
+    tokens_bt: jax.Array
+    pad_b: jax.Array
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], bucket: int = BUCKET) -> Prompts:
@@ -40,7 +40,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], bucket: int = BUCKET) -> Promp
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[length - len(prompt) :] = prompt
-    return Prompts(tokens, np.array([length - len(p) for p in prompts], np.int32))
+    return Prompts(jnp.asarray(tokens), jnp.asarray([length - len(p) for p in prompts], jnp.int32))
 
 
 def check_request(cfg: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -183,7 +183,7 @@ def generate(
         cfg,
         first_bv,
         cache,
-        jnp.asarray(padded.pad_b),
+        padded.pad_b,
         jnp.int32(length),
         balance_bias,
         stop_array(stop_ids),

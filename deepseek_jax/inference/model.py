@@ -143,7 +143,7 @@ def load(
     step: int | None = None,
     ema: bool = False,
     dtype: str | None = None,
-    sharding: Any = None,
+    shardings: Any = None,
 ) -> Model:
     """A Hugging Face folder (config.json and safetensors) or the output folder of a training run.
 

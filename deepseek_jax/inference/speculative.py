@@ -217,7 +217,7 @@ def generate_speculative(
         draft_bv,
         cache,
         mtp_cache,
-        jnp.asarray(padded.pad_b),
+        padded.pad_b,
         jnp.int32(length),
         balance_bias,
         stop_array(stop_ids),
