@@ -28,7 +28,7 @@ def load_global(ref, layout) -> jax.Array:
     """Read a slice of global memory straight into registers of `layout` (without shared memory, for small vectors)."""
     if JAX_VERSION < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
-    return plgpu.load(ref, layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
 
 
 def interpret_params(detect_races: bool = True):
@@ -39,13 +39,13 @@ def interpret_params(detect_races: bool = True):
     """
     if not HAS_INTERPRETER:
         raise ValueError(f"the Mosaic GPU interpreter needs jax >= 0.11, this is {jax.__version__}")
-    return plgpu.InterpretGPUParams(detect_races=detect_races)
+    return plgpu.InterpretGPUParams(detect_races=detect_races)  # type: ignore[attr-defined]
 
 
 def interpret_mode(detect_races: bool = True):
     """Context manager under which every Mosaic GPU kernel traced runs in the CPU interpreter (jax >= 0.11)."""
     params = interpret_params(detect_races)
-    return plgpu.force_gpu_interpret_mode(params)
+    return plgpu.force_gpu_interpret_mode(params)  # type: ignore[attr-defined]
 
 
 def reset_interpreter() -> None:

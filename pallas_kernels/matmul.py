@@ -150,8 +150,8 @@ def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array
     if problem.grid[1] % config.cluster:
         raise ValueError(f"{problem.grid[1]} tiles along N do not divide into clusters of {config.cluster}")
 
-    def body(*refs):
-        *refs, out_ref, out_smem, addend_barrier = refs
+    def body(*all_refs):
+        *refs, out_ref, out_smem, addend_barrier = all_refs
         tile_pipeline = _pipeline(problem, config, refs, out_ref, out_smem, addend_barrier)
         allocations = _emit(problem, config, _static_steps(problem), _ignore, _ignore).get_allocations
         sizes = allocations(*problem.allocation_views(refs))
@@ -172,6 +172,9 @@ def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array
         pl.run_scoped(walk, sizes, collective_axes="wg")
         plgpu.wait_smem_to_gmem(0)
 
+    cluster: dict[str, Any] = (
+        {"cluster": (config.cluster,), "cluster_names": ("cluster",)} if config.cluster > 1 else {}
+    )
     rows, cols = _stored_slab(config)
     dtype = problem.out_type.dtype
     transforms = swizzled(dtype, min(cols, 128 // jnp.dtype(dtype).itemsize))
@@ -184,7 +187,7 @@ def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array
         ],
         grid=(config.num_sms // config.cluster,),
         grid_names=("sm",),
-        **({} if config.cluster == 1 else {"cluster": (config.cluster,), "cluster_names": ("cluster",)}),
+        **cluster,
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         compiler_params=compiler_params(),

@@ -5,6 +5,7 @@ scale of a 128 x 128 weight block is one number per step, read from global memor
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def unsupported(m: int, n: int, k: int, out_dtype) -> str | None:
 
 def operand_spec(rows: int, cluster: int = 1) -> plgpu.BlockSpec:
     """[rows, 128] of an FP8 operand per step, shared by the thread blocks of a cluster where there is one."""
-    shared = {} if cluster == 1 else {"collective_axes": ("cluster",)}
+    shared: dict[str, Any] = {} if cluster == 1 else {"collective_axes": ("cluster",)}
     transforms = swizzled(E4M3, BLOCK)
     return plgpu.BlockSpec(
         (rows, BLOCK), lambda k: (0, k), transforms=transforms, memory_space=plgpu.SMEM, **shared

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ class _Source:
     """
 
     operands: Sequence[jax.Array]
-    buffers: Sequence[plgpu.SMEM]
+    buffers: Sequence[Any]
     copies: Callable
     value: Callable
     num_copies: int
@@ -78,7 +79,7 @@ def _registers(ref) -> jax.Array:
     return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
-def _buffer(rows: int, cols: int, dtype) -> plgpu.SMEM:
+def _buffer(rows: int, cols: int, dtype) -> Any:
     return plgpu.SMEM((rows, cols), dtype, transforms=swizzled(dtype, cols))
 
 
@@ -86,12 +87,12 @@ def _row_amax(y: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.max(y, axis=1), -jnp.min(y, axis=1))
 
 
-def _over(v: jax.Array, shape: tuple[int, int], dim: int) -> jax.Array:
+def _over(v: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
     """Broadcast a vector that lies along `dim`."""
     return lax.broadcast_in_dim(plgpu.layout_cast(v, plgpu.Layout.WGMMA.reduce(1 - dim)), shape, (dim,))
 
 
-def _row_tiles(source: _Source, shape: tuple[int, int], scale: str) -> tuple[jax.Array, jax.Array]:
+def _row_tiles(source: _Source, shape: tuple[int, ...], scale: str) -> tuple[jax.Array, jax.Array]:
     """Quantise an [R, C] array in 1x128 tiles: q [R, C], s [R, C/128]."""
     num_operands, num_buffers = len(source.operands), len(source.buffers)
 

@@ -6,11 +6,12 @@ Legend: G groups, M rows, N outputs, K contraction, T tokens.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import SQUARE_BLOCK
+from pallas_kernels.blocks import BLOCK, SQUARE_BLOCK
 from pallas_kernels.fp8_gemm import shapes as gemm_shapes
 from pallas_kernels.fp8_gemm.ops import fp8_gemm
 from pallas_kernels.fp8_grouped_gemm import shapes as grouped_shapes
@@ -142,14 +143,14 @@ def _fp8_grouped(shape: grouped_shapes.GroupedShape) -> Workload:
             _rows(shape, m),
         )
 
-    def run(*operands_and_implementation):
+    def run(*operands_and_implementation: Any):
         *operands, implementation = operands_and_implementation
         if wgrad:
-            return fp8_grouped_wgrad(*operands, implementation=implementation)
+            return fp8_grouped_wgrad(*operands, None, implementation)
         if shape.kind == "masked":
-            out = fp8_grouped_gemm_masked(*operands, implementation=implementation)
+            out = fp8_grouped_gemm_masked(*operands, jnp.bfloat16, implementation)
             return out[:, : shape.present_rows]
-        return fp8_grouped_gemm(*operands, implementation=implementation).reshape(g, m, n)
+        return fp8_grouped_gemm(*operands, jnp.bfloat16, BLOCK, implementation).reshape(g, m, n)
 
     case = {
         "contiguous": "fp8_grouped_gemm",
@@ -208,7 +209,7 @@ def _bf16_grouped(shape: grouped_shapes.GroupedShape, transpose_b: bool = True) 
 def _quantize(shape: quantize_shapes.QuantizeShape) -> Workload:
     r, c = shape.rows, shape.cols
     swiglu = shape.op == "swiglu_quantize"
-    arguments = {"m": r, "f": c} if swiglu else {"t": r, "k": c}
+    arguments: dict[str, Any] = {"m": r, "f": c} if swiglu else {"t": r, "k": c}
     if shape.op == "quantize":
         arguments = {"m": r, "k": c, "block": shape.block}
 
@@ -217,10 +218,10 @@ def _quantize(shape: quantize_shapes.QuantizeShape) -> Workload:
             return quantize_ops.quantize(x)
         return (x, jnp.ones((r,), jnp.float32)) if swiglu else (x,)
 
-    def run(*operands_and_implementation):
+    def run(*operands_and_implementation: Any):
         *operands, implementation = operands_and_implementation
         if shape.op == "quantize":
-            return quantize_ops.quantize(*operands, shape.block, implementation=implementation)
+            return quantize_ops.quantize(operands[0], shape.block, implementation=implementation)
         if swiglu:
             return quantize_ops.swiglu_quantize(
                 operands[0], routing_weight=operands[1], implementation=implementation
