@@ -65,22 +65,42 @@ class Model:
             raise ValueError("this checkpoint has no tokenizer.json: pass token ids instead of text")
         return self.tokenizer.encode(text, allow_special=True)
 
+    def _padded(self, ids: list[int], length: int) -> np.ndarray:
+        """`ids` as one row of `length`, padded on the right, which no token before sees."""
+        cfg = self.config
+        if len(ids) > cfg.max_position_embeddings:
+            raise ValueError(
+                f"{len(ids)} tokens exceed max_position_embeddings={cfg.max_position_embeddings}"
+            )
+        if not (0 <= min(ids) and max(ids) < cfg.vocab_size):
+            raise ValueError(
+                f"token ids {min(ids)} to {max(ids)} exceed [0, vocab_size={cfg.vocab_size}): "
+                "use the checkpoint's own tokenizer"
+            )
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(ids)] = ids
+        return padded
+
     def logits(self, text: Text) -> np.ndarray:
-        """Float32 logits [t, v] after each of the t tokens of a text (or list of ids)."""
+        """Float32 logits [t, v] after each of the t tokens of a text (or list of ids).
+
+        Raises ValueError for an empty text, one longer than the model's positions, and ids outside its vocabulary.
+        """
         ids = self._ids(text)
         if not ids:
             raise ValueError("logits needs at least one token")
-        padded = np.zeros((1, -(-len(ids) // BUCKET) * BUCKET), np.int32)
-        padded[0, : len(ids)] = ids
+        padded = self._padded(ids, -(-len(ids) // BUCKET) * BUCKET)
         return np.asarray(_logits(self.params, self.config, padded, self.balance_bias))[0, : len(ids)]
 
     def score(self, text: Text) -> np.ndarray:
-        """Log-probability (nats) of each token given those before it, float32 [t - 1]."""
+        """Log-probability (nats) of each token given those before it, float32 [t - 1].
+
+        Raises ValueError as `logits`, and for a single token.
+        """
         ids = self._ids(text)
         if len(ids) < 2:
             raise ValueError(f"score needs at least two tokens, got {len(ids)}")
-        padded = np.zeros((1, -(-len(ids) // BUCKET) * BUCKET + 1), np.int32)
-        padded[0, : len(ids)] = ids
+        padded = self._padded(ids, -(-(len(ids) - 1) // BUCKET) * BUCKET + 1)
         scores = _token_scores(self.params, self.config, padded, self.balance_bias)
         return np.asarray(scores)[0, : len(ids) - 1]
 
@@ -160,8 +180,7 @@ def load(
     if (folder / "config.json").is_file():
         from deepseek_jax import hf
 
-        config, params, bias = hf.load(folder, dtype=dtype, shardings=shardings)
-        return Model(config, params, bias, tokenizer, template)
+        return Model(*hf.load(folder, dtype=dtype, shardings=shardings), tokenizer, template)
     if (folder / "checkpoints").is_dir():
         from deepseek_jax.training.checkpoint import load_params
 

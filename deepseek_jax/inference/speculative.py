@@ -40,7 +40,7 @@ from deepseek_jax.model.transformer import Context, decode, forward, mtp_decode,
 
 
 class Stats(NamedTuple):
-    """drafted and accepted: tokens; steps: forward passes of the main model over rows still running."""
+    """drafted: one token per row and forward pass of the main model; accepted: how many of them."""
 
     drafted: int
     accepted: int
@@ -52,6 +52,7 @@ class Stats(NamedTuple):
 
     @property
     def tokens_per_step(self) -> float:
+        """Of each row; a row's last step may keep one token fewer (stop token, max_new_tokens)."""
         return 1.0 + self.acceptance
 
 

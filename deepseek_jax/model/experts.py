@@ -63,12 +63,12 @@ def _block_rows(m: int, e: int) -> int:
 
 
 class Blocks(NamedTuple):
-    """Block i holds rows start[i] ... start[i] + live[i] - 1 of expert[i]; only the first `count` exist."""
+    """Block i holds rows start[i] ... start[i] + live[i] - 1 of expert[i]; only the first `total` exist."""
 
     expert: jax.Array
     start: jax.Array
     live: jax.Array
-    count: jax.Array
+    total: jax.Array
 
 
 def _blocks(sizes_e: jax.Array, m: int, size: int) -> Blocks:
@@ -125,7 +125,7 @@ def _blockwise_fwd(x_nd, weights_nk, rows, w, size):  # type: ignore[no-untyped-
         return jnp.zeros((m + size, width), dtype)
 
     f = w_gate.shape[-1]
-    y, gate, up = lax.fori_loop(0, blocks.count, body, (empty(x_nd.shape[1]), empty(f), empty(f)))
+    y, gate, up = lax.fori_loop(0, blocks.total, body, (empty(x_nd.shape[1]), empty(f), empty(f)))
     out = _sum_pairs(y[:m], rows.row_nk)
     return out, (x_nd, gain_m, token_m, gate, up, rows, w, weights_nk)
 
@@ -165,7 +165,7 @@ def _blockwise_bwd(size, saved, dy_nd):  # type: ignore[no-untyped-def]
         jnp.zeros((m + size,), weights_nk.dtype),
         *(jnp.zeros(w.shape, jnp.float32) for w in (w_gate, w_up, w_down)),
     )
-    dx, dgain, dw_gate, dw_up, dw_down = lax.fori_loop(0, blocks.count, body, init)
+    dx, dgain, dw_gate, dw_up, dw_down = lax.fori_loop(0, blocks.total, body, init)
     dweights = dgain.at[rows.row_nk].get(mode="fill", fill_value=0)
     dw = tuple(g.astype(w.dtype) for g, w in ((dw_gate, w_gate), (dw_up, w_up), (dw_down, w_down)))
     return _sum_pairs(dx[:m], rows.row_nk), dweights, None, dw

@@ -61,9 +61,8 @@ def route(cfg: ModelConfig, s_bte: jax.Array, bias_e: jax.Array | None) -> Routi
 
     `bias_e` (float32) shifts the selection only; it must be None or zero for softmax gating.
     """
-    biased = cfg.has_balance_bias and bias_e is not None
     choice = jax.lax.stop_gradient(s_bte)
-    if biased:
+    if cfg.has_balance_bias and bias_e is not None:
         choice = choice + jax.lax.stop_gradient(bias_e)
     choice = _limit_groups(choice, cfg, cfg.has_balance_bias)
     _, experts = jax.lax.top_k(choice, cfg.num_experts_per_tok)

@@ -248,12 +248,12 @@ def forward(
         bias = None if balance_bias is None else balance_bias[n_moe:]
         hidden, stats = mtp_hidden(params, cfg, h_btd, tokens_bt, bias, ctx)
         all_stats.append(stats)
-    stats = jax.tree.map(lambda *x: jnp.concatenate(x), *all_stats) if all_stats else None
     cache = jax.tree.map(lambda *x: jnp.concatenate(x), *caches) if with_cache else None
-    if stats is None:
-        none = no_stats(cfg)
-        return h_btd, Aux(none.counts_e[None][:0], none.seq_loss, none.classic_loss, hidden, cache)
-    return h_btd, Aux(stats.counts_e, stats.seq_loss.sum(), stats.classic_loss.sum(), hidden, cache)
+    if not all_stats:
+        zero = no_stats(cfg)
+        return h_btd, Aux(zero.counts_e[None][:0], zero.seq_loss, zero.classic_loss, hidden, cache)
+    total = jax.tree.map(lambda *x: jnp.concatenate(x), *all_stats)
+    return h_btd, Aux(total.counts_e, total.seq_loss.sum(), total.classic_loss.sum(), hidden, cache)
 
 
 # --- decoding over the latent cache ------------------------------------------------------------------------
