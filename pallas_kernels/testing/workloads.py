@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import BLOCK, SQUARE_BLOCK
+from pallas_kernels.blocks import SQUARE_BLOCK
 from pallas_kernels.fp8_gemm import shapes as gemm_shapes
 from pallas_kernels.fp8_gemm.ops import fp8_gemm
 from pallas_kernels.fp8_grouped_gemm import shapes as grouped_shapes
@@ -125,7 +125,15 @@ def _rows(shape: grouped_shapes.GroupedShape, group: int) -> jax.Array:
     return jnp.repeat(jnp.arange(shape.groups, dtype=jnp.int32), group)
 
 
+FP8_GROUPED: dict[str, Callable[..., jax.Array]] = {
+    "contiguous": fp8_grouped_gemm,
+    "masked": fp8_grouped_gemm_masked,
+    "wgrad": fp8_grouped_wgrad,
+}
+
+
 def _fp8_grouped(shape: grouped_shapes.GroupedShape) -> Workload:
+    apply = FP8_GROUPED[shape.kind]
     g, (m, n, k) = shape.groups, (shape.m, shape.n, shape.k)
     sizes = jnp.full((g,), k if shape.kind == "wgrad" else shape.present_rows, jnp.int32)
     wgrad = shape.kind == "wgrad"
@@ -145,22 +153,15 @@ def _fp8_grouped(shape: grouped_shapes.GroupedShape) -> Workload:
 
     def run(*operands_and_implementation: Any):
         *operands, implementation = operands_and_implementation
-        if wgrad:
-            return fp8_grouped_wgrad(*operands, None, implementation)
+        out = apply(*operands, implementation=implementation)
         if shape.kind == "masked":
-            out = fp8_grouped_gemm_masked(*operands, jnp.bfloat16, implementation)
             return out[:, : shape.present_rows]
-        return fp8_grouped_gemm(*operands, jnp.bfloat16, BLOCK, implementation).reshape(g, m, n)
+        return out if wgrad else out.reshape(g, m, n)
 
-    case = {
-        "contiguous": "fp8_grouped_gemm",
-        "masked": "fp8_grouped_gemm_masked",
-        "wgrad": "fp8_grouped_wgrad",
-    }
     return Workload(
         op="fp8_grouped_gemm",
         name=shape.name,
-        case=(case[shape.kind], {"groups": g, "m": m, "n": n, "k": k}),
+        case=(apply.__name__, {"groups": g, "m": m, "n": n, "k": k}),
         flops=shape.flops,
         bytes=shape.bytes(),
         peak_tflops=FP8_TFLOPS,
