@@ -122,8 +122,8 @@ def _oracle_loss(cfg, tensors, config):
 
 @pytest.fixture(scope="module")
 def graded():
-    """(cfg, params, bias, gradients): one dense layer, one MoE layer, one MTP module."""
-    cfg = dataclasses.replace(V3, num_hidden_layers=2, num_nextn_predict_layers=1)
+    """(cfg, params, bias, gradients): one dense layer, and a MoE layer in the MTP module."""
+    cfg = dataclasses.replace(V3, num_hidden_layers=1, num_nextn_predict_layers=1)
     params, bias = weights(cfg)
     return cfg, params, bias, jax.jit(jax.grad(_jax_loss(cfg, bias)))(params)
 
