@@ -1,0 +1,126 @@
+"""Config: what is refused and how it is said, round trips, and what the counts mean."""
+
+import dataclasses
+import json
+
+import ml_collections
+import pytest
+
+from configs.defaults import defaults
+from deepseek_jax.config import (
+    BalanceConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    YarnConfig,
+    build,
+    from_config_dict,
+    to_dict,
+)
+from deepseek_jax.model.params import count
+from deepseek_jax.model.transformer import model_params
+from tests.oracle.tiny import V2, V3, YARN
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trian": {}}, "unknown config key trian; did you mean train[?]"),
+        ({"train": {"stesp": 3}}, "unknown config key train.stesp; did you mean train.steps[?]"),
+        ({"model": {"kv_lora": 3}}, "unknown config key model.kv_lora; did you mean model.kv_lora_rank[?]"),
+        (
+            {"model": {"rope_scaling": {"faktor": 2.0}}},
+            "unknown config key model.rope_scaling.faktor; did you mean model.rope_scaling.factor[?]",
+        ),
+        ({"mesh": {"zzzz": 1}}, "unknown config key mesh.zzzz; valid keys: pipe, data, node, local, tensor"),
+        ({"train": {"steps": 3.5}}, r"config key train.steps=3.5 should be .*int.*, not float"),
+        ({"train": {"steps": True}}, r"config key train.steps=True should be .*int.*, not bool"),
+        ({"data": {"segments": 1}}, r"config key data.segments=1 should be .*bool.*, not int"),
+        ({"train": {"remat": "ful"}}, r"train.remat='ful' is not one of .*; did you mean 'full'[?]"),
+        ({"balance": {"mode": "los_free"}}, "did you mean 'loss_free'[?]"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_nearest(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_config_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (ModelConfig, {"hidden_size": 0}, "hidden_size=0 must be positive"),
+        (ModelConfig, {"qk_rope_head_dim": 7}, "qk_rope_head_dim=7 must be even"),
+        (ModelConfig, {"first_k_dense_replace": 62}, r"first_k_dense_replace=62 must lie in \[0, .*=61\]"),
+        (ModelConfig, {"q_lora_rank": 0}, "q_lora_rank=0: use None"),
+        (ModelConfig, {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1 must be >= 0"),
+        (ModelConfig, {"n_group": 7}, "n_routed_experts=256 must be divisible by n_group=7"),
+        (ModelConfig, {"topk_group": 9}, r"topk_group=9 must lie in \[1, n_group=8\]"),
+        (ModelConfig, {"num_experts_per_tok": 129}, "num_experts_per_tok=129 exceeds the 128 experts"),
+        (ModelConfig, {"n_shared_experts": -1}, "n_shared_experts=-1 must be >= 0"),
+        (ModelConfig, {"scoring_func": "softmx"}, "did you mean 'softmax'[?]"),
+        (YarnConfig, {"factor": 0.5}, "rope_scaling.factor=0.5 must be >= 1"),
+        (DataConfig, {"fim_rate": 1.5}, r"data.fim_rate=1.5 must lie in \[0, 1\]"),
+        (DataConfig, {"seq_len": 0}, "data.seq_len=0 must be positive"),
+        (OptimizerConfig, {"peak_lr": 0.0}, "optimizer.peak_lr=0.0 must be positive"),
+        (OptimizerConfig, {"moment_dtype": "float16"}, "optimizer.moment_dtype='float16' is not one of"),
+        (MeshConfig, {"local": 0}, "mesh.local=0 must be >= 1"),
+        (TrainConfig, {"batch_size": 6, "grad_accumulation": 4}, "must be divisible by grad_accumulation=4"),
+        (TrainConfig, {"ema_decay": 1.0}, r"train.ema_decay=1.0 must lie in \[0, 1\)"),
+        (BalanceConfig, {"mode": "all"}, "balance.mode='all' is not one of"),
+        (Config, {"data": DataConfig(seq_len=8192)}, "data.seq_len=8192 exceeds model.max_position_embed"),
+        (Config, {"data": DataConfig(vocab_size=200_000)}, "is smaller than data.vocab_size=200000"),
+    ],
+)
+def test_bad_values(cls, values, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**values)
+
+
+def test_data_axis_may_be_left_open():
+    assert MeshConfig(data=0).data == 0
+
+
+def test_round_trip():
+    cfg = Config(
+        model=dataclasses.replace(V3, rope_scaling=YARN),
+        data=DataConfig(vocab_size=60, seq_len=16, validation="v/*.txt"),
+        balance=BalanceConfig(mode="classic"),
+    )
+    through_json = json.loads(json.dumps(to_dict(cfg)))
+    assert build(Config, through_json) == cfg
+    assert from_config_dict(ml_collections.ConfigDict(through_json)) == cfg
+    assert from_config_dict(defaults()) == Config()
+    assert hash(cfg) == hash(build(Config, through_json))  # static argument of jitted functions
+
+
+def test_integers_are_good_floats():
+    assert from_config_dict({"optimizer": {"peak_lr": 1, "schedule_tokens": 10**13}}).optimizer.peak_lr == 1
+
+
+@pytest.mark.parametrize("cfg", [V3, V2, dataclasses.replace(V2, tie_word_embeddings=True)])
+def test_counts_are_the_sizes_of_the_arrays(cfg):
+    tree = model_params(cfg)
+    mtp = tree.pop("mtp", {})
+    biases = cfg.n_routed_experts if cfg.has_balance_bias else 0
+    assert cfg.num_params() == count(tree) + biases * cfg.num_moe_layers
+    assert cfg.num_mtp_params() == count(mtp) + biases * cfg.num_nextn_predict_layers
+    idle = 3 * cfg.hidden_size * cfg.moe_intermediate_size * (cfg.n_routed_experts - cfg.num_experts_per_tok)
+    table = 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size
+    assert cfg.num_active_params() == cfg.num_params() - cfg.num_moe_layers * idle - table
+
+
+def test_flops_count_a_masked_score_as_none():
+    heads = V3.num_attention_heads * (V3.qk_head_dim + V3.v_head_dim)
+    attention = 6 * V3.num_hidden_layers * 64 * heads
+    assert V3.flops_per_token(64, causal=False) - V3.flops_per_token(64) == attention / 2
+    assert V3.flops_per_token(64) - V3.flops_per_token(32) == attention / 4
+
+
+def test_cache_bytes():
+    per_layer = V3.kv_lora_rank + V3.qk_rope_head_dim
+    assert V3.kv_cache_bytes_per_token("float32") == 3 * 4 * per_layer
+    with pytest.raises(ValueError, match="dtype='float8_e4m3' is not one of"):
+        V3.kv_cache_bytes_per_token("float8_e4m3")

@@ -1,0 +1,68 @@
+"""The shipped configs: they build, and the published models have their published sizes to the integer."""
+
+import importlib
+import pkgutil
+
+import ml_collections
+import pytest
+
+import configs
+from deepseek_jax.config import Config, ModelConfig, from_config_dict
+
+NAMES = sorted(m.name for m in pkgutil.iter_modules(configs.__path__) if m.name != "defaults")
+
+
+def model(name) -> ModelConfig:
+    return from_config_dict(importlib.import_module(f"configs.{name}").get_config()).model
+
+
+def test_what_is_shipped():
+    assert {"tiny", "small_1b", "v2_lite_16b", "v2_236b", "v3_671b", "matched_cpu"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_builds_and_says_how_to_run_it(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    assert isinstance(config, ml_collections.ConfigDict)
+    cfg = from_config_dict(config)
+    assert isinstance(cfg, Config) and cfg.train.out_dir == f"runs/{name}"
+    assert "python -m experiments." in module.__doc__
+    assert cfg.model.vocab_size >= cfg.data.vocab_size
+    assert cfg.optimizer.batch_start <= cfg.train.batch_size
+
+
+def test_v3_671b():
+    """Parts by hand from the dimensions in the report, section 4.2."""
+    cfg, d = model("v3_671b"), 7168
+    mla = d * 1536 + 1536 + 1536 * 128 * 192 + d * 576 + 512 + 512 * 128 * 256 + 128 * 128 * d
+    assert mla == 187_107_328
+    expert, gate, norms = 3 * d * 2048, d * 256 + 256, 2 * d
+    moe_layer = mla + norms + gate + 257 * expert
+    assert moe_layer == 11_507_286_272  # its bias included
+    assert cfg.num_params() == 671_026_419_200
+    assert cfg.num_params() == 3 * (mla + norms + 3 * d * 18432) + 58 * moe_layer + 2 * 129280 * d + d
+    assert cfg.num_active_params() == 36_625_618_432
+    assert cfg.num_mtp_params() == 11_610_068_224
+
+
+def test_v3_flops_and_cache():
+    cfg = model("v3_671b")
+    assert cfg.flops_per_token(4096) == 6 * 36_624_596_992 + 6 * 61 * 2048 * 128 * 320
+    assert round(cfg.flops_per_token(4096) / 1e9, 2) == 250.45
+    assert round(cfg.flops_per_token(4096, causal=False) / 1e9, 2) == 281.15
+    assert cfg.kv_cache_bytes_per_token() == 70_272
+    assert cfg.kv_cache_bytes_per_token("float8_e4m3fn") == 40_016
+
+
+def test_v2():
+    assert model("v2_236b").num_params() == 235_741_434_880
+    assert round(model("v2_236b").num_active_params() / 1e9, 2) == 20.85
+    assert model("v2_lite_16b").num_params() == 15_706_484_224
+    assert round(model("v2_lite_16b").num_active_params() / 1e9, 3) == 2.451
+
+
+def test_matched_config_is_what_is_compared():
+    cfg = from_config_dict(importlib.import_module("configs.matched_cpu").get_config())
+    assert (cfg.train.batch_size, cfg.data.seq_len, cfg.model.dtype) == (8, 256, "float32")
+    assert cfg.model.num_nextn_predict_layers == 0
