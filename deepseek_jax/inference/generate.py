@@ -19,8 +19,9 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.cache import extend
 from deepseek_jax.inference.sampling import Sampling, sample
+from deepseek_jax.model.decoding import decode, prepare, prepare_cache
 from deepseek_jax.model.layers import logits
-from deepseek_jax.model.transformer import decode, forward
+from deepseek_jax.model.transformer import forward
 
 BUCKET = 32  # prompt lengths and cache sizes are multiples of this
 
@@ -125,6 +126,7 @@ def _decode_loop(
 ) -> tuple[jax.Array, jax.Array]:
     """(tokens int32 [b, n], number of decode steps run). Rows that are done repeat their stop token."""
     slots = cache.c_bsc.shape[2]
+    ready = prepare(params, cfg)
 
     def pick(key, logits_bv):
         return sample(
@@ -138,7 +140,7 @@ def _decode_loop(
         slot = start + s.step - 1  # of the token chosen last
         mask = (jnp.arange(slots)[None] <= slot) & (jnp.arange(slots)[None] >= pad_b[:, None])
         positions = (slot - pad_b)[:, None]
-        h, cache = decode(params, cfg, s.token_b[:, None], s.cache, slot, positions, mask[:, None], bias_le)
+        h, cache = decode(ready, cfg, s.token_b[:, None], s.cache, slot, positions, mask[:, None], bias_le)
         key, sub = jax.random.split(s.key)
         token = jnp.where(s.done_b, s.token_b, pick(sub, logits(params, h[:, 0])))
         out = lax.dynamic_update_slice_in_dim(s.out_bn, token[:, None], s.step, 1)
@@ -147,7 +149,9 @@ def _decode_loop(
     key, sub = jax.random.split(key)
     token = pick(sub, first_bv)
     out = jnp.zeros((token.shape[0], new_tokens), jnp.int32).at[:, 0].set(token)
-    state = lax.while_loop(more, body, _State(jnp.int32(1), token, is_stop(token, stop_ids), out, cache, key))
+    state = lax.while_loop(
+        more, body, _State(jnp.int32(1), token, is_stop(token, stop_ids), out, prepare_cache(cache, cfg), key)
+    )
     return state.out_bn, state.step
 
 

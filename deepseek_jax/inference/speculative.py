@@ -32,11 +32,12 @@ from deepseek_jax.inference.generate import (
     until_stop,
 )
 from deepseek_jax.inference.sampling import Sampling, filtered_logits, sample
+from deepseek_jax.model.decoding import decode, mtp_decode, prepare, prepare_cache
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import embed, logits
 from deepseek_jax.model.mla import LatentCache
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.model.transformer import Context, decode, forward, mtp_decode, mtp_module
+from deepseek_jax.model.transformer import Context, forward, mtp_module
 
 
 class Stats(NamedTuple):
@@ -62,7 +63,7 @@ class _State(NamedTuple):
     token_b: jax.Array  # the last of them, not yet seen by the main model
     draft_bv: jax.Array  # logits of the MTP module for the token after it
     done_b: jax.Array
-    cache: LatentCache
+    cache: Any
     mtp_cache: LatentCache
     key: jax.Array
     drafted: jax.Array
@@ -134,6 +135,7 @@ def _loop(
 ) -> _State:
     slots = jnp.arange(cache.c_bsc.shape[2])
     two = jnp.arange(2)
+    ready = prepare(params, cfg)
 
     def body(s: _State) -> _State:
         key, draft_key, verify_key, next_key = jax.random.split(s.key, 4)
@@ -143,7 +145,7 @@ def _loop(
         mask = (slots <= slot_bt[..., None]) & (slots >= pad_b[:, None, None])
         positions = slot_bt - pad_b[:, None]
         tokens = jnp.stack([s.token_b, draft_b], axis=1)
-        h_btd, cache = decode(params, cfg, tokens, s.cache, slot_b, positions, mask, bias_le)
+        h_btd, cache = decode(ready, cfg, tokens, s.cache, slot_b, positions, mask, bias_le)
         target_btv = allowed(logits(params, h_btd), num_ids)
         accepted, one = verify(verify_key, target_btv[:, 0], s.draft_bv, draft_b, sampling)
         both = accepted & ~is_stop(one, stop_ids)
@@ -153,7 +155,7 @@ def _loop(
         )
         following = jnp.stack([one, second], axis=1)
         h_mtp, mtp_cache = mtp_decode(
-            params, cfg, h_btd, following, s.mtp_cache, slot_b, positions, mask, bias_le
+            ready, cfg, h_btd, following, s.mtp_cache, slot_b, positions, mask, bias_le
         )
         last = jnp.where(both, 1, 0)
         draft_bv = allowed(
@@ -180,7 +182,18 @@ def _loop(
     zero = jnp.int32(0)
     out = jnp.zeros((b, new_tokens + 2), jnp.int32).at[:, 0].set(first_b)
     done = is_stop(first_b, stop_ids) | (new_tokens <= 1)
-    init = _State(out, jnp.ones((b,), jnp.int32), first_b, draft_bv, done, cache, mtp_cache, key, zero, zero)
+    init = _State(
+        out,
+        jnp.ones((b,), jnp.int32),
+        first_b,
+        draft_bv,
+        done,
+        prepare_cache(cache, cfg),
+        mtp_cache,
+        key,
+        zero,
+        zero,
+    )
     return lax.while_loop(lambda s: ~s.done_b.all(), body, init)
 
 

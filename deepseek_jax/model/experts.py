@@ -175,22 +175,34 @@ _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 
 def _gathered(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
-    """One copy of each selected expert's weights per pair: for fewer pairs than experts (decoding)."""
-    w_gate, w_up, w_down = (p[name][experts_nk] for name in ("w_gate_edf", "w_up_edf", "w_down_efd"))
-    g, u = (jnp.einsum("nd,nkdf->nkf", x_nd, w.astype(x_nd.dtype)) for w in (w_gate, w_up))
-    act = swiglu(g, u) * weights_nk[..., None].astype(x_nd.dtype)
-    return jnp.einsum("nkf,nkfd->nd", act, w_down.astype(x_nd.dtype))
+    """One product per pair with that expert's weights: for fewer pairs than experts (decoding)."""
+    outs = []
+    for n in range(experts_nk.shape[0]):
+        x = x_nd[n : n + 1]
+        parts = []
+        for k in range(experts_nk.shape[1]):
+            w_gate, w_up, w_down = (
+                lax.dynamic_index_in_dim(p[name], experts_nk[n, k], keepdims=False).astype(x.dtype)
+                for name in ("w_gate_edf", "w_up_edf", "w_down_efd")
+            )
+            parts.append((swiglu(x @ w_gate, x @ w_up) * weights_nk[n, k].astype(x.dtype)) @ w_down)
+        outs.append(functools.reduce(jnp.add, parts))
+    return jnp.concatenate(outs)
 
 
 def _dense(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
-    """All experts for all tokens, weighted by gates that are mostly zero: for batched decoding."""
+    """All experts for all tokens, weighted by gates that are mostly zero: for batched decoding.
+
+    The product is batched over experts, so the weights are read where they are.
+    """
     w_gate, w_up, w_down = (p[name].astype(x_nd.dtype) for name in ("w_gate_edf", "w_up_edf", "w_down_efd"))
     e = w_gate.shape[0]
     gate_ne = (
         jax.nn.one_hot(experts_nk, e, dtype=x_nd.dtype) * weights_nk[..., None].astype(x_nd.dtype)
     ).sum(1)
-    act = swiglu(jnp.einsum("nd,edf->enf", x_nd, w_gate), jnp.einsum("nd,edf->enf", x_nd, w_up))
-    return jnp.einsum("enf,efd->nd", act * gate_ne.T[..., None], w_down)
+    x_end = jnp.broadcast_to(x_nd, (e, *x_nd.shape))
+    act = swiglu(jnp.einsum("end,edf->enf", x_end, w_gate), jnp.einsum("end,edf->enf", x_end, w_up))
+    return jnp.einsum("enf,efd->end", act * gate_ne.T[..., None], w_down).sum(0)
 
 
 def routed_experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:

@@ -92,23 +92,29 @@ def mla(
     return linear(o_bthv, p["wo_hvd"], n_in=2), latent
 
 
+def absorb(p: Params, cfg: ModelConfig) -> Params:
+    """Weights of `mla_decode`: the key and value halves of wkv_b per head (leading layer axes allowed)."""
+    wk, wv = jnp.split(p["wkv_b_chm"], [cfg.qk_nope_head_dim], axis=-1)
+    rest = {name: w for name, w in p.items() if name != "wkv_b_chm"}
+    return rest | {"wk_hnc": jnp.einsum("...chn->...hnc", wk), "wv_hcv": jnp.einsum("...chv->...hcv", wv)}
+
+
 def mla_decode(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope, cache: LatentCache, mask_bts: jax.Array
 ) -> jax.Array:
     """Absorbed form: t new tokens attend over a cache that already holds them. Returns [b, t, d].
 
-    `mask_bts` is True where query t may see cache slot s. Scores and softmax are in float32.
+    `p` comes from `absorb`. `mask_bts` is True where query t may see cache slot s. Scores and softmax are in float32.
     """
     dtype = x_btd.dtype
     q_nope, q_rope = _queries(p, cfg, x_btd, rope)
-    wk_chn, wv_chv = jnp.split(p["wkv_b_chm"].astype(dtype), [cfg.qk_nope_head_dim], axis=-1)
-    q_bthc = jnp.einsum("bthn,chn->bthc", q_nope, wk_chn)
+    q_bthc = jnp.einsum("bthn,hnc->bthc", q_nope, p["wk_hnc"].astype(dtype))
     score = jnp.einsum("bthc,bsc->bhts", q_bthc, cache.c_bsc, preferred_element_type=jnp.float32)
     score += jnp.einsum("bthr,bsr->bhts", q_rope, cache.r_bsr, preferred_element_type=jnp.float32)
     score = jnp.where(mask_bts[:, None], score * softmax_scale(cfg), -jnp.inf)
     prob = jax.nn.softmax(score, axis=-1).astype(dtype)
     o_bthc = jnp.einsum("bhts,bsc->bthc", prob, cache.c_bsc)
-    o_bthv = jnp.einsum("bthc,chv->bthv", o_bthc, wv_chv)
+    o_bthv = jnp.einsum("bthc,hcv->bthv", o_bthc, p["wv_hcv"].astype(dtype))
     return linear(o_bthv, p["wo_hvd"], n_in=2)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.experts import decode_experts, routed_experts
+from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import (
     MLA_UP,
     RMSNORM,
@@ -29,7 +29,7 @@ from deepseek_jax.model.layers import (
     mlp_params,
     rms_norm,
 )
-from deepseek_jax.model.mla import LatentCache, Rope, latents, mla, mla_decode, mla_params
+from deepseek_jax.model.mla import LatentCache, Rope, mla, mla_params
 from deepseek_jax.model.moe import Experts, moe, moe_params
 from deepseek_jax.model.params import Param, declare, stacked
 from deepseek_jax.model.rope import rope_table
@@ -99,7 +99,7 @@ def no_stats(cfg: ModelConfig) -> BalanceStats:
     return BalanceStats(jnp.zeros((cfg.n_routed_experts,), jnp.int32), zero, zero)
 
 
-def _ffn(
+def ffn(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: Experts
 ) -> tuple[jax.Array, BalanceStats]:
     h_btd = rms_norm(x_btd, p["ffn_norm_d"], cfg.rms_norm_eps)
@@ -121,7 +121,7 @@ def block(
     """One transformer block: attention, then dense or MoE FFN, each with a pre-norm and a residual."""
     h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
     a_btd, latent = mla(p["attn"], cfg, h_btd, rope, segments_bt)
-    y_btd, stats = _ffn(p, cfg, x_btd + a_btd, bias_e, experts)
+    y_btd, stats = ffn(p, cfg, x_btd + a_btd, bias_e, experts)
     return y_btd, stats, latent
 
 
@@ -254,93 +254,6 @@ def forward(
         return h_btd, Aux(zero.counts_e[None][:0], zero.seq_loss, zero.classic_loss, hidden, cache)
     total = jax.tree.map(lambda *x: jnp.concatenate(x), *all_stats)
     return h_btd, Aux(total.counts_e, total.seq_loss.sum(), total.classic_loss.sum(), hidden, cache)
-
-
-# --- decoding over the latent cache ------------------------------------------------------------------------
-
-
-def _write(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """`new` [b, t, ...] into slots slot .. slot + t - 1 of `cache` [b, s, ...]; `slot` is [] or [b]."""
-    new = new.astype(cache.dtype)
-    if jnp.ndim(slot) == 0:
-        return lax.dynamic_update_slice_in_dim(cache, new, slot, 1)
-    return jax.vmap(lambda c, n, s: lax.dynamic_update_slice_in_dim(c, n, s, 0))(cache, new, slot)
-
-
-def _decode_block(
-    p: Params,
-    cfg: ModelConfig,
-    x_btd: jax.Array,
-    ctx: tuple[Rope, jax.Array, jax.Array],
-    cache: LatentCache,
-    bias_e: Any,
-) -> tuple[jax.Array, LatentCache]:
-    rope, slot, mask_bts = ctx
-    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-    new = latents(p["attn"], cfg, h_btd, rope)
-    cache = jax.tree.map(lambda c, n: _write(c, n, slot), cache, new)
-    x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, rope, cache, mask_bts)
-    return _ffn(p, cfg, x_btd, bias_e, decode_experts)[0], cache
-
-
-def decode(
-    params: Params,
-    cfg: ModelConfig,
-    tokens_bt: jax.Array,
-    cache: LatentCache,
-    slot: jax.Array,
-    positions_bt: jax.Array,
-    mask_bts: jax.Array,
-    balance_bias: jax.Array | None = None,
-) -> tuple[jax.Array, LatentCache]:
-    """t new tokens per sequence through the absorbed form. Returns (hidden [b, t, d], updated cache).
-
-    The tokens' latents go to slots slot .. slot + t - 1 of the cache [l, b, s, ...], `slot` int32 [] or [b];
-    `mask_bts` says which slots each token sees, itself included.
-    """
-    ctx = (rope_table(cfg, positions_bt), slot, mask_bts)
-    x_btd = embed(params["embed"], cfg, tokens_bt)
-    layer = 0
-    for name in ("dense_layers", "moe_layers"):
-        if name not in params:
-            continue
-        n = jax.tree.leaves(params[name])[0].shape[0]
-        bias = balance_bias[:n] if balance_bias is not None and name == "moe_layers" else None
-
-        def body(carry, xs):
-            x, whole = carry
-            p, bias_e, i = xs
-            one = jax.tree.map(lambda c: lax.dynamic_index_in_dim(c, i, 0, keepdims=False), whole)
-            y, one = _decode_block(p, cfg, x, ctx, one, bias_e)
-            whole = jax.tree.map(lambda c, o: lax.dynamic_update_index_in_dim(c, o, i, 0), whole, one)
-            return (y, whole), None
-
-        index = jnp.arange(layer, layer + n)
-        unroll = n if n <= UNROLL_LAYERS else 1
-        (x_btd, cache), _ = lax.scan(body, (x_btd, cache), (params[name], bias, index), unroll=unroll)
-        layer += n
-    return rms_norm(x_btd, params["final_norm"]["scale_d"], cfg.rms_norm_eps), cache
-
-
-def mtp_decode(
-    params: Params,
-    cfg: ModelConfig,
-    h_btd: jax.Array,
-    next_tokens_bt: jax.Array,
-    cache: LatentCache,
-    slot: jax.Array,
-    positions_bt: jax.Array,
-    mask_bts: jax.Array,
-    balance_bias: jax.Array | None = None,
-) -> tuple[jax.Array, LatentCache]:
-    """The first MTP module on t positions: hidden states h_i of the main model (after its final norm) and the
-    tokens that follow, t_{i+1}. Returns (states after its norm [b, t, d], which predict t_{i+2}; its cache)."""
-    p = jax.tree.map(lambda x: x[0], params["mtp"])
-    x_btd = mtp_input(p, cfg, h_btd, embed(params["embed"], cfg, next_tokens_bt))
-    bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    ctx = (rope_table(cfg, positions_bt), slot, mask_bts)
-    y_btd, cache = _decode_block(p["block"], cfg, x_btd, ctx, cache, bias_e)
-    return rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), cache
 
 
 class DeepSeekV3(nn.Module):
