@@ -11,9 +11,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from deepseek_jax.config import Config, from_config_dict
+from experiments import command_line
 from experiments.devices import one_device_per_core
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "The run's config.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config (configs/tiny.py).")
 _FROM_STEP = flags.DEFINE_integer("from_step", None, "Resume from this checkpoint instead of the newest.")
 _FRESH = flags.DEFINE_bool("fresh", False, "Refuse to resume: the output folder must hold no checkpoint.")
 
@@ -110,7 +111,13 @@ def main(argv: Sequence[str]) -> int:
         return 2
     logging.set_verbosity(logging.ERROR)
     try:
-        cfg = from_config_dict(_CONFIG.value)
+        config = _CONFIG.value
+        config.keys()  # a file that could not be read shows here
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    try:
+        cfg = from_config_dict(config)
         one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation)
         return run(cfg, _FROM_STEP.value, _FRESH.value)
     except ValueError as error:
@@ -121,4 +128,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=lambda argv: command_line.parse(argv, default="configs/tiny.py"))

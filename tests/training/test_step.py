@@ -1,0 +1,241 @@
+"""The training step: what may not change its result, what a bad step leaves alone, and the losses by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.model.layers import head_weight
+from deepseek_jax.model.transformer import forward
+from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from deepseek_jax.training.state import Hyper
+from deepseek_jax.training.step import losses, make_eval_step, make_train_step, model_flops_per_step
+from tests.oracle.tiny import weights
+from tests.tiny_run import fresh_state, tiny, tokens
+
+HYPER = Hyper(np.float32(3e-3), np.float32(0.01), np.float32(0.3))
+# Float32 sums in another order: 6e-8 per operation, over the 128 tokens and some 40 operations that lie in a
+# gradient's path, growing like a random walk (x 70), and a factor of 2 for cancellation.
+REORDERED = 1e-5
+
+
+def batch_of(cfg, size=None):
+    return {"tokens": tokens(cfg, size=size)}
+
+
+@functools.cache
+def program(devices=1, **sections):
+    """(cfg, step, mesh) of a config; one compilation for all tests that use it."""
+    cfg = tiny(**{name: dict(values) for name, values in sections.items()})
+    mesh = make_mesh(cfg.mesh, jax.devices()[:devices])
+    # Unoptimised: what is tested is the program, not the compiler, and it compiles in half the time.
+    jitted, compiled = make_train_step(cfg, mesh), []
+
+    def run(state, batch):
+        args = jax.device_put(state, replicated(mesh)), jax.device_put(batch, batch_sharding(mesh)), HYPER
+        if not compiled:
+            compiled.append(jitted.lower(*args).compile({"xla_backend_optimization_level": 0}))
+        return compiled[0](*args)
+
+    return cfg, run, mesh
+
+
+def base(devices=1, accumulation=1):
+    return program(
+        devices,
+        model=(
+            ("initializer_range", 0.2),
+        ),  # scores large enough that attention's gradients are not all rounding
+        optimizer=(("moment_dtype", "float32"),),  # the first moment shows the gradient itself
+        train=(("grad_accumulation", accumulation),),
+    )
+
+
+def one_step(devices=1, accumulation=1):
+    cfg, step, _ = base(devices, accumulation)
+    return step(fresh_state(cfg), batch_of(cfg))
+
+
+def assert_equal_up_to_order(got, want):
+    (state, metrics), (state_1, metrics_1) = got, want
+    for name in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
+        np.testing.assert_allclose(
+            getattr(metrics, name), getattr(metrics_1, name), rtol=REORDERED, err_msg=name
+        )
+    np.testing.assert_array_equal(metrics.counts_le, metrics_1.counts_le)
+    np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)
+    moments, moments_1 = jax.device_get((state.opt_state.mu, state_1.opt_state.mu))
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(moments), jax.tree.leaves(moments_1), strict=True
+    ):
+        assert np.linalg.norm(x - y) < REORDERED * np.linalg.norm(y), jax.tree_util.keystr(path)
+
+
+def test_accumulation_over_two_micro_batches_is_one_batch():
+    assert_equal_up_to_order(one_step(accumulation=2), one_step())
+
+
+def test_two_devices_are_one():
+    assert_equal_up_to_order(one_step(devices=2), one_step())
+
+
+def test_batch_that_does_not_divide():
+    cfg, _, mesh = base(accumulation=2)
+    with pytest.raises(ValueError, match=r"batch of 3 .*1 device shards x grad_accumulation=2; change train"):
+        make_train_step(cfg, mesh)(fresh_state(cfg), batch_of(cfg, size=3), HYPER)
+
+
+# --- bad steps --------------------------------------------------------------------------------------------
+
+
+def raw(tree):
+    """Bytes, so that NaN equals itself and -0.0 differs from 0.0."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bad_step_changes_nothing_and_is_counted(value):
+    cfg, step, _ = base()
+    state, _ = one_step()
+    good = state.params["final_norm"]["scale_d"]
+    params = state.params | {"final_norm": {"scale_d": good.at[3].set(value)}}
+    state = state.replace(params=params)
+    before = raw((state.params, state.opt_state, state.balance_bias, state.rng))
+    for n in (1, 2):
+        state, metrics = step(state, batch_of(cfg))
+        assert raw((state.params, state.opt_state, state.balance_bias, state.rng)) == before
+        assert not metrics.finite and not np.isfinite(metrics.grad_norm)
+        assert (int(state.step), int(state.bad_steps), int(state.skipped)) == (1 + n, n, n)
+        assert (int(metrics.bad_steps), int(metrics.skipped)) == (n, n)
+    params = state.params | {"final_norm": {"scale_d": jnp.ones_like(state.params["final_norm"]["scale_d"])}}
+    state, metrics = step(state.replace(params=params), batch_of(cfg))
+    assert metrics.finite and (int(state.step), int(state.bad_steps), int(state.skipped)) == (4, 0, 2)
+    assert int(state.opt_state.num_updates) == 2
+
+
+# --- balancing --------------------------------------------------------------------------------------------
+
+
+def test_bias_moves_against_the_load_by_exactly_gamma():
+    cfg, step, _ = base()
+    state = fresh_state(cfg)
+    before = np.random.default_rng(1).normal(0, 0.1, state.balance_bias.shape).astype(np.float32)
+    state, metrics = step(state.replace(balance_bias=jnp.asarray(before)), batch_of(cfg))
+    counts = np.asarray(metrics.counts_le)
+    assert (
+        counts.sum(1).tolist() == [4 * 32 * cfg.model.num_experts_per_tok] * cfg.model.balance_bias_shape[0]
+    )
+    for layer, row in enumerate(counts):
+        for expert, count in enumerate(row):
+            over = np.sign(count * row.size - row.sum())
+            want = np.float32(before[layer, expert] - HYPER.gamma * np.float32(over))
+            assert np.asarray(state.balance_bias)[layer, expert] == want
+            assert over == 0 or (want < before[layer, expert]) == (count > row.mean())
+
+
+@pytest.mark.parametrize("mode", ["classic", "none"])
+def test_other_modes_leave_the_bias_alone(mode):
+    shallow = (("num_nextn_predict_layers", 0),)
+    cfg, step, _ = program(model=shallow, balance=(("mode", mode),))
+    state = fresh_state(cfg)
+    params, batch = jax.device_get(state.params), batch_of(cfg)
+    state, metrics = step(state, batch)
+    assert not np.asarray(state.balance_bias).any()
+    if mode == "none":
+        assert float(metrics.balance_loss) == 0.0
+    else:
+        _, aux = jax.jit(functools.partial(forward, cfg=cfg.model))(params, tokens_bt=batch["tokens"][:, :-1])
+        want = cfg.balance.classic_alpha * aux.classic_loss
+        np.testing.assert_allclose(metrics.balance_loss, want, rtol=REORDERED)
+        assert 1.0 <= float(aux.classic_loss) < cfg.model.n_routed_experts
+
+
+# --- losses by hand ---------------------------------------------------------------------------------------
+
+
+def deep():
+    """Two MTP modules; parameters, a batch of three packed windows and a bias."""
+    cfg = tiny(model={"num_nextn_predict_layers": 2}, data={"seq_len": 11})
+    params, _ = weights(cfg.model, 3)
+    batch = batch_of(cfg, size=3)
+    lengths = np.random.default_rng(5).integers(0, 3, batch["tokens"].shape) == 0
+    batch["segments"] = np.cumsum(lengths, axis=1).astype(np.int32)
+    starts = np.where(lengths, np.arange(lengths.shape[1]), 0)
+    batch["positions"] = (np.arange(lengths.shape[1]) - np.maximum.accumulate(starts, 1)).astype(np.int32)
+    return cfg, params, batch, np.zeros(cfg.model.balance_bias_shape, np.float32)
+
+
+def by_hand(hidden, head, batch, depth, sequences):
+    """-1/T sum over i of log P_i^k, in a loop; k = `depth`, T the window's inputs (equations 24 and 25)."""
+    windows, segments, total = batch["tokens"], batch.get("segments"), 0.0
+    t = windows.shape[1] - 1
+    for row in range(len(windows)):
+        for i in range(t):
+            target = i + depth + 1
+            if target > t or (segments is not None and segments[row, i] != segments[row, target]):
+                continue
+            logits = hidden[row, i].astype(np.float64) @ head
+            total += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[windows[row, target]]
+    return total / t / sequences
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_losses_are_the_papers_sums(packed):
+    cfg, params, batch, bias = deep()
+    if not packed:
+        batch = {"tokens": batch["tokens"]}
+    context = {name: x[:, :-1] for name, x in batch.items() if name != "tokens"}
+    sequences = 5  # of which these three are this device's
+
+    @jax.jit
+    def run(params):
+        hidden, aux = forward(params, cfg.model, batch["tokens"][:, :-1], bias, **context)
+        return losses(params, cfg, batch, bias, sequences), hidden, aux
+
+    got, hidden, aux = jax.device_get(run(params))
+    head = np.asarray(head_weight(params), np.float64)
+    np.testing.assert_allclose(got.main, by_hand(hidden, head, batch, 0, sequences), rtol=REORDERED)
+    mtp = [by_hand(aux.mtp[k], head, batch, k + 1, sequences) for k in range(2)]
+    np.testing.assert_allclose(got.mtp, np.mean(mtp), rtol=REORDERED)
+    np.testing.assert_allclose(got.balance, cfg.balance.seq_alpha * aux.seq_loss * 3 / 5, rtol=REORDERED)
+
+
+def test_segments_mask_some_labels_and_not_all():
+    """The comparison above would also pass on a batch in which no label is masked."""
+    _, _, batch, _ = deep()
+    crossing = batch["segments"][:, :-1] != batch["segments"][:, 1:]
+    assert crossing.any() and not crossing.all()
+
+
+@pytest.mark.parametrize("chunk", [7, 10_000])
+def test_loss_does_not_depend_on_the_chunk(chunk):
+    def run(chunk):
+        cfg = tiny(
+            model={"num_hidden_layers": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+            train={"loss_chunk": chunk},
+        )
+        params, _ = weights(cfg.model, 3)
+        batch = batch_of(cfg)
+        objective = jax.value_and_grad(lambda p: losses(p, cfg, batch, None, 4).main)
+        return jax.jit(objective, compiler_options={"xla_backend_optimization_level": 0})(params)
+
+    (loss, grads), (loss_1, grads_1) = run(chunk), run(48)  # 128 tokens: 48 leaves a remainder
+    np.testing.assert_allclose(loss, loss_1, rtol=REORDERED)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_1), strict=True):
+        assert jnp.linalg.norm(x - y) <= REORDERED * jnp.linalg.norm(y)
+
+
+def test_evaluation_sums_each_window():
+    """Summed over windows and divided by the tokens, it is the training step's loss of the same batch."""
+    cfg, _, mesh = base()
+    state = fresh_state(cfg)
+    nats = make_eval_step(cfg, mesh)(state.params, state.balance_bias, batch_of(cfg))
+    assert nats.shape == (4,) and nats.dtype == jnp.float32
+    np.testing.assert_allclose(np.mean(nats) / cfg.data.seq_len, one_step()[1].loss, rtol=REORDERED)
+
+
+def test_flops_per_step():
+    model = tiny().model
+    assert model_flops_per_step(model, 4, 32) == model.flops_per_token(32) * 128
