@@ -79,6 +79,7 @@ class MetricsWriter:
         if resume_step is not None and self.path.exists():
             kept = [record for record in read_records(self.path) if record["step"] <= resume_step]
         # Replaced in one go: a kill here must not lose the records before the checkpoint.
+        self._kept = {(record["kind"], record["step"]) for record in kept}
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, self.path)
@@ -89,10 +90,14 @@ class MetricsWriter:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One record. Values: numbers, or arrays (converted here, so pass what has arrived on the host).
 
+        A record that a resumed run already has, the evaluation at the step of its checkpoint, is not repeated.
+
         Numbers that are not finite become null in JSON and are left out of TensorBoard, which gets numbers as
         scalars, vectors as one scalar per index, and matrices [layer, expert] as a histogram of the load
         relative to its layer's mean.
         """
+        if (kind, step) in self._kept:
+            return
         plain = {name: np.asarray(value).tolist() for name, value in values.items()}
         record = {"kind": kind, "step": int(step), **{name: _finite(value) for name, value in plain.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
