@@ -175,19 +175,12 @@ _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 
 def _gathered(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
-    """One product per pair with that expert's weights: for fewer pairs than experts (decoding)."""
-    outs = []
-    for n in range(experts_nk.shape[0]):
-        x = x_nd[n : n + 1]
-        parts = []
-        for k in range(experts_nk.shape[1]):
-            w_gate, w_up, w_down = (
-                lax.dynamic_index_in_dim(p[name], experts_nk[n, k], keepdims=False).astype(x.dtype)
-                for name in ("w_gate_edf", "w_up_edf", "w_down_efd")
-            )
-            parts.append((swiglu(x @ w_gate, x @ w_up) * weights_nk[n, k].astype(x.dtype)) @ w_down)
-        outs.append(functools.reduce(jnp.add, parts))
-    return jnp.concatenate(outs)
+    """One copy of each selected expert's weights per pair: for fewer pairs than experts (decoding)."""
+    w_gate, w_up, w_down = (
+        p[name][experts_nk].astype(x_nd.dtype) for name in ("w_gate_edf", "w_up_edf", "w_down_efd")
+    )
+    act = swiglu(jnp.einsum("nd,nkdf->nkf", x_nd, w_gate), jnp.einsum("nd,nkdf->nkf", x_nd, w_up))
+    return jnp.einsum("nkf,nkfd->nd", act * weights_nk[..., None].astype(x_nd.dtype), w_down)
 
 
 def _dense(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
