@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.mla import LatentCache, mla, mla_decode
+from deepseek_jax.model.mla import LatentCache, absorb, mla, mla_decode
 from deepseek_jax.model.rope import rope_table
 from tests.oracle import model as oracle
 from tests.oracle.tiny import V2, V3, checkpoint, rel, weights
@@ -47,7 +47,7 @@ def test_both_forms(cfg):
     mask = np.arange(T + spare)[None] <= np.arange(T - last, T)[:, None]
     tail = tuple(x[:, T - last :] for x in rope)
     masks = np.broadcast_to(mask, (B, *mask.shape))
-    absorbed = jax.jit(lambda x: mla_decode(p, cfg, x, tail, cache, masks))(X[:, T - last :])
+    absorbed = jax.jit(lambda x: mla_decode(absorb(p, cfg), cfg, x, tail, cache, masks))(X[:, T - last :])
     assert rel(absorbed, got[:, T - last :]) < 1e-5
 
 
