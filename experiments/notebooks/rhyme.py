@@ -1,6 +1,6 @@
 """The notebooks' small model: DeepSeek-V3 with 2 layers, trained on one nursery rhyme.
 
-"The house that Jack built" repeats itself, so a quarter of a million parameters learn it within a minute on two
+"The house that Jack built" repeats itself, so 160,000 parameters learn it within a minute on two
 CPU cores, and its next words are easy for the MTP module to guess.
 """
 
