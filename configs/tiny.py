@@ -51,10 +51,10 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.train.update(
         {
-            "steps": 400,
+            "steps": 320,
             "batch_size": 8,
-            "eval_every": 100,
-            "checkpoint_every": 100,
+            "eval_every": 80,
+            "checkpoint_every": 80,
             "ema_decay": 0.9,
             "ema_every": 5,
             "out_dir": "runs/tiny",
