@@ -3,6 +3,7 @@
     python -m experiments.bench train      # forward, backward, clipping, AdamW; batch 8 x 256, float32
     python -m experiments.bench decode     # 128 prompt + 128 new tokens, greedy, batch 1 and 8
     python -m experiments.bench experts    # our step with 4 times the experts, same top-k and tokens
+    python -m experiments.bench speculative --checkpoint=runs/tiny   # drafts from the MTP module against none
 
 Each side has a process of its own, idle while the other measures; the rounds alternate, and medians are compared.
 Compilation and warm-up are not counted. Where torch or transformers are missing, ours is measured alone;
@@ -15,6 +16,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,9 +147,51 @@ def _experts(worker: Worker, args: argparse.Namespace) -> None:
     print(f"  ratio {many / few:.2f}x (goal: at most 1.30)")
 
 
+# Beginnings that the corpus of configs/tiny.py, Python sources, goes on from.
+SPECULATIVE_PROMPTS = (
+    "def read(self, size=-1):\n    ",
+    "class Parser:\n    def __init__(self, ",
+    "import os\nimport sys\n",
+    "    if not isinstance(value, ",
+)
+
+
+def _speculative(args: argparse.Namespace) -> None:
+    import deepseek_jax
+
+    model = deepseek_jax.load(args.checkpoint)
+    drafted = accepted = 0
+
+    def run(speculative: bool) -> float:
+        nonlocal drafted, accepted
+        began = time.perf_counter()
+        for prompt in SPECULATIVE_PROMPTS:
+            model.generate(prompt, NEW, stop_ids=[], speculative=speculative)
+            if speculative and model.last_stats:
+                drafted, accepted = drafted + model.last_stats.drafted, accepted + model.last_stats.accepted
+        return time.perf_counter() - began
+
+    tasks: list[Task] = [
+        (name, functools.partial(run, name == "speculative")) for name in ("plain", "speculative")
+    ]
+    for _, measure in tasks:
+        measure()
+    medians = {name: statistics.median(s) for name, s in _alternate(tasks, args.rounds).items()}
+    tokens = NEW * len(SPECULATIVE_PROMPTS)
+    print(
+        f"decode of {args.checkpoint}, batch 1, {NEW} new tokens after each of {len(SPECULATIVE_PROMPTS)} prompts"
+    )
+    for name, seconds in medians.items():
+        print(f"  {name:<14}{tokens / seconds:>10,.0f} tokens/s")
+    share = accepted / max(1, drafted)
+    print(f"  acceptance {share:.1%}, {1 + share:.2f} tokens per step")
+    print(f"  ratio to plain {medians['plain'] / medians['speculative']:.2f}x")
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed beside Hugging Face transformers, on CPU.")
-    parser.add_argument("command", choices=("train", "decode", "experts"))
+    parser.add_argument("command", choices=("train", "decode", "experts", "speculative"))
+    parser.add_argument("--checkpoint", default="runs/tiny", help="of `speculative`: a run or a checkpoint")
     parser.add_argument(
         "--peer_python", default=sys.executable, help="interpreter with torch and transformers"
     )
@@ -167,6 +211,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     print(f"machine: {_machine()}")
+    if args.command == "speculative":
+        try:
+            _speculative(args)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
     try:
         workers = _workers(args)
     except ValueError as error:
