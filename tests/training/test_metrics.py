@@ -83,7 +83,9 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
 
 
 def test_tensorboard_gets_the_values(tmp_path):
-    from tensorboardX.event_file_writer import EventsWriter  # noqa: F401  (the format's own writer, for its proto)
+    from tensorboardX.event_file_writer import (
+        EventsWriter,  # noqa: F401  (the format's own writer, for its proto)
+    )
     from tensorboardX.proto.event_pb2 import Event
 
     write(tmp_path, [1])
