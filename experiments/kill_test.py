@@ -101,8 +101,12 @@ class Run:
         """Every array of the last checkpoint, by path."""
         last = self.folder / "checkpoints" / str(self.checkpoint())
         found = {}
+        handler = ocp.PyTreeCheckpointHandler()
         for item in ("state", "ema"):
-            tree = ocp.PyTreeCheckpointer().restore(last / item)
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(last / item).tree
+            )
+            tree = handler.restore(last / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
             for path, x in jax.tree_util.tree_leaves_with_path(tree):
                 found[item + jax.tree_util.keystr(path)] = np.asarray(x)
         return found

@@ -239,3 +239,16 @@ def test_evaluation_sums_each_window():
 def test_flops_per_step():
     model = tiny().model
     assert model_flops_per_step(model, 4, 32) == model.flops_per_token(32) * 128
+
+
+def lowered_lines(layers):
+    cfg = tiny(model={"num_hidden_layers": layers})
+    state = jax.eval_shape(lambda: fresh_state(cfg))
+    step = make_train_step(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+    return len(step.lower(state, batch_of(cfg), HYPER).as_text().splitlines())
+
+
+def test_program_of_61_layers_is_about_as_large_as_of_4():
+    """Layers are scanned. The compiler's time follows the program's size."""
+    few, many = lowered_lines(4), lowered_lines(61)
+    assert max(few, many) < 1.5 * min(few, many)

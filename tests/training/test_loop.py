@@ -1,0 +1,230 @@
+"""The training loop: stopped, resumed, killed, poisoned; a resumed run equals one that never stopped, bit for bit."""
+
+import dataclasses
+import io
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
+from deepseek_jax.training.metrics import TIMINGS, read_records
+from experiments.kill_test import Run, Timing, differences, kill_at_random
+from tests.golden import run as golden
+
+
+class StopAfter(threading.Event):
+    """Set once it has been asked `steps` times; the loop asks before every step."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self._left = steps
+
+    def is_set(self):
+        self._left -= 1
+        return self._left < 0
+
+
+def config_in(folder, golden_run, **train):
+    """The golden config with another output folder and the same data."""
+    cfg = golden_run.cfg
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **{"out_dir": str(folder)} | train))
+
+
+def records(out_dir):
+    found = read_records(Path(out_dir) / "metrics.jsonl")
+    return [{name: x for name, x in record.items() if name not in TIMINGS} for record in found]
+
+
+def raw(tree):
+    return [(x.dtype, x.shape, x.tobytes()) for x in map(np.asarray, jax.tree.leaves(tree))]
+
+
+_shared: list[Trainer] = []
+
+
+def trainer(cfg):
+    """A new trainer on one device. All of them run the same program: it is traced once."""
+    new = golden.trainer(cfg)
+    _shared.append(new)
+    new.step_fn, new.eval_fn = _shared[0].step_fn, _shared[0].eval_fn
+    return new
+
+
+def run_on(cfg, steps=1000, from_step=None):
+    """Resume, run at most `steps` steps; (result, average)."""
+    run = trainer(cfg)
+    run.resume(from_step)
+    try:
+        return run.run(StopAfter(steps), io.StringIO()), run.ema.state()
+    finally:
+        run.close()
+
+
+def assert_same_run(cfg, result, ema, golden_run):
+    assert raw(result.state) == raw(golden_run.result.state)
+    assert raw(ema) == raw(golden_run.ema)
+    assert result[1:] == golden_run.result[1:]
+    assert records(cfg.train.out_dir) == records(golden_run.cfg.train.out_dir)
+
+
+def test_an_undisturbed_run(golden_run):
+    cfg, result = golden_run.cfg, golden_run.result
+    assert (result.step, result.tokens, result.stopped) == (20, 20 * 4 * 32, False)
+    assert result.evaluation.loss < 5.6 and 0 < result.evaluation.bits_per_byte < 8
+    found = records(cfg.train.out_dir)
+    train = [record for record in found if record["kind"] == "train"]
+    assert [record["step"] for record in train] == list(range(1, 21))
+    assert [record["step"] for record in found if record["kind"] == "eval"] == [10, 20]
+    model = cfg.model
+    for record in train:
+        counts = np.array(record["expert_counts"])
+        assert counts.shape == model.balance_bias_shape
+        assert (counts.sum(1) == 4 * 32 * model.num_experts_per_tok).all()
+        np.testing.assert_allclose(record["max_vio"], counts.max(1) / counts.mean(1) - 1, rtol=1e-6)
+    assert train[0]["lr"] == 0.0 and train[-1]["tokens"] == result.tokens
+    steps = sorted(int(p.name) for p in (Path(cfg.train.out_dir) / "checkpoints").iterdir())
+    assert steps == [10, 15, 20]  # every 5, of which train.keep=3 stay
+    assert (Path(cfg.train.out_dir) / "tokenizer.json").exists()
+
+
+def test_stopped_and_resumed_twice_is_bitwise_the_same(golden_run, tmp_path):
+    cfg = config_in(tmp_path, golden_run)
+    first, _ = run_on(cfg, steps=7)  # between two checkpoints, mid-epoch
+    assert (first.step, first.stopped, first.evaluation) == (7, True, None)
+    second, _ = run_on(cfg, steps=4)
+    assert (second.step, second.stopped) == (11, True)
+    result, ema = run_on(cfg)
+    assert_same_run(cfg, result, ema, golden_run)
+    # Once more: the run is over; it evaluates again and records nothing twice.
+    again, ema = run_on(cfg)
+    assert_same_run(cfg, again, ema, golden_run)
+
+
+def test_resumed_from_an_older_checkpoint(golden_run, tmp_path):
+    cfg = config_in(tmp_path, golden_run)
+    run_on(cfg, steps=12)
+    result, ema = run_on(cfg, from_step=5)
+    assert_same_run(cfg, result, ema, golden_run)
+
+
+def test_stopped_before_the_first_step(golden_run, tmp_path):
+    result, _ = run_on(config_in(tmp_path, golden_run), steps=0)
+    assert (result.step, result.stopped) == (0, True)
+    assert (tmp_path / "checkpoints" / "0").is_dir()
+
+
+def test_too_many_bad_steps_end_the_run_and_keep_the_checkpoint(golden_run, tmp_path):
+    cfg = config_in(tmp_path, golden_run, max_bad_steps=2)
+    run_on(cfg, steps=6)
+    run = trainer(cfg)
+    run.resume()
+    before = raw(run.state.opt_state)
+    scale = run.state.params["final_norm"]["scale_d"]
+    run.state = run.state.replace(
+        params=run.state.params | {"final_norm": {"scale_d": jnp.full_like(scale, np.nan)}}
+    )
+    with pytest.raises(
+        NonFiniteError, match=r"step 8: loss=nan, .*2 steps in a row .*max_bad_steps=2.*step 6"
+    ):
+        run.run(progress_file=io.StringIO())
+    assert raw(run.state.opt_state) == before
+    assert run.checkpointer.latest() == 6
+    run.close()
+    bad = [record for record in records(tmp_path) if record["step"] > 6]
+    assert [(record["loss"], record["skipped"]) for record in bad] == [(None, 1), (None, 2)]
+    # What is kept is good: the run goes on from it.
+    result, ema = run_on(cfg)
+    assert_same_run(cfg, result, ema, golden_run)
+
+
+def test_a_single_bad_step_does_not_end_the_run(golden_run, tmp_path):
+    cfg = config_in(tmp_path, golden_run, max_bad_steps=2, steps=20)
+    run = trainer(cfg)
+    good = run.state.params
+    poisoned = good | {"final_norm": {"scale_d": jnp.full_like(good["final_norm"]["scale_d"], np.inf)}}
+    run.state = run.state.replace(params=poisoned)
+    text = io.StringIO()
+    healthy = jax.tree.map(jnp.copy, good)
+
+    class Heal(threading.Event):
+        """The parameters are good again from the second step on."""
+
+        def is_set(self):
+            if run.step == 1:
+                run.state = run.state.replace(params=healthy)
+            return run.step == 4
+
+    run.run(Heal(), text)
+    run.close()
+    assert [record["skipped"] for record in records(tmp_path) if record["kind"] == "train"] == [1, 1, 1, 1]
+    assert "step 1 skipped: loss=nan" in text.getvalue() and "(1 in a row)" in text.getvalue()
+
+
+def test_other_data_is_refused(golden_run, tmp_path):
+    cfg = config_in(tmp_path, golden_run)
+    run_on(cfg, steps=1)
+    other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seed=99))
+    run = trainer(other)
+    with pytest.raises(ValueError, match="belongs to other data: seed was 3, is now 99"):
+        run.resume()
+    run.close()
+
+
+def test_tokenizer_that_does_not_fit_the_model(golden_run, tmp_path):
+    cfg = config_in(tmp_path, golden_run)
+    small = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=300))
+    with pytest.raises(ValueError, match=r"the tokenizer has 384 ids, model\.vocab_size is 300: raise it"):
+        Trainer(small)
+
+
+def test_signals_set_the_event_and_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with stop_on_signals() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(1)
+        with pytest.raises(KeyboardInterrupt):  # the second one interrupts at once
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(1)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+# --- processes of their own -------------------------------------------------------------------------------
+
+STEPS = 120
+ARGUMENTS = (
+    "--config=tests/golden/config.py",
+    f"--config.train.steps={STEPS}",
+    "--config.train.checkpoint_every=10",
+)
+
+
+@pytest.mark.timeout(600)  # five processes
+def test_killed_twice_and_terminated_is_bitwise_the_same(tmp_path, monkeypatch):
+    """The short form of `python -m experiments.kill_test`, and SIGTERM: it saves and exits with status 0."""
+    monkeypatch.setenv(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0"
+    )  # compiles faster; same for all runs
+    want, run = Run(tmp_path / "undisturbed", ARGUMENTS), Run(tmp_path / "disturbed", ARGUMENTS)
+    want.finish()
+    assert want.step() == want.checkpoint() == STEPS
+
+    rng = random.Random(1)
+    moments = [kill_at_random(run, Timing(0.0, 0.3), rng, while_training=True) for _ in range(2)]
+    assert None not in moments, "the kills came too late"
+    process = run.start()
+    run.wait_for_step(process)
+    process.send_signal(signal.SIGTERM)
+    printed = run.finish(process)  # raises if the status is not 0
+    stopped = run.checkpoint()
+    assert f"stopped at step {stopped}; the same command goes on from there" in printed
+    assert 0 < stopped < STEPS
+    assert f"resumed from step {stopped} in" in run.finish()
+    assert differences(run, want) == []
