@@ -36,9 +36,10 @@ def _describe(cfg: Config, trainer) -> None:
 
 
 def _complete(trainer, result) -> None:
-    """One plain completion and one in the middle, greedy."""
+    """One plain completion and one in the middle, sampled: so small a model repeats itself when greedy."""
     from deepseek_jax.data.fim import fim_prompt
     from deepseek_jax.inference.generate import generate
+    from deepseek_jax.inference.sampling import Sampling
 
     cfg, tokenizer = trainer.cfg, trainer.data.tokenizer
     plain = tokenizer.encode(PLAIN_PROMPT)
@@ -49,6 +50,7 @@ def _complete(trainer, result) -> None:
         [plain, middle],
         min(cfg.train.sample_tokens, cfg.model.max_position_embeddings - max(len(plain), len(middle))),
         balance_bias=result.state.balance_bias,
+        sampling=Sampling(temperature=0.7, top_p=0.9),
         stop_ids=[tokenizer.eos_id],
         num_ids=tokenizer.vocab_size,
     )
