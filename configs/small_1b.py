@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/small_1b.py --config.data.source="data/*.jsonl.gz"
 
-Hardware: one GPU with 80 GB. 1.06B parameters, 0.19B active per token. Not run yet: there is no expected loss.
+Hardware: one GPU with 80 GB. 1.06B parameters, 0.19B active per token. Not run: there is no expected loss.
 Length: 20,000 steps of 256 x 2048 tokens, 10.5B tokens.
 """
 

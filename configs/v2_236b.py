@@ -2,8 +2,9 @@
 
     python -m experiments.train --config=configs/v2_236b.py --config.data.source="data/*.parquet"
 
-Hardware: 16 bytes of state per parameter: at least 64 GPUs with 80 GB, the parameters sharded. Not run here:
-there is no expected loss. Figures of the published config.json of deepseek-ai/DeepSeek-V2.
+Hardware: about 16 bytes of state per parameter. Training keeps all of it on every device so far, which no GPU
+holds at this size: the config is for counts, conversion and inference. Not run: there is no expected loss.
+Figures of the published config.json of deepseek-ai/DeepSeek-V2.
 """
 
 import ml_collections

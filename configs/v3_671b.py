@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=configs/v3_671b.py --config.data.source="data/*.parquet"
 
-Hardware: the report used 2,048 H800 for 54 days of pre-training. Not run here: there is no expected loss.
+Hardware: the report used 2,048 H800 for 54 days of pre-training. Training keeps all parameters on every device so
+far, which no GPU holds at this size. Not run: there is no expected loss.
 Batch 3072 -> 15360 sequences of 4096 tokens over the first 469B tokens; 242,785 steps in all.
 """
 

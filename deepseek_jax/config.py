@@ -295,7 +295,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-    """Load balancing (section 2.1.2): `loss_free` (bias update + sequence-wise loss) or `classic`."""
+    """Load balancing (section 2.1.2): `loss_free` (bias update + sequence-wise loss) or `classic`.
+
+    The classic loss takes the loads of each device's micro-batch, so it depends on the number of devices.
+    """
 
     mode: str = "loss_free"
     seq_alpha: float = 1e-4  # weight of the sequence-wise loss, mode "loss_free"
@@ -371,7 +374,6 @@ class Config:
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    precision: str = "bf16"
 
     def __post_init__(self):
         _require(

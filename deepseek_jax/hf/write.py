@@ -4,6 +4,7 @@
 any source of leaf pieces, so that saving from memory and converting from disk share this code.
 """
 
+import abc
 import dataclasses
 import json
 import os
@@ -73,22 +74,22 @@ def require_free(path: Path) -> None:
         raise ValueError(f"{path} exists already: remove it or write elsewhere")
 
 
-class Source:
+class Source(abc.ABC):
     """Where leaf pieces come from. dtypes: of each leaf by path, `fp8.E4M3` for one kept in FP8."""
 
     dtypes: dict[str, np.dtype]
 
+    @abc.abstractmethod
     def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
         """One tensor in this model's layout; of a leaf kept in FP8, its values in the checkpoint's layout."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
         """Scales of a piece kept in FP8."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def bias(self) -> np.ndarray:
         """balance_bias, float32 [layer, expert]."""
-        raise NotImplementedError
 
 
 class _MemorySource(Source):

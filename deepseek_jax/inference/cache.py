@@ -6,16 +6,7 @@ Dims: l layer, b batch, s slot, c latent, r rope.
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.mla import LatentCache
-
-
-def empty(cfg: ModelConfig, batch: int, slots: int) -> LatentCache:
-    """A cache of zeros in the compute dtype: [l, b, slots, c] and [l, b, slots, r]."""
-    shape = (cfg.num_hidden_layers, batch, slots)
-    return LatentCache(
-        jnp.zeros((*shape, cfg.kv_lora_rank), cfg.dtype), jnp.zeros((*shape, cfg.qk_rope_head_dim), cfg.dtype)
-    )
 
 
 def extend(cache: LatentCache, slots: int) -> LatentCache:

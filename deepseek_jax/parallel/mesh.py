@@ -16,7 +16,6 @@ from deepseek_jax.config import MeshConfig
 
 AXES = ("pipe", "data", "node", "local", "tensor")
 BATCH_AXES = ("data", "node", "local")
-EXPERT_AXES = ("node", "local")
 
 
 def make_mesh(cfg: MeshConfig, devices: Any = None) -> Mesh:

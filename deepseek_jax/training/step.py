@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from deepseek_jax.config import BalanceConfig, Config, ModelConfig
+from deepseek_jax.config import BalanceConfig, Config
 from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.params import initialise
@@ -163,9 +163,18 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch, hyper) -> (state, metrics). `state` is donated.
 
+    Every mesh axis of the batch (data, node, local) is data parallel here, with parameters on each device.
+
     A loss or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
-    Recompiles for each batch size.
+    Recompiles for each batch size. Raises ValueError for a mesh with pipeline or tensor axes: the step would do
+    the same work on each of their devices.
     """
+    idle = {axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in BATCH_AXES}
+    if idle:
+        raise ValueError(
+            f"training does not divide work over the mesh axes {idle}: set config.mesh.{next(iter(idle))}=1 and use "
+            f"{', '.join(BATCH_AXES)}"
+        )
     optimizer = adamw(cfg.optimizer)
     everywhere = PartitionSpec()
 
@@ -231,8 +240,3 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch],
             local, mesh=mesh, in_specs=(everywhere, everywhere, sharded), out_specs=sharded, check_vma=False
         )
     )
-
-
-def model_flops_per_step(cfg: ModelConfig, sequences: int, seq_len: int) -> float:
-    """FLOPs of one step of the main model (causal attention, MTP excluded, no recomputation)."""
-    return cfg.flops_per_token(seq_len) * sequences * seq_len

@@ -4,13 +4,15 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.inference.cache import empty, extend
+from deepseek_jax.inference.cache import extend
 from deepseek_jax.inference.generate import BUCKET, generate, pad_prompts
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.model.params import abstract
+from deepseek_jax.model.transformer import DeepSeekV3, forward, model_params
 from tests.oracle.tiny import V2, V3, weights
 
 RNG = np.random.default_rng(11)
@@ -103,7 +105,9 @@ def test_padding_is_on_the_left_to_a_bucket():
 
 
 def test_cache_holds_latents_and_nothing_per_head():
-    cache = empty(V3, batch=2, slots=5)
+    params, tokens = abstract(model_params(V3)), jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    _, aux = jax.eval_shape(lambda p, t: forward(p, V3, t, mtp=False, with_cache=True), params, tokens)
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux.cache)
     assert cache.c_bsc.shape == (3, 2, 5, V3.kv_lora_rank) and cache.c_bsc.dtype == V3.dtype
     assert sum(x.size for x in jax.tree.leaves(cache)) == 3 * 2 * 5 * (V3.kv_lora_rank + V3.qk_rope_head_dim)
     longer = extend(jax.tree.map(lambda x: x + 1, cache), 8)

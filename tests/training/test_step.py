@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.transformer import forward
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from deepseek_jax.training.state import Hyper
-from deepseek_jax.training.step import losses, make_eval_step, make_train_step, model_flops_per_step
+from deepseek_jax.training.step import losses, make_eval_step, make_train_step
 from tests.oracle.tiny import weights
 from tests.tiny_run import fresh_state, tiny, tokens
 
@@ -236,9 +237,12 @@ def test_evaluation_sums_each_window():
     np.testing.assert_allclose(np.mean(nats) / cfg.data.seq_len, one_step()[1].loss, rtol=REORDERED)
 
 
-def test_flops_per_step():
-    model = tiny().model
-    assert model_flops_per_step(model, 4, 32) == model.flops_per_token(32) * 128
+@pytest.mark.parametrize("axis", ["pipe", "tensor"])
+def test_axes_that_would_repeat_the_work_are_refused(axis):
+    cfg = tiny()
+    mesh = make_mesh(MeshConfig(**{axis: 2}))
+    with pytest.raises(ValueError, match=f"does not divide work over the mesh axes .*config.mesh.{axis}=1"):
+        make_train_step(cfg, mesh)
 
 
 def lowered_lines(layers):
