@@ -13,6 +13,15 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+# Presets of `deepseek_jax.precision`, which says what each quantises.
+PRECISIONS = (
+    "bf16",
+    "deepseek_fp8",
+    "deepseek_fp8_ue8m0",
+    "per_token_channel",
+    "per_tensor",
+    "block_wise_grads",
+)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
@@ -374,8 +383,10 @@ class Config:
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    precision: str = "bf16"  # of the linear layers: one of PRECISIONS
 
     def __post_init__(self):
+        _choice("precision", self.precision, PRECISIONS)
         _require(
             self.data.tokenizer is not None or self.model.vocab_size >= self.data.vocab_size,
             f"model.vocab_size={self.model.vocab_size} is smaller than data.vocab_size={self.data.vocab_size}",

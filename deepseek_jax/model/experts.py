@@ -14,6 +14,8 @@ from deepseek_jax.model import expert_ffn
 from deepseek_jax.model.layers import Params, swiglu
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.rows import sort_rows, sum_pairs
+from deepseek_jax.precision import experts as quantised
+from deepseek_jax.precision.linear import Weight
 
 DENSE_ROWS = 64  # up to this many tokens all experts run densely: weights are read once, work is small
 
@@ -21,9 +23,9 @@ DENSE_ROWS = 64  # up to this many tokens all experts run densely: weights are r
 def expert_params(cfg: ModelConfig) -> dict[str, Param]:
     e, d, f = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
     return {
-        "w_gate_edf": Param((e, d, f), ("expert", "embed", "expert_mlp")),
-        "w_up_edf": Param((e, d, f), ("expert", "embed", "expert_mlp")),
-        "w_down_efd": Param((e, f, d), ("expert", "expert_mlp", "embed")),
+        "w_gate_edf": Param((e, d, f), ("expert", "embed", "expert_mlp"), n_in=1),
+        "w_up_edf": Param((e, d, f), ("expert", "embed", "expert_mlp"), n_in=1),
+        "w_down_efd": Param((e, f, d), ("expert", "expert_mlp", "embed"), n_in=1),
     }
 
 
@@ -82,7 +84,10 @@ def routed_experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk
 
     x_nd in the compute dtype; experts_nk int32, an id outside [0, e) marks an absent pair; weights_nk float32.
     """
-    return _ffn(x_nd, weights_nk, experts_nk, (p["w_gate_edf"], p["w_up_edf"], p["w_down_efd"]))
+    w = (p["w_gate_edf"], p["w_up_edf"], p["w_down_efd"])
+    if isinstance(w[0], Weight):
+        return quantised.routed_experts(x_nd, experts_nk, weights_nk, *w)
+    return _ffn(x_nd, weights_nk, experts_nk, w)
 
 
 def decode_experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:

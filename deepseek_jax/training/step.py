@@ -23,6 +23,8 @@ from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
 from deepseek_jax.model.transformer import forward, model_params
 from deepseek_jax.parallel.mesh import BATCH_AXES, batch_shards
+from deepseek_jax.precision import preset
+from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
 from deepseek_jax.training.state import Hyper, TrainState
 
@@ -112,10 +114,15 @@ def losses(
 def _gradients(
     params: Any, cfg: Config, batch: Batch, balance_bias: jax.Array, mtp_lambda: jax.Array, sequences: int
 ) -> tuple[Any, Losses]:
-    """Gradients and losses of this device's sequences, in `grad_accumulation` micro-batches."""
+    """Gradients and losses of this device's sequences, in `grad_accumulation` micro-batches.
+
+    Under an FP8 policy the weights are quantised here, once for all micro-batches.
+    """
+    policy = preset(cfg.precision)
+    quantised = quantise_weights(params, model_params(cfg.model), policy)
 
     def objective(params, micro):
-        parts = losses(params, cfg, micro, balance_bias, sequences)
+        parts = losses(attach(params, quantised, policy), cfg, micro, balance_bias, sequences)
         return parts.main + mtp_lambda * parts.mtp + parts.balance, parts
 
     grad = jax.grad(objective, has_aux=True)
@@ -220,9 +227,10 @@ def make_train_step(
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch], jax.Array]:
     """The jitted evaluation: (params, balance_bias, batch) -> summed nats of each window, float32 [b]."""
-    model, t = cfg.model, cfg.data.seq_len
+    model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
 
     def local(params, bias, batch):
+        params = attach(params, quantise_weights(params, model_params(model), policy), policy)
         context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
         h_btd, _ = forward(params, model, batch["tokens"][:, :t], bias, mtp=False, **context)
         labels, valid = _targets(batch, t, 0)
