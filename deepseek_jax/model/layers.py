@@ -28,16 +28,16 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return checkpoint_name((x32 * inv * scale.astype(jnp.float32)).astype(x.dtype), RMSNORM)
 
 
-def linear(x: jax.Array, w: jax.Array | quantised.Weight, n_in: int = 1) -> jax.Array:
+def linear(x: jax.Array, w: Any, n_in: int = 1) -> jax.Array:
     """Contract the last `n_in` dims of x with the first `n_in` dims of w, cast to the dtype of x.
 
-    A quantised `Weight` brings its precision policy along and multiplies in FP8.
+    `w` is an array, or brings its own product along: a quantised `precision.linear.Weight`.
 
     One two-dimensional product: with several batch dims left in, XLA transposes the operands of the weight
     gradient through memory.
     """
-    if isinstance(w, quantised.Weight):
-        return quantised.linear(x, w, n_in)
+    if hasattr(w, "multiply"):
+        return w.multiply(x, n_in)
     batch, out = x.shape[: x.ndim - n_in], w.shape[n_in:]
     width = math.prod(w.shape[:n_in])
     return (x.reshape(-1, width) @ w.astype(x.dtype).reshape(width, -1)).reshape(*batch, *out)

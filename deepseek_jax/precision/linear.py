@@ -49,6 +49,12 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         return self.master.shape
 
+    def multiply(self, x: jax.Array, n_in: int = 1) -> jax.Array:
+        """Contract the last `n_in` dims of x with the first `n_in` of the weight."""
+        batch, out = x.shape[: x.ndim - n_in], self.shape[n_in:]
+        flat = x.reshape(math.prod(batch), -1)
+        return _linear(self.policy, flat, matrix(self, n_in)).reshape(*batch, *out)
+
 
 def quantise_weight(w: jax.Array, policy: Policy) -> tuple[Operand, Operand]:
     """w [..., in, out] -> operands of fprop and dgrad."""
@@ -109,13 +115,6 @@ def _linear_bwd(policy: Policy, saved: Any, dy_mn: jax.Array) -> Any:
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
-
-
-def linear(x: jax.Array, w: Weight, n_in: int = 1) -> jax.Array:
-    """Contract the last `n_in` dims of x with the first `n_in` of w, quantised by the weight's policy."""
-    batch, out = x.shape[: x.ndim - n_in], w.shape[n_in:]
-    flat = x.reshape(math.prod(batch), -1)
-    return _linear(w.policy, flat, matrix(w, n_in)).reshape(*batch, *out)
 
 
 # --- SwiGLU FFN -------------------------------------------------------------------------------------------
