@@ -335,6 +335,33 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train together (`parallel/distributed.py`).
+
+    With nothing set: what SLURM, Kubernetes, Open MPI or `experiments.launch` say in the environment, else one
+    process. What is set here comes before the environment.
+    """
+
+    coordinator: str = ""  # HOST:PORT at which process 0 listens
+    processes: int = 0  # how many; 0: from the environment
+    process: int = -1  # which one this is, from 0; -1: from the environment
+    cluster: str = "auto"  # "none": do not look at the environment
+    start_timeout: int = 300  # seconds until all processes must have met
+    heartbeat_timeout: int = 20  # seconds of silence after which a process counts as dead and the others exit
+
+    def __post_init__(self):
+        _choice("distributed.cluster", self.cluster, ("auto", "none"))
+        host, _, port = self.coordinator.rpartition(":")
+        ok = not self.coordinator or (bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16)
+        _require(ok, f"distributed.coordinator={self.coordinator!r} should be HOST:PORT, as 10.0.0.1:1234")
+        _require(self.processes >= 0, f"distributed.processes={self.processes} must be >= 0")
+        _require(self.process >= -1, f"distributed.process={self.process} must be >= 0, or -1")
+        for name in ("start_timeout", "heartbeat_timeout"):
+            value = getattr(self, name)
+            _require(value > 0, f"distributed.{name}={value} must be a positive number of seconds")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and bookkeeping of a run."""
 
@@ -382,6 +409,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     precision: str = "bf16"  # of the linear layers: one of PRECISIONS
 

@@ -251,13 +251,13 @@ _DATA_SHEET = (
 
 
 def peak_flops(dtype: str = "float32", device: jax.Device | None = None) -> Peak:
-    """Peak matmul rate of a device (default: the first).
+    """Peak matmul rate of a device (default: this process's first).
 
     Known accelerators: dense bf16 of the data sheet, whatever `dtype` is, as published MFU figures have it.
     CPUs and others: the best of square matmuls of `dtype`, measured for 0.3 s once per process; on an idle
     machine, this is what XLA can reach.
     """
-    device = jax.devices()[0] if device is None else device
+    device = jax.local_devices()[0] if device is None else device
     for name, flops in _DATA_SHEET:
         if device.platform != "cpu" and name.lower() in device.device_kind.lower():
             return Peak(flops, "data sheet")
