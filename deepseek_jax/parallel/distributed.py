@@ -32,7 +32,7 @@ _MARGIN = 30  # seconds; JAX aborts the process when its own timeout ends, ours 
 class Join(NamedTuple):
     """How this process joins the others; None where JAX finds it out from the cluster's environment.
 
-    `local_devices`: which devices of the host this process uses; None: as JAX does, one per process; []: all.
+    `local_devices`: which devices of the host this process uses. None: one, by its rank on the host; []: all.
     """
 
     source: str
@@ -45,6 +45,9 @@ class Join(NamedTuple):
 def find(cfg: DistributedConfig, environ: Mapping[str, str]) -> Join | None:
     """Whom to join, by the config and the environment; None for a run of one process.
 
+    All devices of its host are the process's own, unless SLURM or Open MPI started several processes there: then each
+    has one. JAX_LOCAL_DEVICE_IDS (as "0,1") says otherwise.
+
     Order: a coordinator in the config or in JAX_COORDINATOR_ADDRESS; a SLURM step of several tasks; Open MPI;
     a Kubernetes Indexed Job. The last three are left to JAX's own detection.
 
@@ -52,6 +55,13 @@ def find(cfg: DistributedConfig, environ: Mapping[str, str]) -> Join | None:
         ValueError: settings that contradict each other or that are incomplete; says what to set.
     """
     environ = environ if cfg.cluster == "auto" else {}
+    join = _find(cfg, environ)
+    if join is not None and "JAX_LOCAL_DEVICE_IDS" in environ:
+        return join._replace(local_devices=_devices(environ["JAX_LOCAL_DEVICE_IDS"]))
+    return join
+
+
+def _find(cfg: DistributedConfig, environ: Mapping[str, str]) -> Join | None:
     coordinator = cfg.coordinator or environ.get(COORDINATOR, "")
     if coordinator:
         return _explicit(cfg, environ, coordinator)
@@ -60,17 +70,18 @@ def find(cfg: DistributedConfig, environ: Mapping[str, str]) -> Join | None:
             f"distributed.processes={cfg.processes}, distributed.process={cfg.process} without "
             f"distributed.coordinator: set it to HOST:PORT of process 0"
         )
-    if all(name in environ for name in _SLURM_STEP) and _number(environ, ("SLURM_NTASKS",)) != 1:
+    size, rank = _number(environ, _SIZES), _number(environ, _RANKS)
+    if all(name in environ for name in _SLURM_STEP) and size > 1:
         per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]  # as "8(x4)"
-        return Join("SLURM", local_devices=[] if per_node == "1" else None)
-    if _number(environ, ("OMPI_COMM_WORLD_SIZE",)) > 1:
+        return Join("SLURM", None, size, rank, [] if per_node == "1" else None)
+    if "OMPI_COMM_WORLD_SIZE" in environ and size > 1:
         if "OMPI_MCA_orte_hnp_uri" not in environ:
             raise ValueError(
                 "this version of Open MPI does not tell where its first process runs: set "
                 "distributed.coordinator=HOST:PORT; rank and size come from OMPI_COMM_WORLD_*"
             )
         alone = _number(environ, ("OMPI_COMM_WORLD_LOCAL_SIZE",)) == 1
-        return Join("Open MPI", local_devices=[] if alone else None)
+        return Join("Open MPI", None, size, rank, [] if alone else None)
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         if importlib.util.find_spec("kubernetes") is None:
             raise ValueError(
@@ -101,6 +112,12 @@ def _explicit(cfg: DistributedConfig, environ: Mapping[str, str], coordinator: s
     return Join("coordinator", coordinator, processes, process, []) if processes > 1 else None
 
 
+def _devices(listed: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in listed.split(",")):
+        raise ValueError(f"the environment's JAX_LOCAL_DEVICE_IDS={listed!r} should be numbers as 0,1")
+    return [int(part) for part in listed.split(",")]
+
+
 def _number(environ: Mapping[str, str], names: tuple[str, ...]) -> int:
     """The first of the variables that is set, as a number; -1 if none is."""
     for name in names:
@@ -111,19 +128,16 @@ def _number(environ: Mapping[str, str], names: tuple[str, ...]) -> int:
     return -1
 
 
-def start(cfg: DistributedConfig, environ: Mapping[str, str]) -> None:
-    """Joins the other processes, if `find` says that there are any. Call before JAX touches a device.
+def start(join: Join, cfg: DistributedConfig) -> None:
+    """Joins the other processes. Call before JAX touches a device.
 
     CPU devices of several processes exchange through gloo.
 
     Raises:
-        ValueError: as `find`, and a coordinator's port that cannot be listened on.
+        ValueError: a coordinator's port that cannot be listened on, or an environment that JAX cannot read.
         TimeoutError: coordinator not reached, or processes missing, within `start_timeout`. The attempt goes on in
             a thread and cannot be taken back: exit the process.
     """
-    join = find(cfg, environ)
-    if join is None:
-        return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM for itself; here a signal sets an event and the loop asks all processes (`together.StopVote`).
     jax.config.update("jax_enable_preemption_service", False)
