@@ -64,6 +64,11 @@ class Group:
         for reader in self._readers:
             reader.start()
 
+    @property
+    def pids(self) -> list[int]:
+        """By rank."""
+        return [process.pid for process in self._processes]
+
     def send(self, signum: int) -> None:
         """To each process that runs; not to what it started itself."""
         for process in self._processes:
@@ -78,8 +83,9 @@ class Group:
                 return rank, status if status > 0 else 128 - status
         return None
 
-    def running(self) -> bool:
-        return any(process.poll() is None for process in self._processes)
+    def running(self) -> list[int]:
+        """Ranks of the processes that have not ended."""
+        return [rank for rank, process in enumerate(self._processes) if process.poll() is None]
 
     def wait(self, seconds: float | None = None) -> None:
         """Until all have ended or the time is over."""
@@ -146,6 +152,7 @@ def _attempt(
 ) -> tuple[int, int] | None:
     """Runs all processes to their end; (rank, status) of the first that failed."""
     group = Group(command, processes)
+    _say(f"processes {' '.join(map(str, group.pids))}")
     try:
         passed_on, failed = 0, None
         while failed is None and group.running():
@@ -156,6 +163,8 @@ def _attempt(
             failed = group.failed()
         if failed is not None:
             group.wait(grace)
+            for rank in group.running():
+                _say(f"process {rank} did not end within {grace:g} s and is killed")
         return failed or group.failed()
     finally:
         group.close()

@@ -1,0 +1,140 @@
+"""Two processes of four devices each, over gloo: one run with one process's results, through kill and SIGTERM."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.training.checkpoint import Checkpointer
+from experiments.kill_test import Run, differences
+from tests.golden.run import curves, golden_config, largest_difference
+from tests.parallel.processes import LIMIT, Launched, devices, step, until
+from tests.tiny_run import fresh_state
+
+STEPS = 9
+# Relative, as in the golden run's first ten steps: sums over devices in another order, rounding of up to 6e-7 in the
+# losses and 4e-6 in the gradient's norm there, five and ten times that allowed.
+BOUND = {"loss": 3e-6, "mtp_loss": 5e-6, "grad_norm": 4e-5, "validation": 3e-6}
+HEARTBEAT = 6  # seconds
+ARGUMENTS = (
+    "--config=tests/golden/config.py",
+    f"--config.train.steps={STEPS}",
+    "--config.train.batch_size=8",
+    "--config.optimizer.batch_start=8",
+    "--config.train.checkpoint_every=3",
+    "--config.train.eval_every=6",
+    "--config.train.sample_tokens=2",
+    f"--config.distributed.heartbeat_timeout={HEARTBEAT}",
+)
+
+
+class Runs:
+    """Folders of one base, with their data and compiled programs in common."""
+
+    def __init__(self, base: Path, compiled: dict[str, str]):
+        self.base, self._compiled = base, compiled
+
+    def command(self, name: str, *more: str) -> list[str]:
+        places = (
+            f"--config.train.out_dir={self.base / name}",
+            f"--config.data.cache_dir={self.base / 'data'}",
+        )
+        return [sys.executable, "-m", "experiments.train", *ARGUMENTS, *places, *more]
+
+    def launch(self, name: str, *options: str) -> Launched:
+        """Two processes with four devices each."""
+        log = self.base / f"{name}.{len(list(self.base.glob('*.log')))}.log"
+        return Launched(
+            log, self.command(name), ("--processes=2", *options), {**self._compiled, **devices(4)}
+        )
+
+    def alone(self, name: str, count: int, *more: str) -> str:
+        """One process with `count` devices; what it printed."""
+        env = {**os.environ, **self._compiled, **devices(count)}
+        done = subprocess.run(
+            self.command(name, *more), env=env, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, compiled_once):
+    return Runs(tmp_path_factory.mktemp("runs"), compiled_once)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs) -> Path:
+    with runs.launch("undisturbed") as launched:
+        assert launched.wait() == 0, launched.printed
+        printed = launched.printed
+    assert f"run: {STEPS} steps" in printed and "8 device(s) of 2 process(es)" in printed
+    for shown_once in ("validation loss", "--- completion"):
+        assert len(re.findall(rf"^\[0\] {shown_once}", printed, re.M)) == 1
+    assert [line for line in printed.splitlines() if line.startswith("[1] ") and "[Gloo]" not in line] == []
+    return runs.base / "undisturbed"
+
+
+def assert_close(got, want) -> None:
+    difference = largest_difference(got, want)
+    assert all(difference[name] < BOUND[name] for name in BOUND), difference
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_as_one(runs, undisturbed):
+    runs.alone("one", 8)
+    assert_close(curves(runs.base / "one"), curves(undisturbed))
+
+
+@pytest.mark.timeout(600)
+def test_killed_restarted_terminated_and_resumed_is_bitwise_the_same(runs, undisturbed):
+    folder = runs.base / "disturbed"
+    with runs.launch("disturbed", "--restarts=1") as launched:
+        until(lambda: step(folder) >= 4, "step 4")
+        os.kill(launched.pids()[1], signal.SIGKILL)
+        took = until(
+            lambda: "starting all again" in launched.printed, "the others notice", 3 * HEARTBEAT + 20
+        )
+        assert "is killed" not in launched.printed  # by the launcher: process 0 ended by itself
+        assert took < 3 * HEARTBEAT
+        assert "[launch] process 1 ended with status 137, starting all again" in launched.printed
+        os.kill(launched.pids(attempt=1)[0], 0)
+        until(lambda: "resumed from step" in launched.printed, "resumed")
+        until(lambda: step(folder) >= 5, "step 5 again")
+        os.kill(launched.pids(attempt=1)[1], signal.SIGTERM)  # not the one that speaks
+        assert launched.wait() == 0, launched.printed
+        stopped = int(re.search(r"\[0\] stopped at step (\d+); the same", launched.printed)[1])
+    assert 5 <= stopped < STEPS
+    assert stopped in Checkpointer(folder / "checkpoints").steps()
+    with runs.launch("disturbed") as launched:
+        assert launched.wait() == 0, launched.printed
+        assert f"[0] resumed from step {stopped} in" in launched.printed
+    assert differences(Run(folder, ()), Run(undisturbed, ())) == []
+
+
+@pytest.mark.timeout(600)
+def test_saved_on_eight_devices_goes_on_on_four(runs, undisturbed):
+    """In one process, from the middle: parameters, moments, average and the place in the data."""
+    shutil.copytree(undisturbed, runs.base / "four")
+    printed = runs.alone("four", 4, "--from_step=6")
+    assert "resumed from step 6 in" in printed and "4 device(s) of 1 process(es)" in printed
+    assert_close(curves(runs.base / "four"), curves(undisturbed))
+
+
+def test_saved_on_eight_devices_is_restored_on_one(undisturbed):
+    cfg = golden_config(undisturbed)
+    checkpointer = Checkpointer(undisturbed / "checkpoints")
+    restored = checkpointer.restore(fresh_state(cfg))
+    checkpointer.close()
+    assert restored.step == STEPS and restored.meta["tokens"] == STEPS * 8 * cfg.data.seq_len
+    want = Run(undisturbed, ()).arrays()
+    for name, tree in (("state", restored.state), ("ema", restored.ema)):
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            np.testing.assert_array_equal(x, want[name + jax.tree_util.keystr(path)])
