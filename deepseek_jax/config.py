@@ -379,7 +379,7 @@ class TrainConfig:
     keep: int = 3
     max_bad_steps: int = 5
     out_dir: str = "runs/tiny"
-    sample_tokens: int = 96
+    sample_tokens: int = 96  # of the completions shown at the end; 0: none
 
     def __post_init__(self):
         _choice("train.remat", self.remat, ("none", "deepseek", "full"))

@@ -57,6 +57,8 @@ def _complete(trainer, result) -> None:
     from deepseek_jax.inference.sampling import Sampling
 
     cfg, tokenizer = trainer.cfg, trainer.data.tokenizer
+    if not cfg.train.sample_tokens:
+        return
     weights = own_copy((result.state.params, result.state.balance_bias))
     if weights is None:
         print("no completions: no process holds all parameters (python -m experiments.generate makes them)")

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -72,6 +71,8 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: str | Path, resume_step: int | None = None):
+        import tensorboardX  # takes seconds where torch is installed; only one process of a run writes
+
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / METRICS_FILE
