@@ -160,8 +160,7 @@ def main(argv: Sequence[str]) -> int:
         return status
     except TimeoutError as error:
         _complain(str(error))
-        sys.stdout.flush()
-        os._exit(2)  # a thread still waits for the others, and would abort the process
+        os._exit(distributed.ABANDONED)  # a thread still waits for the others, and would abort the process
     except ValueError as error:
         step = getattr(error, "whole_step", None)
         hint = f"\n  (to go on from there: --from_step={step})" if step is not None else ""
