@@ -42,7 +42,7 @@ class Records:
         resumed = trainer.step if trainer.step else None
         self._writer = MetricsWriter(trainer.out_dir, resumed) if is_first() else None
         self._progress = Progress(trainer.total_steps, trainer.step, progress_file) if is_first() else None
-        peak = peak_flops(cfg.model.dtype).flops * trainer.mesh.size
+        peak = peak_flops(cfg.model.dtype).flops * trainer.mesh.size if is_first() else None
         self._throughput = Throughput(cfg.model.flops_per_token(cfg.data.seq_len), peak)
         self._pending: tuple[int, int, int, Hyper, Metrics] | None = None
 
