@@ -115,6 +115,7 @@ def make_plan(ex: Exchange, experts_nk: jax.Array, n_local: int, most: int | Non
         limit = min(k, p, p if most is None or hops else most)
         if not hops:
             fits_n = to_np.sum(1) <= limit
+            to_np &= jnp.cumsum(to_np, 1) <= limit  # one that does not fit takes nobody's place
         hop = _make_hop(to_np, axis, limit)
         live_r = jnp.arange(hop.rows) < hop.chunks.recv_size.sum()
         words_rk = _send(_for_peers(ids.astype(jnp.uint32), hop), hop, axis, ex)

@@ -4,6 +4,7 @@ Dims: n token (of all devices), d hidden, f expert inner, e expert, k selected e
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,12 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.wire import Wire
 
 E, K, D, F = 16, 3, 10, 6
-MESHES = {(8, 1): 6, (4, 2): 5, (2, 4): 4, (1, 8): 3}  # (node, local) -> tokens per device: fewer than peers too
+MESHES = {
+    (8, 1): 6,
+    (4, 2): 5,
+    (2, 4): 4,
+    (1, 8): 3,
+}  # (node, local) -> tokens per device: fewer than peers too
 SHARDED = PartitionSpec(("node", "local"))
 # Float32: each side rounds each of the some 20 operations along a gradient's path (6e-8 each) and sums up to 3
 # experts, or 48 tokens of a weight, in an order of its own; errors of random sign in a norm grow like the root of
@@ -89,9 +95,7 @@ def with_gradients(experts):
 
 def on_mesh(fn, shape, n_args, out_specs=SHARDED):
     mesh = make_mesh(MeshConfig(data=1, node=shape[0], local=shape[1]))
-    sharded = jax.shard_map(
-        fn, mesh=mesh, in_specs=(SHARDED,) * n_args, out_specs=out_specs, check_vma=False
-    )
+    sharded = jax.shard_map(fn, mesh=mesh, in_specs=(SHARDED,) * n_args, out_specs=out_specs, check_vma=False)
     return jax.jit(sharded, compiler_options=UNOPTIMISED)
 
 
@@ -137,6 +141,21 @@ def test_every_mode_and_gradient_equal_one_device(shape):
                 assert difference(a, b) < BOUND, where
 
 
+def test_rounds_send_what_one_exchange_sends_in_fp8():
+    wire, n = Wire("fp8", "bf16"), 24
+    p, x, w, g = arrays(n)
+
+    def both(*args):
+        runs = (mesh_experts("two_hop", local=dense, wire=wire, capacity=c) for c in (None, 1.0))
+        return [with_gradients(experts)(*args) for experts in runs]
+
+    once, rounds = on_mesh(both, (2, 4), 5)(p, x, w, g, routings(n)["random"].astype(np.int32))
+    for a, b in zip(jax.tree.leaves(rounds), jax.tree.leaves(once), strict=True):
+        assert difference(a, b) < BOUND
+    exact = single_device()(p, x, w, g, routings(n)["random"].astype(np.int32))
+    assert 1e-3 < difference(once["y"], exact["y"]) < 0.1  # E4M3: 3 bits of fraction
+
+
 def test_the_oracle_is_the_models_function():
     p, x, w, g = arrays(24)
     ids = routings(24)["tokens without experts"].astype(np.int32)
@@ -144,3 +163,60 @@ def test_the_oracle_is_the_models_function():
     got = single_device()(p, x, w, g, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert difference(a, b) < BOUND
+
+
+# --- node limit -------------------------------------------------------------------------------------------------
+
+
+def model(groups, kept, k=6, experts=48):
+    return ModelConfig(n_routed_experts=experts, n_group=groups, topk_group=kept, num_experts_per_tok=k)
+
+
+def most_nodes(cfg, nodes):
+    """By trying every choice of groups."""
+    group, node = cfg.n_routed_experts // cfg.n_group, cfg.n_routed_experts // nodes
+    choices = itertools.combinations(range(cfg.n_group), cfg.topk_group)
+    reached = [{e // node for g in kept for e in range(g * group, (g + 1) * group)} for kept in choices]
+    return min(cfg.num_experts_per_tok, max(map(len, reached)))
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("groups", [1, 4, 6, 8])
+def test_nodes_per_token_bounds_every_choice_of_groups(groups, nodes):
+    for kept in range(1, min(groups, 4) + 1):
+        cfg = model(groups, kept)
+        bound, reached = nodes_per_token(cfg, nodes), most_nodes(cfg, nodes)
+        assert bound >= reached
+        if groups % nodes == 0 or nodes % groups == 0:  # a group within a node, or nodes within a group
+            assert bound == reached, kept
+
+
+def test_deepseek_v3_reaches_four_nodes():
+    v3 = model(8, 4, k=8, experts=256)
+    assert [nodes_per_token(v3, nodes) for nodes in (1, 2, 4, 8, 16)] == [1, 2, 4, 4, 8]
+    with pytest.raises(ValueError, match="n_routed_experts=256 do not divide over 3 nodes"):
+        nodes_per_token(v3, 3)
+
+
+def test_a_token_of_more_nodes_than_told_is_not_silently_wrong():
+    """A limit that is too low must not cost a token part of its experts: it becomes NaN, the others are right."""
+    experts, n = mesh_experts("two_hop", local=dense, most=2), 40
+    p, x, w, _ = arrays(n)
+    ids = routings(n)["random"].astype(np.int32)
+    got = np.asarray(on_mesh(experts, (4, 2), 4)(p, x, ids, w))
+    nodes = np.array([len({e // (E // 4) for e in row}) for row in ids])
+    assert (np.isnan(got).all(1) == (nodes > 2)).all() and (nodes > 2).any()
+    want = np.asarray(jax.jit(dense)(p, x, ids, w))
+    assert difference(got[nodes <= 2], want[nodes <= 2]) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"mode": "three_hop"}, r"mode='three_hop' is not one of \['flat', 'two_hop'\]"),
+        ({"capacity": 0}, "capacity=0 must be positive, or None"),
+    ],
+)
+def test_what_mesh_experts_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_experts(**kwargs)
