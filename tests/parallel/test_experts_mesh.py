@@ -32,7 +32,11 @@ SHARDED = PartitionSpec(("node", "local"))
 # experts, or 48 tokens of a weight, in an order of its own; errors of random sign in a norm grow like the root of
 # their number, sqrt(20 + 48) * 6e-8 = 5e-7 per side.
 BOUND = 1e-6
-UNOPTIMISED = {"xla_backend_optimization_level": 0}  # the program is tested, not the compiler
+# The program is tested, not the compiler. Without the fusion emitters, which later versions cannot switch off, it
+# compiles in half the time.
+UNOPTIMISED = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    UNOPTIMISED["xla_cpu_use_fusion_emitters"] = False
 
 
 def dense(p, x_nd, experts_nk, weights_nk):
