@@ -110,7 +110,7 @@ def make_plan(ex: Exchange, experts_nk: jax.Array, n_local: int, most: int | Non
     for axis in ex.axes:
         p = lax.axis_size(axis)
         below //= p  # experts of each peer's group
-        peer_nk = jnp.where(ids >= base, (ids - base) // below, -1)
+        peer_nk = (ids - base) // below  # outside of 0 ... p - 1: absent, or of another node
         to_np = (peer_nk[..., None] == jnp.arange(p)).any(1)
         limit = min(k, p, p if most is None or hops else most)
         if not hops:
