@@ -17,10 +17,11 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import routed_experts
-from deepseek_jax.model.layers import Params
+from deepseek_jax.model.layers import EXPERT_PLAN, Params
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.parallel.exchange import (
     AS_IT_IS,
@@ -82,6 +83,7 @@ def mesh_experts(
 
     def experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
         plan = make_plan(ex, experts_nk, p["w_gate_edf"].shape[0], most)
+        plan = jax.tree.map(lambda a: checkpoint_name(a, EXPERT_PLAN), plan)
         if capacity is not None and (rows := math.ceil(capacity * len(x_nd))) < plan.hops[-1].rows:
             y_nd = _in_rounds(p, x_nd, weights_nk, plan, ex, present, rows)
         else:
