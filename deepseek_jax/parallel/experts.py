@@ -70,8 +70,10 @@ def mesh_experts(
       wire: formats of dispatch and combine; by default arrays as they are.
       most: on how many peers of the first hop a token's experts lie at most: `nodes_per_token` for "two_hop"
         (None: any number). A token with more gets NaN.
-      capacity: None makes buffers for the worst routing; a number bounds them to `capacity` x n rows, which are
-        filled as often as the most loaded device needs (about k with balanced routing: once). Nothing is dropped.
+      capacity: None makes buffers for the worst routing; a number bounds what the last hop brings, and the experts'
+        work on it, to `capacity` x n rows at a time, as often as the most loaded device needs (k or more, with
+        balanced routing: once). Nothing is dropped. The backward pass brings the rows again instead of keeping
+        them. A first hop's rows, at most nodes x n, are not bounded.
       implementation: of the collective, see `exchange.Exchange`.
     """
     if mode not in MODES:
