@@ -5,6 +5,7 @@ Dims: n token (of all devices), d hidden, f expert inner, e expert, k selected e
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import swiglu
+from deepseek_jax.model.transformer import recompute
 from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
 from deepseek_jax.parallel.low_latency import low_latency_experts
 from deepseek_jax.parallel.mesh import make_mesh
@@ -167,6 +169,30 @@ def test_the_oracle_is_the_models_function():
     got = single_device()(p, x, w, g, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert difference(a, b) < BOUND
+
+
+# --- one plan ---------------------------------------------------------------------------------------------------
+
+
+def collectives(remat, capacity):
+    """How often each collective stands in the traced gradient of one layer."""
+    experts = mesh_experts("two_hop", local=dense, capacity=capacity)
+
+    def layer(p, x, ids, w):
+        return recompute(lambda p, x, w: experts(p, x, ids, w), remat)(p, x, w)
+
+    p, x, w, g = arrays(40)
+    ids = routings(40)["random"].astype(np.int32)
+    text = str(on_mesh(with_gradients(layer), (4, 2), 5).trace(p, x, w, g, ids).jaxpr)
+    return {name: len(re.findall(rf"\b{name}\[", text)) for name in ("all_gather", "ragged_all_to_all")}
+
+
+@pytest.mark.parametrize(("capacity", "once", "recomputed"), [(None, 10, 12), (2.0, 12, 12)])
+def test_the_layout_is_computed_once_whatever_is_recomputed(capacity, once, recomputed):
+    """Two hops each: ids, dispatch, combine and the two of the backward pass. Recomputing everything dispatches the
+    tokens again, which rounds do anyway; it exchanges neither counts nor ids again."""
+    for remat, want in (("none", once), ("deepseek", once), ("full", recomputed)):
+        assert collectives(remat, capacity) == {"all_gather": 2, "ragged_all_to_all": want}, remat
 
 
 # --- node limit -------------------------------------------------------------------------------------------------

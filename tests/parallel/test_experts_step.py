@@ -3,9 +3,7 @@
 The model's groups (4) are the nodes of one mesh, halves, parts or none of those of the others.
 """
 
-import dataclasses
 import functools
-import re
 
 import jax
 import numpy as np
@@ -157,25 +155,3 @@ def test_experts_that_do_not_divide():
         r"node=3; change config.mesh.node or the model",
     ):
         make_train_step(cfg, mesh_of(cfg))
-
-
-# --- one plan ---------------------------------------------------------------------------------------------------
-
-
-def collectives(remat, **mesh):
-    """How often each collective stands in the traced gradient of one MoE layer."""
-    cfg = config((1, 4, 2), **mesh)
-    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, remat=remat))
-    step = make_train_step(cfg, mesh_of(cfg))
-    state = jax.eval_shape(lambda: fresh_state(cfg))
-    text = str(step.trace(state, {"tokens": tokens(cfg)}, HYPER).jaxpr)
-    return {name: len(re.findall(rf"\b{name}\[", text)) for name in ("all_gather", "ragged_all_to_all")}
-
-
-@pytest.mark.parametrize(("receive", "once", "recomputed"), [(0.0, 10, 12), (2.0, 12, 12)])
-def test_the_layout_is_computed_once_whatever_is_recomputed(receive, once, recomputed):
-    """Two hops each: ids, dispatch, combine and the two of the backward pass. Recomputing everything dispatches the
-    tokens again, which rounds do anyway; it exchanges neither counts nor ids again."""
-    for remat, want in (("none", once), ("deepseek", once), ("full", recomputed)):
-        got = collectives(remat, receive=receive)
-        assert got == {"all_gather": 2, "ragged_all_to_all": want}, remat
