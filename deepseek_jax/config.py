@@ -13,6 +13,15 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+# Presets of `deepseek_jax.precision`, which says what each quantises.
+PRECISIONS = (
+    "bf16",
+    "deepseek_fp8",
+    "deepseek_fp8_ue8m0",
+    "per_token_channel",
+    "per_tensor",
+    "block_wise_grads",
+)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
@@ -320,8 +329,8 @@ class MeshConfig:
     experts: str = (
         "auto"  # sharded over node x local: "two_hop" or "flat" exchange, or "replicated"; auto: by mesh
     )
-    dispatch: str = "same"  # format of tokens on the way to experts: as computed, or bf16, fp8, fp8_ue8m0
-    combine: str = "same"  # of results on the way back: as computed, or bf16
+    dispatch: str = "auto"  # format of tokens on the way to experts: same (as computed), bf16, fp8, fp8_ue8m0
+    combine: str = "auto"  # of results on the way back: same, bf16; auto: as `precision` says
     receive: float = (
         0.0  # rows received at once, in units of a device's tokens, more in rounds; 0: all at once
     )
@@ -331,9 +340,36 @@ class MeshConfig:
             value, low = getattr(self, name), 0 if name == "data" else 1
             _require(value >= low, f"mesh.{name}={value} must be >= {low}")
         _choice("mesh.experts", self.experts, ("auto", "two_hop", "flat", "replicated"))
-        _choice("mesh.dispatch", self.dispatch, ("same", "bf16", "fp8", "fp8_ue8m0"))
-        _choice("mesh.combine", self.combine, ("same", "bf16"))
+        _choice("mesh.dispatch", self.dispatch, ("auto", "same", "bf16", "fp8", "fp8_ue8m0"))
+        _choice("mesh.combine", self.combine, ("auto", "same", "bf16"))
         _require(self.receive >= 0, f"mesh.receive={self.receive} must be >= 0; 0 for everything at once")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train together (`parallel/distributed.py`).
+
+    With nothing set: what SLURM, Kubernetes, Open MPI or `experiments.launch` say in the environment, else one
+    process. What is set here comes before the environment.
+    """
+
+    coordinator: str = ""  # HOST:PORT at which process 0 listens
+    processes: int = 0  # how many; 0: from the environment
+    process: int = -1  # which one this is, from 0; -1: from the environment
+    cluster: str = "auto"  # "none": do not look at the environment
+    start_timeout: int = 300  # seconds until all processes must have met
+    heartbeat_timeout: int = 20  # seconds of silence after which a process counts as dead and the others exit
+
+    def __post_init__(self):
+        _choice("distributed.cluster", self.cluster, ("auto", "none"))
+        host, _, port = self.coordinator.rpartition(":")
+        ok = not self.coordinator or (bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16)
+        _require(ok, f"distributed.coordinator={self.coordinator!r} should be HOST:PORT, as 10.0.0.1:1234")
+        _require(self.processes >= 0, f"distributed.processes={self.processes} must be >= 0")
+        _require(self.process >= -1, f"distributed.process={self.process} must be >= 0, or -1")
+        for name in ("start_timeout", "heartbeat_timeout"):
+            value = getattr(self, name)
+            _require(value > 0, f"distributed.{name}={value} must be a positive number of seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +390,7 @@ class TrainConfig:
     keep: int = 3
     max_bad_steps: int = 5
     out_dir: str = "runs/tiny"
-    sample_tokens: int = 96
+    sample_tokens: int = 96  # of the completions shown at the end; 0: none
 
     def __post_init__(self):
         _choice("train.remat", self.remat, ("none", "deepseek", "full"))
@@ -384,9 +420,12 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    precision: str = "bf16"  # of the linear layers: one of PRECISIONS
 
     def __post_init__(self):
+        _choice("precision", self.precision, PRECISIONS)
         _require(
             self.data.tokenizer is not None or self.model.vocab_size >= self.data.vocab_size,
             f"model.vocab_size={self.model.vocab_size} is smaller than data.vocab_size={self.data.vocab_size}",

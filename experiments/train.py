@@ -2,8 +2,14 @@
 
 Resumes by itself from the newest checkpoint in `train.out_dir`. SIGTERM and Ctrl-C save and exit. At the end it
 prints the validation loss beside a unigram model's, writes `report.png` and shows two completions.
+
+Several processes: `python -m experiments.launch --processes=2 -- python -m experiments.train ...` on one machine, a
+job of SLURM, Kubernetes or Open MPI (configs/launch), or the same command on every host with
+`--config.distributed.coordinator=HOST:PORT --config.distributed.processes=N --config.distributed.process=I`.
 """
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,11 +17,18 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.parallel import distributed
+from deepseek_jax.parallel.together import is_first, own_copy
 from experiments import command_line
 from experiments.devices import one_device_per_core
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config (configs/tiny.py).")
 _FROM_STEP = flags.DEFINE_integer("from_step", None, "Resume from this checkpoint instead of the newest.")
+_STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "Exit status after SIGTERM or Ctrl-C, for supervisors that take 0 as the end of the run.",
+)
 _FRESH = flags.DEFINE_bool("fresh", False, "Refuse to resume: the output folder must hold no checkpoint.")
 
 PLAIN_PROMPT = "def read(self, size=-1):\n    "
@@ -31,7 +44,9 @@ def _describe(cfg: Config, trainer) -> None:
     print(f"data: {data.report.summary()}")
     tokens = trainer.schedules.total_tokens
     print(
-        f"run: {trainer.total_steps:,} steps, {tokens:,} tokens on {trainer.mesh.size} device(s)", flush=True
+        f"run: {trainer.total_steps:,} steps, {tokens:,} tokens on {trainer.mesh.size} device(s) of "
+        f"{len({d.process_index for d in trainer.mesh.devices.flat})} process(es)",
+        flush=True,
     )
 
 
@@ -42,14 +57,20 @@ def _complete(trainer, result) -> None:
     from deepseek_jax.inference.sampling import Sampling
 
     cfg, tokenizer = trainer.cfg, trainer.data.tokenizer
+    if not cfg.train.sample_tokens:
+        return
+    weights = own_copy((result.state.params, result.state.balance_bias))
+    if weights is None:
+        print("no completions: no process holds all parameters (python -m experiments.generate makes them)")
+        return
     plain = tokenizer.encode(PLAIN_PROMPT)
     middle = fim_prompt(*FIM_PROMPT, tokenizer)
     out = generate(
-        result.state.params,
+        weights[0],
         cfg.model,
         [plain, middle],
         min(cfg.train.sample_tokens, cfg.model.max_position_embeddings - max(len(plain), len(middle))),
-        balance_bias=result.state.balance_bias,
+        balance_bias=weights[1],
         sampling=Sampling(temperature=0.7, top_p=0.9),
         stop_ids=[tokenizer.eos_id],
         num_ids=tokenizer.vocab_size,
@@ -80,52 +101,70 @@ def _finish(trainer, result) -> None:
     print(f"checkpoints: {trainer.out_dir / 'checkpoints'}", flush=True)
 
 
-def run(cfg: Config, from_step: int | None = None, fresh: bool = False) -> int:
+def _complain(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def run(cfg: Config, from_step: int | None = None, fresh: bool = False, stopped_status: int = 0) -> int:
     """Train; the process's exit status."""
     from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
 
-    with stop_on_signals() as stop:
-        trainer = Trainer(cfg)
-        try:
+    # Innermost, `failing_fast` spares a process that lost the others the waiting in `close`.
+    failing_fast = distributed.failing_fast
+    with stop_on_signals() as stop, contextlib.ExitStack() as stack:
+        with failing_fast(_complain):
+            trainer = stack.enter_context(contextlib.closing(Trainer(cfg)))
+        with failing_fast(_complain):
             if fresh and trainer.checkpointer.latest() is not None:
                 raise ValueError(
                     f"--fresh: {trainer.checkpointer.directory} holds checkpoints; remove it first"
                 )
-            if trainer.resume(from_step):
+            if trainer.resume(from_step) and is_first():
                 print(f"resumed from step {trainer.step} in {trainer.checkpointer.directory}")
-            _describe(cfg, trainer)
-            result = trainer.run(stop)
+            if is_first():
+                _describe(cfg, trainer)
+            try:
+                result = trainer.run(stop)
+            except NonFiniteError as error:  # on all processes at the same step
+                _complain(str(error))
+                return 1
             if result.stopped:
-                print(f"stopped at step {result.step}; the same command goes on from there", flush=True)
-                return 0
-            _finish(trainer, result)
+                if is_first():
+                    print(f"stopped at step {result.step}; the same command goes on from there", flush=True)
+                return stopped_status
+            if is_first():
+                _finish(trainer, result)
             return 0
-        except NonFiniteError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        finally:
-            trainer.close()
 
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}; settings are --config.KEY=VALUE", file=sys.stderr)
+        _complain(f"unexpected arguments {argv[1:]}; settings are --config.KEY=VALUE")
         return 2
     logging.set_verbosity(logging.ERROR)
     try:
         config = _CONFIG.value
         config.keys()  # a file that could not be read shows here
     except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(" ".join(str(error).split()))
         return 2
     try:
         cfg = from_config_dict(config)
-        one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation)
-        return run(cfg, _FROM_STEP.value, _FRESH.value)
+        join = distributed.find(cfg.distributed, os.environ)
+        processes = (join.processes if join else None) or 1
+        one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation // processes)
+        if join is not None:
+            distributed.start(join, cfg.distributed)
+        status = run(cfg, _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value)
+        distributed.stop()
+        return status
+    except TimeoutError as error:
+        _complain(str(error))
+        os._exit(distributed.ABANDONED)  # a thread still waits for the others, and would abort the process
     except ValueError as error:
         step = getattr(error, "whole_step", None)
         hint = f"\n  (to go on from there: --from_step={step})" if step is not None else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
+        _complain(f"{error}{hint}")
         return 2
 
 

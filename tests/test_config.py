@@ -73,7 +73,7 @@ def test_mistakes_name_the_key_and_the_nearest(values, message):
             "mesh.experts='two_hops' is not one of .*; did you mean 'two_hop'",
         ),
         (MeshConfig, {"dispatch": "fp9"}, "mesh.dispatch='fp9' is not one of"),
-        (MeshConfig, {"combine": "fp8"}, "mesh.combine='fp8' is not one of .'same', 'bf16'"),
+        (MeshConfig, {"combine": "fp8"}, "mesh.combine='fp8' is not one of .'auto', 'same', 'bf16'"),
         (MeshConfig, {"receive": -1.0}, "mesh.receive=-1.0 must be >= 0"),
         (TrainConfig, {"batch_size": 6, "grad_accumulation": 4}, "must be divisible by grad_accumulation=4"),
         (TrainConfig, {"ema_decay": 1.0}, r"train.ema_decay=1.0 must lie in \[0, 1\)"),

@@ -39,12 +39,10 @@ def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _attention(q_bhtk, k_bhsk, v_bhsv, segments_bt):  # type: ignore[no-untyped-def]
-    return _forward(q_bhtk, k_bhsk, v_bhsv, segments_bt)[0]
-
-
-def _forward(q, k, v, segments_bt):  # type: ignore[no-untyped-def]
+def attention_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments_bt: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """q [b, h, t, k] scaled, k [b, h, s, k], v [b, h, s, v] -> (output [b, h, t, v], log-sum-exp [b, h, t])."""
     outs, lses = [], []
     for start, end in _chunks(q.shape[2]):
         s = _dot("bhsk,bhtk->bhst", k[:, :, :end], q[:, :, start:end])
@@ -55,8 +53,7 @@ def _forward(q, k, v, segments_bt):  # type: ignore[no-untyped-def]
         o = _dot("bhst,bhsv->bhtv", p.astype(v.dtype), v[:, :, :end]) / total[..., None]
         outs.append(o.astype(v.dtype))
         lses.append(top + jnp.log(total))
-    o, lse = jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
-    return o, (q, k, v, segments_bt, o, lse)
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
 
 
 def _add_prefix(acc: jax.Array | None, new: jax.Array) -> jax.Array:
@@ -67,8 +64,16 @@ def _add_prefix(acc: jax.Array | None, new: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(acc, head + new, 0, 2)
 
 
-def _backward(saved, do):  # type: ignore[no-untyped-def]
-    q, k, v, segments_bt, o, lse = saved
+def attention_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments_bt: jax.Array | None,
+    o: jax.Array,
+    lse: jax.Array,
+    do: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v, given that of the output."""
     delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
     dqs, dk, dv = [], None, None
     for start, end in reversed(list(_chunks(q.shape[2]))):
@@ -83,10 +88,25 @@ def _backward(saved, do):  # type: ignore[no-untyped-def]
         dv = _add_prefix(dv, _dot("bhst,bhtv->bhsv", p.astype(v.dtype), do_c))
     dq = jnp.concatenate(dqs[::-1], axis=2)
     assert dk is not None and dv is not None
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-_attention.defvjp(_forward, _backward)
+@jax.custom_vjp
+def _attention(q, k, v, segments_bt):  # type: ignore[no-untyped-def]
+    return attention_forward(q, k, v, segments_bt)[0]
+
+
+def _attention_fwd(q, k, v, segments_bt):  # type: ignore[no-untyped-def]
+    o, lse = attention_forward(q, k, v, segments_bt)
+    return o, (q, k, v, segments_bt, o, lse)
+
+
+def _attention_bwd(saved, do):  # type: ignore[no-untyped-def]
+    q, k, v, segments_bt, o, lse = saved
+    return *attention_backward(q, k, v, segments_bt, o, lse, do), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @functools.partial(jax.named_call, name="causal_attention")

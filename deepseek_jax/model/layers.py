@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.params import Param
+from deepseek_jax.precision import linear as quantised
 
 Params = Any
 
@@ -29,12 +30,16 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return checkpoint_name((x32 * inv * scale.astype(jnp.float32)).astype(x.dtype), RMSNORM)
 
 
-def linear(x: jax.Array, w: jax.Array, n_in: int = 1) -> jax.Array:
+def linear(x: jax.Array, w: Any, n_in: int = 1) -> jax.Array:
     """Contract the last `n_in` dims of x with the first `n_in` dims of w, cast to the dtype of x.
+
+    `w` is an array, or brings its own product along: a quantised `precision.linear.Weight`.
 
     One two-dimensional product: with several batch dims left in, XLA transposes the operands of the weight
     gradient through memory.
     """
+    if hasattr(w, "multiply"):
+        return w.multiply(x, n_in)
     batch, out = x.shape[: x.ndim - n_in], w.shape[n_in:]
     width = math.prod(w.shape[:n_in])
     return (x.reshape(-1, width) @ w.astype(x.dtype).reshape(width, -1)).reshape(*batch, *out)
@@ -48,14 +53,16 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 def mlp_params(d: int, f: int) -> dict[str, Param]:
     """Dense SwiGLU FFN; also the shared experts, merged into one of inner width n_shared * f."""
     return {
-        "w_gate_df": Param((d, f), ("embed", "mlp")),
-        "w_up_df": Param((d, f), ("embed", "mlp")),
-        "w_down_fd": Param((f, d), ("mlp", "embed")),
+        "w_gate_df": Param((d, f), ("embed", "mlp"), n_in=1),
+        "w_up_df": Param((d, f), ("embed", "mlp"), n_in=1),
+        "w_down_fd": Param((f, d), ("mlp", "embed"), n_in=1),
     }
 
 
 def mlp(p: Params, x: jax.Array) -> jax.Array:
     """w_down(silu(w_gate x) * w_up x): [..., d] -> [..., d]."""
+    if isinstance(p["w_gate_df"], quantised.Weight):
+        return quantised.mlp(x, p["w_gate_df"], p["w_up_df"], p["w_down_fd"])
     return linear(swiglu(linear(x, p["w_gate_df"]), linear(x, p["w_up_df"])), p["w_down_fd"])
 
 

@@ -21,6 +21,8 @@ from deepseek_jax.model.attention import causal_attention
 from deepseek_jax.model.layers import MLA_UP, Params, linear, rms_norm
 from deepseek_jax.model.params import Param, declare
 from deepseek_jax.model.rope import apply_rope, rope_table, softmax_scale
+from deepseek_jax.precision.attention import projected_attention
+from deepseek_jax.precision.linear import Weight
 
 # Of the two latent norms. The released code does not take rms_norm_eps there, which differs for Moonlight.
 LATENT_EPS = 1e-6
@@ -39,18 +41,18 @@ def mla_params(cfg: ModelConfig) -> dict[str, Param]:
     d, h, c, q = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.q_lora_rank
     n, r, v, k = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim, cfg.qk_head_dim
     if q is None:
-        queries = {"wq_dhk": Param((d, h, k), ("embed", "heads", None))}
+        queries = {"wq_dhk": Param((d, h, k), ("embed", "heads", None), n_in=1)}
     else:
         queries = {
-            "wq_a_dq": Param((d, q), ("embed", "lora")),
+            "wq_a_dq": Param((d, q), ("embed", "lora"), n_in=1),
             "q_norm_q": Param((q,), (None,), "ones"),
-            "wq_b_qhk": Param((q, h, k), ("lora", "heads", None)),
+            "wq_b_qhk": Param((q, h, k), ("lora", "heads", None), n_in=1),
         }
     return queries | {
-        "wkv_a_dc": Param((d, c + r), ("embed", "lora")),
+        "wkv_a_dc": Param((d, c + r), ("embed", "lora"), n_in=1),
         "kv_norm_c": Param((c,), (None,), "ones"),
-        "wkv_b_chm": Param((c, h, n + v), ("lora", "heads", None)),
-        "wo_hvd": Param((h, v, d), ("heads", None, "embed")),
+        "wkv_b_chm": Param((c, h, n + v), ("lora", "heads", None), n_in=1),
+        "wo_hvd": Param((h, v, d), ("heads", None, "embed"), n_in=2),
     }
 
 
@@ -88,8 +90,10 @@ def mla(
     k_rope = jnp.broadcast_to(latent.r_bsr[:, :, None], q_rope.shape)
     q_bthk = jnp.concatenate([q_nope, q_rope], axis=-1)
     k_bthk = jnp.concatenate([k_nope, k_rope], axis=-1)
-    o_bthv = causal_attention(q_bthk, k_bthk, v_bthv, softmax_scale(cfg), segments_bt)
-    return linear(o_bthv, p["wo_hvd"], n_in=2), latent
+    core = (q_bthk, k_bthk, v_bthv, softmax_scale(cfg), segments_bt)
+    if isinstance(p["wo_hvd"], Weight):
+        return projected_attention(*core, p["wo_hvd"]), latent
+    return linear(causal_attention(*core), p["wo_hvd"], n_in=2), latent
 
 
 def absorb(p: Params, cfg: ModelConfig) -> Params:

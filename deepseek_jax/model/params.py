@@ -17,11 +17,16 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One tensor: shape, logical axes (same length) and initialiser ("normal", "ones" or "zeros")."""
+    """One tensor: shape, logical axes (same length) and initialiser ("normal", "ones" or "zeros").
+
+    n_in: of the weight of a linear layer that FP8 policies quantise, how many dims are its input, after layer and
+    expert; None for what keeps BF16 or FP32 (embedding, head, gate, norms).
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"
+    n_in: int | None = None
 
     def __post_init__(self):
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
@@ -50,7 +55,7 @@ def tree_map_with_name(fn: Any, tree: Tree) -> Any:
 
 def stacked(tree: Tree, n: int) -> Tree:
     """The same tensors for `n` layers, stacked on a leading `layer` axis."""
-    return tree_map(lambda p: Param((n, *p.shape), ("layer", *p.axes), p.init), tree)
+    return tree_map(lambda p: dataclasses.replace(p, shape=(n, *p.shape), axes=("layer", *p.axes)), tree)
 
 
 def logical_axes(tree: Tree) -> Any:

@@ -53,7 +53,7 @@ def mtp_params(cfg: ModelConfig) -> dict[str, Any]:
     return {
         "enorm_d": Param((d,), ("embed",), "ones"),
         "hnorm_d": Param((d,), ("embed",), "ones"),
-        "w_eh_cd": Param((2 * d, d), (None, "embed")),
+        "w_eh_cd": Param((2 * d, d), (None, "embed"), n_in=1),
         "block": block_params(cfg, is_moe=True),
         "norm_d": Param((d,), ("embed",), "ones"),
     }

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.experts import sort_rows
 from deepseek_jax.model.layers import Params, swiglu
 from deepseek_jax.model.moe import Experts
+from deepseek_jax.model.router import expert_counts
 from deepseek_jax.parallel.exchange import AS_IT_IS, FLAT, Exchange, Hop, Plan, dispatch
 from deepseek_jax.parallel.ragged import make_chunks, ragged_all_to_all
 from deepseek_jax.parallel.wire import Wire, encode
@@ -34,16 +34,30 @@ def masked_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
     return jnp.einsum("emf,efd->emd", swiglu(gate_emf, up_emf), w_down)
 
 
+def sort_pairs(experts_nk: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Stable sort of the pairs by expert, without padding: (token [s], place [n, k] of each pair, pairs [e]).
+
+    Pairs of absent experts (ids outside [0, e)) come last: their token is n, their place s.
+    """
+    n, k = experts_nk.shape
+    flat = experts_nk.reshape(-1)
+    flat = jnp.where((flat >= 0) & (flat < n_experts), flat, n_experts)
+    pair_s = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    place = jnp.zeros_like(pair_s).at[pair_s].set(jnp.arange(n * k, dtype=jnp.int32))
+    token_s = jnp.where(flat[pair_s] < n_experts, pair_s // k, n)
+    place_nk = jnp.where(flat < n_experts, place, n * k).reshape(n, k)
+    return token_s, place_nk, expert_counts(flat, n_experts)
+
+
 def low_latency_plan(ex: Exchange, experts_nk: jax.Array, n_local: int) -> tuple[Plan, jax.Array]:
     """The layout for expert ids int32 [n, k] (outside of the experts: absent), and the rows of each local expert."""
     (axis,) = ex.axes
-    n, k = experts_nk.shape
-    rows = sort_rows(experts_nk, n_local * lax.axis_size(axis))
-    counts_pc = lax.all_gather(rows.sizes_e, axis)
+    n = len(experts_nk)
+    token_s, place_nk, pairs_e = sort_pairs(experts_nk, n_local * lax.axis_size(axis))
+    counts_pc = lax.all_gather(pairs_e, axis)
     per_expert = n * lax.axis_size(axis)
     chunks = make_chunks(counts_pc, axis, stride=per_expert)
-    live_s = jnp.arange(n * k) < rows.sizes_e.sum()
-    hop = Hop(jnp.where(live_s, rows.token_m, n), rows.row_nk, counts_pc, chunks)
+    hop = Hop(token_s, place_nk, counts_pc, chunks)
     rows_e = chunks.recv_size.reshape(-1, n_local).sum(0)
     expert_em, row_em = jnp.indices((n_local, per_expert), jnp.int32)
     ids_r1 = jnp.where(row_em < rows_e[:, None], expert_em, -1).reshape(-1, 1)

@@ -5,6 +5,9 @@ the state of the data stream, the token count and `format`. A step is written un
 when complete, so a kill at any moment leaves the previous steps and at most one temporary folder, which the next
 `Checkpointer` on that directory removes. `<step>/files.json` lists every file with its size, so truncation is seen
 before anything is read. No pickle anywhere.
+
+Of several processes, each writes and reads its own shards, in a directory that all of them share; what is in it is
+decided by the first, since file systems do not show the same thing to all hosts at the same time.
 """
 
 import json
@@ -17,6 +20,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from deepseek_jax.parallel.together import from_first, is_first
+
 PyTree = Any
 
 FORMAT = 1  # raise when the layout or the names in `TrainState` change
@@ -24,6 +29,7 @@ _ITEMS = ("state", "ema", "meta")
 _META_KEYS = ("config", "data", "tokens")
 _INVENTORY = "files.json"
 _TMP = ".orbax-checkpoint-tmp*"
+_SLICE_BYTES = 1 << 22
 _MAX_NAMED = 5  # differing arrays listed in an error
 
 
@@ -36,7 +42,7 @@ class CheckpointError(ValueError):
 
 
 class Restored(NamedTuple):
-    """What `Checkpointer.restore` gives back; `ema` and `meta` as they were saved, `ema` in host memory."""
+    """What `Checkpointer.restore` gives back; `meta` as it was saved, `ema` in host memory or as asked for."""
 
     step: int
     state: PyTree
@@ -48,13 +54,13 @@ class Checkpointer:
     """The checkpoints of one run.
 
     Args:
-        directory: created if missing.
+        directory: created if missing. All processes of a run must see the same one.
         keep: how many of the newest checkpoints stay.
     """
 
     def __init__(self, directory: str | Path, keep: int = 3):
         self.directory = Path(directory).absolute()
-        if jax.process_index() == 0:
+        if is_first():
             for leftover in self.directory.glob(f"*{_TMP}"):  # of a killed run, as large as a checkpoint
                 shutil.rmtree(leftover)
         self._saving = -1
@@ -63,7 +69,8 @@ class Checkpointer:
             enable_async_checkpointing=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_inventory),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {"state": _array_handler(), "ema": _array_handler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: PyTree, ema: PyTree, meta: Mapping[str, Any]) -> bool:
         """Starts writing a checkpoint and returns once the arrays are copied, so `state` may be donated.
@@ -96,15 +103,19 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                ema=ocp.args.StandardSave(ema),
+                state=ocp.args.PyTreeSave(state),
+                ema=ocp.args.PyTreeSave(ema),
                 meta=ocp.args.JsonSave({**meta, "format": FORMAT, "step": step}),
             ),
         )
         return True
 
     def restore(
-        self, abstract: PyTree, step: int | None = None, model: Mapping[str, Any] | None = None
+        self,
+        abstract: PyTree,
+        step: int | None = None,
+        model: Mapping[str, Any] | None = None,
+        ema: PyTree | None = None,
     ) -> Restored:
         """Reads one checkpoint whole.
 
@@ -114,22 +125,32 @@ class Checkpointer:
             step: which; None for the newest. An older step than the newest becomes the newest: the steps after
                 it are removed, because the run goes another way from here.
             model: the run's model config as a dict, compared with the saved one.
+            ema: tree like the saved average, of `jax.ShapeDtypeStruct`: leaves with a sharding are read onto it,
+                the others into NumPy arrays. None: all into NumPy arrays.
 
         Raises:
             CheckpointError (a ValueError): no checkpoint, truncated, foreign, or of another model; names the
                 path, the cause and, where there is one, an older step that can be read.
         """
         steps = self.steps()
+        newest = self.latest()
+        step = newest if step is None else step
+        if step == newest and step is not None and step not in steps:
+            raise CheckpointError(
+                f"process {jax.process_index()} does not see step {step} in {self.directory}, which process 0 does: "
+                f"put train.out_dir on a file system that all hosts share"
+            )
         step = _choose(self.directory, steps, step)
-        restored = self._read_or_offer(step, abstract, model)
+        restored = self._read_or_offer(step, abstract, model, ema)
         newer = [s for s in steps if s > step]
         for other in newer:
             self._manager.delete(other)
         return restored
 
     def latest(self) -> int | None:
-        """The newest checkpoint's step, or None."""
-        return max(self.steps(), default=None)
+        """The newest checkpoint's step, or None; the same on all processes, which must all call it."""
+        step = from_first(max(self.steps(), default=-1))
+        return None if step < 0 else step
 
     def steps(self) -> list[int]:
         """Steps in the directory, ascending; one still being written is not among them.
@@ -150,18 +171,20 @@ class Checkpointer:
 
     def _write_inventory(self) -> None:
         """Called by orbax's thread when all files are written, before the step gets its final name."""
-        if jax.process_index() == 0:
+        if is_first():
             for path in self.directory.glob(f"{self._saving}{_TMP}"):
                 (path / _INVENTORY).write_text(json.dumps(_file_sizes(path)))
 
-    def _read_or_offer(self, step: int, abstract: PyTree, model: Mapping[str, Any] | None) -> Restored:
+    def _read_or_offer(
+        self, step: int, abstract: PyTree, model: Mapping[str, Any] | None, ema: PyTree | None
+    ) -> Restored:
         def read(step: int) -> Restored:
             path = self.directory / str(step)
             meta = _read_meta(path)
             if model is not None:
                 _check_model(path, meta["config"], model)
             state = _guarded(path, lambda: _read_state(path / "state", abstract))
-            return Restored(step, state, _guarded(path, lambda: _read_tree(path / "ema")), meta)
+            return Restored(step, state, _guarded(path, lambda: _read_tree(path / "ema", like=ema)), meta)
 
         return _offering_older(step, self.steps(), read)
 
@@ -194,6 +217,19 @@ def load_params(
         return meta["config"], source["params"], tree["balance_bias"], meta
 
     return _offering_older(_choose(directory, steps, step), steps, read)
+
+
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    """Devices that hold copies of an array write a slice each, but not of small arrays.
+
+    Each slice is a program to compile; for the many small arrays of a layer that takes longer than writing them.
+    """
+    types = ocp.type_handlers
+    arrays = types.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE_BYTES)
+    registry = types.create_type_handler_registry(
+        (np.number, types.ScalarHandler()), (np.ndarray, types.NumpyHandler()), (jax.Array, arrays)
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 # --- finding and reading ----------------------------------------------------------------------------------
@@ -285,28 +321,46 @@ def _read_state(path: Path, abstract: PyTree) -> PyTree:
     return ocp.StandardCheckpointHandler().restore(path, args=ocp.args.StandardRestore(target))
 
 
-def _read_tree(path: Path, names: tuple[str, ...] | None = None) -> PyTree:
-    """The tree at `path`, or only the top-level entries `names` of it, as nested dicts of NumPy arrays."""
+def _read_tree(path: Path, names: tuple[str, ...] | None = None, like: PyTree | None = None) -> PyTree:
+    """The tree at `path`, or only the top-level entries `names` of it, as nested dicts.
+
+    Leaves are NumPy arrays, or where `like` has a sharding, global arrays on it.
+    """
     handler = ocp.PyTreeCheckpointHandler()
     tree = handler.metadata(path).tree
     tree = tree if names is None else {name: tree[name] for name in names}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    shardings = {} if like is None else _shardings(like)
+
+    def argument(leaf_path: Any, _: Any) -> ocp.RestoreArgs:
+        sharding = shardings.get(_name(leaf_path))
+        if sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(sharding=sharding)
+
+    arguments = jax.tree_util.tree_map_with_path(argument, tree)
     return handler.restore(
-        path, args=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=names is not None)
+        path,
+        args=ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=names is not None),
     )
+
+
+def _shardings(tree: PyTree) -> dict[str, Any]:
+    """Path of every leaf -> its sharding or None."""
+    return {_name(path): leaf.sharding for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _described(tree: PyTree) -> dict[str, str]:
     """Path of every leaf -> "dtype[shape]"."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): f"{np.dtype(x.dtype)}{list(x.shape)}"
-        for path, x in leaves
-    }
+    return {_name(path): f"{np.dtype(x.dtype)}{list(x.shape)}" for path, x in leaves}
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -5,6 +5,9 @@ after each step; it gives no decay. Two choices here:
 - the initial parameters have no weight: e_n = sum_i d^(n-i) p_i / sum_i d^(n-i) over the n snapshots so far,
   which makes the average useful from the first update on, in short runs too;
 - it is float32, computed by one thread in a fixed order, so that it is bitwise the same in a resumed run.
+
+Parameters that are sharded over several processes are averaged where they are: each process keeps the shards that
+it holds, each once.
 """
 
 import concurrent.futures
@@ -27,12 +30,12 @@ class EMA:
     """Exponential moving average of a tree of arrays.
 
     Args:
-        params: the tree to average: its shapes, and the value before the first update. Arrays of any float
-            dtype, fully addressable from this process.
+        params: the tree to average: its shapes and shardings, and the value before the first update. Arrays of
+            any float dtype.
         decay: per update, in [0, 1).
 
     Raises:
-        ValueError: `decay` out of range; arrays spread over several processes.
+        ValueError: `decay` out of range.
     """
 
     def __init__(self, params: PyTree, decay: float):
@@ -40,7 +43,8 @@ class EMA:
             raise ValueError(f"EMA decay={decay} must lie in [0, 1)")
         self._decay = decay
         self._updates = 0
-        self._average = jax.tree.map(_on_host, params)
+        self._abstract = jax.tree.map(_abstract, params)
+        self._average = [_on_host(x) for x in jax.tree.leaves(params)]
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ema")
         self._pending: concurrent.futures.Future | None = None
 
@@ -54,7 +58,7 @@ class EMA:
             ValueError: another tree than the constructor's. What the update before raised is raised here.
         """
         shapes = jax.tree.map(lambda x: x.shape, params)
-        if shapes != (expected := jax.tree.map(lambda x: x.shape, self._average)):
+        if shapes != (expected := self._shapes()):
             raise ValueError(f"EMA.update got arrays of shapes {shapes}, the average has {expected}")
         snapshot = _copy(params)
         self.wait()
@@ -67,26 +71,45 @@ class EMA:
             pending.result()
 
     def value(self) -> PyTree:
-        """The average, float32 NumPy arrays of their own, after waiting."""
+        """The average, float32, after waiting: NumPy arrays of their own where this process holds a parameter
+        whole, else global arrays with the parameter's sharding.
+        """
         self.wait()
-        return jax.tree.map(np.copy, self._average)
+        leaves, structure = jax.tree.flatten(self._abstract)
+        return jax.tree.unflatten(structure, map(_join, leaves, self._average))
+
+    def on_devices(self, params: PyTree) -> PyTree:
+        """The average as global arrays with the shardings of `params`. All processes must call it."""
+        return jax.tree.map(
+            lambda x, like: (
+                x
+                if isinstance(x, jax.Array)
+                else jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
+            ),
+            self.value(),
+            params,
+        )
 
     def state(self) -> PyTree:
         """What a checkpoint keeps: {"params": the average, "updates": int32 []}. Copies, after waiting."""
         return {"params": self.value(), "updates": np.asarray(self._updates, np.int32)}
 
+    def abstract(self) -> PyTree:
+        """What `state` returns as `jax.ShapeDtypeStruct`, with a sharding where it gives global arrays."""
+        return {"params": self._abstract, "updates": jax.ShapeDtypeStruct((), np.int32)}
+
     def restore(self, state: PyTree) -> None:
-        """Continues from a `state()`.
+        """Continues from a `state()`, in shardings as `abstract()` says.
 
         Raises:
             ValueError: it belongs to another tree.
         """
         self.wait()
         params = state["params"]
-        shapes, expected = (jax.tree.map(lambda x: x.shape, tree) for tree in (params, self._average))
+        shapes, expected = jax.tree.map(lambda x: x.shape, params), self._shapes()
         if shapes != expected:
             raise ValueError(f"EMA state has arrays of shapes {shapes}, expected {expected}")
-        self._average = jax.tree.map(_on_host, params)
+        self._average = [_on_host(x) for x in jax.tree.leaves(params)]
         self._updates = int(state["updates"])
 
     def close(self) -> None:
@@ -94,20 +117,48 @@ class EMA:
         self.wait()
         self._worker.shutdown()
 
+    def _shapes(self) -> PyTree:
+        return jax.tree.map(lambda x: x.shape, self._abstract)
+
     def _average_in(self, snapshot: PyTree) -> None:
         self._updates += 1
         # Weight of the newest snapshot in the normalised sum: 1 at the first update, 1 - decay in the long run.
         weight = np.float32((1.0 - self._decay) / (1.0 - self._decay**self._updates))
+        for blocks, x in zip(self._average, jax.tree.leaves(snapshot), strict=True):
+            new = _blocks(x)
+            for place, average in blocks.items():
+                difference = np.asarray(new[place]).astype(np.float32) - average
+                difference *= weight
+                average += difference
 
-        def leaf(average: np.ndarray, new: jax.Array) -> None:
-            difference = np.asarray(new).astype(np.float32) - average
-            difference *= weight
-            average += difference
 
-        jax.tree.map(leaf, self._average, snapshot)
+# --- what this process holds of an array --------------------------------------------------------------------
+
+Place = tuple[tuple[int | None, int | None], ...]  # (start, stop) per dim; () is the whole array
 
 
-def _on_host(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        raise ValueError(f"EMA needs arrays that this process holds whole, got sharding {x.sharding}")
-    return np.array(x, np.float32)
+def _is_whole(x: Any) -> bool:
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+def _place(index: Any) -> Place:
+    return tuple((s.start, s.stop) for s in index)
+
+
+def _blocks(x: Any) -> dict[Place, Any]:
+    """The parts of `x` that this process holds, each once; {(): x} where it holds it whole."""
+    return {(): x} if _is_whole(x) else {_place(shard.index): shard.data for shard in x.addressable_shards}
+
+
+def _on_host(x: Any) -> dict[Place, np.ndarray]:
+    return {place: np.array(block, np.float32) for place, block in _blocks(x).items()}
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, np.float32, sharding=None if _is_whole(x) else x.sharding)
+
+
+def _join(like: jax.ShapeDtypeStruct, blocks: dict[Place, np.ndarray]) -> Any:
+    if like.sharding is None:
+        return np.copy(blocks[()])
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: blocks[_place(index)])

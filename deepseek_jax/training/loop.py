@@ -3,6 +3,8 @@
 The host runs one step ahead of what it reads: the metrics of step n - 1 are fetched after step n is dispatched,
 so nothing in the loop waits for the device. A run is a function of its config: resumed from any checkpoint it
 goes on bitwise as if it had never stopped (state, average, data position and token count are all restored).
+
+Several processes run the same loop, each on its rows of every batch; they stop and save at the same step.
 """
 
 import contextlib
@@ -19,23 +21,15 @@ from jax.sharding import Mesh
 from deepseek_jax import data as data_lib
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from deepseek_jax.parallel.together import StopVote, batch_share, is_first, on_host
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA
-from deepseek_jax.training.metrics import MetricsWriter, Progress, Throughput, max_vio, peak_flops
+from deepseek_jax.training.records import Evaluation, NonFiniteError, Records
 from deepseek_jax.training.schedules import Schedules, StepPlan
-from deepseek_jax.training.state import Hyper, TrainState
-from deepseek_jax.training.step import Metrics, init_state, make_eval_step, make_train_step
+from deepseek_jax.training.state import TrainState
+from deepseek_jax.training.step import init_state, make_eval_step, make_train_step
 
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row with a loss or gradient that is not finite; the last checkpoint is kept."""
-
-
-class Evaluation(NamedTuple):
-    """On the validation windows: nats per token, bits per byte."""
-
-    loss: float
-    bits_per_byte: float
+__all__ = ["Evaluation", "NonFiniteError", "Result", "Trainer", "stop_on_signals"]
 
 
 class Result(NamedTuple):
@@ -76,7 +70,7 @@ class Trainer:
     Args:
         cfg: the frozen config. Checkpoints and records go to `cfg.train.out_dir`.
         mesh: default: all devices, by `cfg.mesh`.
-        data: default: `deepseek_jax.data.load(cfg.data)`.
+        data: default: `deepseek_jax.data.load(cfg.data)`, with this process's share of every batch.
 
     Raises:
         ValueError: batch, mesh and accumulation do not divide; data that cannot be read.
@@ -87,7 +81,8 @@ class Trainer:
         self.mesh = make_mesh(cfg.mesh) if mesh is None else mesh
         self.out_dir = Path(cfg.train.out_dir)
         # MTP targets lie inside the window (section 2.2), so windows need only the main model's label.
-        self.data = data or data_lib.load(cfg.data, 0, jax.process_index(), jax.process_count())
+        self._share = batch_share(self.mesh)
+        self.data = data or data_lib.load(cfg.data, 0, *self._share)
         if self.data.tokenizer.vocab_size > cfg.model.vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.data.tokenizer.vocab_size} ids, model.vocab_size is "
@@ -102,7 +97,9 @@ class Trainer:
         self.state = init_state(cfg, self.mesh)
         self.ema = EMA(self.state.params, cfg.train.ema_decay)
         self.step, self.tokens = 0, 0
-        self.data.tokenizer.save(self.out_dir / "tokenizer.json")
+        self._vote = StopVote(self.mesh)
+        if is_first():
+            self.data.tokenizer.save(self.out_dir / "tokenizer.json")
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -113,7 +110,8 @@ class Trainer:
         """
         if step is None and self.checkpointer.latest() is None:
             return False
-        restored = self.checkpointer.restore(self.state, step, to_dict(self.cfg)["model"])
+        model = to_dict(self.cfg)["model"]
+        restored = self.checkpointer.restore(self.state, step, model, self.ema.abstract())
         self.data.train.restore(restored.meta["data"])
         self.state, self.step, self.tokens = restored.state, restored.step, restored.meta["tokens"]
         self.ema.restore(restored.ema)
@@ -139,7 +137,16 @@ class Trainer:
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch as global arrays, sharded over the batch axes."""
         sharding = batch_sharding(self.mesh)
-        return {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}
+        parts = self._share[1]
+        return {
+            k: jax.make_array_from_process_local_data(sharding, x, (len(x) * parts, *x.shape[1:]))
+            for k, x in batch.items()
+        }
+
+    def _my_rows(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        part, parts = self._share
+        rows = len(batch["tokens"]) // parts
+        return {k: x[part * rows : (part + 1) * rows] for k, x in batch.items()}
 
     def evaluate(self, params: Any) -> Evaluation:
         """Validation loss of `params` with the present balance bias."""
@@ -149,8 +156,8 @@ class Trainer:
             batch = {k: x[start : start + size] for k, x in windows.batch.items()}
             have = len(batch["tokens"])
             batch = {k: np.pad(x, ((0, size - have), (0, 0)), mode="edge") for k, x in batch.items()}
-            out = self.eval_fn(params, self.state.balance_bias, self.put(batch))
-            nats.append(np.asarray(out)[:have])
+            out = self.eval_fn(params, self.state.balance_bias, self.put(self._my_rows(batch)))
+            nats.append(on_host(out)[:have])
         total = float(np.concatenate(nats).astype(np.float64).sum())
         tokens = len(windows) * self.cfg.data.seq_len
         return Evaluation(total / tokens, data_lib.bits_per_byte(total, windows.num_bytes))
@@ -158,25 +165,28 @@ class Trainer:
     def run(self, stop: threading.Event | None = None, progress_file: Any = None) -> Result:
         """Train to the last step, or until `stop` is set; both end with a checkpoint of where it stands.
 
+        Of several processes, it is enough that one is told to stop: all do, after the same step.
+
         Raises NonFiniteError after `train.max_bad_steps` skipped steps in a row.
         """
         stop = stop or threading.Event()
-        records = _Records(self, progress_file)
+        records = Records(self, progress_file)
+        stopped = False
         try:
             for plan in self.schedules.plan(self.granularity, self.step, self.tokens):
-                if stop.is_set():
+                if stopped := self._vote(stop.is_set()):
                     break
                 self._one_step(plan, records)
             records.flush()
-            if self.step == 0 or self.checkpointer.latest() != self.step:
+            if self.checkpointer.latest() != self.step:
                 self.save()
-            if stop.is_set():
+            if stopped:
                 return Result(self.state, self.step, self.tokens, True, None, None)
             return self._finish(records)
         finally:
             records.close()
 
-    def _one_step(self, plan: StepPlan, records: "_Records") -> None:
+    def _one_step(self, plan: StepPlan, records: Records) -> None:
         cfg = self.cfg.train
         hyper = self.schedules.hyper(plan.step, plan.tokens)
         batch = self.put(self.data.train.take(plan.batch_size))
@@ -194,83 +204,9 @@ class Trainer:
             self.save()
             records.pause()
 
-    def _finish(self, records: "_Records") -> Result:
+    def _finish(self, records: Records) -> Result:
         evaluation = self.evaluate(self.state.params)
         records.evaluation(self.step, evaluation)
-        averaged = jax.device_put(self.ema.value(), jax.tree.map(lambda x: x.sharding, self.state.params))
-        ema_evaluation = self.evaluate(averaged)
+        ema_evaluation = self.evaluate(self.ema.on_devices(self.state.params))
         self.checkpointer.wait()
         return Result(self.state, self.step, self.tokens, False, evaluation, ema_evaluation)
-
-
-class _Records:
-    """Metrics, one step behind: what was handed in for step n - 1 is read when step n is handed in."""
-
-    def __init__(self, trainer: Trainer, progress_file: Any):
-        cfg, self._trainer = trainer.cfg, trainer
-        resumed = trainer.step if trainer.step else None
-        self._writer = MetricsWriter(trainer.out_dir, resumed)
-        self._progress = Progress(trainer.total_steps, trainer.step, progress_file)
-        peak = peak_flops(cfg.model.dtype).flops * trainer.mesh.size
-        self._throughput = Throughput(cfg.model.flops_per_token(cfg.data.seq_len), peak)
-        self._pending: tuple[int, int, int, Hyper, Metrics] | None = None
-
-    def add(self, step: int, tokens: int, batch_size: int, hyper: Hyper, metrics: Metrics) -> None:
-        self.flush()
-        self._pending = (step, tokens, batch_size, hyper, metrics)
-
-    def flush(self) -> None:
-        """Read and write what is pending. Raises NonFiniteError where the run must stop."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        step, tokens, batch_size, hyper, metrics = pending
-        host = jax.device_get(metrics)
-        values = {
-            "loss": float(host.loss),
-            "mtp_loss": float(host.mtp_loss) if self._trainer.cfg.model.num_nextn_predict_layers else None,
-            "balance_loss": float(host.balance_loss),
-            "grad_norm": float(host.grad_norm),
-            "lr": float(hyper.lr),
-            "gamma": float(hyper.gamma),
-            "mtp_lambda": float(hyper.mtp_lambda),
-            "batch_size": batch_size,
-            "tokens": tokens,
-            "max_vio": np.asarray(max_vio(host.counts_le)),
-            "expert_counts": np.asarray(host.counts_le),
-            "skipped": int(host.skipped),
-            **self._throughput.update(tokens),
-        }
-        values = {name: value for name, value in values.items() if value is not None}
-        self._writer.write("train", step, values)
-        self._progress.update(step, values)
-        if not host.finite:
-            self._not_finite(step, host)
-
-    def _not_finite(self, step: int, host: Metrics) -> None:
-        names = ("loss", "mtp_loss", "grad_norm")
-        what = ", ".join(f"{n}={getattr(host, n)}" for n in names if not np.isfinite(getattr(host, n)))
-        self._progress.write(f"step {step} skipped: {what} ({int(host.bad_steps)} in a row)")
-        limit = self._trainer.cfg.train.max_bad_steps
-        if host.bad_steps >= limit:
-            kept = self._trainer.checkpointer.latest()
-            raise NonFiniteError(
-                f"step {step}: {what}; {int(host.bad_steps)} steps in a row were skipped "
-                f"(train.max_bad_steps={limit}). The last checkpoint, step {kept}, is kept; "
-                f"lower optimizer.peak_lr or resume from there with other data"
-            )
-
-    def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self._writer.write("eval", step, evaluation._asdict())
-        self._progress.write(
-            f"step {step}: validation loss {evaluation.loss:.3f}, {evaluation.bits_per_byte:.3f} bits per byte"
-        )
-        self.pause()
-
-    def pause(self) -> None:
-        """After work that is no training, so that it does not count in tokens/s."""
-        self._throughput.pause()
-
-    def close(self) -> None:
-        self._writer.close()
-        self._progress.close()

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -72,6 +71,8 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: str | Path, resume_step: int | None = None):
+        import tensorboardX  # takes seconds where torch is installed; only one process of a run writes
+
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / METRICS_FILE
@@ -251,13 +252,13 @@ _DATA_SHEET = (
 
 
 def peak_flops(dtype: str = "float32", device: jax.Device | None = None) -> Peak:
-    """Peak matmul rate of a device (default: the first).
+    """Peak matmul rate of a device (default: this process's first).
 
     Known accelerators: dense bf16 of the data sheet, whatever `dtype` is, as published MFU figures have it.
     CPUs and others: the best of square matmuls of `dtype`, measured for 0.3 s once per process; on an idle
     machine, this is what XLA can reach.
     """
-    device = jax.devices()[0] if device is None else device
+    device = jax.local_devices()[0] if device is None else device
     for name, flops in _DATA_SHEET:
         if device.platform != "cpu" and name.lower() in device.device_kind.lower():
             return Peak(flops, "data sheet")

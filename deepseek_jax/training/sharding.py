@@ -4,6 +4,7 @@ Parameters and their moments are whole on every device, except the experts' wher
 node x local (report section 3.2.2).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
 from deepseek_jax.parallel.mesh import BATCH_AXES, expert_exchange, param_specs, replicated, rules, spec_axes
 from deepseek_jax.parallel.wire import Wire
+from deepseek_jax.precision import preset
 from deepseek_jax.training.optimizer import AdamWState
 from deepseek_jax.training.state import TrainState
 
@@ -35,6 +37,14 @@ def state_shardings(cfg: Config, mesh: Mesh) -> Any:
     return TrainState(whole, params, AdamWState(whole, params, params), whole, whole, whole, whole)
 
 
+def _wire(cfg: Config) -> Wire:
+    """Formats of the exchange: what the config names, or else what its precision policy says."""
+    policy = preset(cfg.precision)
+    by_policy = Wire() if policy is None else Wire(policy.dispatch, policy.combine)
+    named = {name: getattr(cfg.mesh, name) for name in ("dispatch", "combine")}
+    return dataclasses.replace(by_policy, **{name: form for name, form in named.items() if form != "auto"})
+
+
 def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Experts:
     """The routed experts of the forward pass inside `shard_map`; `local` computes one device's share."""
     mode = expert_exchange(cfg.mesh, mesh)
@@ -43,7 +53,7 @@ def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Ex
     return mesh_experts(
         mode,
         local=local,
-        wire=Wire(cfg.mesh.dispatch, cfg.mesh.combine),
+        wire=_wire(cfg),
         most=nodes_per_token(cfg.model, mesh.shape["node"]) if mode == "two_hop" else None,
         capacity=cfg.mesh.receive or None,
     )

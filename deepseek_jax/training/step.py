@@ -27,6 +27,8 @@ from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
 from deepseek_jax.model.transformer import forward, model_params
 from deepseek_jax.parallel.mesh import BATCH_AXES, batch_shards, replicated
+from deepseek_jax.precision import preset
+from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
 from deepseek_jax.training.sharding import experts_over, parameter_specs, state_shardings, sum_gradients
 from deepseek_jax.training.state import Hyper, TrainState
@@ -126,10 +128,15 @@ def _gradients(
     sequences: int,
     experts: Experts,
 ) -> tuple[Any, Losses]:
-    """Gradients and losses of this device's sequences, in `grad_accumulation` micro-batches."""
+    """Gradients and losses of this device's sequences, in `grad_accumulation` micro-batches.
+
+    Under an FP8 policy the weights are quantised here, once for all micro-batches.
+    """
+    policy = preset(cfg.precision)
+    quantised = quantise_weights(params, model_params(cfg.model), policy)
 
     def objective(params, micro):
-        parts = losses(params, cfg, micro, balance_bias, sequences, experts)
+        parts = losses(attach(params, quantised, policy), cfg, micro, balance_bias, sequences, experts)
         return parts.main + mtp_lambda * parts.mtp + parts.balance, parts
 
     grad = jax.grad(objective, has_aux=True)
@@ -235,9 +242,11 @@ def make_train_step(
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch], jax.Array]:
     """The jitted evaluation: (params, balance_bias, batch) -> summed nats of each window, float32 [b]."""
-    model, t, experts = cfg.model, cfg.data.seq_len, experts_over(cfg, mesh)
+    model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
+    experts = experts_over(cfg, mesh)
 
     def local(params, bias, batch):
+        params = attach(params, quantise_weights(params, model_params(model), policy), policy)
         context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
         h_btd, _ = forward(params, model, batch["tokens"][:, :t], bias, mtp=False, experts=experts, **context)
         labels, valid = _targets(batch, t, 0)

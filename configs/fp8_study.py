@@ -1,0 +1,35 @@
+"""The model of the FP8 study: small enough to train eight times on a laptop, wide enough for blocks of 128.
+
+    python -m experiments.fp8_study
+
+Hardware: 2 CPU cores. Run time: about 3 minutes per preset in FP8. 4M parameters: 3 layers (1 dense), 8 routed experts
+of which 2 per token, 1 shared expert; every contraction of the attention and the FFNs has 1 to 4 blocks of 128.
+"""
+
+import ml_collections
+
+from configs import tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = tiny.get_config()
+    config.model.update(
+        {
+            "hidden_size": 256,
+            "num_hidden_layers": 3,
+            "intermediate_size": 512,
+            "num_attention_heads": 4,
+            "q_lora_rank": 128,
+            "kv_lora_rank": 128,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_nextn_predict_layers": 0,
+        }
+    )
+    config.data.update({"seq_len": 128})
+    config.train.update(
+        {"steps": 240, "eval_every": 240, "checkpoint_every": 240, "out_dir": "runs/fp8_study"}
+    )
+    return config

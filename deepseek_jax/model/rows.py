@@ -1,0 +1,63 @@
+"""Rows of routed experts: the (token, expert) pairs sorted by expert.
+
+Each expert's rows are contiguous and start at a multiple of `ALIGNMENT`, the convention of the grouped GEMMs
+(`pallas_kernels/groups.py`); rows that fill up a segment belong to nobody.
+
+Dims: n token, k selected expert, m row, e expert.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.model.router import expert_counts
+from pallas_kernels.blocks import BLOCK, round_up
+from pallas_kernels.groups import aligned_sizes, row_groups
+
+ALIGNMENT = BLOCK
+
+
+class Rows(NamedTuple):
+    """Sorted rows of a routing. Pairs of absent experts (id outside [0, e)) have none."""
+
+    token_m: jax.Array  # int32: token of each row, 0 for padding
+    gain_m: jax.Array  # float32: routing weight of each row, 0 for padding
+    group_m: jax.Array  # int32: expert of each row, -1 for padding
+    row_nk: jax.Array  # int32: row of each pair; m for an absent one
+    sizes_e: jax.Array  # int32: rows of each expert, without padding
+
+    @property
+    def real_m1(self) -> jax.Array:
+        """Which rows are not padding [m, 1]."""
+        return self.group_m[:, None] >= 0
+
+
+def num_rows(pairs: int, n_experts: int) -> int:
+    """Rows that hold `pairs` pairs whatever their routing, padding included."""
+    return round_up(pairs + min(pairs, n_experts) * (ALIGNMENT - 1), ALIGNMENT)
+
+
+def sort_rows(experts_nk: jax.Array, weights_nk: jax.Array, n_experts: int) -> Rows:
+    """Stable sort of the pairs by expert; ids outside [0, e) mark absent pairs."""
+    n, k = experts_nk.shape
+    flat = experts_nk.reshape(-1)
+    flat = jnp.where((flat >= 0) & (flat < n_experts), flat, n_experts)
+    sizes_e = expert_counts(flat, n_experts)
+    pair = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    padding_before_e = jnp.cumsum(aligned_sizes(sizes_e, ALIGNMENT) - sizes_e)
+    padding_before_e = jnp.concatenate([jnp.zeros_like(sizes_e[:1]), padding_before_e])
+    m = num_rows(n * k, n_experts)
+    row = jnp.arange(n * k, dtype=jnp.int32) + padding_before_e[flat[pair]]
+    row = jnp.where(flat[pair] < n_experts, row, m)
+    row_nk = jnp.zeros_like(row).at[pair].set(row).reshape(n, k)
+    token_m = jnp.zeros((m,), jnp.int32).at[row].set(pair // k, mode="drop")
+    gain_m = jnp.zeros((m,), weights_nk.dtype).at[row].set(weights_nk.reshape(-1)[pair], mode="drop")
+    return Rows(token_m, gain_m, row_groups(sizes_e, m, ALIGNMENT), row_nk, sizes_e)
+
+
+def sum_pairs(rows_md: jax.Array, row_nk: jax.Array) -> jax.Array:
+    """Sum of each token's rows -> [n, d]; the absent pairs' index reads zeros."""
+    parts = [rows_md.at[row_nk[:, j]].get(mode="fill", fill_value=0) for j in range(row_nk.shape[1])]
+    return functools.reduce(jnp.add, parts)

@@ -1,0 +1,48 @@
+"""The weights of a model, quantised once per step and attached to the parameters that the forward pass reads."""
+
+import math
+from typing import Any
+
+import jax
+from jax import lax
+
+from deepseek_jax.model.params import Param, tree_map
+from deepseek_jax.precision.linear import Weight, quantise_weight
+from deepseek_jax.precision.policy import Policy
+
+_LEADING = ("layer", "expert")
+
+
+def _matrix_dims(p: Param) -> tuple[int, int, int]:
+    """(leading layer and expert dims, input width, output width)."""
+    assert p.n_in is not None
+    lead = sum(axis in _LEADING for axis in p.axes)
+    return lead, math.prod(p.shape[lead : lead + p.n_in]), math.prod(p.shape[lead + p.n_in :])
+
+
+def quantise_weights(params: Any, declared: Any, policy: Policy | None) -> Any:
+    """The quantised operands of every linear weight, None for other parameters; to be computed once per step.
+
+    declared: the tree of `Param` that `params` came from (`model_params(cfg)`); arrays may hold fewer experts.
+    """
+
+    def one(p: Param, w: jax.Array) -> Any:
+        if policy is None or p.n_in is None:
+            return None
+        lead, *matrix = _matrix_dims(p)
+        return quantise_weight(lax.stop_gradient(w).reshape(*w.shape[:lead], *matrix), policy)
+
+    return tree_map(one, declared, params)
+
+
+def attach(params: Any, quantised: Any, policy: Policy | None) -> Any:
+    """Parameters with every linear weight as a `Weight`; gradients flow to `params`."""
+    if policy is None:
+        return params
+    return jax.tree.map(
+        lambda w, operands: (
+            w if operands is None else Weight(w, fprop=operands[0], dgrad=operands[1], policy=policy)
+        ),
+        params,
+        quantised,
+    )

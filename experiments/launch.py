@@ -1,0 +1,212 @@
+"""Runs a command as several processes on this machine, and starts all of them again when one dies.
+
+    python -m experiments.launch --processes=2 --restarts=3 -- python -m experiments.train --config=configs/tiny.py
+
+Every process gets the address of process 0, the number of processes and its own number in the environment, where
+`deepseek_jax.parallel.distributed` finds them. Their output is shown line by line behind the number of the process.
+SIGTERM and Ctrl-C are passed on to all and end the restarts. When a process fails, the others get `--grace` seconds
+to notice and are then killed. None outlives this command, however it ends.
+
+Exit status: of the process that failed first in the last attempt (128 + the signal's number if one killed it), else
+0. Status 2, a mistake in the command, is not tried again.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from deepseek_jax.parallel.distributed import COORDINATOR, PROCESS, PROCESSES
+
+_POLL = 0.05  # seconds
+_LEFTOVERS = 5.0  # seconds for the rest of the output, which something that left the group may hold open
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_USAGE_ERROR = 2
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+class Group:
+    """The processes of one attempt; each leads a process group, so that what it starts ends with it.
+
+    Args:
+        command: run by each.
+        processes: how many.
+    """
+
+    def __init__(self, command: Sequence[str], processes: int):
+        address = f"127.0.0.1:{free_port()}"
+        self._processes = []
+        for rank in range(processes):
+            own = {
+                "PYTHONUNBUFFERED": "1",
+                COORDINATOR: address,
+                PROCESSES: str(processes),
+                PROCESS: str(rank),
+            }
+            self._processes.append(_start(command, {**os.environ, **own}))
+        self._readers = [
+            threading.Thread(target=_show, args=(rank, process.stdout), daemon=True)
+            for rank, process in enumerate(self._processes)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """By rank."""
+        return [process.pid for process in self._processes]
+
+    def send(self, signum: int) -> None:
+        """To each process that runs; not to what it started itself."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signum)
+
+    def failed(self) -> tuple[int, int] | None:
+        """(rank, status as a shell gives it) of a process that failed, or None."""
+        for rank, process in enumerate(self._processes):
+            status = process.poll()
+            if status:
+                return rank, status if status > 0 else 128 - status
+        return None
+
+    def running(self) -> list[int]:
+        """Ranks of the processes that have not ended."""
+        return [rank for rank, process in enumerate(self._processes) if process.poll() is None]
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until all have ended or the time is over."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while self.running() and (end is None or time.monotonic() < end):
+            time.sleep(_POLL)
+
+    def close(self) -> None:
+        """Kills what still runs, and shows the rest of the output."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for reader in self._readers:
+            reader.join(_LEFTOVERS)
+
+
+def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:
+        if libc is not None:  # SIGTERM when the launcher is gone, even by SIGKILL
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=end_with_parent,  # no other thread runs here: readers start when all processes have
+    )
+
+
+def _show(rank: int, output: IO[str] | None) -> None:
+    assert output is not None
+    with output:
+        for line in output:
+            sys.stdout.write(f"[{rank}] {line.rstrip()}\n")
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Those received in the block, SIGTERM and SIGINT, in order."""
+    received: list[int] = []
+
+    def on_signal(signum: int, _frame: Any) -> None:
+        received.append(signum)
+
+    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def _attempt(
+    command: Sequence[str], processes: int, grace: float, received: list[int]
+) -> tuple[int, int] | None:
+    """Runs all processes to their end; (rank, status) of the first that failed."""
+    group = Group(command, processes)
+    _say(f"processes {' '.join(map(str, group.pids))}")
+    try:
+        passed_on, failed = 0, None
+        while failed is None and group.running():
+            for signum in received[passed_on:]:
+                group.send(signum)
+                passed_on += 1
+            group.wait(_POLL)
+            failed = group.failed()
+        if failed is not None:
+            group.wait(grace)
+            for rank in group.running():
+                _say(f"process {rank} did not end within {grace:g} s and is killed")
+        return failed or group.failed()
+    finally:
+        group.close()
+
+
+def launch(command: Sequence[str], processes: int, restarts: int = 0, grace: float = 30.0) -> int:
+    """Runs `command` as `processes` processes, at most `1 + restarts` times; the exit status."""
+    with _signals() as received:
+        for attempt in range(restarts + 1):
+            failed = _attempt(command, processes, grace, received)
+            if failed is None:
+                return 0
+            rank, status = failed
+            again = attempt < restarts and not received and status != _USAGE_ERROR
+            _say(f"process {rank} ended with status {status}" + (", starting all again" if again else ""))
+            if not again:
+                break
+    return status
+
+
+def _say(text: str) -> None:
+    print(f"[launch] {text}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.launch", description="Run a command as several processes on this machine."
+    )
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument(
+        "--restarts", type=int, default=0, help="how often all are started again when one fails"
+    )
+    parser.add_argument("--grace", type=float, default=30.0, help="seconds until the others are killed")
+    parser.add_argument("command", nargs="+", metavar="-- command")
+    args = parser.parse_args(argv)
+    if args.processes < 1 or args.restarts < 0 or args.grace < 0:
+        parser.error(
+            f"--processes={args.processes} must be at least 1, --restarts={args.restarts} and "
+            f"--grace={args.grace} at least 0"
+        )
+    return launch(args.command, args.processes, args.restarts, args.grace)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
