@@ -3,6 +3,7 @@
 The model's groups (4) are the nodes of one mesh, halves, parts or none of those of the others.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -137,14 +138,19 @@ def test_the_initial_state_does_not_depend_on_the_mesh():
     assert {shard.data.shape[1] for shard in w.addressable_shards} == {1}
 
 
-def test_evaluation_runs_over_spread_experts():
-    cfg = config((1, 4, 2))
+def evaluation(shape, precision):
+    cfg = dataclasses.replace(config(shape, combine="same"), precision=precision)
     mesh = mesh_of(cfg)
     state = jax.device_put(fresh_state(cfg), state_shardings(cfg, mesh))
     batch = jax.device_put({"tokens": tokens(cfg)}, batch_sharding(mesh))
-    compiled = make_eval_step(cfg, mesh).lower(state.params, state.balance_bias, batch).compile(UNOPTIMISED)
-    nats = compiled(state.params, state.balance_bias, batch)
-    assert difference(np.mean(nats) / cfg.data.seq_len, run(SINGLE, 1)[1][0].loss) < BOUND
+    args = state.params, state.balance_bias, batch
+    return make_eval_step(cfg, mesh).lower(*args).compile(UNOPTIMISED)(*args)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "deepseek_fp8"])
+def test_evaluation_over_spread_experts(precision):
+    """In FP8 too: tokens are dispatched in the format, power-of-two scales, that the experts quantise them to."""
+    assert difference(evaluation((1, 4, 2), precision), evaluation(SINGLE, precision)) < BOUND
 
 
 def test_experts_that_do_not_divide():
