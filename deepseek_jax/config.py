@@ -326,12 +326,23 @@ class MeshConfig:
     node: int = 1
     local: int = 1
     tensor: int = 1
+    experts: str = (
+        "auto"  # sharded over node x local: "two_hop" or "flat" exchange, or "replicated"; auto: by mesh
+    )
+    dispatch: str = "auto"  # format of tokens on the way to experts: same (as computed), bf16, fp8, fp8_ue8m0
+    combine: str = "auto"  # of results on the way back: same, bf16; auto: as `precision` says
+    receive: float = (
+        0.0  # rows received at once, in units of a device's tokens, more in rounds; 0: all at once
+    )
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            low = 0 if field.name == "data" else 1
-            _require(value >= low, f"mesh.{field.name}={value} must be >= {low}")
+        for name in ("pipe", "data", "node", "local", "tensor"):
+            value, low = getattr(self, name), 0 if name == "data" else 1
+            _require(value >= low, f"mesh.{name}={value} must be >= {low}")
+        _choice("mesh.experts", self.experts, ("auto", "two_hop", "flat", "replicated"))
+        _choice("mesh.dispatch", self.dispatch, ("auto", "same", "bf16", "fp8", "fp8_ue8m0"))
+        _choice("mesh.combine", self.combine, ("auto", "same", "bf16"))
+        _require(self.receive >= 0, f"mesh.receive={self.receive} must be >= 0; 0 for everything at once")
 
 
 @dataclasses.dataclass(frozen=True)

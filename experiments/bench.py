@@ -4,6 +4,7 @@
     python -m experiments.bench decode     # 128 prompt + 128 new tokens, greedy, batch 1 and 8
     python -m experiments.bench experts    # our step with 4 times the experts, same top-k and tokens
     python -m experiments.bench speculative --checkpoint=runs/tiny   # drafts from the MTP module against none
+    python -m experiments.bench exchange   # experts over a mesh: ragged exchange beside padded and all-gather
 
 Each side has a process of its own, idle while the other measures; the rounds alternate, and medians are compared.
 Compilation and warm-up are not counted. Where torch or transformers are missing, ours is measured alone;
@@ -23,7 +24,7 @@ from typing import Any
 from configs import matched_cpu
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from experiments.bench_worker import Worker
-from experiments.devices import cores
+from experiments.devices import cores, force_devices
 
 OURS, PEER = "deepseek_jax", "transformers"
 PROMPT, NEW = 128, 128
@@ -190,7 +191,7 @@ def _speculative(args: argparse.Namespace) -> None:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed beside Hugging Face transformers, on CPU.")
-    parser.add_argument("command", choices=("train", "decode", "experts", "speculative"))
+    parser.add_argument("command", choices=("train", "decode", "experts", "speculative", "exchange"))
     parser.add_argument("--checkpoint", default="runs/tiny", help="of `speculative`: a run or a checkpoint")
     parser.add_argument(
         "--peer_python", default=sys.executable, help="interpreter with torch and transformers"
@@ -211,6 +212,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     print(f"machine: {_machine()}")
+    if args.command == "exchange":
+        force_devices(8)
+        from experiments import bench_exchange
+
+        bench_exchange.run(args)
+        return 0
     if args.command == "speculative":
         try:
             _speculative(args)

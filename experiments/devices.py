@@ -26,5 +26,10 @@ def one_device_per_core(divides: int, at_most: int = 0) -> int:
         return int(flags.split(_COUNT + "=")[1].split()[0])
     limit = min(at_most or cores(), cores())
     count = max(n for n in range(1, limit + 1) if divides % n == 0)
-    os.environ["XLA_FLAGS"] = f"{flags} {_COUNT}={count} {_SINGLE}".strip()
+    force_devices(count)
     return count
+
+
+def force_devices(count: int) -> None:
+    """Ask XLA for `count` single-threaded CPU devices; in vain once JAX has touched its backends."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}={count} {_SINGLE}".strip()

@@ -1,4 +1,4 @@
-"""Every test process has two CPU devices, and compiles each program once.
+"""Every test process has eight CPU devices, and compiles each program once.
 
 Tests that want several devices name them; what names none runs on the first, as it would alone.
 """
@@ -6,7 +6,7 @@ Tests that want several devices name them; what names none runs on the first, as
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session")

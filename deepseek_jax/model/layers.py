@@ -19,6 +19,8 @@ Params = Any
 # Names of what the recompute policy "deepseek" drops and recomputes (report section 3.2.3).
 RMSNORM = "rmsnorm"
 MLA_UP = "mla_up"
+# Name of what every recompute policy keeps: where each token's row goes, small and made by communication.
+EXPERT_PLAN = "expert_plan"
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

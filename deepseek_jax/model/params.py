@@ -44,6 +44,15 @@ def tree_map(fn: Any, tree: Tree, *rest: Any) -> Any:
     return jax.tree.map(fn, tree, *rest, is_leaf=_is_param)
 
 
+def tree_map_with_name(fn: Any, tree: Tree) -> Any:
+    """`fn(name, param)` over the `Param` leaves, named by their path: "moe_layers.ffn.gate.w_gate_de"."""
+
+    def named(path: Any, p: Param) -> Any:
+        return fn(jax.tree_util.keystr(path, simple=True, separator="."), p)
+
+    return jax.tree_util.tree_map_with_path(named, tree, is_leaf=_is_param)
+
+
 def stacked(tree: Tree, n: int) -> Tree:
     """The same tensors for `n` layers, stacked on a leading `layer` axis."""
     return tree_map(lambda p: dataclasses.replace(p, shape=(n, *p.shape), axes=("layer", *p.axes)), tree)

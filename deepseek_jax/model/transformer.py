@@ -17,6 +17,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import (
+    EXPERT_PLAN,
     MLA_UP,
     RMSNORM,
     Params,
@@ -80,11 +81,12 @@ REMAT = ("none", "deepseek", "full")
 
 def recompute(fn: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """`fn` under a named policy: "none" saves all, "full" saves only its inputs, "deepseek" saves all but the
-    outputs of RMSNorm and of the MLA up-projections, which are recomputed in the backward pass."""
+    outputs of RMSNorm and of the MLA up-projections, which are recomputed in the backward pass. The plan of an
+    exchange between experts, where there is one, is made once."""
     if policy == "none":
         return fn
     if policy == "full":
-        return jax.checkpoint(fn)
+        return jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_PLAN))
     if policy == "deepseek":
         keep = jax.checkpoint_policies.save_anything_except_these_names(RMSNORM, MLA_UP)
         return jax.checkpoint(fn, policy=keep)

@@ -6,6 +6,8 @@ Mesh axes: `pipe` (pipeline stages), `data` (replicas), `node` and `local` (expe
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,9 +15,16 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig
+from deepseek_jax.model.params import Param, tree_map_with_name
 
 AXES = ("pipe", "data", "node", "local", "tensor")
 BATCH_AXES = ("data", "node", "local")
+EXPERT_AXES = ("node", "local")
+
+Rules = Mapping[str, tuple[str, ...]]
+# Logical axis -> mesh axes that shard it, coarse to fine. What is not named is whole on every device.
+REPLICATED: Rules = MappingProxyType({})
+EXPERT_PARALLEL: Rules = MappingProxyType({"expert": EXPERT_AXES})
 
 
 def make_mesh(cfg: MeshConfig, devices: Any = None) -> Mesh:
@@ -48,3 +57,60 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading dim over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+# --- parameters -----------------------------------------------------------------------------------------------
+
+
+def expert_exchange(cfg: MeshConfig, mesh: Mesh) -> str:
+    """How experts are spread over the mesh: "two_hop", "flat" or "replicated"; `mesh.experts`, "auto" resolved."""
+    spread = [axis for axis in EXPERT_AXES if mesh.shape[axis] > 1]
+    if not spread:
+        return "replicated"
+    if cfg.experts != "auto":
+        return cfg.experts
+    return "flat" if len(spread) == 1 else "two_hop"
+
+
+def rules(cfg: MeshConfig, mesh: Mesh) -> Rules:
+    """The table for a mesh config."""
+    return REPLICATED if expert_exchange(cfg, mesh) == "replicated" else EXPERT_PARALLEL
+
+
+def param_spec(name: str, param: Param, mesh: Mesh, table: Rules) -> PartitionSpec:
+    """Mesh axes of each dim of a parameter.
+
+    Raises ValueError if two dims want the same mesh axis, or a dim does not divide over its axes.
+    """
+    taken: dict[str, str] = {}
+    entries: list[tuple[str, ...] | None] = []
+    for logical, size in zip(param.axes, param.shape, strict=True):
+        axes = tuple(a for a in table.get(logical or "", ()) if mesh.shape[a] > 1)
+        for axis in axes:
+            if axis in taken:
+                raise ValueError(
+                    f"{name} {param.shape}: its axes {taken[axis]!r} and {logical!r} are both mapped to the mesh "
+                    f"axis {axis!r}; change one of them in the rules"
+                )
+            taken[axis] = str(logical)
+        parts = math.prod(mesh.shape[a] for a in axes)
+        if size % parts:
+            raise ValueError(
+                f"{name} {param.shape}: {size} of {logical!r} do not divide over {parts} devices of "
+                + " x ".join(f"{a}={mesh.shape[a]}" for a in axes)
+                + f"; change config.mesh.{axes[-1]} or the model"
+            )
+        entries.append(axes or None)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def param_specs(tree: Any, mesh: Mesh, table: Rules) -> Any:
+    """`param_spec` of each `Param` of a tree."""
+    return tree_map_with_name(lambda name, p: param_spec(name, p, mesh, table), tree)
+
+
+def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes over which a spec shards."""
+    return tuple(a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry))

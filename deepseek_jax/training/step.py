@@ -1,8 +1,10 @@
 """One training step: losses, gradients over the mesh, guarded update, bias update (report sections 2.1.2, 2.2, 4.2).
 
 The forward and backward pass runs inside `shard_map`, each device on its own sequences; losses are divided by
-the *global* token count on each device, so that plain sums over the batch axes give global means. Expert loads
-are summed as integers, so the bias update is exact whatever the number of devices.
+the *global* token count on each device, so that plain sums over the batch axes give global means. No loss is summed
+inside what is differentiated: each device differentiates its own part, and the exchange of tokens between experts
+carries cotangents to where they belong. Expert loads are summed as integers, so the bias update is exact whatever
+the number of devices.
 
 Dims: b sequence, t token, w window (t + 1 or more tokens), n flattened token, k MTP depth, l layer, e expert.
 """
@@ -17,15 +19,18 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from deepseek_jax.config import BalanceConfig, Config
+from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.loss import weighted_nll
+from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
 from deepseek_jax.model.transformer import forward, model_params
-from deepseek_jax.parallel.mesh import BATCH_AXES, batch_shards
+from deepseek_jax.parallel.mesh import BATCH_AXES, batch_shards, replicated
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
+from deepseek_jax.training.sharding import experts_over, parameter_specs, state_shardings, sum_gradients
 from deepseek_jax.training.state import Hyper, TrainState
 
 Batch = Mapping[str, jax.Array]  # "tokens" int32 [b, w], and with packing masks "segments" and "positions"
@@ -83,16 +88,18 @@ def losses(
     batch: Batch,
     balance_bias: jax.Array,
     sequences: int,
-    forward_fn: Callable[..., Any] = forward,
+    experts: Experts = routed_experts,
 ) -> Losses:
     """This device's part of the losses: sums divided by the `sequences` of the global batch.
 
     Summed over devices and micro-batches they are the global means.
     """
     model, t = cfg.model, cfg.data.seq_len
-    context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
+    context: Any = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
     inputs = batch["tokens"][:, :t]
-    h_btd, aux = forward_fn(params, model, inputs, balance_bias, remat=cfg.train.remat, **context)
+    h_btd, aux = forward(
+        params, model, inputs, balance_bias, remat=cfg.train.remat, experts=experts, **context
+    )
     w_dv = head_weight(params)
 
     def nll(h, depth):
@@ -105,6 +112,7 @@ def losses(
     depths = model.num_nextn_predict_layers
     mtp = jnp.zeros((), jnp.float32)
     for k in range(depths):
+        assert aux.mtp is not None
         mtp = mtp + nll(aux.mtp[k], k + 1) / depths
     share = inputs.shape[0] / sequences
     balance = _balance_loss(cfg.balance, aux.seq_loss, aux.classic_loss) * share
@@ -112,7 +120,13 @@ def losses(
 
 
 def _gradients(
-    params: Any, cfg: Config, batch: Batch, balance_bias: jax.Array, mtp_lambda: jax.Array, sequences: int
+    params: Any,
+    cfg: Config,
+    batch: Batch,
+    balance_bias: jax.Array,
+    mtp_lambda: jax.Array,
+    sequences: int,
+    experts: Experts,
 ) -> tuple[Any, Losses]:
     """Gradients and losses of this device's sequences, in `grad_accumulation` micro-batches.
 
@@ -122,7 +136,7 @@ def _gradients(
     quantised = quantise_weights(params, model_params(cfg.model), policy)
 
     def objective(params, micro):
-        parts = losses(attach(params, quantised, policy), cfg, micro, balance_bias, sequences)
+        parts = losses(attach(params, quantised, policy), cfg, micro, balance_bias, sequences, experts)
         return parts.main + mtp_lambda * parts.mtp + parts.balance, parts
 
     grad = jax.grad(objective, has_aux=True)
@@ -140,7 +154,7 @@ def _gradients(
 
 
 def init_state(cfg: Config, mesh: Mesh) -> TrainState:
-    """Random parameters (from train.seed), empty moments, zero bias; replicated over the mesh."""
+    """Random parameters (from train.seed), empty moments, zero bias; laid out by `state_shardings`."""
 
     def create():
         init_key, run_key = jax.random.split(jax.random.key(cfg.train.seed))
@@ -148,10 +162,9 @@ def init_state(cfg: Config, mesh: Mesh) -> TrainState:
         bias = jnp.zeros(cfg.model.balance_bias_shape, jnp.float32)
         return TrainState.create(params, adamw(cfg.optimizer).init(params), bias, run_key)
 
-    everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
     # Runs once: unoptimised, it compiles in a third of the time.
     quickly = {"xla_backend_optimization_level": 0}
-    return jax.jit(create, out_shardings=everywhere, compiler_options=quickly)()
+    return jax.jit(create, out_shardings=state_shardings(cfg, mesh), compiler_options=quickly)()
 
 
 def _sequences(cfg: Config, mesh: Mesh, batch: Batch) -> int:
@@ -170,7 +183,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch, hyper) -> (state, metrics). `state` is donated.
 
-    Every mesh axis of the batch (data, node, local) is data parallel here, with parameters on each device.
+    Every mesh axis of the batch (data, node, local) is data parallel; experts are spread over node x local as
+    `mesh.experts` says. Give it a state of `init_state`, or one laid out by `state_shardings`.
 
     A loss or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
     Recompiles for each batch size. Raises ValueError for a mesh with pipeline or tensor axes: the step would do
@@ -183,20 +197,21 @@ def make_train_step(
             f"{', '.join(BATCH_AXES)}"
         )
     optimizer = adamw(cfg.optimizer)
-    everywhere = PartitionSpec()
+    everywhere, specs = PartitionSpec(), parameter_specs(cfg, mesh)
+    experts = experts_over(cfg, mesh)
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         n = _sequences(cfg, mesh, batch)
 
         def local(params, bias, batch, mtp_lambda):
-            grads, parts = _gradients(params, cfg, batch, bias, mtp_lambda, n)
-            return lax.psum((grads, parts), BATCH_AXES)
+            grads, parts = _gradients(params, cfg, batch, bias, mtp_lambda, n, experts)
+            return sum_gradients(grads, specs), lax.psum(parts, BATCH_AXES)
 
         grads, parts = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(everywhere, everywhere, PartitionSpec(BATCH_AXES), everywhere),
-            out_specs=everywhere,
+            in_specs=(specs, everywhere, PartitionSpec(BATCH_AXES), everywhere),
+            out_specs=(specs, everywhere),
             check_vma=False,
         )(state.params, state.balance_bias, batch, hyper.mtp_lambda)
         norm = global_norm(grads)
@@ -222,17 +237,18 @@ def make_train_step(
         )
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(cfg, mesh), replicated(mesh)))
 
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch], jax.Array]:
     """The jitted evaluation: (params, balance_bias, batch) -> summed nats of each window, float32 [b]."""
     model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
+    experts = experts_over(cfg, mesh)
 
     def local(params, bias, batch):
         params = attach(params, quantise_weights(params, model_params(model), policy), policy)
         context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
-        h_btd, _ = forward(params, model, batch["tokens"][:, :t], bias, mtp=False, **context)
+        h_btd, _ = forward(params, model, batch["tokens"][:, :t], bias, mtp=False, experts=experts, **context)
         labels, valid = _targets(batch, t, 0)
         w_dv = head_weight(params)
 
@@ -242,9 +258,6 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch],
 
         return lax.map(window, (h_btd, labels, valid))
 
-    everywhere, sharded = PartitionSpec(), PartitionSpec(BATCH_AXES)
-    return jax.jit(
-        jax.shard_map(
-            local, mesh=mesh, in_specs=(everywhere, everywhere, sharded), out_specs=sharded, check_vma=False
-        )
-    )
+    sharded = PartitionSpec(BATCH_AXES)
+    in_specs = (parameter_specs(cfg, mesh), PartitionSpec(), sharded)
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharded, check_vma=False))

@@ -1,0 +1,174 @@
+"""Routed experts over a mesh: the single device's function of `model/experts.py`, each device holding its share.
+
+To be called inside `shard_map` (check_vma=False) with expert parameters sharded over (node, local) in order, so
+that the device at (i, j) of a mesh with `local` devices per node holds the experts of rank i * local + j. Every
+device brings its own tokens and gets their sums back. Nothing the shared expert needs goes through the exchange,
+so XLA is free to compute it while tokens travel.
+
+Node-limited routing (section 2.1.2) works on the mesh's nodes through this placement: a group of experts lies on
+consecutive devices. Groups need not be nodes; `nodes_per_token` says how many nodes a token can meet.
+
+Dims: n token of this device, r row received, s row sent, d hidden, k selected expert, e expert of this device.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.layers import EXPERT_PLAN, Params
+from deepseek_jax.model.moe import Experts
+from deepseek_jax.parallel.exchange import (
+    AS_IT_IS,
+    FLAT,
+    TWO_HOP,
+    Exchange,
+    Plan,
+    Window,
+    arrive,
+    combine,
+    decoded,
+    depart,
+    dispatch,
+    inbound,
+    make_plan,
+    outbound,
+)
+from deepseek_jax.parallel.wire import Wire
+
+MODES = {"flat": FLAT, "two_hop": TWO_HOP}
+
+
+def nodes_per_token(model: ModelConfig, nodes: int) -> int:
+    """On how many of `nodes` the experts of one token lie at most, by the group limit."""
+    if model.n_routed_experts % nodes:
+        raise ValueError(f"n_routed_experts={model.n_routed_experts} do not divide over {nodes} nodes")
+    group, node = model.n_routed_experts // model.n_group, model.n_routed_experts // nodes
+    spans = sorted(((g + 1) * group - 1) // node - g * group // node + 1 for g in range(model.n_group))
+    return min(nodes, model.num_experts_per_tok, sum(spans[-model.topk_group :]))
+
+
+def mesh_experts(
+    mode: str = "two_hop",
+    *,
+    local: Experts = routed_experts,
+    wire: Wire = AS_IT_IS,
+    most: int | None = None,
+    capacity: float | None = None,
+    implementation: str | None = None,
+) -> Experts:
+    """The `experts` argument of the model's forward pass, for use inside `shard_map`.
+
+    Args:
+      mode: "two_hop" (node, then local) or "flat" (both at once).
+      local: the computation of one device's experts; ids of absent experts are -1.
+      wire: formats of dispatch and combine; by default arrays as they are.
+      most: on how many peers of the first hop a token's experts lie at most: `nodes_per_token` for "two_hop"
+        (None: any number). A token with more gets NaN.
+      capacity: None makes buffers for the worst routing; a number bounds what the last hop brings, and the experts'
+        work on it, to `capacity` x n rows at a time, as often as the most loaded device needs (k or more, with
+        balanced routing: once). Nothing is dropped. The backward pass brings the rows again instead of keeping
+        them. A first hop's rows, at most nodes x n, are not bounded.
+      implementation: of the collective, see `exchange.Exchange`.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not one of {list(MODES)}")
+    if capacity is not None and capacity <= 0:
+        raise ValueError(f"capacity={capacity} must be positive, or None for buffers without bound")
+    ex = Exchange(MODES[mode], wire, implementation)
+    present = _of_present(local)
+
+    def experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
+        plan = make_plan(ex, experts_nk, p["w_gate_edf"].shape[0], most)
+        plan = jax.tree.map(lambda a: checkpoint_name(a, EXPERT_PLAN), plan)
+        if capacity is not None and (rows := math.ceil(capacity * len(x_nd))) < plan.hops[-1].rows:
+            y_nd = _in_rounds(p, x_nd, weights_nk, plan, ex, present, rows)
+        else:
+            x_rd, weights_rk = dispatch(x_nd, weights_nk, plan, ex)
+            y_nd = combine(present(p, x_rd, plan.experts_rk, weights_rk), plan, ex)
+        return jnp.where(plan.fits_n[:, None], y_nd, jnp.nan)
+
+    return experts
+
+
+def _of_present(local: Experts) -> Experts:
+    """`local` on at most e of the k columns: a row meets no more experts than there are, the others are absent."""
+
+    def narrow(p: Params, x_rd: jax.Array, experts_rk: jax.Array, weights_rk: jax.Array) -> jax.Array:
+        e, k = p["w_gate_edf"].shape[0], experts_rk.shape[1]
+        if e < k:
+            _, column = lax.top_k((experts_rk >= 0).astype(jnp.int32), e)
+            experts_rk = jnp.take_along_axis(experts_rk, column, axis=1)
+            weights_rk = jnp.take_along_axis(weights_rk, column, axis=1)
+        return local(p, x_rd, experts_rk, weights_rk)
+
+    return narrow
+
+
+# --- bounded buffers ------------------------------------------------------------------------------------------
+
+
+def _rounds(plan: Plan, rows: int) -> jax.Array:
+    """As many as the device of this hop with the most rows needs; the same on all of them."""
+    return (plan.hops[-1].counts_pc.sum(0).max() + rows - 1) // rows
+
+
+def _window_ids(plan: Plan, window: Window) -> jax.Array:
+    ids_rk = jnp.pad(plan.experts_rk, ((0, window.rows), (0, 0)), constant_values=-1)
+    return lax.dynamic_slice_in_dim(ids_rk, window.first, window.rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _in_rounds(
+    p: Params, x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange, local: Experts, rows: int
+) -> jax.Array:
+    """Dispatch, `local` and combine in windows of `rows` rows received; the backward pass dispatches again."""
+    form = ex.wire.dispatch
+    message, layout = outbound(x_nd, (weights_nk,), form, plan, ex)
+
+    def one(i, y_sd):
+        window = Window(i * rows, rows)
+        x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
+        y_rd = local(p, x_rd, _window_ids(plan, window), weights_rk)
+        return y_sd + depart((y_rd,), plan, ex, window)[0]
+
+    y_sd = jnp.zeros((message.shape[0], x_nd.shape[1]), x_nd.dtype)
+    y_sd = lax.fori_loop(0, _rounds(plan, rows), one, y_sd)
+    return inbound((y_sd,), plan, ex)[0]
+
+
+def _in_rounds_bwd(ex, local, rows, saved, g_nd):  # type: ignore[no-untyped-def]
+    p, x_nd, weights_nk, plan = saved
+    form = ex.wire.dispatch
+    message, layout = outbound(x_nd, (weights_nk,), form, plan, ex)
+    g_message, g_layout = outbound(g_nd, (), form, plan, ex)
+
+    def one(i, carry):
+        dp, back_s = carry
+        window = Window(i * rows, rows)
+        x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
+        (g_rd,) = decoded(arrive(g_message, plan, ex, window), g_layout, form, g_nd.dtype, 0)
+        ids_rk = _window_ids(plan, window)
+        _, vjp = jax.vjp(lambda p, x, w: local(p, x, ids_rk, w), p, x_rd, weights_rk)
+        dp_here, dx_rd, dweights_rk = vjp(g_rd)
+        back_s = jax.tree.map(jnp.add, back_s, depart((dx_rd, dweights_rk), plan, ex, window))
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), dp, dp_here), back_s
+
+    s = message.shape[0]
+    dp = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), p)
+    back_s = tuple(jnp.zeros((s, a.shape[1]), a.dtype) for a in (x_nd, weights_nk))
+    dp, back_s = lax.fori_loop(0, _rounds(plan, rows), one, (dp, back_s))
+    dx_nd, dweights_nk = inbound(back_s, plan, ex)
+    return jax.tree.map(lambda d, w: d.astype(w.dtype), dp, p), dx_nd, dweights_nk, None
+
+
+def _in_rounds_fwd(p, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
+    return _in_rounds(p, x_nd, weights_nk, plan, ex, local, rows), (p, x_nd, weights_nk, plan)
+
+
+_in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)

@@ -1,0 +1,92 @@
+"""What rows look like while they travel: formats, and packing of a token's parts into one message of words.
+
+Report section 3.2.2 and 3.3.3: tokens are dispatched in FP8, one scale per 128 channels beside them, and results
+are combined in BF16. The same holds backwards: the gradient of a combine is a dispatch, that of a dispatch a combine.
+
+Dims: n row, d hidden, w 32-bit word.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.quantize.ops import dequantize, quantize
+
+SCALES = {"fp8": "fp32", "fp8_ue8m0": "ue8m0"}  # format -> kind of scale
+DISPATCH_FORMATS = ("same", "bf16", *SCALES)
+COMBINE_FORMATS = ("same", "bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """Formats of dispatch and combine: "same" as the array at hand, "bf16", or for dispatch "fp8" (E4M3, a float32
+    scale per 128 channels) and "fp8_ue8m0" (scales rounded up to powers of two)."""
+
+    dispatch: str = "same"
+    combine: str = "same"
+
+    def __post_init__(self):
+        for name, choices in (("dispatch", DISPATCH_FORMATS), ("combine", COMBINE_FORMATS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"wire.{name}={getattr(self, name)!r} is not one of {list(choices)}"
+                    + ("; partial sums are not quantised (report section 3.3.3)" if name == "combine" else "")
+                )
+
+
+def encode(x_nd: jax.Array, form: str) -> tuple[jax.Array, ...]:
+    """The arrays that travel for `x_nd`; row i of each belongs to row i of `x_nd`."""
+    if form in SCALES:
+        return quantize(x_nd, scale=SCALES[form])
+    return (x_nd if form == "same" else x_nd.astype(jnp.bfloat16),)
+
+
+def decode(parts: Sequence[jax.Array], form: str, dtype: Any) -> jax.Array:
+    """The inverse of `encode`, in `dtype`."""
+    if form in SCALES:
+        q_nd, scale = parts
+        return dequantize(q_nd, scale, dtype=dtype)
+    return parts[0].astype(dtype)
+
+
+# --- messages -------------------------------------------------------------------------------------------------
+
+Layout = tuple[tuple[int, Any], ...]  # columns and dtype of each part
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """[n, columns] of any 1, 2 or 4-byte dtype -> uint32 [n, w], the last word zero-padded."""
+    per = 4 // x.dtype.itemsize
+    if per == 1:
+        return lax.bitcast_convert_type(x, jnp.uint32)
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % per)))
+    return lax.bitcast_convert_type(x.reshape(x.shape[0], -1, per), jnp.uint32)
+
+
+def num_words(columns: int, dtype: Any) -> int:
+    """How many 32-bit words a row of `columns` entries takes."""
+    return -(-columns * jnp.dtype(dtype).itemsize // 4)
+
+
+def pack(parts: Sequence[jax.Array]) -> tuple[jax.Array, Layout]:
+    """Parts [n, ...] -> one message per row, uint32 [n, w], so that a hop is one collective; and their layout.
+
+    Words, not bytes: rows are gathered and scattered, which is slow by single bytes.
+    """
+    layout = tuple((p.shape[1], p.dtype) for p in parts)
+    return jnp.concatenate([_words(p) for p in parts], axis=1), layout
+
+
+def unpack(message_nw: jax.Array, layout: Layout) -> tuple[jax.Array, ...]:
+    """The inverse of `pack`; rows of zeros come out as zeros."""
+    parts, start = [], 0
+    for columns, dtype in layout:
+        stop = start + num_words(columns, dtype)
+        x = lax.bitcast_convert_type(message_nw[:, start:stop], dtype)
+        parts.append(x.reshape(x.shape[0], -1)[:, :columns])
+        start = stop
+    return tuple(parts)

@@ -1,0 +1,252 @@
+"""The exchange: rows arrive where the plan says, backward is the transpose, formats are what the sender quantised.
+
+Dims: n token of a device, d hidden, k selected expert, s row sent, r row received.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.parallel.exchange import FLAT, TWO_HOP, Exchange, combine, dispatch, make_plan
+from deepseek_jax.parallel.low_latency import low_latency_plan
+from deepseek_jax.parallel.ragged import Chunks, make_chunks, ragged_all_to_all
+from deepseek_jax.parallel.wire import Wire, decode, encode, num_words, pack, unpack
+from tests.parallel.test_experts_mesh import on_mesh
+
+NODES, LOCAL = 4, 2
+RANKS = NODES * LOCAL
+JOINT = ("node", "local")
+E_LOCAL, K, N = 2, 3, 5
+D = 160  # a tile of 128 channels and a ragged one
+
+
+def program(fn, n_args, **kwargs):
+    return on_mesh(fn, (NODES, LOCAL), n_args, **kwargs)
+
+
+def ids_of_all(seed=0):
+    """int32 [devices * N, K], some absent"""
+    rng = np.random.default_rng(seed)
+    e = np.tile(np.arange(RANKS * E_LOCAL), (RANKS * N, 1))
+    ids = rng.permuted(e, axis=1)[:, :K]
+    return np.where(rng.random(ids.shape) < 0.2, -1, ids).astype(np.int32)
+
+
+# --- one ragged all-to-all --------------------------------------------------------------------------------------
+
+SENT, ROWS, MOST = 40, 40, 4
+
+
+def by_hand(x, counts, per, stride, window):
+    """What lands where, in loops over devices, chunks and rows."""
+    out = np.zeros((RANKS, ROWS, *x.shape[2:]), x.dtype)
+    for dst in range(RANKS):
+        for j in range(per):
+            place = j * stride
+            for src in range(RANKS):
+                start = counts[src, : dst * per + j].sum()
+                for i in range(counts[src, dst * per + j]):
+                    row = place if window is None else place - window[0]
+                    if window is None or 0 <= row < window[1]:
+                        out[dst, row] = x[src, start + i]
+                    place += 1
+    return out
+
+
+def written(x, chunks, per, rows):
+    """What the native collective is defined to do: every device writes its chunks to its peers at `landing`."""
+    out = np.zeros((RANKS, rows, *x.shape[2:]), x.dtype)
+    for src in range(RANKS):
+        for c in range(RANKS * per):
+            at, size, to = (getattr(chunks, name)[src, c] for name in ("start", "size", "landing"))
+            out[c // per, to : to + size] = x[src, at : at + size]
+            back = (c // per, src * per + c % per)  # the same chunk as its receiver sees it
+            assert (chunks.recv_start[back], chunks.recv_size[back], chunks.recv_origin[back]) == (
+                to,
+                size,
+                at,
+            )
+    return out
+
+
+@pytest.mark.parametrize(("per", "window"), [(1, None), (1, (3, 5)), (2, None)])
+def test_ragged_all_to_all_and_its_reverse(per, window):
+    """Rows land as planned, and <a2a(x), y> = <x, a2a'(y)>: integers in float32, so exactly."""
+    rng = np.random.default_rng(per)
+    counts = rng.integers(0, MOST // per + 1, (RANKS, RANKS * per)).astype(np.int32)
+    counts[2], counts[:, 3 * per] = 0, 0  # a device that sends nothing, and one that gets nothing in a chunk
+    x = rng.integers(-9, 9, (RANKS, SENT, 3)).astype(np.float32)
+    y = rng.integers(-9, 9, (RANKS, ROWS, 3)).astype(np.float32)
+    stride = ROWS // per if per > 1 else 0
+
+    def run(x, y, counts):
+        chunks = make_chunks(counts, JOINT, stride, window)
+        got, transpose = jax.vjp(lambda x: ragged_all_to_all(x, chunks, ROWS, MOST, JOINT), x)
+        return got, transpose(y)[0], chunks
+
+    tiled = np.tile(counts, (RANKS, 1))
+    out = jax.device_get(program(run, 3)(x.reshape(-1, 3), y.reshape(-1, 3), tiled))
+    got, back = (a.reshape(RANKS, -1, 3) for a in out[:2])
+    chunks = Chunks(*(a.reshape(RANKS, -1) for a in out[2]))
+    want = by_hand(x, counts, per, stride, window)
+    assert want.any() and (want * y).sum() == (x * back).sum()
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(written(x, chunks, per, ROWS), want)
+    np.testing.assert_array_equal(written(y, chunks.reverse(), per, SENT), back)
+
+
+def lowered(platform, implementation):
+    def run(x, counts):
+        chunks = make_chunks(counts, JOINT)
+        return ragged_all_to_all(x, chunks, ROWS, MOST, JOINT, implementation)
+
+    shapes = (
+        jax.ShapeDtypeStruct((RANKS * SENT, 3), jnp.float32),
+        jax.ShapeDtypeStruct((RANKS * RANKS, RANKS), jnp.int32),
+    )
+    text = program(run, 2).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    return text.count("ragged_all_to_all") > 0, text.count("stablehlo.all_to_all") > 0
+
+
+def test_the_platform_of_the_lowering_chooses():
+    assert lowered("cuda", None) == (True, False)
+    assert lowered("cpu", None) == (False, True)
+    assert lowered("cuda", "dense") == (False, True)
+    with pytest.raises(ValueError, match="implementation='nccl' is not one of"):
+        Exchange(implementation="nccl")
+
+
+# --- plans ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def planned(axes):
+    """Row numbers of the tokens that each device receives, their expert ids, and the counts of the first hop."""
+
+    def run(ids, number):
+        ex = Exchange(axes)
+        plan = make_plan(ex, ids, E_LOCAL)
+        rows, weights = dispatch(number, jnp.zeros((N, K)), plan, ex)
+        return rows, plan.experts_rk, plan.hops[0].counts_pc, weights
+
+    number = np.arange(1, RANKS * N + 1, dtype=np.float32)[:, None]
+    rows, experts, counts, _ = jax.device_get(program(run, 2)(ids_of_all(), number))
+    return rows.reshape(RANKS, -1), experts.reshape(RANKS, -1, K), counts
+
+
+@pytest.mark.parametrize("axes", [FLAT, TWO_HOP], ids=["flat", "two hops"])
+def test_each_device_gets_each_of_its_tokens_once(axes):
+    rows, experts, _ = planned(axes)
+    ids = ids_of_all()
+    for rank in range(RANKS):
+        mine = (ids >= rank * E_LOCAL) & (ids < (rank + 1) * E_LOCAL)
+        tokens = rows[rank].astype(int) - 1
+        live = tokens >= 0
+        assert sorted(tokens[live]) == np.flatnonzero(mine.any(1)).tolist()
+        np.testing.assert_array_equal(
+            experts[rank][live], np.where(mine, ids - rank * E_LOCAL, -1)[tokens[live]]
+        )
+        assert (experts[rank][~live] == -1).all()
+
+
+def test_a_token_crosses_to_a_node_once():
+    """The counts of the first hop are those of (token, node) pairs, not of (token, device) or (token, expert)."""
+    counts = planned(TWO_HOP)[2].reshape(NODES, LOCAL, NODES, NODES)  # device, then counts_pc
+    node = np.where(ids_of_all() < 0, -1, ids_of_all() // (E_LOCAL * LOCAL)).reshape(NODES, LOCAL, N, K)
+    want = (node[..., None] == np.arange(NODES)).any(3).sum(2)  # [node, local, to node]
+    for source, local, other in itertools.product(range(NODES), range(LOCAL), range(NODES)):
+        assert counts[other, local, source].tolist() == want[source, local].tolist()
+    assert want.sum() < (planned(FLAT)[2][:RANKS]).sum()
+
+
+# --- formats ----------------------------------------------------------------------------------------------------
+
+
+def raw(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8_ue8m0"])
+@pytest.mark.parametrize("axes", [FLAT, TWO_HOP], ids=["flat", "two hops"])
+def test_fp8_is_quantised_at_the_sender_and_exchanged_exactly(form, axes):
+    """Bitwise: dispatch in FP8 = exact dispatch of the quantised and dequantised tokens; so for the gradient of a
+    combine. The gradient of a dispatch travels as it is."""
+    exact, quantised = Exchange(axes), Exchange(axes, Wire(form))
+
+    def both(ex, first, x, w, y, g, ids):
+        plan = make_plan(ex, ids, E_LOCAL)
+        moved, back = jax.vjp(lambda x, w: dispatch(x, w, plan, ex), first(x), w)
+        summed, forth = jax.vjp(lambda y: combine(y, plan, ex), y)
+        return moved, back((y, moved[1])), summed, forth(first(g))
+
+    def run(*args):
+        def as_sent(x):
+            return decode(encode(x, form), form, x.dtype)
+
+        return both(quantised, lambda x: x, *args), both(exact, as_sent, *args)
+
+    rng = np.random.default_rng(3)
+    x, g = (rng.normal(size=(RANKS * N, D)).astype(np.float32) * 10 ** rng.uniform(-3, 3, D) for _ in "xg")
+    y = rng.normal(size=(RANKS * N * RANKS, D)).astype(np.float32)
+    w = rng.uniform(size=(RANKS * N, K)).astype(np.float32)
+    got, want = program(run, 5)(x.astype(np.float32), w, y, g.astype(np.float32), ids_of_all())
+    assert raw(got) == raw(want)
+    assert np.abs(np.asarray(got[0][0])).max() > 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_combine_in_bf16_rounds_each_hop(dtype):
+    def run(y, ids):
+        exact, rounded = Exchange(FLAT), Exchange(FLAT, Wire(combine="bf16"))
+        plan = make_plan(exact, ids, E_LOCAL)
+        nearest = y.astype(jnp.bfloat16).astype(dtype)
+        return combine(y, plan, rounded), combine(nearest, plan, exact)
+
+    y = jnp.asarray(np.random.default_rng(4).normal(size=(RANKS * N * RANKS, D)), dtype)
+    got, want = program(run, 2)(y, ids_of_all())
+    assert got.dtype == dtype and raw(got) == raw(want)
+
+
+def test_messages_hold_any_parts():
+    rng = np.random.default_rng(5)
+    parts = (
+        jnp.asarray(rng.normal(size=(3, 7)), jnp.float8_e4m3fn),
+        jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
+        jnp.zeros((3, 0), jnp.float32),
+        jnp.asarray(rng.normal(size=(3, 5)), jnp.bfloat16),
+    )
+    message, layout = pack(parts)
+    assert message.shape == (3, sum(num_words(p.shape[1], p.dtype) for p in parts)) == (3, 2 + 2 + 0 + 3)
+    assert raw(unpack(message, layout)) == raw(parts)
+
+
+def test_formats_that_do_not_exist():
+    with pytest.raises(
+        ValueError, match=r"wire.dispatch='int8' is not one of \['same', 'bf16', 'fp8', 'fp8_ue8m0'\]"
+    ):
+        Wire("int8")
+    with pytest.raises(ValueError, match=r"wire.combine='fp8' .*partial sums are not quantised"):
+        Wire(combine="fp8")
+
+
+# --- low latency ------------------------------------------------------------------------------------------------
+
+
+def test_low_latency_rows_lie_by_expert_in_front():
+    """Of each expert's buffer the first rows are its tokens, in the order of the senders, and no others are used."""
+
+    def run(ids, number):
+        ex = Exchange(FLAT)
+        plan, rows_e = low_latency_plan(ex, ids, E_LOCAL)
+        return dispatch(number, jnp.zeros((N, 0)), plan, ex)[0], rows_e
+
+    ids = ids_of_all()
+    number = np.arange(1, RANKS * N + 1, dtype=np.float32)[:, None]
+    rows, rows_e = jax.device_get(program(run, 2)(ids, number))
+    for expert, (buffer, size) in enumerate(zip(rows.reshape(-1, RANKS * N), rows_e, strict=True)):
+        assert buffer[:size].astype(int).tolist() == (np.flatnonzero((ids == expert).any(1)) + 1).tolist()
+        assert not buffer[size:].any()
