@@ -234,7 +234,9 @@ def test_a_device_reads_its_slice(folders, which):
 
 def test_shardings_are_followed(folders):
     """Two devices, each with its half of the hidden dim."""
-    mesh = jax.make_mesh((1, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:2])
+    mesh = jax.make_mesh(
+        (1, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:2]
+    )
     axes = logical_axes(model_params(dataclasses.replace(V3, dtype="bfloat16")))
     rules = {"layer": "x", "embed": "y"}
     shardings = jax.tree.map(
