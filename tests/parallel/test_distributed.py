@@ -1,4 +1,5 @@
-"""Two processes of four devices each, over gloo: one run with one process's results, through kill and SIGTERM."""
+"""Two processes of four devices each, over gloo, experts spread over all: one process's results, through kill and
+SIGTERM, and on other devices."""
 
 import dataclasses
 import os
@@ -35,6 +36,9 @@ ARGUMENTS = (
     "--config.model.num_hidden_layers=1",
     "--config.model.first_k_dense_replace=0",
     "--config.train.sample_tokens=0",
+    # Every expert on a device of its own, the processes as nodes.
+    "--config.mesh.node=2",
+    "--config.mesh.local=4",
     f"--config.distributed.heartbeat_timeout={HEARTBEAT}",
 )
 
@@ -107,7 +111,7 @@ def assert_close(got, want) -> None:
 def test_one_process_trains_alike_and_goes_on_from_the_middle_on_four_devices(runs, undisturbed):
     """The second: parameters, moments, average and the place in the data are restored onto other devices."""
     shutil.copytree(undisturbed, runs.base / "four")
-    one, four = runs.alone("one", 8), runs.alone("four", 4, "--from_step=6")
+    one, four = runs.alone("one", 8), runs.alone("four", 4, "--from_step=6", "--config.mesh.local=2")
     printed = finished(four)
     finished(one)
     assert "resumed from step 6 in" in printed and "4 device(s) of 1 process(es)" in printed
