@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.params import Param, tree_map_with_name
@@ -62,7 +62,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 # --- parameters -----------------------------------------------------------------------------------------------
 
 
-def expert_exchange(cfg: MeshConfig, mesh: Mesh) -> str:
+def expert_exchange(cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> str:
     """How experts are spread over the mesh: "two_hop", "flat" or "replicated"; `mesh.experts`, "auto" resolved."""
     spread = [axis for axis in EXPERT_AXES if mesh.shape[axis] > 1]
     if not spread:
@@ -72,12 +72,12 @@ def expert_exchange(cfg: MeshConfig, mesh: Mesh) -> str:
     return "flat" if len(spread) == 1 else "two_hop"
 
 
-def rules(cfg: MeshConfig, mesh: Mesh) -> Rules:
+def rules(cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> Rules:
     """The table for a mesh config."""
     return REPLICATED if expert_exchange(cfg, mesh) == "replicated" else EXPERT_PARALLEL
 
 
-def param_spec(name: str, param: Param, mesh: Mesh, table: Rules) -> PartitionSpec:
+def param_spec(name: str, param: Param, mesh: Mesh | AbstractMesh, table: Rules) -> PartitionSpec:
     """Mesh axes of each dim of a parameter.
 
     Raises ValueError if two dims want the same mesh axis, or a dim does not divide over its axes.
@@ -106,7 +106,7 @@ def param_spec(name: str, param: Param, mesh: Mesh, table: Rules) -> PartitionSp
     return PartitionSpec(*entries)
 
 
-def param_specs(tree: Any, mesh: Mesh, table: Rules) -> Any:
+def param_specs(tree: Any, mesh: Mesh | AbstractMesh, table: Rules) -> Any:
     """`param_spec` of each `Param` of a tree."""
     return tree_map_with_name(lambda name, p: param_spec(name, p, mesh, table), tree)
 
