@@ -3,7 +3,6 @@
 The rule's own mistakes, what each device holds, and checkpoints from and to any layout.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -114,7 +113,7 @@ NORMS = 3 * 32 + 16 + 12  # floats in norm scales: two of the layer and the fina
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_device_holds_its_part(name):
     """Of master weights and both moments, after the last step too: 1/8, 1/8 and 1/4 of all but the norms."""
-    cfg, mesh, _, _ = program(name)
+    _, mesh, _, _ = program(name)
     _, state, _ = run(name)
     for tree in (state.params, state.opt_state.mu, state.opt_state.nu):
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -148,9 +147,7 @@ def test_what_travels(name):
     """One reduce-scatter and one all-gather per matrix and step, whatever the micro-batches; all-reduced are only
     norms, counts of experts and scalars, in the compiled program with the optimizer too."""
     cfg, _, lowered, compiled = program(name)
-    matrices = sum(
-        "norm" not in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(put_shapes(cfg))
-    )
+    matrices = sum("norm" not in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes(cfg)))
     assert len(re.findall(r'= "stablehlo.reduce_scatter"', lowered)) == matrices
     gathered = len(re.findall(r'= "stablehlo.all_gather"', lowered))
     assert gathered == matrices + (2 if name == "all axes" else 0)  # and the exchange's two of row counts
@@ -159,13 +156,10 @@ def test_what_travels(name):
         _elements(s) for line in lines for s in re.findall(r"\w\d+\[([\d,]*)\]", line.split(" all-reduce")[0])
     ]
     assert lines and max(reduced) == 32  # norm scales; the smallest matrix has 256
-    assert (
-        min(_elements(s) for s in re.findall(r"\w\d+\[([\d,]*)\]\S* reduce-scatter\(", compiled.as_text()))
-        > 0
-    )
+    assert len(re.findall(r" reduce-scatter\(", compiled.as_text())) == matrices
 
 
-def put_shapes(cfg):
+def shapes(cfg):
     return jax.eval_shape(lambda: fresh_state(cfg)).params
 
 
@@ -173,7 +167,7 @@ def put_shapes(cfg):
 
 
 def evaluation(zero, dtype, precision):
-    cfg = config((2, 2, 2), zero=zero, dtype=dtype, precision=precision)
+    cfg = config((2, 1, 1), zero=zero, dtype=dtype, precision=precision)
     mesh = mesh_of(cfg)
     state = put(cfg, mesh)
     args = state.params, state.balance_bias, batch_on(cfg, mesh)
@@ -240,7 +234,7 @@ HOMES = {
 def test_a_checkpoint_goes_from_any_layout_to_any(source, targets, tmp_path):
     """State and average, bit for bit; what has been divided by one rule is read by another."""
     cfg = HOMES[source]
-    state = init_state(cfg, mesh_of(cfg))
+    state = put(cfg, mesh_of(cfg))
     ema = EMA(state.params, 0.9)
     ema.update(state.params)
     checkpointer = Checkpointer(tmp_path)
@@ -248,8 +242,9 @@ def test_a_checkpoint_goes_from_any_layout_to_any(source, targets, tmp_path):
     checkpointer.wait()
     for target in targets:
         cfg = HOMES[target]
-        other = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=1))
-        blank = init_state(other, mesh_of(cfg))
+        blank = jax.device_put(
+            jax.tree.map(jnp.zeros_like, fresh_state(cfg)), state_shardings(cfg, mesh_of(cfg))
+        )
         average = EMA(blank.params, 0.9)
         restored = checkpointer.restore(blank, ema=average.abstract())
         average.restore(restored.ema)
