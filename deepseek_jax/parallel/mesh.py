@@ -27,22 +27,33 @@ REPLICATED: Rules = MappingProxyType({})
 EXPERT_PARALLEL: Rules = MappingProxyType({"expert": EXPERT_AXES})
 
 
+def _sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Size of each of AXES; `data=0` takes whatever the other axes leave of `devices`."""
+    rest = cfg.pipe * cfg.node * cfg.local * cfg.tensor
+    data = cfg.data or max(1, devices // rest)
+    need = data * rest
+    if need > devices or (cfg.data == 0 and need != devices):
+        raise ValueError(
+            f"mesh pipe={cfg.pipe} data={cfg.data} node={cfg.node} local={cfg.local} tensor={cfg.tensor} "
+            f"needs {need} devices and {devices} are at hand; change config.mesh.*"
+        )
+    return cfg.pipe, data, cfg.node, cfg.local, cfg.tensor
+
+
 def make_mesh(cfg: MeshConfig, devices: Any = None) -> Mesh:
     """Mesh over `devices` (default: all); `data=0` takes whatever the other axes leave.
 
     Raises ValueError, with the numbers, if the axes do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    rest = cfg.pipe * cfg.node * cfg.local * cfg.tensor
-    data = cfg.data or max(1, len(devices) // rest)
-    need = data * rest
-    if need > len(devices) or (cfg.data == 0 and need != len(devices)):
-        raise ValueError(
-            f"mesh pipe={cfg.pipe} data={cfg.data} node={cfg.node} local={cfg.local} tensor={cfg.tensor} "
-            f"needs {need} devices and {len(devices)} are at hand; change config.mesh.*"
-        )
-    shape = (cfg.pipe, data, cfg.node, cfg.local, cfg.tensor)
+    shape = _sizes(cfg, len(devices))
+    need = math.prod(shape)
     return Mesh(np.array(devices[:need]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(cfg: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh of `make_mesh` over as many devices, without any: for plans. Raises ValueError likewise."""
+    return AbstractMesh(_sizes(cfg, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -51,7 +51,7 @@ def mesh_of(cfg):
 
 
 def put(cfg, mesh, nudge=0.0, seed=0):
-    state = fresh_state(cfg)
+    state = jax.device_get(fresh_state(cfg))  # from the host, nothing is compiled to divide it
     if nudge:
         rng = np.random.default_rng(seed)
         params = jax.tree.map(
