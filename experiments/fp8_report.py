@@ -1,7 +1,8 @@
 """Tables and the picture of `experiments.fp8_study`."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deepseek_jax.config import PRECISIONS, Config
+from deepseek_jax.model.transformer import model_params
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.errors import (
     GEMMS,
@@ -20,19 +22,21 @@ from deepseek_jax.precision.errors import (
     gemm_errors,
     synthetic,
 )
-from deepseek_jax.precision.errors import (
-    Path as WeightPath,
-)
+from deepseek_jax.precision.weights import attach, quantise_weights
+from deepseek_jax.training.loop import Trainer
 from deepseek_jax.training.metrics import read_records
+from deepseek_jax.training.step import losses
 from experiments.fp8_study import OTHER_SEED
 
 DEPTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SHAPE = (256, 1024, 512)  # m, k, n of the synthetic GEMMs
+WINDOWS = 16  # validation windows of the measurements on the trained model
 SMOOTHING = 0.9  # of the loss curves, as in the report's appendix B.1
+COLOURS = dict(zip((*PRECISIONS, OTHER_SEED), (f"C{i}" for i in range(7)), strict=True))
 GOAL = 0.25  # per cent, the report's bound on the relative loss error
 
 # Layers whose tensors are looked at: path in the parameters, dims of the weight that are its input.
-WATCHED: dict[str, tuple[WeightPath, int]] = {
+WATCHED: dict[str, tuple[tuple[str, ...], int]] = {
     "attention input": (("moe_layers", "attn", "wq_a_dq"), 1),
     "attention output": (("moe_layers", "attn", "wo_hvd"), 2),
     "FFN down": (("dense_layers", "ffn", "w_down_fd"), 1),
@@ -40,25 +44,69 @@ WATCHED: dict[str, tuple[WeightPath, int]] = {
 Table = dict[str, dict[str, dict[str, Errors]]]  # data -> preset -> GEMM
 
 
-def captured(cfg: Config) -> dict[str, Any]:
-    """Tensors of the trained bf16 model on one batch of its data."""
-    from deepseek_jax.training.loop import Trainer
-    from deepseek_jax.training.step import losses
+class Trained(NamedTuple):
+    """The trained bf16 model and validation windows of its data, on one device."""
 
+    cfg: Config
+    params: Any
+    bias: jax.Array
+    batch: dict[str, jax.Array]
+
+
+def load(cfg: Config) -> Trained:
     trainer = Trainer(cfg)
     try:
         trainer.resume()
-        b = 2
-        batch = {k: jnp.asarray(v[:b]) for k, v in trainer.data.validation.subset(b).batch.items()}
-        params = jax.device_get(trainer.state.params)
-        bias = jax.device_get(trainer.state.balance_bias)
-        params = jax.tree.map(jnp.asarray, params)
-        return capture(lambda p: losses(p, cfg, batch, bias, b).main, params, WATCHED, b * cfg.data.seq_len)
+        batch = {k: jnp.asarray(v) for k, v in trainer.data.validation.subset(WINDOWS).batch.items()}
+        state = jax.tree.map(jnp.asarray, jax.device_get((trainer.state.params, trainer.state.balance_bias)))
+        return Trained(cfg, *state, batch)
     finally:
         trainer.close()
 
 
-def errors(cfg: Config) -> Table:
+def captured(trained: Trained) -> dict[str, Any]:
+    """What the watched layers see on two windows."""
+    cfg, b = trained.cfg, 2
+    batch = {k: v[:b] for k, v in trained.batch.items()}
+
+    def loss(params):
+        return losses(params, cfg, batch, trained.bias, b).main * b * cfg.data.seq_len
+
+    return capture(loss, trained.params, WATCHED, b * cfg.data.seq_len)
+
+
+def same_weights(trained: Trained) -> dict[str, tuple[float, float]]:
+    """Preset -> (relative error of the loss, relative L2 error of the whole gradient), on the trained bf16 weights."""
+    cfg, declared = trained.cfg, model_params(trained.cfg.model)
+    scale = float(WINDOWS * cfg.data.seq_len)
+
+    def measured(preset: str) -> tuple[float, np.ndarray]:
+        policy = PRESETS[preset]
+
+        @jax.jit
+        def run(params):
+            quantised = quantise_weights(params, declared, policy)
+
+            def loss(params):
+                with_policy = attach(params, quantised, policy)
+                return losses(with_policy, cfg, trained.batch, trained.bias, WINDOWS).main * scale
+
+            return jax.value_and_grad(loss)(params)
+
+        value, grads = run(trained.params)
+        return float(value), np.concatenate(
+            [np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(grads)]
+        )
+
+    loss, gradient = measured("bf16")
+    out = {}
+    for preset in PRECISIONS[1:]:
+        value, g = measured(preset)
+        out[preset] = (value / loss - 1, float(np.linalg.norm(g - gradient) / np.linalg.norm(gradient)))
+    return out
+
+
+def errors(trained: Trained) -> Table:
     m, k, n = SHAPE
     rng = np.random.default_rng(0)
     data = {
@@ -68,7 +116,7 @@ def errors(cfg: Config) -> Table:
             synthetic(kind, rng, m, n),
         )
         for kind in KINDS
-    } | captured(cfg)
+    } | captured(trained)
     return {
         name: {preset: gemm_errors(PRESETS[preset], *tensors) for preset in PRECISIONS}
         for name, tensors in data.items()
@@ -103,7 +151,13 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
-def print_tables(table: Table, accumulation: dict[str, list[float]], loss: dict[str, np.ndarray]) -> None:
+def print_tables(
+    table: Table,
+    accumulation: dict[str, list[float]],
+    loss: dict[str, np.ndarray],
+    same: dict[str, tuple[float, float]],
+    validation: dict[str, float],
+) -> None:
     print("\nRelative L2 error of fprop / dgrad / wgrad, per cent\n")
     rows = [
         [preset, *(" / ".join(f"{100 * table[d][preset][g].relative_l2:.2f}" for g in GEMMS) for d in table)]
@@ -126,8 +180,16 @@ def print_tables(table: Table, accumulation: dict[str, list[float]], loss: dict[
     )
     rows = []
     for name, error in relative_errors(loss).items():
-        rows.append([name, f"{error[-1]:+.3f}", f"{np.abs(error[len(error) // 2 :]).mean():.3f}"])
-    print(_markdown(["", "last", "mean"], rows), flush=True)
+        end = 100 * (validation[name] / validation["bf16"] - 1)
+        rows.append(
+            [name, f"{error[-1]:+.2f}", f"{np.abs(error[len(error) // 2 :]).mean():.2f}", f"{end:+.2f}"]
+        )
+    print(_markdown(["", "last", "mean", "validation"], rows))
+    print("\nOn the trained bf16 weights, per cent: error of the loss; relative L2 error of the gradient\n")
+    rows = [
+        [name, f"{100 * value:+.3f}", f"{100 * gradient:.1f}"] for name, (value, gradient) in same.items()
+    ]
+    print(_markdown(["", "loss", "gradient"], rows), flush=True)
 
 
 def draw(
@@ -145,7 +207,7 @@ def draw(
         width = 0.8 / len(PRECISIONS)
         for i, preset in enumerate(PRECISIONS):
             values = [getattr(table[d][preset][g], what) for d, g in groups]
-            ax.bar(np.arange(len(groups)) + i * width, values, width, label=preset)
+            ax.bar(np.arange(len(groups)) + i * width, values, width, label=preset, color=COLOURS[preset])
         labels = [f"{g}\n{d}" if g == "dgrad" else g for d, g in groups]
         if what == "underflow":
             labels = [d.replace(" ", "\n") for d, _ in groups]
@@ -155,7 +217,8 @@ def draw(
             "GEMM error, relative L2" if what == "relative_l2" else "share of activations that become zero"
         )
         if what == "relative_l2":
-            ax.legend(fontsize=8, ncols=len(PRECISIONS), loc="lower center")
+            ax.set_ylim(top=0.3)  # room for the legend
+            ax.legend(fontsize=8, ncols=len(PRECISIONS), loc="upper center")
     ax = figure.add_subplot(grid[1, 1])
     for name, values in accumulation.items():
         ax.loglog(DEPTHS, values, "--" if "promoted" in name else "-", label=name)
@@ -169,12 +232,24 @@ def draw(
 
 def _draw_training(left: Any, right: Any, loss: dict[str, np.ndarray]) -> None:
     for name, values in loss.items():
-        left.plot(np.arange(1, len(values) + 1), values, ":" if name == OTHER_SEED else "-", label=name)
+        left.plot(
+            np.arange(1, len(values) + 1),
+            values,
+            ":" if name == OTHER_SEED else "-",
+            label=name,
+            color=COLOURS[name],
+        )
     left.set_title("training loss, nats per token")
     left.set_xlabel("step")
     left.legend(fontsize=8)
     for name, error in relative_errors(loss).items():
-        right.plot(np.arange(1, len(error) + 1), error, ":" if name == OTHER_SEED else "-", label=name)
+        right.plot(
+            np.arange(1, len(error) + 1),
+            error,
+            ":" if name == OTHER_SEED else "-",
+            label=name,
+            color=COLOURS[name],
+        )
     right.axhspan(-GOAL, GOAL, color="0.9", zorder=0, label=f"within {GOAL}%")
     right.set_title("relative to bf16, per cent")
     right.set_xlabel("step")
@@ -183,10 +258,15 @@ def _draw_training(left: Any, right: Any, loss: dict[str, np.ndarray]) -> None:
 
 def write(configs: dict[str, Config], out: Path) -> None:
     """Everything that needs no training: errors, tables, `fp8_study.png`."""
-    table = errors(configs["bf16"])
+    trained = load(configs["bf16"])
+    table, same = errors(trained), same_weights(trained)
     accumulation = accumulation_errors(DEPTHS, np.random.default_rng(0))
     loss = curves(configs)
-    print_tables(table, accumulation, loss)
+    results = {
+        name: json.loads((Path(cfg.train.out_dir) / "result.json").read_text())
+        for name, cfg in configs.items()
+    }
+    print_tables(table, accumulation, loss, same, {name: r["validation"] for name, r in results.items()})
     picture = out / "fp8_study.png"
     cfg = configs["bf16"]
     title = f"FP8 study: {cfg.model.num_params():,} parameters, {cfg.train.steps} steps"

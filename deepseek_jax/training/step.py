@@ -9,6 +9,7 @@ the number of devices.
 Dims: b sequence, t token, w window (t + 1 or more tokens), n flattened token, k MTP depth, l layer, e expert.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -131,19 +132,22 @@ def _gradients(
 ) -> tuple[Any, Losses]:
     """Float32 gradients and losses of this device's sequences, in `grad_accumulation` micro-batches.
 
-    Under an FP8 policy the weights are quantised here, once for all micro-batches. Of parameters that come in the
-    compute dtype, a micro-batch's gradient is rounded to it, as products are; sums are float32.
+    Under an FP8 policy the weights are quantised here, once for all micro-batches, and the backward pass runs on the
+    losses times a power of two near the global token count: gradients of a mean over a large batch would lie below
+    the quantiser's smallest scale, and vanish. Of parameters that come in the compute dtype, a micro-batch's gradient
+    is rounded to it, as products are; sums are float32.
     """
     policy = preset(cfg.precision)
     quantised = quantise_weights(params, model_params(cfg.model), policy)
+    scale = 1.0 if policy is None else 2.0 ** math.ceil(math.log2(sequences * cfg.data.seq_len))
 
     def objective(params, micro):
         parts = losses(attach(params, quantised, policy), cfg, micro, balance_bias, sequences, experts)
-        return parts.main + mtp_lambda * parts.mtp + parts.balance, parts
+        return (parts.main + mtp_lambda * parts.mtp + parts.balance) * scale, parts
 
     def grad(params, micro):
         grads, parts = jax.grad(objective, has_aux=True)(params, micro)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), parts
+        return jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads), parts
 
     steps = cfg.train.grad_accumulation
     if steps == 1:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import MeshConfig
+from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import linear
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.mesh import make_mesh
@@ -14,7 +15,7 @@ from deepseek_jax.precision import PRESETS, weights
 from deepseek_jax.precision.linear import Weight, quantise_weight
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.state import Hyper
-from deepseek_jax.training.step import losses, make_train_step
+from deepseek_jax.training.step import _gradients, losses, make_train_step
 from tests.tiny_run import fresh_state, tiny, tokens
 
 SMALL = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
@@ -95,3 +96,19 @@ def test_values_above_240_survive_recomputation():
     want, want_grads = jax.value_and_grad(loss, (0, 1))(x, w)
     assert value == want
     np.testing.assert_array_equal(grads[1].master, want_grads[1].master)
+
+
+def test_gradients_do_not_depend_on_how_large_the_global_batch_is():
+    """At the report's 62,914,560 tokens per step the gradients of the mean are of 1e-10: bitwise the same numbers."""
+    cfg, state = small(), fresh_state(small())
+    batch = {"tokens": jnp.asarray(tokens(cfg))}
+    n = 2**19 * cfg.train.batch_size
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(sequences):
+        return _gradients(
+            state.params, cfg, batch, state.balance_bias, jnp.float32(0.3), sequences, routed_experts
+        )[0]
+
+    small_batch, large_batch = gradients(cfg.train.batch_size), gradients(n)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b * 2.0**19), small_batch, large_batch)
