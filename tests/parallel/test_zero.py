@@ -157,6 +157,7 @@ def test_what_travels(name):
     ]
     assert lines and max(reduced) == 32  # norm scales; the smallest matrix has 256
     assert len(re.findall(r" reduce-scatter\(", compiled.as_text())) == matrices
+    assert len(re.findall(r" all-gather\(", compiled.as_text())) == gathered
 
 
 def shapes(cfg):
