@@ -2,8 +2,10 @@
 
     python -m experiments.train --config=configs/v2_236b.py --config.data.source="data/*.parquet"
 
-Hardware: about 16 bytes of state per parameter. Training keeps all of it on every device so far, which no GPU
-holds at this size: the config is for counts, conversion and inference. Not run: there is no expected loss.
+Hardware: nodes of 8 GPUs, 4 of them per replica of the experts. There is no pipeline parallelism yet, so every GPU
+puts all layers together to compute: of 256 GPUs each keeps 7 GiB of state, but a step takes 159 GiB, or 85 GiB with
+train.grad_accumulation=1, activations not counted (`python -m experiments.plan memory --config=configs/v2_236b.py
+--devices=256`). The latter may fit 141 GB, nothing fits 80 GB. Not run: there is no expected loss.
 Figures of the published config.json of deepseek-ai/DeepSeek-V2.
 """
 
@@ -65,6 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
             "batch_ramp_tokens": 225000000000.0,
         }
     )
+    config.mesh.update({"node": 4, "local": 8, "zero": True})
     config.train.update(
         {
             "steps": 220000,
@@ -74,6 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
             "loss_chunk": 4096,
             "eval_every": 500,
             "checkpoint_every": 500,
+            "sample_tokens": 0,
             "out_dir": "runs/v2_236b",
         }
     )

@@ -2,8 +2,9 @@
 
     python -m experiments.train --config=configs/v2_lite_16b.py --config.data.source="data/*.parquet"
 
-Hardware: about 16 bytes of state per parameter. Training keeps all of it on every device so far, which no GPU
-holds at this size: the config is for counts, conversion and inference. Not run: there is no expected loss.
+Hardware: one node of 8 GPUs of 80 GB, or several. ZeRO-1: 15 GiB of state per GPU, 38 GiB in a step with gradients
+and the compute copy, activations not counted (`python -m experiments.plan memory --config=configs/v2_lite_16b.py`).
+Not run: there is no expected loss.
 Figures of the published config.json of deepseek-ai/DeepSeek-V2-Lite.
 """
 
@@ -65,6 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
             "batch_ramp_tokens": 0.0,
         }
     )
+    config.mesh.update({"local": 8, "zero": True})
     config.train.update(
         {
             "steps": 301000,
@@ -74,6 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
             "loss_chunk": 4096,
             "eval_every": 500,
             "checkpoint_every": 500,
+            "sample_tokens": 0,
             "out_dir": "runs/v2_lite_16b",
         }
     )

@@ -2,8 +2,10 @@
 
     python -m experiments.train --config=configs/v3_671b.py --config.data.source="data/*.parquet"
 
-Hardware: the report used 2,048 H800 for 54 days of pre-training. Training keeps all parameters on every device so
-far, which no GPU holds at this size. Not run: there is no expected loss.
+Hardware: the report used 2,048 H800 for 54 days of pre-training, 16 pipeline stages of 128. There is no pipeline
+parallelism yet, so every GPU puts all layers together to compute: of 512 GPUs, 8 replicas of 8 nodes, each keeps
+10 GiB of state, but a step takes 119 GiB, activations not counted (`python -m experiments.plan memory
+--config=configs/v3_671b.py --devices=512`). No GPU of 80 GB holds that. Not run: there is no expected loss.
 Batch 3072 -> 15360 sequences of 4096 tokens over the first 469B tokens; 242,785 steps in all.
 """
 
@@ -54,6 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
             "seq_len": 4096,
         }
     )
+    config.mesh.update({"node": 8, "local": 8, "zero": True})
     config.train.update(
         {
             "steps": 242785,
@@ -62,6 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
             "loss_chunk": 4096,
             "eval_every": 500,
             "checkpoint_every": 500,
+            "sample_tokens": 0,
             "out_dir": "runs/v3_671b",
         }
     )

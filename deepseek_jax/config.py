@@ -334,6 +334,7 @@ class MeshConfig:
     receive: float = (
         0.0  # rows received at once, in units of a device's tokens, more in rounds; 0: all at once
     )
+    zero: bool = False  # ZeRO-1: master weights and moments divided over data, node and local (experts: data)
 
     def __post_init__(self):
         for name in ("pipe", "data", "node", "local", "tensor"):

@@ -27,8 +27,8 @@ def _unknown_key(argv: Sequence[str]) -> str | None:
     return None
 
 
-def parse(argv: Sequence[str], default: str) -> list[str]:
-    """For `absl.app.run(flags_parser=...)`: the arguments that are no flags.
+def parse(argv: Sequence[str], default: str, values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """For `absl.app.run(flags_parser=...)`: the arguments that are no flags (of `values`).
 
     `default` is the config file where none is named. (As the flag's own default it would be read, and mistakes
     in overrides raised, while the module is imported.) Exits with status 2 on a mistake.
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str], default: str) -> list[str]:
     if not any(a.startswith("--config=") or a == "--config" for a in argv):
         argv = [argv[0], f"--config={default}", *argv[1:]]
     try:
-        return flags.FLAGS(argv)
+        return values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         unknown = _unknown_key(argv)
         if unknown is None and not isinstance(error, flags.Error | OSError):

@@ -2,10 +2,15 @@
 
     python -m experiments.plan exchange                              # DeepSeek-V3: rows and bytes between nodes
     python -m experiments.plan exchange --mesh 4x8 --topk_groups 2   # 4 nodes of 8 devices, tokens of 2 groups
+    python -m experiments.plan memory --config=configs/v3_671b.py --config.mesh.data=8     # bytes on each device
+    python -m experiments.plan memory --config=configs/v2_lite_16b.py --devices=64
 
 `exchange` routes random tokens and counts what crosses between nodes, per token and MoE layer: with one row per
 selected expert, one per device (flat), and one per node (two hops). Bytes: tokens dispatched in FP8 with their
 scales, results combined in BF16.
+
+`memory` adds up what training keeps of a config on each device of its mesh: master weights, moments, gradients and
+the compute copy, of dense parameters and of experts.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import numpy as np
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.traffic import Rows, routing_bytes, row_bytes, sample_rows
+from experiments import plan_memory
 
 KIB = 1024
 
@@ -30,10 +36,11 @@ def _mesh(text: str) -> tuple[int, int]:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Plans on paper: rows and bytes that an expert exchange sends between nodes.",
+        description="Plans on paper: `exchange`, the rows and bytes that an expert exchange sends between nodes; "
+        "`memory`, what a config keeps on each device.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("command", choices=("exchange",))
+    parser.add_argument("command", choices=("exchange", "memory"), help="memory: has flags of its own")
     parser.add_argument(
         "--mesh", type=_mesh, nargs="+", default=[(8, 8), (16, 8)], help="NODESxLOCAL, several"
     )
@@ -89,6 +96,9 @@ def _report(title: str, rows: Rows, hidden: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "memory":
+        return plan_memory.main(argv)
     args = _arguments(argv)
     cases = [(nodes, local, kept) for nodes, local in args.mesh for kept in args.topk_groups]
     try:

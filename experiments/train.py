@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel import distributed
-from deepseek_jax.parallel.together import is_first, own_copy
+from deepseek_jax.parallel.together import is_first, whole_copy
 from experiments import command_line
 from experiments.devices import one_device_per_core
 
@@ -50,27 +50,21 @@ def _describe(cfg: Config, trainer) -> None:
     )
 
 
-def _complete(trainer, result) -> None:
+def _complete(trainer, params, balance_bias) -> None:
     """One plain completion and one in the middle, sampled: so small a model repeats itself when greedy."""
     from deepseek_jax.data.fim import fim_prompt
     from deepseek_jax.inference.generate import generate
     from deepseek_jax.inference.sampling import Sampling
 
     cfg, tokenizer = trainer.cfg, trainer.data.tokenizer
-    if not cfg.train.sample_tokens:
-        return
-    weights = own_copy((result.state.params, result.state.balance_bias))
-    if weights is None:
-        print("no completions: no process holds all parameters (python -m experiments.generate makes them)")
-        return
     plain = tokenizer.encode(PLAIN_PROMPT)
     middle = fim_prompt(*FIM_PROMPT, tokenizer)
     out = generate(
-        weights[0],
+        params,
         cfg.model,
         [plain, middle],
         min(cfg.train.sample_tokens, cfg.model.max_position_embeddings - max(len(plain), len(middle))),
-        balance_bias=weights[1],
+        balance_bias=balance_bias,
         sampling=Sampling(temperature=0.7, top_p=0.9),
         stop_ids=[tokenizer.eos_id],
         num_ids=tokenizer.vocab_size,
@@ -82,7 +76,8 @@ def _complete(trainer, result) -> None:
     print("-" * 75)
 
 
-def _finish(trainer, result) -> None:
+def _finish(trainer, result, weights) -> None:
+    """Report of a finished run; `weights`: whole parameters and bias, or None for no completions."""
     from deepseek_jax.training.report import write_report
 
     unigram = trainer.data.unigram(trainer.data.validation.subset(trainer.cfg.train.eval_windows))
@@ -94,7 +89,8 @@ def _finish(trainer, result) -> None:
     write_report(
         trainer.out_dir / "metrics.jsonl", picture, unigram.nats_per_token, f"{trainer.out_dir.name}"
     )
-    _complete(trainer, result)
+    if weights is not None:
+        _complete(trainer, *weights)
     print(
         f"picture: {picture}\nmetrics: {trainer.out_dir / 'metrics.jsonl'}, {trainer.out_dir / 'tensorboard'}"
     )
@@ -132,8 +128,10 @@ def run(cfg: Config, from_step: int | None = None, fresh: bool = False, stopped_
                 if is_first():
                     print(f"stopped at step {result.step}; the same command goes on from there", flush=True)
                 return stopped_status
+            weights = (result.state.params, result.state.balance_bias)
+            weights = whole_copy(weights, trainer.mesh) if cfg.train.sample_tokens else None
             if is_first():
-                _finish(trainer, result)
+                _finish(trainer, result, weights)
             return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.params import Param, tree_map_with_name
@@ -27,22 +27,33 @@ REPLICATED: Rules = MappingProxyType({})
 EXPERT_PARALLEL: Rules = MappingProxyType({"expert": EXPERT_AXES})
 
 
+def _sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Size of each of AXES; `data=0` takes whatever the other axes leave of `devices`."""
+    rest = cfg.pipe * cfg.node * cfg.local * cfg.tensor
+    data = cfg.data or max(1, devices // rest)
+    need = data * rest
+    if need > devices or (cfg.data == 0 and need != devices):
+        raise ValueError(
+            f"mesh pipe={cfg.pipe} data={cfg.data} node={cfg.node} local={cfg.local} tensor={cfg.tensor} "
+            f"needs {need} devices and {devices} are at hand; change config.mesh.*"
+        )
+    return cfg.pipe, data, cfg.node, cfg.local, cfg.tensor
+
+
 def make_mesh(cfg: MeshConfig, devices: Any = None) -> Mesh:
     """Mesh over `devices` (default: all); `data=0` takes whatever the other axes leave.
 
     Raises ValueError, with the numbers, if the axes do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    rest = cfg.pipe * cfg.node * cfg.local * cfg.tensor
-    data = cfg.data or max(1, len(devices) // rest)
-    need = data * rest
-    if need > len(devices) or (cfg.data == 0 and need != len(devices)):
-        raise ValueError(
-            f"mesh pipe={cfg.pipe} data={cfg.data} node={cfg.node} local={cfg.local} tensor={cfg.tensor} "
-            f"needs {need} devices and {len(devices)} are at hand; change config.mesh.*"
-        )
-    shape = (cfg.pipe, data, cfg.node, cfg.local, cfg.tensor)
+    shape = _sizes(cfg, len(devices))
+    need = math.prod(shape)
     return Mesh(np.array(devices[:need]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(cfg: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh of `make_mesh` over as many devices, without any: for plans. Raises ValueError likewise."""
+    return AbstractMesh(_sizes(cfg, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -62,7 +73,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 # --- parameters -----------------------------------------------------------------------------------------------
 
 
-def expert_exchange(cfg: MeshConfig, mesh: Mesh) -> str:
+def expert_exchange(cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> str:
     """How experts are spread over the mesh: "two_hop", "flat" or "replicated"; `mesh.experts`, "auto" resolved."""
     spread = [axis for axis in EXPERT_AXES if mesh.shape[axis] > 1]
     if not spread:
@@ -72,12 +83,12 @@ def expert_exchange(cfg: MeshConfig, mesh: Mesh) -> str:
     return "flat" if len(spread) == 1 else "two_hop"
 
 
-def rules(cfg: MeshConfig, mesh: Mesh) -> Rules:
+def rules(cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> Rules:
     """The table for a mesh config."""
     return REPLICATED if expert_exchange(cfg, mesh) == "replicated" else EXPERT_PARALLEL
 
 
-def param_spec(name: str, param: Param, mesh: Mesh, table: Rules) -> PartitionSpec:
+def param_spec(name: str, param: Param, mesh: Mesh | AbstractMesh, table: Rules) -> PartitionSpec:
     """Mesh axes of each dim of a parameter.
 
     Raises ValueError if two dims want the same mesh axis, or a dim does not divide over its axes.
@@ -106,7 +117,7 @@ def param_spec(name: str, param: Param, mesh: Mesh, table: Rules) -> PartitionSp
     return PartitionSpec(*entries)
 
 
-def param_specs(tree: Any, mesh: Mesh, table: Rules) -> Any:
+def param_specs(tree: Any, mesh: Mesh | AbstractMesh, table: Rules) -> Any:
     """`param_spec` of each `Param` of a tree."""
     return tree_map_with_name(lambda name, p: param_spec(name, p, mesh, table), tree)
 

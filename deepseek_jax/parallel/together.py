@@ -88,11 +88,10 @@ def on_host(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def own_copy(tree: Any) -> Any | None:
-    """`tree` as arrays of this process alone, or None if it does not hold all of them whole. No communication."""
-    leaves, structure = jax.tree.flatten(tree)
-    if not all(x.is_fully_addressable or x.is_fully_replicated for x in leaves):
-        return None
-    return jax.tree.unflatten(
-        structure, (x if x.is_fully_addressable else x.addressable_data(0) for x in leaves)
-    )
+def whole_copy(tree: Any, mesh: Mesh) -> Any:
+    """`tree`, however it is sharded, as whole arrays on this process's first device. All processes must call it.
+
+    Leaf by leaf: at any time, the other devices hold a copy of one leaf.
+    """
+    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    return jax.tree.map(lambda x: gather(x).addressable_data(0), tree)

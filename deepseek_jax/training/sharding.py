@@ -1,38 +1,37 @@
 """How a training run lies on its mesh: what of the state each device holds, and how it reaches the experts.
 
-Parameters and their moments are whole on every device, except the experts' where `mesh.experts` spreads them over
-node x local (report section 3.2.2).
+Experts are spread over node x local as `mesh.experts` says (report section 3.2.2). Everything else is whole on every
+device while it computes, and between steps too unless `mesh.zero` divides parameters and moments (`parallel/zero.py`).
 """
 
 import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
-from deepseek_jax.parallel.mesh import BATCH_AXES, expert_exchange, param_specs, replicated, rules, spec_axes
+from deepseek_jax.parallel.mesh import expert_exchange, replicated, rules
 from deepseek_jax.parallel.wire import Wire
+from deepseek_jax.parallel.zero import shares
 from deepseek_jax.precision import preset
 from deepseek_jax.training.optimizer import AdamWState
 from deepseek_jax.training.state import TrainState
 
 
-def parameter_specs(cfg: Config, mesh: Mesh) -> Any:
-    """`PartitionSpec` of every parameter. Raises ValueError, with names and numbers, for what does not divide."""
-    return param_specs(model_params(cfg.model), mesh, rules(cfg.mesh, mesh))
+def parameter_shares(cfg: Config, mesh: Mesh | AbstractMesh) -> Any:
+    """`zero.Share` of every parameter. Raises ValueError, with names and numbers, for what does not divide."""
+    table, quantised = rules(cfg.mesh, mesh), preset(cfg.precision) is not None
+    return shares(model_params(cfg.model), mesh, table, cfg.model.dtype, quantised, cfg.mesh.zero)
 
 
 def state_shardings(cfg: Config, mesh: Mesh) -> Any:
     """A `TrainState` of shardings: the moments lie where their parameters are, the rest is everywhere."""
-    specs = parameter_specs(cfg, mesh)
-    params = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
+    params = jax.tree.map(lambda share: NamedSharding(mesh, share.held), parameter_shares(cfg, mesh))
     whole: Any = replicated(mesh)
     return TrainState(whole, params, AdamWState(whole, params, params), whole, whole, whole, whole)
 
@@ -57,16 +56,3 @@ def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Ex
         most=nodes_per_token(cfg.model, mesh.shape["node"]) if mode == "two_hop" else None,
         capacity=cfg.mesh.receive or None,
     )
-
-
-def sum_gradients(grads: Any, specs: Any) -> Any:
-    """Sum over the batch axes, of each gradient over those that do not shard it: inside `shard_map`.
-
-    A sharded parameter's gradient holds the tokens of all the devices that share its experts: they were dispatched.
-    """
-
-    def one(g, spec):
-        axes = tuple(a for a in BATCH_AXES if a not in spec_axes(spec))
-        return jax.lax.psum(g, axes)
-
-    return jax.tree.map(one, grads, specs)

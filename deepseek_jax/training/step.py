@@ -28,10 +28,11 @@ from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
 from deepseek_jax.model.transformer import forward, model_params
 from deepseek_jax.parallel.mesh import BATCH_AXES, batch_shards, replicated
+from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
-from deepseek_jax.training.sharding import experts_over, parameter_specs, state_shardings, sum_gradients
+from deepseek_jax.training.sharding import experts_over, parameter_shares, state_shardings
 from deepseek_jax.training.state import Hyper, TrainState
 
 Batch = Mapping[str, jax.Array]  # "tokens" int32 [b, w], and with packing masks "segments" and "positions"
@@ -129,11 +130,12 @@ def _gradients(
     sequences: int,
     experts: Experts,
 ) -> tuple[Any, Losses]:
-    """Gradients and losses of this device's sequences, in `grad_accumulation` micro-batches.
+    """Float32 gradients and losses of this device's sequences, in `grad_accumulation` micro-batches.
 
     Under an FP8 policy the weights are quantised here, once for all micro-batches, and the backward pass runs on the
     losses times a power of two near the global token count: gradients of a mean over a large batch would lie below
-    the quantiser's smallest scale, and vanish.
+    the quantiser's smallest scale, and vanish. Of parameters that come in the compute dtype, a micro-batch's gradient
+    is rounded to it, as products are; sums are float32.
     """
     policy = preset(cfg.precision)
     quantised = quantise_weights(params, model_params(cfg.model), policy)
@@ -145,7 +147,7 @@ def _gradients(
 
     def grad(params, micro):
         grads, parts = jax.grad(objective, has_aux=True)(params, micro)
-        return jax.tree.map(lambda g: g / scale, grads), parts
+        return jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads), parts
 
     steps = cfg.train.grad_accumulation
     if steps == 1:
@@ -160,10 +162,10 @@ def _gradients(
     return lax.scan(body, zero, micro)[0]
 
 
-def init_state(cfg: Config, mesh: Mesh) -> TrainState:
-    """Random parameters (from train.seed), empty moments, zero bias; laid out by `state_shardings`."""
+def creation(cfg: Config, mesh: Mesh) -> Any:
+    """The jitted function without arguments that makes the first state, each device its own part."""
 
-    def create():
+    def create() -> TrainState:
         init_key, run_key = jax.random.split(jax.random.key(cfg.train.seed))
         params = initialise(init_key, model_params(cfg.model), cfg.model.initializer_range)
         bias = jnp.zeros(cfg.model.balance_bias_shape, jnp.float32)
@@ -171,7 +173,12 @@ def init_state(cfg: Config, mesh: Mesh) -> TrainState:
 
     # Runs once: unoptimised, it compiles in a third of the time.
     quickly = {"xla_backend_optimization_level": 0}
-    return jax.jit(create, out_shardings=state_shardings(cfg, mesh), compiler_options=quickly)()
+    return jax.jit(create, out_shardings=state_shardings(cfg, mesh), compiler_options=quickly)
+
+
+def init_state(cfg: Config, mesh: Mesh) -> TrainState:
+    """Random parameters (from train.seed), empty moments, zero bias; laid out by `state_shardings`."""
+    return creation(cfg, mesh)()
 
 
 def _sequences(cfg: Config, mesh: Mesh, batch: Batch) -> int:
@@ -191,7 +198,7 @@ def make_train_step(
     """The jitted step: (state, batch, hyper) -> (state, metrics). `state` is donated.
 
     Every mesh axis of the batch (data, node, local) is data parallel; experts are spread over node x local as
-    `mesh.experts` says. Give it a state of `init_state`, or one laid out by `state_shardings`.
+    `mesh.experts` says, and with `mesh.zero` parameters are gathered and gradients scattered once per step. Give it a state of `init_state`, or one laid out by `state_shardings`.
 
     A loss or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
     Recompiles for each batch size. Raises ValueError for a mesh with pipeline or tensor axes: the step would do
@@ -204,21 +211,22 @@ def make_train_step(
             f"{', '.join(BATCH_AXES)}"
         )
     optimizer = adamw(cfg.optimizer)
-    everywhere, specs = PartitionSpec(), parameter_specs(cfg, mesh)
-    experts = experts_over(cfg, mesh)
+    everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
+    held, experts = held_specs(shares), experts_over(cfg, mesh)
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         n = _sequences(cfg, mesh, batch)
 
         def local(params, bias, batch, mtp_lambda):
+            params = gather(params, shares)
             grads, parts = _gradients(params, cfg, batch, bias, mtp_lambda, n, experts)
-            return sum_gradients(grads, specs), lax.psum(parts, BATCH_AXES)
+            return scatter(grads, shares), lax.psum(parts, BATCH_AXES)
 
         grads, parts = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(specs, everywhere, PartitionSpec(BATCH_AXES), everywhere),
-            out_specs=(specs, everywhere),
+            in_specs=(held, everywhere, PartitionSpec(BATCH_AXES), everywhere),
+            out_specs=(held, everywhere),
             check_vma=False,
         )(state.params, state.balance_bias, batch, hyper.mtp_lambda)
         norm = global_norm(grads)
@@ -250,9 +258,10 @@ def make_train_step(
 def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch], jax.Array]:
     """The jitted evaluation: (params, balance_bias, batch) -> summed nats of each window, float32 [b]."""
     model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
-    experts = experts_over(cfg, mesh)
+    shares, experts = parameter_shares(cfg, mesh), experts_over(cfg, mesh)
 
     def local(params, bias, batch):
+        params = gather(params, shares)
         params = attach(params, quantise_weights(params, model_params(model), policy), policy)
         context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
         h_btd, _ = forward(params, model, batch["tokens"][:, :t], bias, mtp=False, experts=experts, **context)
@@ -266,5 +275,5 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch],
         return lax.map(window, (h_btd, labels, valid))
 
     sharded = PartitionSpec(BATCH_AXES)
-    in_specs = (parameter_specs(cfg, mesh), PartitionSpec(), sharded)
+    in_specs = (held_specs(shares), PartitionSpec(), sharded)
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharded, check_vma=False))

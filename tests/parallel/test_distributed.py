@@ -1,5 +1,8 @@
-"""Two processes of four devices each, over gloo, experts spread over all: one process's results, through kill and
-SIGTERM, and on other devices."""
+"""Two processes of four devices each, over gloo: one process's results, through kill and SIGTERM, and on other devices.
+
+Every expert lies on a device of its own, and the two processes divide master weights and moments (ZeRO-1); a process
+alone keeps them whole.
+"""
 
 import dataclasses
 import os
@@ -57,10 +60,13 @@ class Runs:
         return [sys.executable, "-m", "experiments.train", *ARGUMENTS, *places, *more]
 
     def launch(self, name: str, *options: str) -> Launched:
-        """Two processes with four devices each."""
+        """Two processes with four devices each, ZeRO-1."""
         log = self.base / f"{name}.{len(list(self.base.glob('*.log')))}.log"
         return Launched(
-            log, self.command(name), ("--processes=2", *options), {**self._compiled, **devices(4)}
+            log,
+            self.command(name, "--config.mesh.zero=True"),
+            ("--processes=2", *options),
+            {**self._compiled, **devices(4)},
         )
 
     def alone(self, name: str, count: int, *more: str) -> subprocess.Popen:

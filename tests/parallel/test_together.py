@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from deepseek_jax.config import DistributedConfig, MeshConfig
 from deepseek_jax.parallel import distributed
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.together import StopVote, batch_share, from_first, on_host, own_copy
+from deepseek_jax.parallel.together import StopVote, batch_share, from_first, on_host, whole_copy
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA
 
@@ -39,7 +39,9 @@ checkpointer = Checkpointer(sys.argv[1])
 meta = {"config": {}, "data": {}, "tokens": 5}
 if join is not None:
     assert batch_share(mesh) == (rank, 2)
-    assert own_copy(params) is None and own_copy({"norm": params["norm"]})["norm"].is_fully_addressable
+    for name, x in whole_copy(params, mesh).items():
+        assert x.devices() == {jax.local_devices()[0]}
+        np.testing.assert_array_equal(x, host[name])
     assert from_first(10 + rank) == 10
     np.testing.assert_array_equal(on_host(params["experts"]), host["experts"])
     vote = StopVote(mesh)

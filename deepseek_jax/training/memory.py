@@ -1,0 +1,82 @@
+"""Bytes per device of parameters, moments and gradients, from the specs that training uses; no device is needed.
+
+Activations, the exchange's buffers and temporary copies (a gradient while it is cast and scattered, a weight while it
+is gathered to be quantised) are not counted.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.params import tree_map
+from deepseek_jax.model.transformer import model_params
+from deepseek_jax.precision import preset
+from deepseek_jax.precision.weights import quantise_weights
+from deepseek_jax.training.sharding import parameter_shares
+
+
+class Memory(NamedTuple):
+    """Bytes on one device. Master and moments stay; the others exist during a step."""
+
+    master: int = 0  # float32
+    moments: int = 0  # both
+    compute: int = 0  # what the forward pass reads beside the master: gathered and cast, or quantised
+    gradients: int = 0  # of one micro-batch, as the backward pass makes them
+    accumulated: int = 0  # float32, whole; only with grad_accumulation
+    scattered: int = 0  # float32, as summed to their owners; only with mesh.zero
+
+    @property
+    def between_steps(self) -> int:
+        return self.master + self.moments
+
+    @property
+    def in_step(self) -> int:
+        """Upper end: all of them at once."""
+        return sum(self)
+
+
+def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
+    """`Memory` of "dense" parameters (whatever is no routed expert) and of "experts".
+
+    Raises ValueError for what does not divide over the mesh.
+    """
+    declared, policy = model_params(cfg.model), preset(cfg.precision)
+
+    def shape(spec: PartitionSpec, whole: tuple[int, ...]) -> tuple[int, ...]:
+        return NamedSharding(mesh, spec).shard_shape(whole)
+
+    shares = parameter_shares(cfg, mesh)
+    read = tree_map(lambda p, s: jax.ShapeDtypeStruct(shape(s.compute, p.shape), s.dtype), declared, shares)
+    operands = jax.eval_shape(lambda w: quantise_weights(w, declared, policy), read)
+    moment = 2 * jnp.dtype(cfg.optimizer.moment_dtype).itemsize
+
+    def one(p: Any, share: Any, copy: Any, quantised: Any) -> Memory:
+        held, whole, item = math.prod(shape(share.held, p.shape)), math.prod(copy.shape), copy.dtype.itemsize
+        gathered = whole * item if share.axes else 0
+        return Memory(
+            master=4 * held,
+            moments=moment * held,
+            compute=gathered if quantised is None else sum(map(_bytes, jax.tree.leaves(quantised))),
+            gradients=whole * item,
+            accumulated=4 * whole if cfg.train.grad_accumulation > 1 else 0,
+            scattered=4 * held if share.axes else 0,
+        )
+
+    parts = tree_map(one, declared, shares, read, operands)
+    kinds = tree_map(lambda p: "experts" if "expert" in p.axes else "dense", declared)
+    total = {"dense": Memory(), "experts": Memory()}
+    for kind, part in zip(jax.tree.leaves(kinds), _memories(parts), strict=True):
+        total[kind] = Memory(*map(sum, zip(total[kind], part, strict=True)))
+    return total
+
+
+def _bytes(x: jax.ShapeDtypeStruct) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize
+
+
+def _memories(tree: Any) -> list[Memory]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Memory))

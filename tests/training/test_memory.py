@@ -1,0 +1,126 @@
+"""Bytes per device by hand, from the published models' dimensions, and as the state's shardings have them."""
+
+import dataclasses
+import importlib
+import math
+
+import jax
+import pytest
+
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh
+from deepseek_jax.training.memory import Memory, state_memory
+from deepseek_jax.training.sharding import state_shardings
+from experiments import plan
+from tests.tiny_run import fresh_state, tiny
+
+
+def shipped(name, accumulation=1, precision="bf16", **mesh):
+    cfg = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    return dataclasses.replace(
+        cfg,
+        mesh=dataclasses.replace(cfg.mesh, **mesh),
+        train=dataclasses.replace(cfg.train, grad_accumulation=accumulation),
+        precision=precision,
+    )
+
+
+def planned(cfg, devices):
+    found = state_memory(cfg, abstract_mesh(cfg.mesh, devices))
+    return found["dense"], found["experts"]
+
+
+# V2-Lite: 26 MoE layers of 64 experts; a norm pair and a latent norm per layer; the gate is read in float32.
+LITE, LITE_EXPERTS = 15_706_484_224, 26 * 64 * 3 * 2048 * 1408
+LITE_NORMS, LITE_GATES = 27 * (2 * 2048 + 512) + 2048, 26 * 2048 * 64
+
+
+def test_twelve_bytes_per_parameter_on_one_device():
+    """Master weight 4, moments 2 + 2, gradient 4; weights are cast where they are used."""
+    dense, experts = planned(shipped("v2_lite_16b", zero=False, local=1), 1)
+    assert (dense.between_steps + experts.between_steps) == 8 * LITE
+    assert (dense.in_step + experts.in_step) == 12 * LITE
+    assert experts == Memory(4 * LITE_EXPERTS, 4 * LITE_EXPERTS, 0, 4 * LITE_EXPERTS, 0, 0)
+    dense, experts = planned(shipped("v2_lite_16b", 4, zero=False, local=1), 1)
+    assert (dense.accumulated, experts.accumulated) == (4 * (LITE - LITE_EXPERTS), 4 * LITE_EXPERTS)
+
+
+def test_v2_lite_over_eight_devices():
+    dense, experts = planned(shipped("v2_lite_16b"), 8)
+    rest = LITE - LITE_EXPERTS
+    held = (rest - LITE_NORMS) // 8 + LITE_NORMS
+    read = 2 * (rest - LITE_NORMS - LITE_GATES) + 4 * LITE_GATES
+    assert dense == Memory(4 * held, 4 * held, read, read + 4 * LITE_NORMS, 0, 4 * (held - LITE_NORMS))
+    eighth = 4 * LITE_EXPERTS // 8  # spread over local; with one replica there is nothing else to divide
+    assert experts == Memory(eighth, eighth, 0, eighth, 0, 0)
+
+
+def test_v3_over_512_devices():
+    """64-way expert parallelism, 8 replicas; with the MTP module."""
+    dense, experts = planned(shipped("v3_671b"), 512)
+    n = 59 * 256 * 3 * 7168 * 2048
+    assert experts == Memory(4 * n // 512, 4 * n // 512, 2 * n // 64, 2 * n // 64, 0, 4 * n // 512)
+    norms = 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
+    whole = 671_026_419_200 + 11_610_068_224 - 59 * 256 - n
+    assert dense.master == 4 * ((whole - norms) // 512 + norms)
+    gates = 59 * 7168 * 256
+    assert dense.compute == 2 * (whole - norms - gates) + 4 * gates
+
+
+def test_quantised_experts_have_two_operands():
+    """One byte each, and a float32 scale per 128x128 block; gradients are float32 then."""
+    _, experts = planned(shipped("v3_671b", precision="deepseek_fp8"), 512)
+    n = 59 * 4 * 3 * 7168 * 2048
+    assert experts.compute == 2 * (n + 4 * n // 128**2)
+    assert experts.gradients == 4 * n
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_as_the_state_lies(zero):
+    cfg = tiny(mesh={"data": 2, "node": 2, "local": 2, "zero": zero})
+    state = jax.eval_shape(lambda: fresh_state(cfg))
+    shardings = state_shardings(cfg, make_mesh(cfg.mesh, jax.devices()))
+
+    def on_one(name):
+        pairs = zip(*(jax.tree.leaves(getattr(x, name)) for x in (state, shardings)), strict=True)
+        return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
+
+    dense, experts = planned(cfg, 8)
+    assert dense.master + experts.master == on_one("params")
+    assert dense.moments + experts.moments == on_one("opt_state") - 4  # its count of updates
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+# Of ml_collections, where it reads a config file.
+reads_a_config = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+@reads_a_config
+def test_the_command(capsys):
+    arguments = ["--config=configs/v2_lite_16b.py", "--config.train.grad_accumulation=1", "--devices=16"]
+    assert plan.main(["memory", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "16 device(s): data=2 x local=8; zero=True, precision=bf16" in out
+    dense, experts = planned(shipped("v2_lite_16b"), 16)
+    [line] = [x for x in out.splitlines() if "between steps" in x]
+    want = [dense.between_steps, experts.between_steps, dense.between_steps + experts.between_steps]
+    assert [float(x) for x in line.split()[2:]] == [round(x / 2**30, 2) for x in want]
+    assert "accumulated" not in out
+
+
+@reads_a_config
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--devices=12"], "needs 8 devices and 12 are at hand"),
+        (["--config.mesh.data=3"], "no dim divides over the 24 devices of data=3 x local=8"),
+        (["--config.mesh.local=128"], "64 of 'expert' do not divide over 128 devices of local=128"),
+        (["--config=configs/nope.py"], "No such file or directory: 'configs/nope.py'"),
+        (["more"], "unexpected arguments ['more']"),
+    ],
+)
+def test_mistakes(arguments, message, capsys):
+    assert plan.main(["memory", "--config=configs/v2_lite_16b.py", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
