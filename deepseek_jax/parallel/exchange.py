@@ -222,37 +222,53 @@ def inbound(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange) -> tuple[ja
 # --- dispatch and combine -------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dispatch(x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange) -> tuple[jax.Array, jax.Array]:
+def _first(rows: int | None) -> Window | None:
+    return None if rows is None else Window(jnp.int32(0), rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def dispatch(
+    x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange, rows: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Tokens and their routing weights (float32) to the devices of their experts -> ([r, d], [r, k]).
 
-    Row r is of the experts `plan.experts_rk[r]`; rows that nobody sent are zeros. Formats: `ex.wire.dispatch`
-    forwards, `ex.wire.combine` for the gradient.
+    Row r is of the experts `plan.experts_rk[r]`; rows that nobody sent are zeros. `rows`: only the first so many.
+    Formats: `ex.wire.dispatch` forwards, `ex.wire.combine` for the gradient.
     """
     message, layout = outbound(x_nd, (weights_nk,), ex.wire.dispatch, plan, ex)
-    x_rd, weights_rk = decoded(arrive(message, plan, ex), layout, ex.wire.dispatch, x_nd.dtype, 1)
+    message = arrive(message, plan, ex, _first(rows))
+    x_rd, weights_rk = decoded(message, layout, ex.wire.dispatch, x_nd.dtype, 1)
     return x_rd, weights_rk
 
 
-def _dispatch_bwd(ex, plan, g):  # type: ignore[no-untyped-def]
-    return *inbound(depart(g, plan, ex), plan, ex), None
+def _dispatch_fwd(x, weights, plan, ex, rows):  # type: ignore[no-untyped-def]
+    return dispatch(x, weights, plan, ex, rows), plan
 
 
-dispatch.defvjp(lambda x, weights, plan, ex: (dispatch(x, weights, plan, ex), plan), _dispatch_bwd)
+def _dispatch_bwd(ex, rows, plan, g):  # type: ignore[no-untyped-def]
+    return *inbound(depart(g, plan, ex, _first(rows)), plan, ex), None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def combine(y_rd: jax.Array, plan: Plan, ex: Exchange) -> jax.Array:
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def combine(y_rd: jax.Array, plan: Plan, ex: Exchange, rows: int | None = None) -> jax.Array:
     """Results of the rows received -> their plain sums [n, d] at the tokens' sources, summed in float32 per hop.
 
-    Formats: `ex.wire.combine` forwards, `ex.wire.dispatch` for the gradient.
+    `rows`: as for `dispatch`. Formats: `ex.wire.combine` forwards, `ex.wire.dispatch` for the gradient.
     """
-    return inbound(depart((y_rd,), plan, ex), plan, ex)[0]
+    return inbound(depart((y_rd,), plan, ex, _first(rows)), plan, ex)[0]
 
 
-def _combine_bwd(ex, plan, g_nd):  # type: ignore[no-untyped-def]
+def _combine_fwd(y, plan, ex, rows):  # type: ignore[no-untyped-def]
+    return combine(y, plan, ex, rows), plan
+
+
+def _combine_bwd(ex, rows, plan, g_nd):  # type: ignore[no-untyped-def]
     message, layout = outbound(g_nd, (), ex.wire.dispatch, plan, ex)
-    return decoded(arrive(message, plan, ex), layout, ex.wire.dispatch, g_nd.dtype, 0)[0], None
+    message = arrive(message, plan, ex, _first(rows))
+    return decoded(message, layout, ex.wire.dispatch, g_nd.dtype, 0)[0], None
 
 
-combine.defvjp(lambda y, plan, ex: (combine(y, plan, ex), plan), _combine_bwd)
+combine.defvjp(_combine_fwd, _combine_bwd)
