@@ -245,8 +245,8 @@ def forward(
     """Hidden states after the final norm [b, t, d] in the compute dtype, and `Aux`.
 
     tokens_bt int32; balance_bias float32 [layer, expert] or None for zeros; positions int32 [b, t] (default
-    0..t-1); segments int32 [b, t]: tokens of different segments do not see each other. `moe_stack` runs the MoE layers of the
-    main model (`parallel/overlap.py` has another one).
+    0..t-1); segments int32 [b, t]: tokens of different segments do not see each other. `moe_stack` runs the
+    MoE layers of the main model (`parallel/overlap.py` has another one).
     """
     if positions is None:
         positions = jnp.arange(tokens_bt.shape[1])[None]

@@ -13,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.config import Config
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.moe import Experts
-from deepseek_jax.model.transformer import model_params
-from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
+from deepseek_jax.model.transformer import Stack, model_params, stack
+from deepseek_jax.parallel.experts import MeshExperts, mesh_experts, nodes_per_token
 from deepseek_jax.parallel.mesh import BATCH_AXES, expert_exchange, param_specs, replicated, rules, spec_axes
+from deepseek_jax.parallel.overlap import overlapped
 from deepseek_jax.parallel.wire import Wire
 from deepseek_jax.precision import preset
 from deepseek_jax.training.optimizer import AdamWState
@@ -57,6 +58,22 @@ def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Ex
         most=nodes_per_token(cfg.model, mesh.shape["node"]) if mode == "two_hop" else None,
         capacity=cfg.mesh.receive or None,
     )
+
+
+def moe_stack_over(cfg: Config, mesh: Mesh, experts: Experts) -> Stack:
+    """How the forward pass runs its MoE layers: the batch whole, or in two halves (`mesh.overlap`).
+
+    Raises ValueError if there is no exchange to overlap with.
+    """
+    if not cfg.mesh.overlap:
+        return stack
+    if not isinstance(experts, MeshExperts):
+        raise ValueError(
+            f"mesh.overlap=True, but no tokens travel: mesh.experts={cfg.mesh.experts!r} on mesh "
+            f"node={mesh.shape['node']} local={mesh.shape['local']} with n_routed_experts="
+            f"{cfg.model.n_routed_experts}; spread the experts over node x local, or set config.mesh.overlap=False"
+        )
+    return overlapped(experts)
 
 
 def sum_gradients(grads: Any, specs: Any) -> Any:
