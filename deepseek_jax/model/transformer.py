@@ -111,15 +111,6 @@ def ffn(
     return x_btd + mlp(p["ffn"], h_btd), no_stats(cfg)
 
 
-def attend(
-    p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope, segments_bt: jax.Array | None
-) -> tuple[jax.Array, LatentCache]:
-    """The first half of a block: pre-norm, attention, residual."""
-    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-    a_btd, latent = mla(p["attn"], cfg, h_btd, rope, segments_bt)
-    return x_btd + a_btd, latent
-
-
 def block(
     p: Params,
     cfg: ModelConfig,
@@ -130,8 +121,9 @@ def block(
     experts: Experts,
 ) -> tuple[jax.Array, BalanceStats, LatentCache]:
     """One transformer block: attention, then dense or MoE FFN, each with a pre-norm and a residual."""
-    x_btd, latent = attend(p, cfg, x_btd, rope, segments_bt)
-    y_btd, stats = ffn(p, cfg, x_btd, bias_e, experts)
+    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
+    a_btd, latent = mla(p["attn"], cfg, h_btd, rope, segments_bt)
+    y_btd, stats = ffn(p, cfg, x_btd + a_btd, bias_e, experts)
     return y_btd, stats, latent
 
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,38 +86,32 @@ def mesh_experts(
     return MeshExperts(Exchange(MODES[mode], wire, implementation), _of_present(local), most, capacity)
 
 
-class AtExperts(NamedTuple):
-    """What `MeshExperts.send` brought here, and what it needs to bring more."""
-
-    x_rd: jax.Array
-    weights_rk: jax.Array
-    plan: Plan
-    x_nd: jax.Array
-    weights_nk: jax.Array
-
-
-class Done(NamedTuple):
-    """What `MeshExperts.compute` made of it: results of the rows received, and sums that are back already."""
-
-    y_rd: jax.Array
-    plan: Plan
-    back_nd: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class MeshExperts:
-    """See `mesh_experts`. Called, it is an `Experts`; `send`, `compute` and `collect` are the same in three steps,
-    for a caller with work to do while tokens travel (`overlap.py`). The steps keep the first buffer of rows for the
-    backward pass; further rounds, where the routing needs them, are all within `compute`.
-    """
+    """See `mesh_experts`. Called, it is an `Experts`; the methods are its parts, for a caller with work to do while
+    tokens travel (`overlap.py`)."""
 
     ex: Exchange
     present: Experts
     most: int | None
     capacity: float | None
 
-    def plan(self, n_local: int, experts_nk: jax.Array) -> Plan:
-        plan = make_plan(self.ex, experts_nk, n_local, self.most)
+    def __call__(
+        self, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
+    ) -> jax.Array:
+        plan = self.plan(p, experts_nk)
+        rows = self.buffer(len(x_nd), plan)
+        if rows is not None:
+            return fitting(_in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows, 0), plan)
+        with jax.named_scope("dispatch"):
+            x_rd, weights_rk = dispatch(x_nd, weights_nk, plan, self.ex)
+        y_rd = self.present(p, x_rd, plan.experts_rk, weights_rk)
+        with jax.named_scope("combine"):
+            return fitting(combine(y_rd, plan, self.ex), plan)
+
+    def plan(self, p: Params, experts_nk: jax.Array) -> Plan:
+        with jax.named_scope("plan"):
+            plan = make_plan(self.ex, experts_nk, p["w_gate_edf"].shape[0], self.most)
         return jax.tree.map(lambda a: checkpoint_name(a, EXPERT_PLAN), plan)
 
     def buffer(self, n: int, plan: Plan) -> int | None:
@@ -127,38 +121,20 @@ class MeshExperts:
         rows = math.ceil(self.capacity * n)
         return rows if rows < plan.hops[-1].rows else None
 
-    def __call__(
-        self, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
-    ) -> jax.Array:
-        plan = self.plan(p["w_gate_edf"].shape[0], experts_nk)
-        rows = self.buffer(len(x_nd), plan)
-        if rows is not None:
-            return _fitting(_in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows, 0), plan)
-        x_rd, weights_rk = dispatch(x_nd, weights_nk, plan, self.ex)
-        y_rd = self.present(p, x_rd, plan.experts_rk, weights_rk)
-        return _fitting(combine(y_rd, plan, self.ex), plan)
+    def first_rows(self, p: Params, x_rd: jax.Array, weights_rk: jax.Array, plan: Plan) -> jax.Array:
+        """This device's experts on the first buffer of rows; nothing travels."""
+        return self.present(p, x_rd, plan.experts_rk[: len(x_rd)], weights_rk)
 
-    def send(self, x_nd: jax.Array, weights_nk: jax.Array, plan: Plan) -> AtExperts:
-        """Dispatch."""
+    def further_rounds(self, p: Params, x_nd: jax.Array, weights_nk: jax.Array, plan: Plan) -> jax.Array:
+        """What the rows beyond the first buffer add, there and back; with balanced routing there are none."""
         rows = self.buffer(len(x_nd), plan)
-        return AtExperts(*dispatch(x_nd, weights_nk, plan, self.ex, rows), plan, x_nd, weights_nk)
-
-    def compute(self, p: Params, at: AtExperts) -> Done:
-        """This device's experts on what has come; nothing travels, unless the buffer was too small."""
-        rows = self.buffer(len(at.x_nd), at.plan)
-        y_rd = self.present(p, at.x_rd, at.plan.experts_rk[:rows], at.weights_rk)
         if rows is None:
-            return Done(y_rd, at.plan, jnp.zeros_like(at.x_nd))
-        more = (p, at.x_nd, at.weights_nk, at.plan, self.ex, self.present, rows, 1)
-        return Done(y_rd, at.plan, _in_rounds(*more))
-
-    def collect(self, done: Done) -> jax.Array:
-        """Combine -> [n, d]."""
-        rows = self.buffer(len(done.back_nd), done.plan)
-        return _fitting(combine(done.y_rd, done.plan, self.ex, rows) + done.back_nd, done.plan)
+            return jnp.zeros_like(x_nd)
+        return _in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows, 1)
 
 
-def _fitting(y_nd: jax.Array, plan: Plan) -> jax.Array:
+def fitting(y_nd: jax.Array, plan: Plan) -> jax.Array:
+    """NaN for tokens of more peers than the plan was told of."""
     return jnp.where(plan.fits_n[:, None], y_nd, jnp.nan)
 
 
