@@ -96,9 +96,7 @@ class MeshExperts:
     most: int | None
     capacity: float | None
 
-    def __call__(
-        self, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
-    ) -> jax.Array:
+    def __call__(self, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
         plan = self.plan(p, experts_nk)
         rows = self.buffer(len(x_nd), plan)
         if rows is not None:

@@ -153,9 +153,7 @@ def _dispatched(
     return AtExperts(x_btd, to.h_btd, to.weights_nk, to.plan, *rows), result
 
 
-def _combined(
-    p: Params, done: Done, experts: MeshExperts, work: Work, inputs: Any
-) -> tuple[jax.Array, Any]:
+def _combined(p: Params, done: Done, experts: MeshExperts, work: Work, inputs: Any) -> tuple[jax.Array, Any]:
     """Combine of one half beside `work` of the other -> (x [b, t, d] after its layer, result of the work)."""
     b, t, _ = done.x_btd.shape
     trip = combining(experts.ex, experts.buffer(b * t, done.plan))

@@ -9,7 +9,14 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-COLLECTIVES = ("ragged-all-to-all", "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
+COLLECTIVES = (
+    "ragged-all-to-all",
+    "all-to-all",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+)
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
@@ -40,7 +47,7 @@ class Instruction:
             return "__cublas" in self.text or (
                 kernel is not None and re.search("gemm|wgrad", kernel[1]) is not None
             )
-        return self.opcode == "dot" or (self.opcode == "fusion" and "gemm_fusion" in self.text)
+        return self.opcode == "dot" or (self.opcode == "fusion" and "gemm_fusion" in self.name)
 
     def reads(self, name: str) -> bool:
         operands = self.text.split(f" {self.opcode}(", 1)[1].split("), ", 1)[0]
@@ -95,7 +102,11 @@ def _transfer(computation: str, body: list[Instruction], at: int, opcode: str) -
     start = body[at]
     if start.opcode == opcode:
         return Transfer(start.name, opcode, _origin(body, start, start), computation, True, ())
-    end = next(i for i in range(at + 1, len(body)) if body[i].opcode == f"{opcode}-done" and body[i].reads(start.name))
+    end = next(
+        i
+        for i in range(at + 1, len(body))
+        if body[i].opcode == f"{opcode}-done" and body[i].reads(start.name)
+    )
     return Transfer(
         name=start.name,
         opcode=opcode,

@@ -83,7 +83,7 @@ def _forward(trip, work, values, plan, p, inputs):  # type: ignore[no-untyped-de
     values, plan, inputs = _together(values, plan, inputs)
     on_the_way, finish = trip.start(values, plan)
     between, first_vjp = jax.vjp(work.first, p, inputs)
-    on_the_way, between = _together(on_the_way, between)
+    on_the_way, between, inputs = _together(on_the_way, between, inputs)
     result, second_vjp = jax.vjp(work.second, p, inputs, between)
     out = _together(_finish(trip, finish, on_the_way), result)
     return out, (plan, first_vjp, second_vjp)
@@ -95,7 +95,7 @@ def _backward(trip, work, saved, g):  # type: ignore[no-untyped-def]
     g_values, g_result = _together(*g)
     on_the_way, finish = back.start(g_values, plan)
     dp_second, d_inputs, d_between = second_vjp(g_result)
-    on_the_way, d_between = _together(on_the_way, d_between)
+    on_the_way, dp_second, d_inputs, d_between = _together(on_the_way, dp_second, d_inputs, d_between)
     dp_first, d_inputs_first = first_vjp(d_between)
     d_values, dp_first, d_inputs_first = _together(
         _finish(back, finish, on_the_way), dp_first, d_inputs_first

@@ -152,7 +152,9 @@ def _gradients(
     quantised = quantise_weights(params, model_params(cfg.model), policy)
 
     def objective(params, micro):
-        parts = losses(attach(params, quantised, policy), cfg, micro, balance_bias, sequences, experts, moe_stack)
+        parts = losses(
+            attach(params, quantised, policy), cfg, micro, balance_bias, sequences, experts, moe_stack
+        )
         return parts.main + mtp_lambda * parts.mtp + parts.balance, parts
 
     grad = jax.grad(objective, has_aux=True)
