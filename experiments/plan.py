@@ -2,6 +2,7 @@
 
     python -m experiments.plan exchange                              # DeepSeek-V3: rows and bytes between nodes
     python -m experiments.plan exchange --mesh 4x8 --topk_groups 2   # 4 nodes of 8 devices, tokens of 2 groups
+    python -m experiments.plan overlap                               # what is hidden: see `plan_overlap.py`
 
 `exchange` routes random tokens and counts what crosses between nodes, per token and MoE layer: with one row per
 selected expert, one per device (flat), and one per node (two hops). Bytes: tokens dispatched in FP8 with their
@@ -17,6 +18,7 @@ import numpy as np
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.traffic import Rows, routing_bytes, row_bytes, sample_rows
+from experiments import plan_overlap
 
 KIB = 1024
 
@@ -89,6 +91,9 @@ def _report(title: str, rows: Rows, hidden: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["overlap"]:
+        return plan_overlap.main(words[1:])
     args = _arguments(argv)
     cases = [(nodes, local, kept) for nodes, local in args.mesh for kept in args.topk_groups]
     try:

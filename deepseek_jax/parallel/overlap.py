@@ -9,8 +9,9 @@ nodes, the slower one, is beside the larger part of the work:
     3  experts of a     | dispatch of b: between nodes beside routed experts, inside nodes beside shared ones
     4  experts of b     | combine of a: inside nodes beside shared experts, between nodes beside routed ones
 
-The backward pass is the same four segments from the last to the first. What nothing hides: the plans, which are a few
-small collectives before segments 2 and 3, and the combine of b after the last layer.
+The backward pass is the same four segments from the last to the first. Nothing hides the plans, which are a few small
+collectives before segments 2 and 3, and the combine of b after the last layer. Of the rest, the scheduler places the
+starts: `python -m experiments.plan overlap` says which of them it places around GEMMs.
 
 Results are those of the whole batch. Balance statistics are taken over both halves together.
 
@@ -177,11 +178,11 @@ def layer(
     to_a = _routed(p, cfg, x_a, bias_e, experts)
     at_a, (x_b, latent_b) = _dispatched(attn, to_a, x_a, experts, attend, (x_b, *rest_b))
     to_b = _routed(p, cfg, x_b, bias_e, experts)
-    at_b, done_a = _dispatched(ffn["ffn"], to_b, x_b, experts, expert_work(experts, False), at_a)
-    done_a = Done(*done_a, to_a.plan)
-    x_a, done_b = _combined(ffn["ffn"], done_a, experts, expert_work(experts, True), at_b)
+    at_b, (out_a, y_a) = _dispatched(ffn["ffn"], to_b, x_b, experts, expert_work(experts, False), at_a)
+    done_a = Done(out_a, y_a, to_a.plan)
+    x_a, (out_b, y_b) = _combined(ffn["ffn"], done_a, experts, expert_work(experts, True), at_b)
     stats = balance_stats(cfg, *joined((to_a.s_bte, to_a.routing), (to_b.s_bte, to_b.routing)))
-    return (x_a, Done(*done_b, to_b.plan)), stats, joined(latent_a, latent_b)
+    return (x_a, Done(out_b, y_b, to_b.plan)), stats, joined(latent_a, latent_b)
 
 
 # --- the stack ----------------------------------------------------------------------------------------------------
@@ -206,7 +207,8 @@ def overlapped(experts: MeshExperts) -> Stack:
         (x_a, x_b), contexts = halves(x_btd), _contexts(ctx)
 
         def body(carry, xs):  # type: ignore[no-untyped-def]
-            carry, stats, latent = layer(xs[0], cfg, *carry, xs[1], contexts, experts)
+            (x, held), (p_layer, bias_e) = carry, xs
+            carry, stats, latent = layer(p_layer, cfg, x, held, bias_e, contexts, experts)
             return carry, (stats, latent if ctx.with_cache else None)
 
         start = (x_a, _from_no_layer(p, cfg, x_b, experts))

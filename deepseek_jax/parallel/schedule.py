@@ -81,7 +81,8 @@ class Transfer:
 
 def computations(program: str) -> Iterator[tuple[str, list[Instruction]]]:
     """Name and instructions, in order, of each computation of an HLO text."""
-    name, body = "", []
+    name = ""
+    body: list[Instruction] = []
     for line in program.splitlines():
         if match := _COMPUTATION.match(line):
             name, body = match[1], []
