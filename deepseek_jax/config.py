@@ -335,6 +335,10 @@ class MeshConfig:
         0.0  # rows received at once, in units of a device's tokens, more in rounds; 0: all at once
     )
     zero: bool = False  # ZeRO-1: master weights and moments divided over data, node and local (experts: data)
+    overlap: bool = (
+        False  # two halves of each device's batch in flight: one computes while the other's tokens travel
+    )
+    comm_channels: int = 0  # NCCL channels, so many SMs, that a collective may take on GPUs; 0: NCCL decides
 
     def __post_init__(self):
         for name in ("pipe", "data", "node", "local", "tensor"):
@@ -343,6 +347,9 @@ class MeshConfig:
         _choice("mesh.experts", self.experts, ("auto", "two_hop", "flat", "replicated"))
         _choice("mesh.dispatch", self.dispatch, ("auto", "same", "bf16", "fp8", "fp8_ue8m0"))
         _choice("mesh.combine", self.combine, ("auto", "same", "bf16"))
+        _require(
+            0 <= self.comm_channels <= 64, f"mesh.comm_channels={self.comm_channels} must lie in [0, 64]"
+        )
         _require(self.receive >= 0, f"mesh.receive={self.receive} must be >= 0; 0 for everything at once")
 
 

@@ -4,6 +4,7 @@
     python -m experiments.plan exchange --mesh 4x8 --topk_groups 2   # 4 nodes of 8 devices, tokens of 2 groups
     python -m experiments.plan memory --config=configs/v3_671b.py --config.mesh.data=8     # bytes on each device
     python -m experiments.plan memory --config=configs/v2_lite_16b.py --devices=64
+    python -m experiments.plan overlap                               # what is hidden: see `plan_overlap.py`
 
 `exchange` routes random tokens and counts what crosses between nodes, per token and MoE layer: with one row per
 selected expert, one per device (flat), and one per node (two hops). Bytes: tokens dispatched in FP8 with their
@@ -22,7 +23,7 @@ import numpy as np
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.traffic import Rows, routing_bytes, row_bytes, sample_rows
-from experiments import plan_memory
+from experiments import plan_memory, plan_overlap
 
 KIB = 1024
 
@@ -99,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "memory":
         return plan_memory.main(argv)
+    if argv and argv[0] == "overlap":
+        return plan_overlap.main(argv[1:])
     args = _arguments(argv)
     cases = [(nodes, local, kept) for nodes, local in args.mesh for kept in args.topk_groups]
     try:

@@ -75,6 +75,30 @@ def latents(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> Latent
     return LatentCache(rms_norm(c_btc, p["kv_norm_c"], LATENT_EPS), apply_rope(r_btr, *rope))
 
 
+# Queries and keys [b, t, h, k], values [b, t, h, v]
+CoreInputs = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def core_inputs(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> tuple[CoreInputs, LatentCache]:
+    """What the attention core reads, expanded per head, and the latents."""
+    q_nope, q_rope = _queries(p, cfg, x_btd, rope)
+    latent = latents(p, cfg, x_btd, rope)
+    kv_bthm = checkpoint_name(linear(latent.c_bsc, p["wkv_b_chm"]), MLA_UP)
+    k_nope, v_bthv = jnp.split(kv_bthm, [cfg.qk_nope_head_dim], axis=-1)
+    k_rope = jnp.broadcast_to(latent.r_bsr[:, :, None], q_rope.shape)
+    q_bthk = jnp.concatenate([q_nope, q_rope], axis=-1)
+    k_bthk = jnp.concatenate([k_nope, k_rope], axis=-1)
+    return (q_bthk, k_bthk, v_bthv), latent
+
+
+def core_output(p: Params, cfg: ModelConfig, qkv: CoreInputs, segments_bt: jax.Array | None) -> jax.Array:
+    """Causal attention and output projection -> [b, t, d]."""
+    core = (*qkv, softmax_scale(cfg), segments_bt)
+    if isinstance(p["wo_hvd"], Weight):
+        return projected_attention(*core, p["wo_hvd"])
+    return linear(causal_attention(*core), p["wo_hvd"], n_in=2)
+
+
 def mla(
     p: Params,
     cfg: ModelConfig,
@@ -83,17 +107,8 @@ def mla(
     segments_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, LatentCache]:
     """Expanded form: causal self-attention over the t tokens. Returns (output [b, t, d], latents)."""
-    q_nope, q_rope = _queries(p, cfg, x_btd, rope)
-    latent = latents(p, cfg, x_btd, rope)
-    kv_bthm = checkpoint_name(linear(latent.c_bsc, p["wkv_b_chm"]), MLA_UP)
-    k_nope, v_bthv = jnp.split(kv_bthm, [cfg.qk_nope_head_dim], axis=-1)
-    k_rope = jnp.broadcast_to(latent.r_bsr[:, :, None], q_rope.shape)
-    q_bthk = jnp.concatenate([q_nope, q_rope], axis=-1)
-    k_bthk = jnp.concatenate([k_nope, k_rope], axis=-1)
-    core = (q_bthk, k_bthk, v_bthv, softmax_scale(cfg), segments_bt)
-    if isinstance(p["wo_hvd"], Weight):
-        return projected_attention(*core, p["wo_hvd"]), latent
-    return linear(causal_attention(*core), p["wo_hvd"], n_in=2), latent
+    qkv, latent = core_inputs(p, cfg, x_btd, rope)
+    return core_output(p, cfg, qkv, segments_bt), latent
 
 
 def absorb(p: Params, cfg: ModelConfig) -> Params:

@@ -141,7 +141,13 @@ class Context(NamedTuple):
 UNROLL_LAYERS = 4
 
 
-def _stack(
+def unroll(p: Params) -> int:
+    """How many layers of a stack one step of its scan takes."""
+    n = jax.tree.leaves(p)[0].shape[0]
+    return n if n <= UNROLL_LAYERS else 1
+
+
+def stack(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_le: jax.Array | None, ctx: Context
 ) -> tuple[jax.Array, BalanceStats, LatentCache | None]:
     """All layers of one kind. Statistics and latents come back stacked on the layer axis."""
@@ -151,10 +157,12 @@ def _stack(
         y, stats, latent = block(p_layer, cfg, x, ctx.rope, ctx.segments_bt, bias_e, ctx.experts)
         return y, (stats, latent if ctx.with_cache else None)
 
-    n = jax.tree.leaves(p)[0].shape[0]
-    unroll = n if n <= UNROLL_LAYERS else 1
-    y_btd, (stats, latent) = lax.scan(recompute(body, ctx.remat), x_btd, (p, bias_le), unroll=unroll)
+    y_btd, (stats, latent) = lax.scan(recompute(body, ctx.remat), x_btd, (p, bias_le), unroll=unroll(p))
     return y_btd, stats, latent
+
+
+# (stacked parameters, config, x [b, t, d], bias [l, e], context) -> as `stack`
+Stack = Callable[..., tuple[jax.Array, BalanceStats, LatentCache | None]]
 
 
 class Aux(NamedTuple):
@@ -222,13 +230,15 @@ def forward(
     *,
     remat: str = "none",
     experts: Experts = routed_experts,
+    moe_stack: Stack = stack,
     mtp: bool = True,
     with_cache: bool = False,
 ) -> tuple[jax.Array, Aux]:
     """Hidden states after the final norm [b, t, d] in the compute dtype, and `Aux`.
 
     tokens_bt int32; balance_bias float32 [layer, expert] or None for zeros; positions int32 [b, t] (default
-    0..t-1); segments int32 [b, t]: tokens of different segments do not see each other.
+    0..t-1); segments int32 [b, t]: tokens of different segments do not see each other. `moe_stack` runs the
+    MoE layers of the main model (`parallel/overlap.py` has another one).
     """
     if positions is None:
         positions = jnp.arange(tokens_bt.shape[1])[None]
@@ -237,11 +247,11 @@ def forward(
     x_btd = embed(params["embed"], cfg, tokens_bt)
     all_stats, caches = [], []
     if cfg.first_k_dense_replace:
-        x_btd, _, cache = _stack(params["dense_layers"], cfg, x_btd, None, ctx)
+        x_btd, _, cache = stack(params["dense_layers"], cfg, x_btd, None, ctx)
         caches.append(cache)
     if n_moe:
         bias = None if balance_bias is None else balance_bias[:n_moe]
-        x_btd, stats, cache = _stack(params["moe_layers"], cfg, x_btd, bias, ctx)
+        x_btd, stats, cache = moe_stack(params["moe_layers"], cfg, x_btd, bias, ctx)
         all_stats.append(stats)
         caches.append(cache)
     h_btd = rms_norm(x_btd, params["final_norm"]["scale_d"], cfg.rms_norm_eps)

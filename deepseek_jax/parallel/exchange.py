@@ -20,7 +20,8 @@ of a token, c chunk, w 32-bit word of a message.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +223,38 @@ def inbound(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange) -> tuple[ja
 # --- dispatch and combine -------------------------------------------------------------------------------------
 
 
+# A trip in two stages, so that a caller can place work between them: (values, plan, ex, rows) -> (on the way, finish),
+# and `finish(on the way)` -> values at the other end. `rows`: only the first so many rows of each device's last hop.
+Stages = tuple[Any, Callable[[Any], tuple[jax.Array, ...]]]
+
+
+def _first(rows: int | None) -> Window | None:
+    return None if rows is None else Window(jnp.int32(0), rows)
+
+
+def outwards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Stages:
+    """Tokens to their experts, the first of `values` in the format of a dispatch. The last hop is the second stage."""
+    x_nd, *extra = values
+    message, layout = outbound(x_nd, tuple(extra), ex.wire.dispatch, plan, ex)
+
+    def finish(message):  # type: ignore[no-untyped-def]
+        message = arrive(message, plan, ex, _first(rows))
+        return decoded(message, layout, ex.wire.dispatch, x_nd.dtype, len(extra))
+
+    return message, finish
+
+
+def homewards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Stages:
+    """Sums of results to their tokens, the first of `values` in the format of a combine. The first stage is the
+    last hop's way back."""
+    return depart(values, plan, ex, _first(rows)), lambda sent: inbound(sent, plan, ex)
+
+
+def _whole(stages: Stages) -> tuple[jax.Array, ...]:
+    on_the_way, finish = stages
+    return finish(on_the_way)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dispatch(x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange) -> tuple[jax.Array, jax.Array]:
     """Tokens and their routing weights (float32) to the devices of their experts -> ([r, d], [r, k]).
@@ -229,13 +262,12 @@ def dispatch(x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange) -
     Row r is of the experts `plan.experts_rk[r]`; rows that nobody sent are zeros. Formats: `ex.wire.dispatch`
     forwards, `ex.wire.combine` for the gradient.
     """
-    message, layout = outbound(x_nd, (weights_nk,), ex.wire.dispatch, plan, ex)
-    x_rd, weights_rk = decoded(arrive(message, plan, ex), layout, ex.wire.dispatch, x_nd.dtype, 1)
+    x_rd, weights_rk = _whole(outwards((x_nd, weights_nk), plan, ex, None))
     return x_rd, weights_rk
 
 
 def _dispatch_bwd(ex, plan, g):  # type: ignore[no-untyped-def]
-    return *inbound(depart(g, plan, ex), plan, ex), None
+    return *_whole(homewards(g, plan, ex, None)), None
 
 
 dispatch.defvjp(lambda x, weights, plan, ex: (dispatch(x, weights, plan, ex), plan), _dispatch_bwd)
@@ -247,12 +279,11 @@ def combine(y_rd: jax.Array, plan: Plan, ex: Exchange) -> jax.Array:
 
     Formats: `ex.wire.combine` forwards, `ex.wire.dispatch` for the gradient.
     """
-    return inbound(depart((y_rd,), plan, ex), plan, ex)[0]
+    return _whole(homewards((y_rd,), plan, ex, None))[0]
 
 
 def _combine_bwd(ex, plan, g_nd):  # type: ignore[no-untyped-def]
-    message, layout = outbound(g_nd, (), ex.wire.dispatch, plan, ex)
-    return decoded(arrive(message, plan, ex), layout, ex.wire.dispatch, g_nd.dtype, 0)[0], None
+    return *_whole(outwards((g_nd,), plan, ex, None)), None
 
 
 combine.defvjp(lambda y, plan, ex: (combine(y, plan, ex), plan), _combine_bwd)

@@ -11,8 +11,11 @@ consecutive devices. Groups need not be nodes; `nodes_per_token` says how many n
 Dims: n token of this device, r row received, s row sent, d hidden, k selected expert, e expert of this device.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +64,7 @@ def mesh_experts(
     most: int | None = None,
     capacity: float | None = None,
     implementation: str | None = None,
-) -> Experts:
+) -> "MeshExperts":
     """The `experts` argument of the model's forward pass, for use inside `shard_map`.
 
     Args:
@@ -80,20 +83,57 @@ def mesh_experts(
         raise ValueError(f"mode={mode!r} is not one of {list(MODES)}")
     if capacity is not None and capacity <= 0:
         raise ValueError(f"capacity={capacity} must be positive, or None for buffers without bound")
-    ex = Exchange(MODES[mode], wire, implementation)
-    present = _of_present(local)
+    return MeshExperts(Exchange(MODES[mode], wire, implementation), _of_present(local), most, capacity)
 
-    def experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
-        plan = make_plan(ex, experts_nk, p["w_gate_edf"].shape[0], most)
-        plan = jax.tree.map(lambda a: checkpoint_name(a, EXPERT_PLAN), plan)
-        if capacity is not None and (rows := math.ceil(capacity * len(x_nd))) < plan.hops[-1].rows:
-            y_nd = _in_rounds(p, x_nd, weights_nk, plan, ex, present, rows)
-        else:
-            x_rd, weights_rk = dispatch(x_nd, weights_nk, plan, ex)
-            y_nd = combine(present(p, x_rd, plan.experts_rk, weights_rk), plan, ex)
-        return jnp.where(plan.fits_n[:, None], y_nd, jnp.nan)
 
-    return experts
+@dataclasses.dataclass(frozen=True)
+class MeshExperts:
+    """See `mesh_experts`. Called, it is an `Experts`; the methods are its parts, for a caller with work to do while
+    tokens travel (`overlap.py`)."""
+
+    ex: Exchange
+    present: Experts
+    most: int | None
+    capacity: float | None
+
+    def __call__(self, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
+        plan = self.plan(p, experts_nk)
+        rows = self.buffer(len(x_nd), plan)
+        if rows is not None:
+            return fitting(_in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows, 0), plan)
+        with jax.named_scope("dispatch"):
+            x_rd, weights_rk = dispatch(x_nd, weights_nk, plan, self.ex)
+        y_rd = self.present(p, x_rd, plan.experts_rk, weights_rk)
+        with jax.named_scope("combine"):
+            return fitting(combine(y_rd, plan, self.ex), plan)
+
+    def plan(self, p: Params, experts_nk: jax.Array) -> Plan:
+        with jax.named_scope("plan"):
+            plan = make_plan(self.ex, experts_nk, p["w_gate_edf"].shape[0], self.most)
+        return jax.tree.map(lambda a: checkpoint_name(a, EXPERT_PLAN), plan)
+
+    def buffer(self, n: int, plan: Plan) -> int | None:
+        """Rows received at once for n tokens, or None where that is all there can be."""
+        if self.capacity is None:
+            return None
+        rows = math.ceil(self.capacity * n)
+        return rows if rows < plan.hops[-1].rows else None
+
+    def first_rows(self, p: Params, x_rd: jax.Array, weights_rk: jax.Array, plan: Plan) -> jax.Array:
+        """This device's experts on the first buffer of rows; nothing travels."""
+        return self.present(p, x_rd, plan.experts_rk[: len(x_rd)], weights_rk)
+
+    def further_rounds(self, p: Params, x_nd: jax.Array, weights_nk: jax.Array, plan: Plan) -> jax.Array:
+        """What the rows beyond the first buffer add, there and back; with balanced routing there are none."""
+        rows = self.buffer(len(x_nd), plan)
+        if rows is None:
+            return jnp.zeros_like(x_nd)
+        return _in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows, 1)
+
+
+def fitting(y_nd: jax.Array, plan: Plan) -> jax.Array:
+    """NaN for tokens of more peers than the plan was told of."""
+    return jnp.where(plan.fits_n[:, None], y_nd, jnp.nan)
 
 
 def _of_present(local: Experts) -> Experts:
@@ -113,9 +153,12 @@ def _of_present(local: Experts) -> Experts:
 # --- bounded buffers ------------------------------------------------------------------------------------------
 
 
-def _rounds(plan: Plan, rows: int) -> jax.Array:
-    """As many as the device of this hop with the most rows needs; the same on all of them."""
-    return (plan.hops[-1].counts_pc.sum(0).max() + rows - 1) // rows
+def _rounds(plan: Plan, rows: int, ex: Exchange) -> jax.Array:
+    """As many as the device with the most rows needs; the same on all."""
+    most = plan.hops[-1].counts_pc.sum(0).max()
+    for axis in ex.axes[:-1]:
+        most = lax.pmax(most, axis)
+    return (most + rows - 1) // rows
 
 
 def _window_ids(plan: Plan, window: Window) -> jax.Array:
@@ -123,52 +166,76 @@ def _window_ids(plan: Plan, window: Window) -> jax.Array:
     return lax.dynamic_slice_in_dim(ids_rk, window.first, window.rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _if_more(count: jax.Array, first: int, run: Callable[[], Any]) -> Any:
+    """`run()` if there are rounds from the first on, else zeros: round 0 there always is."""
+    if not first:
+        return run()
+    shapes = jax.eval_shape(run)
+    return lax.cond(count > first, run, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _in_rounds(
-    p: Params, x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange, local: Experts, rows: int
+    p: Params,
+    x_nd: jax.Array,
+    weights_nk: jax.Array,
+    plan: Plan,
+    ex: Exchange,
+    local: Experts,
+    rows: int,
+    first: int,
 ) -> jax.Array:
-    """Dispatch, `local` and combine in windows of `rows` rows received; the backward pass dispatches again."""
-    form = ex.wire.dispatch
-    message, layout = outbound(x_nd, (weights_nk,), form, plan, ex)
+    """Dispatch, `local` and combine in windows of `rows` rows received, from round `first` on, if it exists; the
+    backward pass dispatches again."""
+    form, count = ex.wire.dispatch, _rounds(plan, rows, ex)
 
-    def one(i, y_sd):
-        window = Window(i * rows, rows)
-        x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
-        y_rd = local(p, x_rd, _window_ids(plan, window), weights_rk)
-        return y_sd + depart((y_rd,), plan, ex, window)[0]
+    def run():
+        message, layout = outbound(x_nd, (weights_nk,), form, plan, ex)
 
-    y_sd = jnp.zeros((message.shape[0], x_nd.shape[1]), x_nd.dtype)
-    y_sd = lax.fori_loop(0, _rounds(plan, rows), one, y_sd)
-    return inbound((y_sd,), plan, ex)[0]
+        def one(i, y_sd):
+            window = Window(i * rows, rows)
+            x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
+            y_rd = local(p, x_rd, _window_ids(plan, window), weights_rk)
+            return y_sd + depart((y_rd,), plan, ex, window)[0]
+
+        y_sd = jnp.zeros((message.shape[0], x_nd.shape[1]), x_nd.dtype)
+        y_sd = lax.fori_loop(first, count, one, y_sd)
+        return inbound((y_sd,), plan, ex)[0]
+
+    return _if_more(count, first, run)
 
 
-def _in_rounds_bwd(ex, local, rows, saved, g_nd):  # type: ignore[no-untyped-def]
+def _in_rounds_bwd(ex, local, rows, first, saved, g_nd):  # type: ignore[no-untyped-def]
     p, x_nd, weights_nk, plan = saved
-    form = ex.wire.dispatch
-    message, layout = outbound(x_nd, (weights_nk,), form, plan, ex)
-    g_message, g_layout = outbound(g_nd, (), form, plan, ex)
+    form, count = ex.wire.dispatch, _rounds(plan, rows, ex)
 
-    def one(i, carry):
-        dp, back_s = carry
-        window = Window(i * rows, rows)
-        x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
-        (g_rd,) = decoded(arrive(g_message, plan, ex, window), g_layout, form, g_nd.dtype, 0)
-        ids_rk = _window_ids(plan, window)
-        _, vjp = jax.vjp(lambda p, x, w: local(p, x, ids_rk, w), p, x_rd, weights_rk)
-        dp_here, dx_rd, dweights_rk = vjp(g_rd)
-        back_s = jax.tree.map(jnp.add, back_s, depart((dx_rd, dweights_rk), plan, ex, window))
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), dp, dp_here), back_s
+    def run():
+        message, layout = outbound(x_nd, (weights_nk,), form, plan, ex)
+        g_message, g_layout = outbound(g_nd, (), form, plan, ex)
 
-    s = message.shape[0]
-    dp = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), p)
-    back_s = tuple(jnp.zeros((s, a.shape[1]), a.dtype) for a in (x_nd, weights_nk))
-    dp, back_s = lax.fori_loop(0, _rounds(plan, rows), one, (dp, back_s))
-    dx_nd, dweights_nk = inbound(back_s, plan, ex)
-    return jax.tree.map(lambda d, w: d.astype(w.dtype), dp, p), dx_nd, dweights_nk, None
+        def one(i, carry):
+            dp, back_s = carry
+            window = Window(i * rows, rows)
+            x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
+            (g_rd,) = decoded(arrive(g_message, plan, ex, window), g_layout, form, g_nd.dtype, 0)
+            ids_rk = _window_ids(plan, window)
+            _, vjp = jax.vjp(lambda p, x, w: local(p, x, ids_rk, w), p, x_rd, weights_rk)
+            dp_here, dx_rd, dweights_rk = vjp(g_rd)
+            back_s = jax.tree.map(jnp.add, back_s, depart((dx_rd, dweights_rk), plan, ex, window))
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), dp, dp_here), back_s
+
+        s = message.shape[0]
+        dp = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), p)
+        back_s = tuple(jnp.zeros((s, a.shape[1]), a.dtype) for a in (x_nd, weights_nk))
+        dp, back_s = lax.fori_loop(first, count, one, (dp, back_s))
+        dx_nd, dweights_nk = inbound(back_s, plan, ex)
+        return jax.tree.map(lambda d, w: d.astype(w.dtype), dp, p), dx_nd, dweights_nk
+
+    return *_if_more(count, first, run), None
 
 
-def _in_rounds_fwd(p, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
-    return _in_rounds(p, x_nd, weights_nk, plan, ex, local, rows), (p, x_nd, weights_nk, plan)
+def _in_rounds_fwd(p, x_nd, weights_nk, plan, ex, local, rows, first):  # type: ignore[no-untyped-def]
+    return _in_rounds(p, x_nd, weights_nk, plan, ex, local, rows, first), (p, x_nd, weights_nk, plan)
 
 
 _in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)

@@ -13,9 +13,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from deepseek_jax.config import Config
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.moe import Experts
-from deepseek_jax.model.transformer import model_params
-from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
+from deepseek_jax.model.transformer import Stack, model_params, stack
+from deepseek_jax.parallel.experts import MeshExperts, mesh_experts, nodes_per_token
 from deepseek_jax.parallel.mesh import expert_exchange, replicated, rules
+from deepseek_jax.parallel.overlap import overlapped
 from deepseek_jax.parallel.wire import Wire
 from deepseek_jax.parallel.zero import shares
 from deepseek_jax.precision import preset
@@ -56,3 +57,19 @@ def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Ex
         most=nodes_per_token(cfg.model, mesh.shape["node"]) if mode == "two_hop" else None,
         capacity=cfg.mesh.receive or None,
     )
+
+
+def moe_stack_over(cfg: Config, mesh: Mesh, experts: Experts) -> Stack:
+    """How the forward pass runs its MoE layers: the batch whole, or in two halves (`mesh.overlap`).
+
+    Raises ValueError if there is no exchange to overlap with.
+    """
+    if not cfg.mesh.overlap:
+        return stack
+    if not isinstance(experts, MeshExperts):
+        raise ValueError(
+            f"mesh.overlap=True, but no tokens travel: mesh.experts={cfg.mesh.experts!r} on mesh "
+            f"node={mesh.shape['node']} local={mesh.shape['local']} with n_routed_experts="
+            f"{cfg.model.n_routed_experts}; spread the experts over node x local, or set config.mesh.overlap=False"
+        )
+    return overlapped(experts)

@@ -26,13 +26,14 @@ from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
-from deepseek_jax.model.transformer import forward, model_params
+from deepseek_jax.model.transformer import Stack, forward, model_params, stack
+from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.mesh import BATCH_AXES, batch_shards, replicated
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
-from deepseek_jax.training.sharding import experts_over, parameter_shares, state_shardings
+from deepseek_jax.training.sharding import experts_over, moe_stack_over, parameter_shares, state_shardings
 from deepseek_jax.training.state import Hyper, TrainState
 
 Batch = Mapping[str, jax.Array]  # "tokens" int32 [b, w], and with packing masks "segments" and "positions"
@@ -91,6 +92,7 @@ def losses(
     balance_bias: jax.Array,
     sequences: int,
     experts: Experts = routed_experts,
+    moe_stack: Stack = stack,
 ) -> Losses:
     """This device's part of the losses: sums divided by the `sequences` of the global batch.
 
@@ -100,7 +102,14 @@ def losses(
     context: Any = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
     inputs = batch["tokens"][:, :t]
     h_btd, aux = forward(
-        params, model, inputs, balance_bias, remat=cfg.train.remat, experts=experts, **context
+        params,
+        model,
+        inputs,
+        balance_bias,
+        remat=cfg.train.remat,
+        experts=experts,
+        moe_stack=moe_stack,
+        **context,
     )
     w_dv = head_weight(params)
 
@@ -129,6 +138,7 @@ def _gradients(
     mtp_lambda: jax.Array,
     sequences: int,
     experts: Experts,
+    moe_stack: Stack = stack,
 ) -> tuple[Any, Losses]:
     """Float32 gradients and losses of this device's sequences, in `grad_accumulation` micro-batches.
 
@@ -142,7 +152,9 @@ def _gradients(
     scale = 1.0 if policy is None else 2.0 ** math.ceil(math.log2(sequences * cfg.data.seq_len))
 
     def objective(params, micro):
-        parts = losses(attach(params, quantised, policy), cfg, micro, balance_bias, sequences, experts)
+        parts = losses(
+            attach(params, quantised, policy), cfg, micro, balance_bias, sequences, experts, moe_stack
+        )
         return (parts.main + mtp_lambda * parts.mtp + parts.balance) * scale, parts
 
     def grad(params, micro):
@@ -213,13 +225,14 @@ def make_train_step(
     optimizer = adamw(cfg.optimizer)
     everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
     held, experts = held_specs(shares), experts_over(cfg, mesh)
+    moe_stack = moe_stack_over(cfg, mesh, experts)
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         n = _sequences(cfg, mesh, batch)
 
         def local(params, bias, batch, mtp_lambda):
             params = gather(params, shares)
-            grads, parts = _gradients(params, cfg, batch, bias, mtp_lambda, n, experts)
+            grads, parts = _gradients(params, cfg, batch, bias, mtp_lambda, n, experts, moe_stack)
             return scatter(grads, shares), lax.psum(parts, BATCH_AXES)
 
         grads, parts = jax.shard_map(
@@ -252,7 +265,12 @@ def make_train_step(
         )
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(cfg, mesh), replicated(mesh)))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings(cfg, mesh), replicated(mesh)),
+        compiler_options=compiler_options(cfg.mesh, mesh),
+    )
 
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch], jax.Array]:
@@ -276,4 +294,7 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch],
 
     sharded = PartitionSpec(BATCH_AXES)
     in_specs = (held_specs(shares), PartitionSpec(), sharded)
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharded, check_vma=False))
+    return jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharded, check_vma=False),
+        compiler_options=compiler_options(cfg.mesh, mesh),
+    )

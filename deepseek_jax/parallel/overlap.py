@@ -1,0 +1,220 @@
+"""Two micro-batches in flight: one attends or computes while the other's tokens travel (report sections 3.2.1, 3.4).
+
+The local batch is divided into two halves, a and b. The MoE layers run in four segments each, with half b half a
+layer behind. Each segment has two stages (`side_by_side.py`), after the two hops of an exchange; the hop between
+nodes, the slower one, is beside the larger part of the work:
+
+    1  attention of a   | combine of b, from the layer before: inside nodes, between nodes
+    2  attention of b   | dispatch of a: between nodes, inside nodes
+    3  experts of a     | dispatch of b: between nodes beside routed experts, inside nodes beside shared ones
+    4  experts of b     | combine of a: inside nodes beside shared experts, between nodes beside routed ones
+
+The backward pass is the same four segments from the last to the first. Nothing hides the plans, which are a few small
+collectives before segments 2 and 3, and the combine of b after the last layer. Of the rest, the scheduler places the
+starts: `python -m experiments.plan overlap` says which of them it places around GEMMs.
+
+Results are those of the whole batch. Balance statistics are taken over both halves together.
+
+Dims: b sequence, t token, d hidden, n = b * t token, r row received, k selected expert, e expert.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.layers import Params, mlp, rms_norm
+from deepseek_jax.model.mla import LatentCache, core_inputs, core_output
+from deepseek_jax.model.router import BalanceStats, Routing, affinities, balance_stats, route
+from deepseek_jax.model.transformer import Context, Stack, recompute, unroll
+from deepseek_jax.parallel.exchange import Plan
+from deepseek_jax.parallel.experts import MeshExperts, fitting
+from deepseek_jax.parallel.side_by_side import Work, combining, dispatching, side_by_side
+
+HALVES = 2
+
+
+def halves(tree: Any) -> tuple[Any, Any]:
+    """Arrays [b, ...] -> their two halves along b. Raises ValueError for an odd b."""
+    for x in jax.tree.leaves(tree):
+        if len(x) % HALVES:
+            raise ValueError(
+                f"a local batch of {len(x)} sequences does not divide into {HALVES} micro-batches: give each device "
+                "an even number by train.batch_size, train.grad_accumulation or mesh.*, or set "
+                "config.mesh.overlap=False"
+            )
+    first, second = (jax.tree.map(lambda x, i=i: jnp.split(x, HALVES)[i], tree) for i in range(HALVES))
+    return first, second
+
+
+def joined(a: Any, b: Any) -> Any:
+    """The inverse of `halves`."""
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
+
+
+def _contexts(ctx: Context) -> tuple[Context, Context]:
+    """What each half shares; positions that all sequences have in common stay as they are."""
+    ropes = halves(ctx.rope) if len(ctx.rope[0]) > 1 else (ctx.rope, ctx.rope)
+    first, second = (
+        ctx._replace(rope=rope, segments_bt=segments)
+        for rope, segments in zip(ropes, halves(ctx.segments_bt), strict=True)
+    )
+    return first, second
+
+
+# --- work ---------------------------------------------------------------------------------------------------------
+
+
+def attention(cfg: ModelConfig) -> Work:
+    """Inputs (x [b, t, d], rope, segments) -> (x plus its attention, latents); in between, what the core reads."""
+
+    def first(p: Params, inputs: Any) -> Any:
+        x_btd, rope, _ = inputs
+        return core_inputs(p["attn"], cfg, rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps), rope)
+
+    def second(p: Params, inputs: Any, between: Any) -> tuple[jax.Array, LatentCache]:
+        (x_btd, _, segments_bt), (qkv, latent) = inputs, between
+        return x_btd + core_output(p["attn"], cfg, qkv, segments_bt), latent
+
+    return Work(first, second)
+
+
+NOTHING = Work(lambda p, inputs: (), lambda p, inputs, between: ())
+
+
+class AtExperts(NamedTuple):
+    """A half past its dispatch: tokens as they are here, and rows that came."""
+
+    x_btd: jax.Array
+    h_btd: jax.Array
+    weights_nk: jax.Array
+    plan: Plan
+    x_rd: jax.Array
+    weights_rk: jax.Array
+
+
+class Done(NamedTuple):
+    """A half before its combine: `x_btd` lacks only what `y_rd` adds."""
+
+    x_btd: jax.Array
+    y_rd: jax.Array
+    plan: Plan
+
+
+def expert_work(experts: MeshExperts, shared_first: bool) -> Work:
+    """Inputs `AtExperts` -> (x [b, t, d], y [r, d]) of `Done`."""
+
+    def shared(p: Params, at: AtExperts) -> jax.Array:
+        return at.x_btd + mlp(p["shared"], at.h_btd) if "shared" in p else at.x_btd
+
+    def routed(p: Params, at: AtExperts) -> tuple[jax.Array, jax.Array]:
+        h_nd = at.h_btd.reshape(-1, at.h_btd.shape[-1])
+        more_nd = experts.further_rounds(p["experts"], h_nd, at.weights_nk, at.plan)
+        return experts.first_rows(p["experts"], at.x_rd, at.weights_rk, at.plan), more_nd
+
+    def result(x_btd: jax.Array, outcome: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        y_rd, more_nd = outcome
+        return x_btd + more_nd.reshape(x_btd.shape), y_rd
+
+    if shared_first:
+        return Work(shared, lambda p, at, x_btd: result(x_btd, routed(p, at)))
+    return Work(routed, lambda p, at, outcome: result(shared(p, at), outcome))
+
+
+# --- one layer ----------------------------------------------------------------------------------------------------
+
+
+class Routed(NamedTuple):
+    """A half before its dispatch."""
+
+    h_btd: jax.Array
+    s_bte: jax.Array
+    routing: Routing
+    weights_nk: jax.Array
+    plan: Plan
+
+
+def _routed(p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: MeshExperts) -> Routed:
+    h_btd = rms_norm(x_btd, p["ffn_norm_d"], cfg.rms_norm_eps)
+    s_bte = affinities(p["ffn"]["gate"], cfg, h_btd)
+    routing = route(cfg, s_bte, bias_e)
+    ids_nk, weights_nk = (x.reshape(-1, x.shape[-1]) for x in routing)
+    return Routed(h_btd, s_bte, routing, weights_nk, experts.plan(p["ffn"]["experts"], ids_nk))
+
+
+def _dispatched(
+    p: Params, to: Routed, x_btd: jax.Array, experts: MeshExperts, work: Work, inputs: Any
+) -> tuple[AtExperts, Any]:
+    """Dispatch of one half beside `work` of the other."""
+    h_nd = to.h_btd.reshape(-1, to.h_btd.shape[-1])
+    trip = dispatching(experts.ex, experts.buffer(len(h_nd), to.plan))
+    rows, result = side_by_side(trip, work, (h_nd, to.weights_nk), to.plan, p, inputs)
+    return AtExperts(x_btd, to.h_btd, to.weights_nk, to.plan, *rows), result
+
+
+def _combined(p: Params, done: Done, experts: MeshExperts, work: Work, inputs: Any) -> tuple[jax.Array, Any]:
+    """Combine of one half beside `work` of the other -> (x [b, t, d] after its layer, result of the work)."""
+    b, t, _ = done.x_btd.shape
+    trip = combining(experts.ex, experts.buffer(b * t, done.plan))
+    (y_nd,), result = side_by_side(trip, work, (done.y_rd,), done.plan, p, inputs)
+    return done.x_btd + fitting(y_nd, done.plan).reshape(done.x_btd.shape), result
+
+
+def layer(
+    p: Params,
+    cfg: ModelConfig,
+    x_a: jax.Array,
+    done_b: Done,
+    bias_e: jax.Array | None,
+    contexts: tuple[Context, Context],
+    experts: MeshExperts,
+) -> tuple[tuple[jax.Array, Done], BalanceStats, LatentCache]:
+    """One block for both halves; half b comes from the layer before, and leaves, with its combine to be done."""
+    attend, (rest_a, rest_b) = attention(cfg), ((c.rope, c.segments_bt) for c in contexts)
+    attn, ffn = ({name: p[name] for name in names} for names in (("attn_norm_d", "attn"), ("ffn",)))
+    x_b, (x_a, latent_a) = _combined(attn, done_b, experts, attend, (x_a, *rest_a))
+    to_a = _routed(p, cfg, x_a, bias_e, experts)
+    at_a, (x_b, latent_b) = _dispatched(attn, to_a, x_a, experts, attend, (x_b, *rest_b))
+    to_b = _routed(p, cfg, x_b, bias_e, experts)
+    at_b, (out_a, y_a) = _dispatched(ffn["ffn"], to_b, x_b, experts, expert_work(experts, False), at_a)
+    done_a = Done(out_a, y_a, to_a.plan)
+    x_a, (out_b, y_b) = _combined(ffn["ffn"], done_a, experts, expert_work(experts, True), at_b)
+    stats = balance_stats(cfg, *joined((to_a.s_bte, to_a.routing), (to_b.s_bte, to_b.routing)))
+    return (x_a, Done(out_b, y_b, to_b.plan)), stats, joined(latent_a, latent_b)
+
+
+# --- the stack ----------------------------------------------------------------------------------------------------
+
+
+def _from_no_layer(p: Params, cfg: ModelConfig, x_btd: jax.Array, experts: MeshExperts) -> Done:
+    """A half with a combine that brings nothing, for the first layer."""
+    one = jax.tree.map(lambda w: w[0], p)
+    plan = jax.eval_shape(lambda x: _routed(one, cfg, x, None, experts).plan, x_btd)
+    plan = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), plan)
+    rows = experts.buffer(x_btd.shape[0] * x_btd.shape[1], plan) or plan.hops[-1].rows
+    y_rd = jnp.zeros((rows, x_btd.shape[-1]), x_btd.dtype)
+    return Done(x_btd, y_rd, plan._replace(fits_n=jnp.ones_like(plan.fits_n)))
+
+
+def overlapped(experts: MeshExperts) -> Stack:
+    """The `moe_stack` argument of `transformer.forward`, for use inside `shard_map` with these experts."""
+
+    def stack(
+        p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_le: jax.Array | None, ctx: Context
+    ) -> tuple[jax.Array, BalanceStats, LatentCache | None]:
+        (x_a, x_b), contexts = halves(x_btd), _contexts(ctx)
+
+        def body(carry, xs):  # type: ignore[no-untyped-def]
+            (x, held), (p_layer, bias_e) = carry, xs
+            carry, stats, latent = layer(p_layer, cfg, x, held, bias_e, contexts, experts)
+            return carry, (stats, latent if ctx.with_cache else None)
+
+        start = (x_a, _from_no_layer(p, cfg, x_b, experts))
+        end, (stats, latent) = lax.scan(recompute(body, ctx.remat), start, (p, bias_le), unroll=unroll(p))
+        x_a, done_b = end
+        x_b, _ = _combined((), done_b, experts, NOTHING, ())
+        return joined(x_a, x_b), stats, latent
+
+    return stack

@@ -1,0 +1,110 @@
+"""A segment of a program: rows travel in two stages while work that needs none of them is done in two parts.
+
+    stage 1 of the trip | part 1 of the work
+    --------------------- barrier
+    stage 2 of the trip | part 2 of the work
+
+The barriers keep each stage beside its part; running them at the same time is up to the scheduler (`compiler.py`).
+Without the one in between, the scheduler, which does not know how long a kernel of ours takes, places all work
+beside the first collective of the segment. The backward pass is a segment too, written out: the trip back, last stage
+first, beside the gradients of the parts.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from deepseek_jax.model.layers import Params
+from deepseek_jax.parallel.exchange import Exchange, Plan, homewards, outwards
+
+
+class Work(NamedTuple):
+    """first(params, inputs) -> between; second(params, inputs, between) -> result. Pure functions."""
+
+    first: Callable[[Params, Any], Any]
+    second: Callable[[Params, Any, Any], Any]
+
+
+class Trip(NamedTuple):
+    """A kind of exchange: the functions of `exchange.py` that bring values there and their gradients back."""
+
+    name: str
+    there: Callable[..., Any]
+    back: Callable[..., Any]
+    ex: Exchange
+    rows: int | None
+
+    def start(self, values: tuple[jax.Array, ...], plan: Plan) -> Any:
+        with jax.named_scope(self.name):
+            return self.there(values, plan, self.ex, self.rows)
+
+    def reversed(self) -> "Trip":
+        return self._replace(there=self.back, back=self.there)
+
+
+def dispatching(ex: Exchange, rows: int | None) -> Trip:
+    """Values (x [n, d], weights [n, k]) -> (x [r, d], weights [r, k])."""
+    return Trip("dispatch", outwards, homewards, ex, rows)
+
+
+def combining(ex: Exchange, rows: int | None) -> Trip:
+    """Values (y [r, d],) -> (sums [n, d],)."""
+    return Trip("combine", homewards, outwards, ex, rows)
+
+
+def _together(*values: Any) -> Any:
+    """Nothing that reads the results starts before all of `values` are there."""
+    leaves, tree = jax.tree.flatten(values)
+    real = [x for x in leaves if x.dtype != jax.dtypes.float0]  # the gradient of an integer is none
+    done = iter(lax.optimization_barrier(real))
+    return jax.tree.unflatten(tree, [x if x.dtype == jax.dtypes.float0 else next(done) for x in leaves])
+
+
+def _finish(trip: Trip, finish: Callable[[Any], Any], on_the_way: Any) -> Any:
+    with jax.named_scope(trip.name):
+        return finish(on_the_way)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def side_by_side(
+    trip: Trip, work: Work, values: tuple[jax.Array, ...], plan: Plan, p: Params, inputs: Any
+) -> tuple[tuple[jax.Array, ...], Any]:
+    """(what the trip brings, the result of the work), differentiable in `values`, `p` and `inputs`.
+
+    The plan is finished before the segment starts.
+    """
+    return _forward(trip, work, values, plan, p, inputs)[0]
+
+
+def _forward(trip, work, values, plan, p, inputs):  # type: ignore[no-untyped-def]
+    values, plan, inputs = _together(values, plan, inputs)
+    on_the_way, finish = trip.start(values, plan)
+    between, first_vjp = jax.vjp(work.first, p, inputs)
+    on_the_way, between, inputs = _together(on_the_way, between, inputs)
+    result, second_vjp = jax.vjp(work.second, p, inputs, between)
+    out = _together(_finish(trip, finish, on_the_way), result)
+    return out, (plan, first_vjp, second_vjp)
+
+
+def _backward(trip, work, saved, g):  # type: ignore[no-untyped-def]
+    plan, first_vjp, second_vjp = saved
+    back = trip.reversed()
+    g_values, g_result = _together(*g)
+    on_the_way, finish = back.start(g_values, plan)
+    dp_second, d_inputs, d_between = second_vjp(g_result)
+    on_the_way, dp_second, d_inputs, d_between = _together(on_the_way, dp_second, d_inputs, d_between)
+    dp_first, d_inputs_first = first_vjp(d_between)
+    d_values, dp_first, d_inputs_first = _together(
+        _finish(back, finish, on_the_way), dp_first, d_inputs_first
+    )
+    return d_values, None, _add(dp_first, dp_second), _add(d_inputs_first, d_inputs)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: x if x.dtype == jax.dtypes.float0 else x + y, a, b)
+
+
+side_by_side.defvjp(_forward, _backward)

@@ -1,0 +1,144 @@
+"""What of an expert exchange is hidden behind GEMMs on H100s, read from the compiled program; no GPU is needed.
+
+    python -m experiments.plan overlap                                  # 64 GPUs, DeepSeek-V3's layer, BF16
+    python -m experiments.plan overlap --precision deepseek_fp8 --receive 0 --no-overlap
+
+Compiles the gradient of a stack of MoE layers for a topology of H100s and lists every collective of the schedule: the
+GEMMs issued between its start and its done. This shows the order of issue, not time. Needs the packages
+jax-cuda13-plugin and jax-cuda13-pjrt (`pip install --no-deps`).
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import v3_671b
+from deepseek_jax.config import Config, MeshConfig, from_config_dict
+from deepseek_jax.model.params import Param, stacked
+from deepseek_jax.model.rope import rope_table
+from deepseek_jax.model.transformer import REMAT, Context, block_params
+from deepseek_jax.parallel.compiler import compiler_options
+from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh, param_specs, rules
+from deepseek_jax.parallel.schedule import Transfer, transfers
+from deepseek_jax.precision import PRESETS, preset
+from deepseek_jax.precision.weights import attach, quantise_weights
+from deepseek_jax.training.sharding import experts_over, moe_stack_over
+from pallas_kernels.testing.aot import TARGET, why_unavailable
+
+SEQUENCES = 2  # per device
+LAYERS = 5  # more than are unrolled: the report is on the body of the loop over layers
+SCOPES = ("plan", "dispatch", "combine")
+GIB = 2**30
+
+
+def layer_config(nodes: int, local: int, precision: str, receive: float, overlap: bool, remat: str) -> Config:
+    """A stack of DeepSeek-V3's MoE layers on nodes x local devices."""
+    whole = from_config_dict(v3_671b.get_config())
+    model = dataclasses.replace(
+        whole.model,
+        num_hidden_layers=LAYERS,
+        first_k_dense_replace=0,
+        num_nextn_predict_layers=0,
+        dtype="bfloat16",
+    )
+    mesh = MeshConfig(data=1, node=nodes, local=local, receive=receive, overlap=overlap)
+    train = dataclasses.replace(whole.train, remat=remat)
+    return dataclasses.replace(whole, model=model, mesh=mesh, train=train, precision=precision)
+
+
+def compile_stack(cfg: Config, tokens: int) -> jax.stages.Compiled:
+    """The gradient of the stack, for as many H100s as the mesh has, with `tokens` per device."""
+    nodes, local = cfg.mesh.node, cfg.mesh.local
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology=f"1x{nodes}x{local}"
+    )
+    mesh, model, policy = make_mesh(cfg.mesh, topology.devices), cfg.model, preset(cfg.precision)
+    declared = stacked(block_params(model, True), model.num_moe_layers)
+    specs, batch = param_specs(declared, mesh, rules(cfg.mesh, mesh)), PartitionSpec(BATCH_AXES)
+    experts = experts_over(cfg, mesh)
+    stack, t = moe_stack_over(cfg, mesh, experts), tokens // SEQUENCES
+
+    def gradient(params, x_btd):
+        quantised = quantise_weights(params, declared, policy)
+        ctx = Context(rope_table(model, jnp.arange(t)[None]), None, cfg.train.remat, experts, False)
+
+        def value(params, x_btd):
+            y_btd, stats, _ = stack(attach(params, quantised, policy), model, x_btd, None, ctx)
+            return jnp.square(y_btd.astype(jnp.float32)).sum() + stats.seq_loss.sum()
+
+        return jax.grad(value, (0, 1))(params, x_btd)
+
+    def array(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    params = jax.tree.map(
+        lambda p, spec: array(p.shape, jnp.float32, spec),
+        declared,
+        specs,
+        is_leaf=lambda x: isinstance(x, Param),
+    )
+    x_btd = array((SEQUENCES * nodes * local, t, model.hidden_size), jnp.bfloat16, batch)
+    spread = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(specs, batch), out_specs=(specs, batch), check_vma=False
+    )
+    return jax.jit(spread, compiler_options=compiler_options(cfg.mesh, mesh)).lower(params, x_btd).compile()
+
+
+def _line(t: Transfer) -> str:
+    what = t.within(*SCOPES) or "other"
+    state = "sync" if t.is_sync else "async"
+    verdict = "hidden" if t.hidden else "EXPOSED"
+    where = "in the layer" if "/while/" in t.op_name else "outside of the layers"
+    direction = "backward" if t.backward else "forward"
+    return f"  {direction:<9}{what:<9}{t.opcode:<18}{state:<6}{len(t.gemms):>3} GEMMs  {verdict:<8}{where}"
+
+
+def report(compiled: jax.stages.Compiled) -> None:
+    found = transfers(compiled.as_text())
+    for t in found:
+        print(_line(t))
+    trips = [t for t in found if t.within(*SCOPES) in SCOPES[1:] and "/while/" in t.op_name]
+    hidden = sum(t.hidden for t in trips)
+    print(
+        f"dispatch and combine in the layer: {hidden} of {len(trips)} collectives asynchronous around GEMMs"
+    )
+    memory = compiled.memory_analysis()
+    print(
+        f"per device, {LAYERS} layers: arguments {memory.argument_size_in_bytes / GIB:.2f} GiB, "
+        f"temporaries {memory.temp_size_in_bytes / GIB:.2f} GiB (the compiler's estimate)"
+    )
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Overlap in the schedule compiled for H100s, without a GPU.")
+    parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--local", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--tokens", type=int, default=1024, help="per GPU, in two sequences")
+    parser.add_argument("--precision", choices=tuple(PRESETS), default="bf16")
+    parser.add_argument("--receive", type=float, default=8.0, help="mesh.receive; 0: everything at once")
+    parser.add_argument("--remat", choices=REMAT, default="none")
+    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    if (missing := why_unavailable()) is not None:
+        print(f"error: cannot compile for H100: {missing}", file=sys.stderr)
+        return 2
+    cfg = layer_config(args.nodes, args.local, args.precision, args.receive, args.overlap, args.remat)
+    print(
+        f"{args.nodes} nodes x {args.local} H100, {args.tokens} tokens per GPU, {cfg.precision}, {cfg.mesh}"
+    )
+    report(compile_stack(cfg, args.tokens))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Two halves of a batch in flight: the run of the whole batch."""
+
+import functools
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.parallel.compiler import compiler_options
+from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
+from deepseek_jax.parallel.overlap import halves, joined
+from deepseek_jax.parallel.schedule import transfers
+from deepseek_jax.training.sharding import state_shardings
+from deepseek_jax.training.state import Hyper
+from deepseek_jax.training.step import make_train_step
+from tests.parallel.test_experts_mesh import BOUND, UNOPTIMISED, difference
+from tests.tiny_run import fresh_state, tiny, tokens
+
+HYPER = Hyper(np.float32(3e-3), np.float32(0.01), np.float32(0.3))
+MODEL = {
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 0,
+    "num_nextn_predict_layers": 0,
+    "initializer_range": 0.2,
+}
+
+
+def config(batch=16, balance="loss_free", model=MODEL, train=None, **mesh):
+    return tiny(
+        model=model,
+        data={"seq_len": 8},
+        train={"batch_size": batch} | (train or {}),
+        balance={"mode": balance},
+        optimizer={"moment_dtype": "float32"},  # the first moment shows the gradient itself
+        mesh={"data": 1, "node": 4, "local": 2} | mesh,
+    )
+
+
+@functools.cache
+def run(overlap, balance="loss_free", receive=0.0):
+    cfg = config(overlap=overlap, balance=balance, receive=receive)
+    mesh = make_mesh(cfg.mesh, jax.devices()[:8])
+    args = (
+        jax.device_put(fresh_state(cfg), state_shardings(cfg, mesh)),
+        jax.device_put({"tokens": tokens(cfg)}, batch_sharding(mesh)),
+        HYPER,
+    )
+    return jax.device_get(make_train_step(cfg, mesh).lower(*args).compile(UNOPTIMISED)(*args))
+
+
+@pytest.mark.parametrize(
+    ("balance", "receive"), [("loss_free", 0.0), ("classic", 1.0)], ids=["at once", "classic loss, in rounds"]
+)
+def test_loss_every_gradient_and_counts_equal_the_whole_batch(balance, receive):
+    """Each gradient is a sum over the same tokens; what differs is the order. Bound: see `test_experts_mesh`."""
+    (state, metrics), (state_1, metrics_1) = run(True, balance, receive), run(False, balance)
+    for name in ("loss", "balance_loss", "grad_norm"):
+        assert difference(getattr(metrics, name), getattr(metrics_1, name)) < BOUND, name
+    np.testing.assert_array_equal(metrics.counts_le, metrics_1.counts_le)
+    np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)
+    moments, moments_1 = state.opt_state.mu, state_1.opt_state.mu
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(moments), jax.tree.leaves(moments_1), strict=True
+    ):
+        assert np.isfinite(x).all() and difference(x, y) < BOUND, jax.tree_util.keystr(path)
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(
+        ValueError, match=r"a local batch of 3 sequences does not divide into 2 micro-batches"
+    ):
+        halves(np.zeros((3, 4)))
+    x = np.arange(8).reshape(4, 2)
+    np.testing.assert_array_equal(joined(*halves(x)), x)
+
+
+def test_nothing_to_overlap():
+    cfg = config(overlap=True, experts="replicated")
+    with pytest.raises(
+        ValueError, match=r"mesh.overlap=True, but no tokens travel: mesh.experts='replicated'"
+    ):
+        make_train_step(cfg, make_mesh(cfg.mesh, jax.devices()[:8]))
+
+
+def test_compiler_options_are_for_gpus():
+    cfg = config(comm_channels=20).mesh
+    assert compiler_options(cfg, make_mesh(cfg, jax.devices()[:8])) is None
+    gpus = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
+    assert compiler_options(cfg, gpus) == {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_nccl_collective_max_nchannels": 20,
+        "xla_gpu_nccl_p2p_max_nchannels": 20,
+    }
+
+
+PROGRAM = """\
+HloModule step, is_scheduled=true
+
+%body (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %ragged-all-to-all-start.1 = ((u32[4]{0}), u32[4]{0}) ragged-all-to-all-start(%p), backend_config={"is_sync":false}
+  %gemm_fusion_dot.3 = f32[4,4]{1,0} fusion(%p), kind=kCustom, metadata={op_name="jit(f)/attention/dot_general"}
+  %mpmd_map.1 = f32[4]{0} custom-call(%p), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/jit(grouped_gemm)/body/mpmd_map"}
+  %mpmd_map.2 = f32[4]{0} custom-call(%p), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/jit(quantize)/body/mpmd_map"}
+  %slice.1 = f32[4]{0} fusion(%gemm_fusion_dot.3), kind=kLoop
+  %ragged-all-to-all-done.1 = u32[4]{0} ragged-all-to-all-done(%ragged-all-to-all-start.1)
+  ROOT %bitcast.1 = f32[4]{0} bitcast(%ragged-all-to-all-done.1), metadata={op_name="transpose(jvp())/dispatch/bitcast"}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %all-gather-start = ((s32[1]{0}), s32[2]{0}) all-gather-start(%p), metadata={op_name="plan/all_gather"}, backend_config={"is_sync":true}
+  ROOT %all-gather-done = s32[2]{0} all-gather-done(%all-gather-start)
+}
+"""
+
+
+def test_what_a_schedule_says():
+    first, second = transfers(PROGRAM)
+    assert (first.opcode, first.computation, first.is_sync) == ("ragged-all-to-all", "body", False)
+    assert first.gemms == ("jit(f)/attention/dot_general", "jit(f)/jit(grouped_gemm)/body/mpmd_map")
+    assert first.hidden and first.backward and first.within("dispatch", "combine") == "dispatch"
+    assert (second.opcode, second.within("plan"), second.hidden, second.backward) == (
+        "all-gather",
+        "plan",
+        False,
+        False,
+    )
