@@ -13,8 +13,9 @@ Exit status: of the process that failed first in the last attempt (128 + the sig
 
 import argparse
 import contextlib
-import ctypes
+import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,13 @@ from deepseek_jax.parallel.distributed import COORDINATOR, PROCESS, PROCESSES
 
 _POLL = 0.05  # seconds
 _LEFTOVERS = 5.0  # seconds for the rest of the output, which something that left the group may hold open
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# SIGTERM when the launcher is gone, even by SIGKILL. In the new process, and not between fork and exec of this one:
+# forking a process with threads may deadlock.
+_END_WITH_PARENT = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})  # PR_SET_PDEATHSIG of <linux/prctl.h>
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 _USAGE_ERROR = 2
 
 
@@ -104,12 +111,11 @@ class Group:
 
 
 def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def end_with_parent() -> None:
-        if libc is not None:  # SIGTERM when the launcher is gone, even by SIGKILL
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
+    """Start `command` in a session of its own. Raises FileNotFoundError if there is no such program."""
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
+    if sys.platform == "linux":
+        command = [sys.executable, "-ISc", _END_WITH_PARENT, *command]
     return subprocess.Popen(
         command,
         env=environment,
@@ -119,7 +125,6 @@ def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Po
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=end_with_parent,  # no other thread runs here: readers start when all processes have
     )
 
 
