@@ -19,7 +19,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from deepseek_jax.config import PRECISIONS, Config, from_config_dict, to_dict
-from experiments import command_line
+from experiments import command_line, fp8_report
+from experiments.fp8_report import OTHER_SEED
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The model and run of the study.")
 _OUT = flags.DEFINE_string("out", "runs/fp8_study", "Folder of the runs and the picture.")
@@ -27,7 +28,6 @@ _RUN = flags.DEFINE_string(
     "run", None, "Only train this one of the study's runs (what the study starts itself)."
 )
 
-OTHER_SEED = "bf16 (other seed)"
 RUNS = (*PRECISIONS, OTHER_SEED)
 
 
@@ -89,8 +89,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _train_all(configs)
-    from experiments import fp8_report
-
     fp8_report.write(configs, Path(_OUT.value))
     return 0
 

@@ -7,7 +7,7 @@ import pytest
 from deepseek_jax.config import PRECISIONS
 from deepseek_jax.precision.errors import GEMMS, Errors
 from experiments import fp8_report
-from experiments.fp8_study import OTHER_SEED
+from experiments.fp8_report import OTHER_SEED
 
 
 def test_smoothing_has_no_memory_of_a_start_at_zero():
