@@ -56,7 +56,9 @@ def _blocks(rows: Rows, size: int) -> _Blocks:
     aligned = aligned_sizes(rows.sizes_e, ALIGNMENT)
     ends, first_row = jnp.cumsum(per_expert), jnp.cumsum(aligned) - aligned
     i = jnp.arange(m // size + e, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(ends, i, side="right"), e - 1).astype(jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(ends, i, side="right", method="compare_all"), e - 1).astype(
+        jnp.int32
+    )
     nth = i - (ends - per_expert)[expert]
     live = jnp.clip(rows.sizes_e[expert] - nth * size, 0, size)
     return _Blocks(expert, first_row[expert] + nth * size, live, ends[-1])
