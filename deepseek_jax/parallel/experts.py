@@ -169,7 +169,8 @@ def _if_more(count: jax.Array, first: int, run: Callable[[], Any]) -> Any:
     if not first:
         return run()
     shapes = jax.eval_shape(run)
-    return lax.cond(count > first, run, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    with jax.named_scope("rounds"):
+        return lax.cond(count > first, run, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
 
 def _outbound(

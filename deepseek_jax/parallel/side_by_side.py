@@ -88,7 +88,7 @@ def side_by_side(
 
 def _forward(route, work, values, plan, p, inputs):  # type: ignore[no-untyped-def]
     trip = route.prepare(values, plan)
-    ready, inputs = _together(trip.ready, inputs)
+    ready, _, inputs = _together(trip.ready, plan, inputs)
     between, first_vjp = jax.vjp(work.first, p, inputs)
     on_the_way, between, inputs = _together(trip.first(ready), between, inputs)
     result, second_vjp = jax.vjp(work.second, p, inputs, between)
