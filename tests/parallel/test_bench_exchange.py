@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from experiments import bench_exchange as bench
-from tests.parallel.test_experts_mesh import BOUND, UNOPTIMISED, dense, difference, on_mesh
+from tests.parallel.comparison import BOUND, UNOPTIMISED, difference
+from tests.parallel.test_experts_mesh import dense, on_mesh
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.experts import routed_experts
-from deepseek_jax.model.layers import swiglu
+from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.model.transformer import recompute
 from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
 from deepseek_jax.parallel.low_latency import low_latency_experts
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.wire import Wire
+from tests.parallel.comparison import BOUND, UNOPTIMISED, difference
 
 E, K, D, F = 16, 3, 10, 6
 MESHES = {
@@ -30,15 +31,6 @@ MESHES = {
     (1, 8): 3,
 }  # (node, local) -> tokens per device: fewer than peers too
 SHARDED = PartitionSpec(("node", "local"))
-# Float32: each side rounds each of the some 20 operations along a gradient's path (6e-8 each) and sums up to 3
-# experts, or 48 tokens of a weight, in an order of its own; errors of random sign in a norm grow like the root of
-# their number, sqrt(20 + 48) * 6e-8 = 5e-7 per side.
-BOUND = 1e-6
-# The program is tested, not the compiler. Without the fusion emitters, which later versions cannot switch off, it
-# compiles in half the time.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    UNOPTIMISED["xla_cpu_use_fusion_emitters"] = False
 
 
 def dense(p, x_nd, experts_nk, weights_nk):
@@ -122,14 +114,6 @@ def all_modes(shape):
 @functools.cache
 def single_device():
     return jax.jit(with_gradients(dense), compiler_options=UNOPTIMISED)
-
-
-def difference(got, want):
-    """Norm of the difference by norm of what is wanted; 0 wanted is to be 0."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    if not want.any():
-        return 0.0 if not got.any() else np.inf
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)

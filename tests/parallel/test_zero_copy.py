@@ -14,7 +14,7 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.zero import read_dtype, share_of
 from deepseek_jax.training.sharding import parameter_shares
 from deepseek_jax.training.step import losses, make_eval_step
-from tests.parallel.test_experts_mesh import UNOPTIMISED, difference
+from tests.parallel.comparison import UNOPTIMISED, difference
 from tests.parallel.test_experts_step import SINGLE
 from tests.parallel.test_zero import batch_on, config, mesh_of, put
 from tests.tiny_run import fresh_state, tokens
