@@ -1,4 +1,4 @@
-"""How near a program over several devices must come to that of one, and how both are compiled for it."""
+"""How near a program over several devices must come to that of one."""
 
 import jax
 import numpy as np
@@ -7,11 +7,6 @@ import numpy as np
 # experts, or 48 tokens of a weight, in an order of its own; errors of random sign in a norm grow like the root of
 # their number, sqrt(20 + 48) * 6e-8 = 5e-7 per side.
 BOUND = 1e-6
-# The program is tested, not the compiler. Without the fusion emitters, which later versions cannot switch off, it
-# compiles in half the time.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    UNOPTIMISED["xla_cpu_use_fusion_emitters"] = False
 
 
 def difference(got, want):

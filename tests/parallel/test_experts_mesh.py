@@ -21,7 +21,7 @@ from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
 from deepseek_jax.parallel.low_latency import low_latency_experts
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.wire import Wire
-from tests.parallel.comparison import BOUND, UNOPTIMISED, difference
+from tests.parallel.comparison import BOUND, difference
 
 E, K, D, F = 16, 3, 10, 6
 MESHES = {
@@ -94,7 +94,7 @@ def with_gradients(experts):
 def on_mesh(fn, shape, n_args, out_specs=SHARDED):
     mesh = make_mesh(MeshConfig(data=1, node=shape[0], local=shape[1]))
     sharded = jax.shard_map(fn, mesh=mesh, in_specs=(SHARDED,) * n_args, out_specs=out_specs, check_vma=False)
-    return jax.jit(sharded, compiler_options=UNOPTIMISED)
+    return jax.jit(sharded)
 
 
 def modes_of(shape):
@@ -113,7 +113,7 @@ def all_modes(shape):
 
 @functools.cache
 def single_device():
-    return jax.jit(with_gradients(dense), compiler_options=UNOPTIMISED)
+    return jax.jit(with_gradients(dense))
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -149,7 +149,7 @@ def test_rounds_send_what_one_exchange_sends_in_fp8():
 def test_the_oracle_is_the_models_function():
     p, x, w, g = arrays(24)
     ids = routings(24)["tokens without experts"].astype(np.int32)
-    want = jax.jit(with_gradients(routed_experts), compiler_options=UNOPTIMISED)(p, x, w, g, ids)
+    want = jax.jit(with_gradients(routed_experts))(p, x, w, g, ids)
     got = single_device()(p, x, w, g, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert difference(a, b) < BOUND

@@ -14,7 +14,7 @@ from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
 from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import init_state, make_eval_step, make_train_step
-from tests.parallel.comparison import BOUND, UNOPTIMISED, assert_same_step, difference
+from tests.parallel.comparison import BOUND, assert_same_step, difference
 from tests.tiny_run import fresh_state, tiny, tokens
 
 HYPER = Hyper(np.float32(3e-3), np.float32(0.01), np.float32(0.3))
@@ -48,14 +48,11 @@ def program(shape):
     cfg = config(shape)
     mesh = mesh_of(cfg)
     shardings = state_shardings(cfg, mesh)
-    jitted, compiled = make_train_step(cfg, mesh), []
+    step = make_train_step(cfg, mesh)
 
     def run(state, seed=0):
         batch = jax.device_put({"tokens": tokens(cfg, seed)}, batch_sharding(mesh))
-        args = jax.device_put(state, shardings), batch, HYPER
-        if not compiled:
-            compiled.append(jitted.lower(*args).compile(UNOPTIMISED))
-        return compiled[0](*args)
+        return step(jax.device_put(state, shardings), batch, HYPER)
 
     return run
 
@@ -135,7 +132,7 @@ def evaluation(shape, precision):
     state = jax.device_put(fresh_state(cfg), state_shardings(cfg, mesh))
     batch = jax.device_put({"tokens": tokens(cfg)}, batch_sharding(mesh))
     args = state.params, state.balance_bias, batch
-    return make_eval_step(cfg, mesh).lower(*args).compile(UNOPTIMISED)(*args)
+    return make_eval_step(cfg, mesh)(*args)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "deepseek_fp8"])

@@ -14,7 +14,7 @@ from deepseek_jax.parallel.overlap import halves, joined
 from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import make_train_step
-from tests.parallel.comparison import UNOPTIMISED, assert_same_step
+from tests.parallel.comparison import assert_same_step
 from tests.tiny_run import fresh_state, tiny, tokens
 
 HYPER = Hyper(np.float32(3e-3), np.float32(0.01), np.float32(0.3))
@@ -46,7 +46,7 @@ def run(overlap, balance="loss_free", receive=0.0):
         jax.device_put({"tokens": tokens(cfg)}, batch_sharding(mesh)),
         HYPER,
     )
-    return jax.device_get(make_train_step(cfg, mesh).lower(*args).compile(UNOPTIMISED)(*args))
+    return jax.device_get(make_train_step(cfg, mesh)(*args))
 
 
 @pytest.mark.parametrize(
