@@ -1,7 +1,8 @@
 """Routed experts over a mesh: the single device's function of `model/experts.py`, each device holding its share.
 
-To be called inside `shard_map` (check_vma=False) with expert parameters sharded over (node, local) in order, so
-that the device at (i, j) of a mesh with `local` devices per node holds the experts of rank i * local + j. Every
+To be called inside `shard_map` (check_vma=False) with expert parameters sharded over (node, local, tensor) in order,
+so that the device j of node i holds the experts of rank i * (devices of a node) + j, where j counts the devices of a
+node along local, then tensor. Every
 device brings its own tokens and gets their sums back. Nothing the shared expert needs goes through the exchange,
 so XLA is free to compute it while tokens travel.
 
@@ -68,7 +69,7 @@ def mesh_experts(
     """The `experts` argument of the model's forward pass, for use inside `shard_map`.
 
     Args:
-      mode: "two_hop" (node, then local) or "flat" (both at once).
+      mode: "two_hop" (between nodes, then inside) or "flat" (both at once).
       local: the computation of one device's experts; ids of absent experts are -1.
       wire: formats of dispatch and combine; by default arrays as they are.
       most: on how many peers of the first hop a token's experts lie at most: `nodes_per_token` for "two_hop"

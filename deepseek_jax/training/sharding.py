@@ -1,7 +1,8 @@
 """How a training run lies on its mesh: what of the state each device holds, and how it reaches the experts.
 
-Experts are spread over node x local as `mesh.experts` says (report section 3.2.2). Everything else is whole on every
-device while it computes, and between steps too unless `mesh.zero` divides parameters and moments (`parallel/zero.py`).
+Experts are spread over node x local x tensor as `mesh.experts` says (report section 3.2.2), the attention's heads over
+tensor. Everything else is whole on every device while it computes, and between steps too unless `mesh.zero` divides
+parameters and moments (`parallel/zero.py`).
 """
 
 import dataclasses
@@ -69,7 +70,8 @@ def moe_stack_over(cfg: Config, mesh: Mesh, experts: Experts) -> Stack:
     if not isinstance(experts, MeshExperts):
         raise ValueError(
             f"mesh.overlap=True, but no tokens travel: mesh.experts={cfg.mesh.experts!r} on mesh "
-            f"node={mesh.shape['node']} local={mesh.shape['local']} with n_routed_experts="
-            f"{cfg.model.n_routed_experts}; spread the experts over node x local, or set config.mesh.overlap=False"
+            f"node={mesh.shape['node']} local={mesh.shape['local']} tensor={mesh.shape['tensor']} with "
+            f"n_routed_experts={cfg.model.n_routed_experts}; spread the experts over node x local x tensor, or set "
+            "config.mesh.overlap=False"
         )
     return overlapped(experts)
