@@ -184,7 +184,8 @@ def layer(
     at_b, (out_a, y_a) = _dispatched(ffn["ffn"], to_b, x_b, experts, expert_work(experts, False), at_a)
     done_a = Done(out_a, y_a, to_a.plan)
     x_a, (out_b, y_b) = _combined(ffn["ffn"], done_a, experts, expert_work(experts, True), at_b)
-    stats = balance_stats(cfg, *joined((to_a.s_bte, to_a.routing), (to_b.s_bte, to_b.routing)), sequence)
+    s_bte, routing = joined((to_a.s_bte, to_a.routing), (to_b.s_bte, to_b.routing))
+    stats = balance_stats(cfg, s_bte, routing, sequence)
     return (x_a, Done(out_b, y_b, to_b.plan)), stats, joined(latent_a, latent_b)
 
 
