@@ -36,6 +36,10 @@ class Whole:
         """Of the latents of `core_inputs`, the sequences that this device goes on to decode."""
         return latent
 
+    def last(self, h_btd: jax.Array) -> jax.Array:
+        """The last token of these sequences, [b, d] of this device's tokens [b, t, d]."""
+        return h_btd[:, -1]
+
     def core_inputs(
         self, p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope
     ) -> tuple[CoreInputs, LatentCache]:

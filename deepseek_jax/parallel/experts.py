@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import EXPERT_PLAN, Params
 from deepseek_jax.model.moe import Experts
@@ -43,6 +44,7 @@ from deepseek_jax.parallel.exchange import (
     make_plan,
     outbound,
 )
+from deepseek_jax.parallel.mesh import expert_exchange
 from deepseek_jax.parallel.wire import Wire
 
 MODES = {"flat": FLAT, "two_hop": TWO_HOP}
@@ -85,6 +87,35 @@ def mesh_experts(
     if capacity is not None and capacity <= 0:
         raise ValueError(f"capacity={capacity} must be positive, or None for buffers without bound")
     return MeshExperts(Exchange(MODES[mode], wire, implementation), _of_present(local), most, capacity)
+
+
+def experts_over(
+    model: ModelConfig,
+    cfg: MeshConfig,
+    mesh: Mesh | AbstractMesh,
+    wire: Wire = AS_IT_IS,
+    local: Experts = routed_experts,
+) -> Experts:
+    """The routed experts of a forward pass inside `shard_map`, spread as `cfg` says: `local` itself where they are not.
+
+    wire: the formats that `mesh.dispatch` and `mesh.combine` leave open ("auto").
+    """
+    mode = expert_exchange(cfg, mesh)
+    if mode == "replicated" or not model.n_routed_experts:
+        return local
+    return mesh_experts(
+        mode,
+        local=local,
+        wire=named_wire(cfg, wire),
+        most=nodes_per_token(model, mesh.shape["node"]) if mode == "two_hop" else None,
+        capacity=cfg.receive or None,
+    )
+
+
+def named_wire(cfg: MeshConfig, default: Wire) -> Wire:
+    """The formats of an exchange: what the config names, else the default's."""
+    named = {name: getattr(cfg, name) for name in ("dispatch", "combine")}
+    return dataclasses.replace(default, **{name: form for name, form in named.items() if form != "auto"})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,8 @@ Rules = Mapping[str, tuple[str, ...]]
 # Logical axis -> mesh axes that shard it, coarse to fine. What is not named is whole on every device.
 TENSOR_PARALLEL: Rules = MappingProxyType({"heads": ("tensor",)})
 EXPERT_PARALLEL: Rules = MappingProxyType({"expert": EXPERT_AXES, **TENSOR_PARALLEL})
+# Of generation: decoding attends data parallel, each device with all heads.
+WHOLE_ATTENTION: Rules = MappingProxyType({"expert": EXPERT_AXES})
 
 
 def _sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import mla
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.mla import CoreInputs, LatentCache, Rope
+from deepseek_jax.model.params import Param, tree_map
 from deepseek_jax.model.sequence import WHOLE, Whole
 
 
@@ -59,6 +60,19 @@ class Divided(Whole):
     def cached(self, latent: LatentCache) -> LatentCache:
         """Latents are gathered anyway: each device keeps whole sequences, an equal part of them."""
         return jax.tree.map(lambda x: self._part(x, 0), latent)
+
+    def last(self, h_btd: jax.Array) -> jax.Array:
+        """The last device has the last tokens; each gets those of the sequences that it keeps."""
+        here = lax.axis_index(self.axis) == self.parts - 1
+        return self._part(lax.psum(jnp.where(here, h_btd[:, -1], 0), self.axis), 0)
+
+    def own_heads(self, params: Any, declared: Any) -> Any:
+        """This device's heads of weights that it holds whole; `declared`: the tree of `Param` that they come from."""
+
+        def one(p: Param, w: jax.Array) -> jax.Array:
+            return self._part(w, p.axes.index("heads")) if "heads" in p.axes else w
+
+        return tree_map(one, declared, params)
 
     def core_inputs(
         self, p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope
