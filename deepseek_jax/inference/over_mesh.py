@@ -44,7 +44,7 @@ from deepseek_jax.parallel.exchange import AS_IT_IS
 from deepseek_jax.parallel.experts import MeshExperts, experts_over, named_wire
 from deepseek_jax.parallel.low_latency import low_latency_experts
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, WHOLE_ATTENTION, make_mesh, param_specs, rules
-from deepseek_jax.parallel.tensor import Divided, sequence_over
+from deepseek_jax.parallel.tensor import sequence_over
 
 WHOLE, ROWS = PartitionSpec(), PartitionSpec(TOKEN_AXES)
 
@@ -109,8 +109,7 @@ def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
     def run_prefill(params: Any, prompts: Prompts, bias_le: Any, slots: int) -> tuple[jax.Array, Any]:
         def local(params, prompts, bias_le):  # type: ignore[no-untyped-def]
             sequence = sequence_over(devices, prompts.tokens_bt.shape[1])
-            if isinstance(sequence, Divided):
-                params = sequence.own_heads(params, model_params(cfg))
+            params = sequence.own_heads(params, model_params(cfg))
             return prefill(params, cfg, prompts, bias_le, slots, many, sequence)
 
         in_specs = (specs, PartitionSpec(BATCH_AXES), WHOLE)

@@ -29,15 +29,19 @@ class Whole:
         return x_bt
 
     def total(self, x: Any) -> Any:
-        """Sum over the devices that share a sequence; not to be differentiated."""
+        """Sum over the devices that share a sequence. Not to be differentiated."""
         return x
 
     def cached(self, latent: LatentCache) -> LatentCache:
         """Of the latents of `core_inputs`, the sequences that this device goes on to decode."""
         return latent
 
+    def own_heads(self, params: Any, declared: Any) -> Any:
+        """This device's heads of weights that it holds whole; `declared`: the tree of `Param` that they come from."""
+        return params
+
     def last(self, h_btd: jax.Array) -> jax.Array:
-        """The last token of these sequences, [b, d] of this device's tokens [b, t, d]."""
+        """States [b, d] of the last tokens of the sequences that this device goes on to decode; `h_btd` of its tokens."""
         return h_btd[:, -1]
 
     def core_inputs(

@@ -67,8 +67,6 @@ class Divided(Whole):
         return self._part(lax.psum(jnp.where(here, h_btd[:, -1], 0), self.axis), 0)
 
     def own_heads(self, params: Any, declared: Any) -> Any:
-        """This device's heads of weights that it holds whole; `declared`: the tree of `Param` that they come from."""
-
         def one(p: Param, w: jax.Array) -> jax.Array:
             return self._part(w, p.axes.index("heads")) if "heads" in p.axes else w
 

@@ -2,9 +2,9 @@
 
 Between steps the float32 master weights and the moments are divided over all axes that divide tokens: dense parameters
 over data, node, local and tensor, experts, which the last three divide already, over data, and the attention's heads,
-which tensor divides, over the other three. Once per step, for all its
-micro-batches, `gather` puts the compute copy together and `scatter` sums the gradients to the devices that own
-them. Master weights are cast before they travel, to what the forward pass reads: `read_dtype`.
+which tensor divides, over the other three. Once per step, for all its micro-batches, `gather` puts the compute copy
+together and `scatter` sums the gradients to the devices that own them. Master weights are cast before they travel, to
+what the forward pass reads: `read_dtype`.
 
 The rule: of a matrix, the first dim that divides by the devices is divided, the layer dim included. Norm scales
 stay whole everywhere; a matrix without such a dim is an error, not a copy that nobody asked for.

@@ -2,10 +2,9 @@
 
 The forward and backward pass runs inside `shard_map`, each device on its own sequences, or with a mesh axis `tensor`
 on its part of each; losses are divided by the *global* token count on each device, so that plain sums over devices
-give global means. No loss is summed
-inside what is differentiated: each device differentiates its own part, and the exchange of tokens between experts
-carries cotangents to where they belong. Expert loads are summed as integers, so the bias update is exact whatever
-the number of devices.
+give global means. No loss is summed inside what is differentiated: each device differentiates its own part, and the
+collectives of experts and attention carry cotangents to where they belong. Expert loads are summed as integers, so the
+bias update is exact whatever the number of devices.
 
 Dims: b sequence, t token, w window (t + 1 or more tokens), n flattened token, k MTP depth, l layer, e expert.
 """
@@ -100,7 +99,8 @@ def losses(
 ) -> Losses:
     """This device's part of the losses: sums over its tokens divided by those of the `sequences` of the global batch.
 
-    `batch` holds whole sequences, of which this device takes its part if `sequence` is divided. Summed over devices and micro-batches they are the global means.
+    Summed over devices and micro-batches they are the global means. `batch` holds whole sequences, of which a device
+    takes its part if `sequence` is divided.
     """
     model, t = cfg.model, cfg.data.seq_len
     context: Any = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
