@@ -5,9 +5,20 @@ DeepSeekV3(cfg).apply(...)             the model as a Linen module
 ModelConfig                            any model of the family; counts of parameters, FLOPs, cache bytes
 """
 
-from deepseek_jax.config import Config, ModelConfig, from_config_dict
+from deepseek_jax.config import Config, MeshConfig, ModelConfig, from_config_dict
 from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.model import Model, load
+from deepseek_jax.inference.over_mesh import generate_over_mesh
 from deepseek_jax.model.transformer import DeepSeekV3
 
-__all__ = ["Config", "DeepSeekV3", "Model", "ModelConfig", "from_config_dict", "generate", "load"]
+__all__ = [
+    "Config",
+    "DeepSeekV3",
+    "MeshConfig",
+    "Model",
+    "ModelConfig",
+    "from_config_dict",
+    "generate",
+    "generate_over_mesh",
+    "load",
+]

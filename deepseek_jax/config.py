@@ -105,7 +105,10 @@ class BalanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Size of each mesh axis; expert parallelism spans node x local. 0 for `data`: whatever is left."""
+    """Size of each mesh axis; expert parallelism spans node x local x tensor. 0 for `data`: whatever is left.
+
+    `tensor` divides the heads inside the attention and the tokens of a sequence outside of it (`parallel/tensor.py`).
+    """
 
     pipe: int = 1
     data: int = 0
@@ -113,14 +116,14 @@ class MeshConfig:
     local: int = 1
     tensor: int = 1
     experts: str = (
-        "auto"  # sharded over node x local: "two_hop" or "flat" exchange, or "replicated"; auto: by mesh
+        "auto"  # sharded over node x local x tensor: "two_hop" or "flat", or "replicated"; auto: by mesh
     )
     dispatch: str = "auto"  # format of tokens on the way to experts: same (as computed), bf16, fp8, fp8_ue8m0
     combine: str = "auto"  # of results on the way back: same, bf16; auto: as `precision` says
     receive: float = (
         0.0  # rows received at once, in units of a device's tokens, more in rounds; 0: all at once
     )
-    zero: bool = False  # ZeRO-1: master weights and moments divided over data, node and local (experts: data)
+    zero: bool = False  # ZeRO-1: master weights and moments divided over all axes that divide tokens
     overlap: bool = (
         False  # two halves of each device's batch in flight: one computes while the other's tokens travel
     )

@@ -30,6 +30,12 @@ def one_device_per_core(divides: int, at_most: int = 0) -> int:
     return count
 
 
+def cpu_devices(count: int) -> None:
+    """`force_devices`, unless an XLA_FLAGS already sets the device count."""
+    if _COUNT not in os.environ.get("XLA_FLAGS", ""):
+        force_devices(count)
+
+
 def force_devices(count: int) -> None:
     """Ask XLA for `count` single-threaded CPU devices; in vain once JAX has touched its backends."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}={count} {_SINGLE}".strip()

@@ -1,12 +1,21 @@
 """Generate text from a training run:
 
-python -m experiments.generate --checkpoint=runs/tiny --prompt="import os"
+    python -m experiments.generate --checkpoint=runs/tiny --prompt="import os"
+    python -m experiments.generate --checkpoint=runs/tiny --prompt="import os" --mesh=node=2,local=4
+
+`--mesh` spreads the experts over devices: sizes of the mesh axes data, node, local and tensor, and any other key of
+`config.mesh` that says how tokens travel (experts, dispatch, combine, receive). On CPU, as many devices are made.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
+
+from deepseek_jax.config import MeshConfig, build
+from experiments.devices import cpu_devices
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training run's output folder, or a Hugging Face folder.", required=True
@@ -19,6 +28,7 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _SPECULATIVE = flags.DEFINE_bool("speculative", False, "Draft with the MTP module.")
 _CHAT = flags.DEFINE_bool("chat", False, "Talk: one line of input is one turn; an empty line ends.")
+_MESH = flags.DEFINE_string("mesh", "", "Over which devices, as node=2,local=4; empty: on one.")
 _EMA = flags.DEFINE_bool("ema", False, "Use the averaged parameters.")
 
 
@@ -54,10 +64,31 @@ def _chat(model) -> None:
         print(reply, flush=True)
 
 
+def parse_mesh(text: str) -> MeshConfig | None:
+    """ "node=2,local=4" -> MeshConfig with `data` 1 unless it is named; None for "". Raises ValueError."""
+    values: dict[str, Any] = {"data": 1} if text else {}
+    for pair in text.split(",") if text else ():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--mesh={text}: {pair!r} should be KEY=VALUE, as node=2,local=4")
+        values[key.strip()] = _number(value.strip())
+    return build(MeshConfig, values, "mesh.") if values else None
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"True": True, "False": False}.get(text, text)
+
+
 def run() -> None:
+    mesh = parse_mesh(_MESH.value)
+    if mesh is not None:
+        cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor)
     import deepseek_jax
 
-    model = deepseek_jax.load(_CHECKPOINT.value, step=_STEP.value, ema=_EMA.value)
+    model = deepseek_jax.load(_CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, mesh=mesh)
     _chat(model) if _CHAT.value else _complete(model)
 
 

@@ -7,8 +7,7 @@ programs are compiled.
 Dims: b batch, t prompt token, s cache slot, n new token, v vocabulary.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,10 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.cache import extend
 from deepseek_jax.inference.sampling import Sampling, sample
 from deepseek_jax.model.decoding import decode, prepare, prepare_cache
+from deepseek_jax.model.experts import decode_experts, routed_experts
 from deepseek_jax.model.layers import logits
+from deepseek_jax.model.moe import Experts
+from deepseek_jax.model.sequence import WHOLE, Whole
 from deepseek_jax.model.transformer import forward
 
 BUCKET = 32  # prompt lengths and cache sizes are multiples of this
@@ -82,16 +84,25 @@ class _State(NamedTuple):
     step: jax.Array
     token_b: jax.Array
     done_b: jax.Array
+    going: jax.Array  # whether any row is not done, here or on another device
     out_bn: jax.Array
     cache: Any
     key: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
-def _prefill(
-    params: Any, cfg: ModelConfig, prompts: Prompts, bias_le: Any, slots: int
+def prefill(
+    params: Any,
+    cfg: ModelConfig,
+    prompts: Prompts,
+    bias_le: Any,
+    slots: int,
+    experts: Experts = routed_experts,
+    sequence: Whole = WHOLE,
 ) -> tuple[jax.Array, Any]:
-    """Logits of the last prompt token [b, v] and the cache, extended to `slots`."""
+    """Logits of the last prompt token [b, v] and the cache, extended to `slots`.
+
+    With a divided `sequence`, of the prompts that this device goes on to decode.
+    """
     t = prompts.tokens_bt.shape[1]
     slot_bt = jnp.arange(t)[None] - prompts.pad_b[:, None]
     segments = (slot_bt >= 0).astype(jnp.int32)
@@ -102,15 +113,16 @@ def _prefill(
         bias_le,
         positions=jnp.maximum(slot_bt, 0),
         segments=segments,
+        experts=experts,
         mtp=False,
         with_cache=True,
+        sequence=sequence,
     )
     assert aux.cache is not None
-    return logits(params, h[:, -1]), extend(aux.cache, slots)
+    return logits(params, sequence.last(h)), extend(aux.cache, slots)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "new_tokens", "num_ids"))
-def _decode_loop(
+def decode_loop(
     params: Any,
     cfg: ModelConfig,
     first_bv: jax.Array,
@@ -123,36 +135,55 @@ def _decode_loop(
     sampling: Sampling,
     new_tokens: int,
     num_ids: int,
+    experts: Experts = decode_experts,
+    absent_b: jax.Array | None = None,
+    anyone: Callable[[jax.Array], jax.Array] = jnp.any,
 ) -> tuple[jax.Array, jax.Array]:
-    """(tokens int32 [b, n], number of decode steps run). Rows that are done repeat their stop token."""
+    """(tokens int32 [b, n], number of decode steps run). Rows that are done repeat their stop token.
+
+    Over a mesh, `absent_b` marks rows that only fill the batch, and `anyone` tells all devices whether any of them has
+    a row to go on with: those that are done serve the others' experts.
+    """
     slots = cache.c_bsc.shape[2]
     ready = prepare(params, cfg)
 
     def pick(key, logits_bv):
-        return sample(
-            key, jnp.where(jnp.arange(logits_bv.shape[-1]) < num_ids, logits_bv, -jnp.inf), sampling
-        )
+        return sample(key, allowed(logits_bv, num_ids), sampling)
 
     def more(s: _State):
-        return (s.step < new_tokens) & ~s.done_b.all()
+        return (s.step < new_tokens) & s.going
 
     def body(s: _State) -> _State:
         slot = start + s.step - 1  # of the token chosen last
         mask = (jnp.arange(slots)[None] <= slot) & (jnp.arange(slots)[None] >= pad_b[:, None])
         positions = (slot - pad_b)[:, None]
-        h, cache = decode(ready, cfg, s.token_b[:, None], s.cache, slot, positions, mask[:, None], bias_le)
+        h, cache = decode(
+            ready, cfg, s.token_b[:, None], s.cache, slot, positions, mask[:, None], bias_le, experts
+        )
         key, sub = jax.random.split(s.key)
         token = jnp.where(s.done_b, s.token_b, pick(sub, logits(params, h[:, 0])))
         out = lax.dynamic_update_slice_in_dim(s.out_bn, token[:, None], s.step, 1)
-        return _State(s.step + 1, token, s.done_b | is_stop(token, stop_ids), out, cache, key)
+        done = s.done_b | is_stop(token, stop_ids)
+        return _State(s.step + 1, token, done, anyone(~done), out, cache, key)
 
     key, sub = jax.random.split(key)
     token = pick(sub, first_bv)
     out = jnp.zeros((token.shape[0], new_tokens), jnp.int32).at[:, 0].set(token)
-    state = lax.while_loop(
-        more, body, _State(jnp.int32(1), token, is_stop(token, stop_ids), out, prepare_cache(cache, cfg), key)
-    )
+    done = is_stop(token, stop_ids)
+    if absent_b is not None:
+        done |= absent_b
+    first = _State(jnp.int32(1), token, done, anyone(~done), out, prepare_cache(cache, cfg), key)
+    state = lax.while_loop(more, body, first)
     return state.out_bn, state.step
+
+
+_prefill = jax.jit(prefill, static_argnames=("cfg", "slots"))
+_decode_loop = jax.jit(decode_loop, static_argnames=("cfg", "sampling", "new_tokens", "num_ids"))
+
+
+def slots_for(length: int, max_new_tokens: int) -> int:
+    """Slots of a cache for prompts padded to `length`, and what follows."""
+    return length + -(-max_new_tokens // BUCKET) * BUCKET
 
 
 def generate(
@@ -180,8 +211,7 @@ def generate(
     check_request(cfg, prompts, max_new_tokens)
     padded = pad_prompts(prompts)
     length = padded.tokens_bt.shape[1]
-    room = -(-max_new_tokens // BUCKET) * BUCKET
-    first_bv, cache = _prefill(params, cfg, padded, balance_bias, length + room)
+    first_bv, cache = _prefill(params, cfg, padded, balance_bias, slots_for(length, max_new_tokens))
     out_bn, steps = _decode_loop(
         params,
         cfg,

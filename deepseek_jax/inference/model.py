@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import Config, ModelConfig, build
+from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.chat import ChatTemplate
 from deepseek_jax.inference.generate import BUCKET, generate
+from deepseek_jax.inference.over_mesh import generate_over_mesh, parameter_shardings
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.speculative import Stats, generate_speculative
 from deepseek_jax.model.layers import logits
@@ -44,6 +45,7 @@ class Model:
         config: ModelConfig.
         params, balance_bias: as for `DeepSeekV3.apply`.
         tokenizer: None where the checkpoint has none; then pass token ids instead of text.
+        mesh: None for one device; else over which devices `generate` runs.
         last_stats: acceptance of the last speculative generation, or None.
     """
 
@@ -54,9 +56,11 @@ class Model:
         balance_bias: Any = None,
         tokenizer: Tokenizer | None = None,
         chat_template: ChatTemplate | None = None,
+        mesh: MeshConfig | None = None,
     ):
         self.config, self.params, self.balance_bias = config, params, balance_bias
         self.tokenizer, self.chat_template = tokenizer, chat_template or ChatTemplate()
+        self.mesh = mesh
         self.last_stats: Stats | None = None
 
     def _ids(self, text: Text) -> list[int]:
@@ -121,8 +125,12 @@ class Model:
             speculative: draft with the MTP module (same distribution; `last_stats` has the acceptance).
 
         Raises:
-            ValueError: see `inference.generate.generate`.
+            ValueError: see `inference.generate.generate`; or speculative over a mesh.
         """
+        if speculative and self.mesh is not None:
+            raise ValueError(
+                "speculative decoding runs on one device: leave out speculative=True or the mesh"
+            )
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
         many: Sequence[Any] = [prompts] if single else prompts
         if stop_ids is None:
@@ -141,6 +149,8 @@ class Model:
             rows, self.last_stats = generate_speculative(
                 self.params, self.config, ids, max_new_tokens, **kwargs
             )
+        elif self.mesh is not None:
+            rows = generate_over_mesh(self.params, self.config, ids, max_new_tokens, self.mesh, **kwargs)
         else:
             rows = generate(self.params, self.config, ids, max_new_tokens, **kwargs)
         outs = [self._text(row) if isinstance(p, str) else row for p, row in zip(many, rows, strict=True)]
@@ -162,28 +172,34 @@ def load(
     ema: bool = False,
     dtype: str | None = None,
     shardings: Any = None,
+    mesh: MeshConfig | None = None,
 ) -> Model:
     """A Hugging Face folder (config.json and safetensors) or the output folder of a training run.
 
     Args:
         step, ema: which checkpoint of a training run, and whether its averaged parameters.
         dtype, shardings: of the parameters of a Hugging Face checkpoint, see `deepseek_jax.hf.load`.
+        mesh: generate over these devices, which hold the experts among them (`inference/over_mesh.py`); None: on one.
 
     Raises:
-        ValueError: neither of the two, or a damaged checkpoint; names the file.
+        ValueError: neither of the two, or a damaged checkpoint; names the file. Or a mesh that does not fit.
     """
+    if mesh is not None and shardings is not None:
+        raise ValueError("a mesh brings its own shardings: give one of mesh and shardings")
     folder = Path(path).expanduser()
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     template = ChatTemplate(folder)
     if (folder / "config.json").is_file():
         from deepseek_jax import hf
 
-        return Model(*hf.load(folder, dtype=dtype, shardings=shardings), tokenizer, template)
+        if mesh is not None:
+            shardings = parameter_shardings(hf.Checkpoint(folder).cfg, mesh)
+        return Model(*hf.load(folder, dtype=dtype, shardings=shardings), tokenizer, template, mesh)
     if (folder / "checkpoints").is_dir():
         from deepseek_jax.training.checkpoint import load_params
 
         saved, params, bias, _ = load_params(folder / "checkpoints", step, ema)
-        return Model(
-            build(Config, saved).model, jax.device_put(params), jnp.asarray(bias), tokenizer, template
-        )
+        cfg = build(Config, saved).model
+        where = None if mesh is None else parameter_shardings(cfg, mesh)
+        return Model(cfg, jax.device_put(params, where), jnp.asarray(bias), tokenizer, template, mesh)
     raise ValueError(f"{folder} holds neither config.json (Hugging Face) nor checkpoints/ (a training run)")

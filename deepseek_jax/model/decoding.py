@@ -7,7 +7,7 @@ layer, or one whose arrays are stacked on a layer axis where the layers are scan
 Dims: b batch, t new token, s cache slot, d hidden, l layer.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layers import Params, embed, rms_norm
 from deepseek_jax.model.mla import LatentCache, Rope, absorb, latents, mla_decode
+from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import ffn, mtp_input
 
@@ -62,24 +63,27 @@ def _write(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
     return jax.vmap(lambda c, n, s: lax.dynamic_update_slice_in_dim(c, n, s, 0))(cache, new, slot)
 
 
+class Step(NamedTuple):
+    """What all blocks of one pass share."""
+
+    rope: Rope
+    slot: jax.Array
+    mask_bts: jax.Array
+    experts: Experts
+
+
 def _block(
-    p: Params,
-    cfg: ModelConfig,
-    x_btd: jax.Array,
-    ctx: tuple[Rope, jax.Array, jax.Array],
-    cache: LatentCache,
-    bias_e: Any,
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Step, cache: LatentCache, bias_e: Any
 ) -> tuple[jax.Array, LatentCache]:
-    rope, slot, mask_bts = ctx
     h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-    new = latents(p["attn"], cfg, h_btd, rope)
-    cache = jax.tree.map(lambda c, n: _write(c, n, slot), cache, new)
-    x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, rope, cache, mask_bts)
-    return ffn(p, cfg, x_btd, bias_e, decode_experts)[0], cache
+    new = latents(p["attn"], cfg, h_btd, ctx.rope)
+    cache = jax.tree.map(lambda c, n: _write(c, n, ctx.slot), cache, new)
+    x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, ctx.rope, cache, ctx.mask_bts)
+    return ffn(p, cfg, x_btd, bias_e, ctx.experts)[0], cache
 
 
 def _scanned(
-    ready: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Any, cache: LatentCache, bias_le: Any
+    ready: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Step, cache: LatentCache, bias_le: Any
 ) -> Any:
     def body(carry, xs):
         x, whole = carry
@@ -106,13 +110,15 @@ def decode(
     positions_bt: jax.Array,
     mask_bts: jax.Array,
     balance_bias: jax.Array | None = None,
+    experts: Experts = decode_experts,
 ) -> tuple[jax.Array, Cache]:
     """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], updated cache).
 
     ready, cache: from `prepare` and `prepare_cache`. The tokens' latents go to slots slot .. slot + t - 1,
-    `slot` int32 [] or [b]; `mask_bts` says which slots each token sees, itself included.
+    `slot` int32 [] or [b]; `mask_bts` says which slots each token sees, itself included. `experts` computes the routed
+    experts: on one device, or over a mesh (`parallel/low_latency.py`).
     """
-    ctx = (rope_table(cfg, positions_bt), slot, mask_bts)
+    ctx = Step(rope_table(cfg, positions_bt), slot, mask_bts, experts)
     x_btd = embed(ready["embed"], cfg, tokens_bt)
     if isinstance(cache, LatentCache):
         x_btd, cache = _scanned(ready, cfg, x_btd, ctx, cache, balance_bias)
@@ -143,6 +149,6 @@ def mtp_decode(
     p = ready["mtp"]
     x_btd = mtp_input(p, cfg, h_btd, embed(ready["embed"], cfg, next_tokens_bt))
     bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    ctx = (rope_table(cfg, positions_bt), slot, mask_bts)
+    ctx = Step(rope_table(cfg, positions_bt), slot, mask_bts, decode_experts)
     y_btd, cache = _block(p["block"], cfg, x_btd, ctx, cache, bias_e)
     return rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), cache

@@ -56,14 +56,17 @@ def mla_params(cfg: ModelConfig) -> dict[str, Param]:
     }
 
 
-def _queries(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
-    """Query parts [b, t, h, n] and, rotated, [b, t, h, r] (equations 6-9)."""
+def query_latents(p: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
+    """What queries are projected up from (equation 6): [b, t, q], or x itself with full-rank queries."""
     if cfg.q_lora_rank is None:
-        q_bthk = linear(x_btd, p["wq_dhk"])
-    else:
-        q_lora_btq = rms_norm(linear(x_btd, p["wq_a_dq"]), p["q_norm_q"], LATENT_EPS)
-        q_bthk = linear(q_lora_btq, p["wq_b_qhk"])
-    q_bthk = checkpoint_name(q_bthk, MLA_UP)
+        return x_btd
+    return rms_norm(linear(x_btd, p["wq_a_dq"]), p["q_norm_q"], LATENT_EPS)
+
+
+def _queries(p: Params, cfg: ModelConfig, q_lora_btq: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """Query parts [b, t, h, n] and, rotated, [b, t, h, r] (equations 7-9) of `query_latents`."""
+    up = p["wq_dhk"] if cfg.q_lora_rank is None else p["wq_b_qhk"]
+    q_bthk = checkpoint_name(linear(q_lora_btq, up), MLA_UP)
     q_nope, q_rope = jnp.split(q_bthk, [cfg.qk_nope_head_dim], axis=-1)
     cos, sin = rope
     return q_nope, apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
@@ -79,20 +82,25 @@ def latents(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> Latent
 CoreInputs = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def core_inputs(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> tuple[CoreInputs, LatentCache]:
-    """What the attention core reads, expanded per head, and the latents."""
-    q_nope, q_rope = _queries(p, cfg, x_btd, rope)
-    latent = latents(p, cfg, x_btd, rope)
+def expand(p: Params, cfg: ModelConfig, q_lora_btq: jax.Array, latent: LatentCache, rope: Rope) -> CoreInputs:
+    """What the attention core reads of `query_latents` and `latents`, for the heads whose weights `p` holds."""
+    q_nope, q_rope = _queries(p, cfg, q_lora_btq, rope)
     kv_bthm = checkpoint_name(linear(latent.c_bsc, p["wkv_b_chm"]), MLA_UP)
     k_nope, v_bthv = jnp.split(kv_bthm, [cfg.qk_nope_head_dim], axis=-1)
     k_rope = jnp.broadcast_to(latent.r_bsr[:, :, None], q_rope.shape)
     q_bthk = jnp.concatenate([q_nope, q_rope], axis=-1)
     k_bthk = jnp.concatenate([k_nope, k_rope], axis=-1)
-    return (q_bthk, k_bthk, v_bthv), latent
+    return q_bthk, k_bthk, v_bthv
+
+
+def core_inputs(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> tuple[CoreInputs, LatentCache]:
+    """What the attention core reads, expanded per head, and the latents."""
+    latent = latents(p, cfg, x_btd, rope)
+    return expand(p, cfg, query_latents(p, cfg, x_btd), latent, rope), latent
 
 
 def core_output(p: Params, cfg: ModelConfig, qkv: CoreInputs, segments_bt: jax.Array | None) -> jax.Array:
-    """Causal attention and output projection -> [b, t, d]."""
+    """Causal attention and output projection -> [b, t, d], the sum over the heads whose weights `p` holds."""
     core = (*qkv, softmax_scale(cfg), segments_bt)
     if isinstance(p["wo_hvd"], Weight):
         return projected_attention(*core, p["wo_hvd"])
@@ -126,7 +134,7 @@ def mla_decode(
     `p` comes from `absorb`. `mask_bts` is True where query t may see cache slot s. Scores and softmax are in float32.
     """
     dtype = x_btd.dtype
-    q_nope, q_rope = _queries(p, cfg, x_btd, rope)
+    q_nope, q_rope = _queries(p, cfg, query_latents(p, cfg, x_btd), rope)
     q_bthc = jnp.einsum("bthn,hnc->bthc", q_nope, p["wk_hnc"].astype(dtype))
     score = jnp.einsum("bthc,bsc->bhts", q_bthc, cache.c_bsc, preferred_element_type=jnp.float32)
     score += jnp.einsum("bthr,bsr->bhts", q_rope, cache.r_bsr, preferred_element_type=jnp.float32)

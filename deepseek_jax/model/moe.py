@@ -18,6 +18,7 @@ from deepseek_jax.model.experts import expert_params, routed_experts
 from deepseek_jax.model.layers import Params, mlp, mlp_params
 from deepseek_jax.model.params import declare
 from deepseek_jax.model.router import BalanceStats, affinities, balance_stats, gate_params, route
+from deepseek_jax.model.sequence import WHOLE, Whole
 
 # (expert params, x [n, d], expert ids [n, k], weights [n, k]) -> [n, d]
 Experts = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -36,6 +37,7 @@ def moe(
     x_btd: jax.Array,
     bias_e: jax.Array | None = None,
     experts: Experts = routed_experts,
+    sequence: Whole = WHOLE,
 ) -> tuple[jax.Array, BalanceStats]:
     """Shared plus routed experts -> ([b, t, d], load and balance losses of this layer)."""
     s_bte = affinities(p["gate"], cfg, x_btd)
@@ -46,7 +48,7 @@ def moe(
     y_btd = y.reshape(x_btd.shape)
     if "shared" in p:
         y_btd = y_btd + mlp(p["shared"], x_btd)
-    return y_btd, balance_stats(cfg, s_bte, routing)
+    return y_btd, balance_stats(cfg, s_bte, routing, sequence)
 
 
 class DeepSeekMoE(nn.Module):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import Params, linear
 from deepseek_jax.model.params import Param
+from deepseek_jax.model.sequence import WHOLE, Whole
 
 
 class Routing(NamedTuple):
@@ -77,23 +78,25 @@ def expert_counts(experts: jax.Array, n_experts: int) -> jax.Array:
     return jnp.zeros((n_experts,), jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
 
 
-def balance_stats(cfg: ModelConfig, s_bte: jax.Array, routing: Routing) -> BalanceStats:
-    """Load and balance losses of one layer.
+def balance_stats(
+    cfg: ModelConfig, s_bte: jax.Array, routing: Routing, sequence: Whole = WHOLE
+) -> BalanceStats:
+    """Load and balance losses of one layer; of divided sequences, what this device's tokens add to each.
 
     The sequence-wise loss (equations 17-20) is per sequence, then averaged over b; its f uses the plain
     top-k of the unbiased affinities, as equation 18 says. The classic loss takes the experts really
     selected, over all b x t tokens at hand. Both are 1 under perfect balance.
     """
-    b, t, e = s_bte.shape
-    k = cfg.num_experts_per_tok
+    b, own, e = s_bte.shape
+    k, t, parts = cfg.num_experts_per_tok, own * sequence.parts, sequence.parts
     share_bte = s_bte / (s_bte.sum(-1, keepdims=True) + 1e-20)
     _, top = jax.lax.top_k(jax.lax.stop_gradient(s_bte), k)
     hits_be = jax.vmap(lambda ids: expert_counts(ids, e))(top)
-    f_be = hits_be.astype(jnp.float32) * (e / (k * t))
-    seq_loss = (f_be * share_bte.mean(1)).sum(-1).mean()
+    f_be = sequence.total(hits_be).astype(jnp.float32) * (e / (k * t))
+    seq_loss = (f_be * share_bte.mean(1)).sum(-1).mean() / parts
     counts_e = expert_counts(routing.experts_btk, e)
-    f_e = counts_e.astype(jnp.float32) * (e / (k * b * t))
-    return BalanceStats(counts_e, seq_loss, (f_e * share_bte.mean((0, 1))).sum())
+    f_e = sequence.total(counts_e).astype(jnp.float32) * (e / (k * b * t))
+    return BalanceStats(counts_e, seq_loss, (f_e * share_bte.mean((0, 1))).sum() / parts)
 
 
 def update_bias(bias_le: jax.Array, counts_le: jax.Array, gamma: jax.Array | float) -> jax.Array:

@@ -30,11 +30,12 @@ from deepseek_jax.model.layers import (
     mlp_params,
     rms_norm,
 )
-from deepseek_jax.model.mla import LatentCache, Rope, mla, mla_params
+from deepseek_jax.model.mla import LatentCache, Rope, mla_params
 from deepseek_jax.model.moe import Experts, moe, moe_params
 from deepseek_jax.model.params import Param, declare, stacked
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.router import BalanceStats
+from deepseek_jax.model.sequence import WHOLE, Whole
 
 
 def block_params(cfg: ModelConfig, is_moe: bool) -> dict[str, Any]:
@@ -102,39 +103,35 @@ def no_stats(cfg: ModelConfig) -> BalanceStats:
 
 
 def ffn(
-    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: Experts
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: Experts, sequence: Whole = WHOLE
 ) -> tuple[jax.Array, BalanceStats]:
     h_btd = rms_norm(x_btd, p["ffn_norm_d"], cfg.rms_norm_eps)
     if "gate" in p["ffn"]:
-        y_btd, stats = moe(p["ffn"], cfg, h_btd, bias_e, experts)
+        y_btd, stats = moe(p["ffn"], cfg, h_btd, bias_e, experts, sequence)
         return x_btd + y_btd, stats
     return x_btd + mlp(p["ffn"], h_btd), no_stats(cfg)
 
 
-def block(
-    p: Params,
-    cfg: ModelConfig,
-    x_btd: jax.Array,
-    rope: Rope,
-    segments_bt: jax.Array | None,
-    bias_e: jax.Array | None,
-    experts: Experts,
-) -> tuple[jax.Array, BalanceStats, LatentCache]:
-    """One transformer block: attention, then dense or MoE FFN, each with a pre-norm and a residual."""
-    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-    a_btd, latent = mla(p["attn"], cfg, h_btd, rope, segments_bt)
-    y_btd, stats = ffn(p, cfg, x_btd + a_btd, bias_e, experts)
-    return y_btd, stats, latent
-
-
 class Context(NamedTuple):
-    """What all blocks of one forward pass share."""
+    """What all blocks of one forward pass share; rope and segments are those of all tokens of a sequence."""
 
     rope: Rope
     segments_bt: jax.Array | None
     remat: str
     experts: Experts
     with_cache: bool
+    sequence: Whole = WHOLE
+
+
+def block(
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None, ctx: Context
+) -> tuple[jax.Array, BalanceStats, LatentCache]:
+    """One transformer block: attention, then dense or MoE FFN, each with a pre-norm and a residual."""
+    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
+    qkv, latent = ctx.sequence.core_inputs(p["attn"], cfg, h_btd, ctx.rope)
+    x_btd = x_btd + ctx.sequence.core_output(p["attn"], cfg, qkv, ctx.segments_bt)
+    y_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx.experts, ctx.sequence)
+    return y_btd, stats, latent
 
 
 # Up to this many layers a stack is unrolled: no copies of weight slices, at little compile time.
@@ -154,8 +151,8 @@ def stack(
 
     def body(x, layer):
         p_layer, bias_e = layer
-        y, stats, latent = block(p_layer, cfg, x, ctx.rope, ctx.segments_bt, bias_e, ctx.experts)
-        return y, (stats, latent if ctx.with_cache else None)
+        y, stats, latent = block(p_layer, cfg, x, bias_e, ctx)
+        return y, (stats, ctx.sequence.cached(latent) if ctx.with_cache else None)
 
     y_btd, (stats, latent) = lax.scan(recompute(body, ctx.remat), x_btd, (p, bias_le), unroll=unroll(p))
     return y_btd, stats, latent
@@ -192,7 +189,7 @@ def mtp_module(
 ) -> tuple[jax.Array, jax.Array, BalanceStats, LatentCache]:
     """One MTP module: (hidden state for the next depth, the same after its norm, statistics, latents)."""
     x_btd = mtp_input(p, cfg, h_btd, e_btd)
-    y_btd, stats, latent = block(p["block"], cfg, x_btd, ctx.rope, ctx.segments_bt, bias_e, ctx.experts)
+    y_btd, stats, latent = block(p["block"], cfg, x_btd, bias_e, ctx)
     return y_btd, rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), stats, latent
 
 
@@ -204,11 +201,12 @@ def mtp_hidden(
     Module k reads, at position i, the previous depth's hidden state and the embedding of token i + k; the
     embedding comes first in the projection, as in the released weights. `h_btd` is the main model's state
     after its final norm. The last k positions have no token i + k: they wrap around and are to be ignored.
+    `tokens_bt` are all tokens of the sequences, `h_btd` those of this device.
     """
     outs, stats = [], []
     for k in range(cfg.num_nextn_predict_layers):
         p = jax.tree.map(lambda x, k=k: x[k], params["mtp"])
-        e_btd = embed(params["embed"], cfg, jnp.roll(tokens_bt, -(k + 1), axis=1))
+        e_btd = embed(params["embed"], cfg, ctx.sequence.own(jnp.roll(tokens_bt, -(k + 1), axis=1)))
         bias_e = None if bias_le is None else bias_le[k]
 
         def module(p, h, e, bias_e):
@@ -233,18 +231,21 @@ def forward(
     moe_stack: Stack = stack,
     mtp: bool = True,
     with_cache: bool = False,
+    sequence: Whole = WHOLE,
 ) -> tuple[jax.Array, Aux]:
     """Hidden states after the final norm [b, t, d] in the compute dtype, and `Aux`.
 
     tokens_bt int32; balance_bias float32 [layer, expert] or None for zeros; positions int32 [b, t] (default
     0..t-1); segments int32 [b, t]: tokens of different segments do not see each other. `moe_stack` runs the
-    MoE layers of the main model (`parallel/overlap.py` has another one).
+    MoE layers of the main model (`parallel/overlap.py` has another one). With a `sequence` that is divided
+    (`parallel/tensor.py`), tokens, positions and segments are those of whole sequences, all results those of this
+    device's tokens.
     """
     if positions is None:
         positions = jnp.arange(tokens_bt.shape[1])[None]
-    ctx = Context(rope_table(cfg, positions), segments, remat, experts, with_cache)
+    ctx = Context(rope_table(cfg, positions), segments, remat, experts, with_cache, sequence)
     n_moe = cfg.num_moe_layers
-    x_btd = embed(params["embed"], cfg, tokens_bt)
+    x_btd = embed(params["embed"], cfg, sequence.own(tokens_bt))
     all_stats, caches = [], []
     if cfg.first_k_dense_replace:
         x_btd, _, cache = stack(params["dense_layers"], cfg, x_btd, None, ctx)

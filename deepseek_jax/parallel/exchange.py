@@ -1,9 +1,10 @@
 """The all-to-all of expert parallelism: dropless, ragged, planned once per routing (report section 3.2.2).
 
-Everything here runs inside `shard_map` (check_vma=False). Experts lie in order over the mesh axes (node, local).
-An exchange is one hop over both axes (`FLAT`) or two (`TWO_HOP`): a token crosses to each node that it needs once,
-over `node`, to the device with its own local index, and is forwarded inside the node over `local`. Partial sums
-take the way back: summed inside the node first, then they cross once.
+Everything here runs inside `shard_map` (check_vma=False). Experts lie in order over the mesh axes (node, local,
+tensor), of which the last two are the devices of a node. An exchange is one hop over all axes (`FLAT`) or two
+(`TWO_HOP`): a token crosses to each node that it needs once, over `node`, to the device with its own index in the
+node, and is forwarded inside the node. Partial sums take the way back: summed inside the node first, then they cross
+once.
 
 `make_plan` computes the layout from the expert ids; it serves forward, recomputation and backward. `dispatch`
 brings rows to the devices of their experts, each row once per device; `combine` brings sums back. They are two
@@ -30,8 +31,9 @@ from jax import lax
 from deepseek_jax.parallel.ragged import IMPLEMENTATIONS, Axis, Chunks, before, make_chunks, ragged_all_to_all
 from deepseek_jax.parallel.wire import Layout, Wire, decode, encode, pack, unpack
 
-FLAT: tuple[Axis, ...] = (("node", "local"),)
-TWO_HOP: tuple[Axis, ...] = ("node", "local")
+INSIDE = ("local", "tensor")  # of a node
+FLAT: tuple[Axis, ...] = (("node", *INSIDE),)
+TWO_HOP: tuple[Axis, ...] = ("node", INSIDE)
 AS_IT_IS = Wire()
 
 

@@ -1,7 +1,8 @@
 """Routed experts over a mesh: the single device's function of `model/experts.py`, each device holding its share.
 
-To be called inside `shard_map` (check_vma=False) with expert parameters sharded over (node, local) in order, so
-that the device at (i, j) of a mesh with `local` devices per node holds the experts of rank i * local + j. Every
+To be called inside `shard_map` (check_vma=False) with expert parameters sharded over (node, local, tensor) in order,
+so that the device j of node i holds the experts of rank i * (devices of a node) + j, where j counts the devices of a
+node along local, then tensor. Every
 device brings its own tokens and gets their sums back. Nothing the shared expert needs goes through the exchange,
 so XLA is free to compute it while tokens travel.
 
@@ -21,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import EXPERT_PLAN, Params
 from deepseek_jax.model.moe import Experts
@@ -43,6 +45,7 @@ from deepseek_jax.parallel.exchange import (
     loaded,
     make_plan,
 )
+from deepseek_jax.parallel.mesh import expert_exchange
 from deepseek_jax.parallel.wire import Layout, Wire
 
 MODES = {"flat": FLAT, "two_hop": TWO_HOP}
@@ -69,7 +72,7 @@ def mesh_experts(
     """The `experts` argument of the model's forward pass, for use inside `shard_map`.
 
     Args:
-      mode: "two_hop" (node, then local) or "flat" (both at once).
+      mode: "two_hop" (between nodes, then inside) or "flat" (both at once).
       local: the computation of one device's experts; ids of absent experts are -1.
       wire: formats of dispatch and combine; by default arrays as they are.
       most: on how many peers of the first hop a token's experts lie at most: `nodes_per_token` for "two_hop"
@@ -85,6 +88,35 @@ def mesh_experts(
     if capacity is not None and capacity <= 0:
         raise ValueError(f"capacity={capacity} must be positive, or None for buffers without bound")
     return MeshExperts(Exchange(MODES[mode], wire, implementation), _of_present(local), most, capacity)
+
+
+def experts_over(
+    model: ModelConfig,
+    cfg: MeshConfig,
+    mesh: Mesh | AbstractMesh,
+    wire: Wire = AS_IT_IS,
+    local: Experts = routed_experts,
+) -> Experts:
+    """The routed experts of a forward pass inside `shard_map`, spread as `cfg` says: `local` itself where they are not.
+
+    wire: the formats that `mesh.dispatch` and `mesh.combine` leave open ("auto").
+    """
+    mode = expert_exchange(cfg, mesh)
+    if mode == "replicated" or not model.n_routed_experts:
+        return local
+    return mesh_experts(
+        mode,
+        local=local,
+        wire=named_wire(cfg, wire),
+        most=nodes_per_token(model, mesh.shape["node"]) if mode == "two_hop" else None,
+        capacity=cfg.receive or None,
+    )
+
+
+def named_wire(cfg: MeshConfig, default: Wire) -> Wire:
+    """The formats of an exchange: what the config names, else the default's."""
+    named = {name: getattr(cfg, name) for name in ("dispatch", "combine")}
+    return dataclasses.replace(default, **{name: form for name, form in named.items() if form != "auto"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +202,9 @@ def _if_more(count: jax.Array, first: int, run: Callable[[], Any]) -> Any:
         return run()
     shapes = jax.eval_shape(run)
     with jax.named_scope("rounds"):
-        return lax.cond(count > first, run, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+        return lax.cond(
+            count > first, run, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        )
 
 
 def _outbound(

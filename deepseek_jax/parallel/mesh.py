@@ -1,7 +1,8 @@
 """Device mesh and the one table that maps logical axes to mesh axes (report section 3.1-3.2).
 
 Mesh axes: `pipe` (pipeline stages), `data` (replicas), `node` and `local` (expert parallelism spans both),
-`tensor`. The batch is sharded over data, node and local. An axis of size 1 costs nothing.
+`tensor` (heads inside the attention, the tokens of a sequence and experts outside of it). Sequences are sharded over
+data, node and local, their tokens over `tensor`. An axis of size 1 costs nothing.
 "axis" is of the mesh, "dim" of a tensor.
 """
 
@@ -19,12 +20,15 @@ from deepseek_jax.model.params import Param, tree_map_with_name
 
 AXES = ("pipe", "data", "node", "local", "tensor")
 BATCH_AXES = ("data", "node", "local")
-EXPERT_AXES = ("node", "local")
+TOKEN_AXES = (*BATCH_AXES, "tensor")  # a device's tokens differ from those of all others along these
+EXPERT_AXES = ("node", "local", "tensor")
 
 Rules = Mapping[str, tuple[str, ...]]
 # Logical axis -> mesh axes that shard it, coarse to fine. What is not named is whole on every device.
-REPLICATED: Rules = MappingProxyType({})
-EXPERT_PARALLEL: Rules = MappingProxyType({"expert": EXPERT_AXES})
+TENSOR_PARALLEL: Rules = MappingProxyType({"heads": ("tensor",)})
+EXPERT_PARALLEL: Rules = MappingProxyType({"expert": EXPERT_AXES, **TENSOR_PARALLEL})
+# Of generation: decoding attends data parallel, each device with all heads.
+WHOLE_ATTENTION: Rules = MappingProxyType({"expert": EXPERT_AXES})
 
 
 def _sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
@@ -75,17 +79,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def expert_exchange(cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> str:
     """How experts are spread over the mesh: "two_hop", "flat" or "replicated"; `mesh.experts`, "auto" resolved."""
-    spread = [axis for axis in EXPERT_AXES if mesh.shape[axis] > 1]
-    if not spread:
+    nodes, inside = mesh.shape["node"], mesh.shape["local"] * mesh.shape["tensor"]
+    if nodes * inside == 1:
         return "replicated"
     if cfg.experts != "auto":
         return cfg.experts
-    return "flat" if len(spread) == 1 else "two_hop"
+    return "two_hop" if nodes > 1 and inside > 1 else "flat"
 
 
 def rules(cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> Rules:
     """The table for a mesh config."""
-    return REPLICATED if expert_exchange(cfg, mesh) == "replicated" else EXPERT_PARALLEL
+    return TENSOR_PARALLEL if expert_exchange(cfg, mesh) == "replicated" else EXPERT_PARALLEL
 
 
 def param_spec(name: str, param: Param, mesh: Mesh | AbstractMesh, table: Rules) -> PartitionSpec:

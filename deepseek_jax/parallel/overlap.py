@@ -26,8 +26,9 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import Params, mlp, rms_norm
-from deepseek_jax.model.mla import LatentCache, core_inputs, core_output
+from deepseek_jax.model.mla import LatentCache
 from deepseek_jax.model.router import BalanceStats, Routing, affinities, balance_stats, route
+from deepseek_jax.model.sequence import Whole
 from deepseek_jax.model.transformer import Context, Stack, recompute, unroll
 from deepseek_jax.parallel.exchange import Plan
 from deepseek_jax.parallel.experts import MeshExperts, fitting
@@ -67,16 +68,17 @@ def _contexts(ctx: Context) -> tuple[Context, Context]:
 # --- work ---------------------------------------------------------------------------------------------------------
 
 
-def attention(cfg: ModelConfig) -> Work:
+def attention(cfg: ModelConfig, sequence: Whole) -> Work:
     """Inputs (x [b, t, d], rope, segments) -> (x plus its attention, latents); in between, what the core reads."""
 
     def first(p: Params, inputs: Any) -> Any:
         x_btd, rope, _ = inputs
-        return core_inputs(p["attn"], cfg, rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps), rope)
+        h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
+        return sequence.core_inputs(p["attn"], cfg, h_btd, rope)
 
     def second(p: Params, inputs: Any, between: Any) -> tuple[jax.Array, LatentCache]:
         (x_btd, _, segments_bt), (qkv, latent) = inputs, between
-        return x_btd + core_output(p["attn"], cfg, qkv, segments_bt), latent
+        return x_btd + sequence.core_output(p["attn"], cfg, qkv, segments_bt), latent
 
     return Work(first, second)
 
@@ -172,7 +174,8 @@ def layer(
     experts: MeshExperts,
 ) -> tuple[tuple[jax.Array, Done], BalanceStats, LatentCache]:
     """One block for both halves; half b comes from the layer before, and leaves, with its combine to be done."""
-    attend, (rest_a, rest_b) = attention(cfg), ((c.rope, c.segments_bt) for c in contexts)
+    sequence = contexts[0].sequence
+    attend, (rest_a, rest_b) = attention(cfg, sequence), ((c.rope, c.segments_bt) for c in contexts)
     attn, ffn = ({name: p[name] for name in names} for names in (("attn_norm_d", "attn"), ("ffn",)))
     x_b, (x_a, latent_a) = _combined(attn, done_b, experts, attend, (x_a, *rest_a))
     to_a = _routed(p, cfg, x_a, bias_e, experts)
@@ -181,7 +184,8 @@ def layer(
     at_b, (out_a, y_a) = _dispatched(ffn["ffn"], to_b, x_b, experts, expert_work(experts, False), at_a)
     done_a = Done(out_a, y_a, to_a.plan)
     x_a, (out_b, y_b) = _combined(ffn["ffn"], done_a, experts, expert_work(experts, True), at_b)
-    stats = balance_stats(cfg, *joined((to_a.s_bte, to_a.routing), (to_b.s_bte, to_b.routing)))
+    s_bte, routing = joined((to_a.s_bte, to_a.routing), (to_b.s_bte, to_b.routing))
+    stats = balance_stats(cfg, s_bte, routing, sequence)
     return (x_a, Done(out_b, y_b, to_b.plan)), stats, joined(latent_a, latent_b)
 
 
@@ -209,7 +213,7 @@ def overlapped(experts: MeshExperts) -> Stack:
         def body(carry, xs):  # type: ignore[no-untyped-def]
             (x, held), (p_layer, bias_e) = carry, xs
             carry, stats, latent = layer(p_layer, cfg, x, held, bias_e, contexts, experts)
-            return carry, (stats, latent if ctx.with_cache else None)
+            return carry, (stats, ctx.sequence.cached(latent) if ctx.with_cache else None)
 
         start = (x_a, _from_no_layer(p, cfg, x_b, experts))
         end, (stats, latent) = lax.scan(recompute(body, ctx.remat), start, (p, bias_le), unroll=unroll(p))

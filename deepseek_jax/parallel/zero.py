@@ -1,9 +1,10 @@
 """ZeRO-1: what a device keeps of each parameter between steps, and how it becomes what the forward pass reads.
 
-Between steps the float32 master weights and the moments are divided over all axes of the batch: dense parameters
-over data, node and local, experts, which node and local divide already, over data. Once per step, for all its
-micro-batches, `gather` puts the compute copy together and `scatter` sums the gradients to the devices that own
-them. Master weights are cast before they travel, to what the forward pass reads: `read_dtype`.
+Between steps the float32 master weights and the moments are divided over all axes that divide tokens: dense parameters
+over data, node, local and tensor, experts, which the last three divide already, over data, and the attention's heads,
+which tensor divides, over the other three. Once per step, for all its micro-batches, `gather` puts the compute copy
+together and `scatter` sums the gradients to the devices that own them. Master weights are cast before they travel, to
+what the forward pass reads: `read_dtype`.
 
 The rule: of a matrix, the first dim that divides by the devices is divided, the layer dim included. Norm scales
 stay whole everywhere; a matrix without such a dim is an error, not a copy that nobody asked for.
@@ -21,7 +22,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from deepseek_jax.model.params import Param, tree_map_with_name
-from deepseek_jax.parallel.mesh import BATCH_AXES, Rules, param_spec, param_specs, spec_axes
+from deepseek_jax.parallel.mesh import TOKEN_AXES, Rules, param_spec, param_specs, spec_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _is_norm(param: Param) -> bool:
 def share_of(name: str, param: Param, mesh: Mesh | AbstractMesh, table: Rules, dtype: Any) -> Share:
     """The rule above for one parameter. Raises ValueError for a matrix of which no dim divides."""
     compute = param_spec(name, param, mesh, table)
-    axes = tuple(a for a in BATCH_AXES if mesh.shape[a] > 1 and a not in spec_axes(compute))
+    axes = tuple(a for a in TOKEN_AXES if mesh.shape[a] > 1 and a not in spec_axes(compute))
     if not axes or _is_norm(param):
         return Share(compute)
     parts = math.prod(mesh.shape[a] for a in axes)
@@ -119,13 +120,13 @@ def scatter(grads: Any, tree: Any) -> Any:
     """This device's gradients of the compute copy, float32 -> their sums as held.
 
     A parameter that the forward pass reads sharded has in its gradient the tokens of all devices that share it
-    (they were dispatched), so the sum leaves those axes out.
+    (they were dispatched, or gathered by the attention), so the sum leaves those axes out.
     """
 
     def one(g: jax.Array, share: Share) -> jax.Array:
         if share.axes:
             g = lax.psum_scatter(g, share.axes, scatter_dimension=share.dim, tiled=True)
-        copies = tuple(a for a in BATCH_AXES if a not in spec_axes(share.held) and lax.axis_size(a) > 1)
+        copies = tuple(a for a in TOKEN_AXES if a not in spec_axes(share.held) and lax.axis_size(a) > 1)
         return lax.psum(g, copies) if copies else g
 
     return jax.tree.map(one, grads, tree)

@@ -13,24 +13,23 @@ from deepseek_jax.precision.policy import Policy
 _LEADING = ("layer", "expert")
 
 
-def _matrix_dims(p: Param) -> tuple[int, int, int]:
-    """(leading layer and expert dims, input width, output width)."""
+def _as_matrices(p: Param, w: jax.Array) -> jax.Array:
+    """w, of which a device may hold a part -> [layer and expert dims, input width, output width]."""
     assert p.n_in is not None
     lead = sum(axis in _LEADING for axis in p.axes)
-    return lead, math.prod(p.shape[lead : lead + p.n_in]), math.prod(p.shape[lead + p.n_in :])
+    return w.reshape(*w.shape[:lead], math.prod(w.shape[lead : lead + p.n_in]), -1)
 
 
 def quantise_weights(params: Any, declared: Any, policy: Policy | None) -> Any:
     """The quantised operands of every linear weight, None for other parameters; to be computed once per step.
 
-    declared: the tree of `Param` that `params` came from (`model_params(cfg)`); arrays may hold fewer experts.
+    declared: the tree of `Param` that `params` came from (`model_params(cfg)`); arrays may hold fewer experts or heads.
     """
 
     def one(p: Param, w: jax.Array) -> Any:
         if policy is None or p.n_in is None:
             return None
-        lead, *matrix = _matrix_dims(p)
-        return quantise_weight(lax.stop_gradient(w).reshape(*w.shape[:lead], *matrix), policy)
+        return quantise_weight(_as_matrices(p, lax.stop_gradient(w)), policy)
 
     return tree_map(one, declared, params)
 

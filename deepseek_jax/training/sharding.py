@@ -1,10 +1,10 @@
 """How a training run lies on its mesh: what of the state each device holds, and how it reaches the experts.
 
-Experts are spread over node x local as `mesh.experts` says (report section 3.2.2). Everything else is whole on every
-device while it computes, and between steps too unless `mesh.zero` divides parameters and moments (`parallel/zero.py`).
+Experts are spread over node x local x tensor as `mesh.experts` says (report section 3.2.2), the attention's heads over
+tensor. Everything else is whole on every device while it computes, and between steps too unless `mesh.zero` divides
+parameters and moments (`parallel/zero.py`).
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ from deepseek_jax.config import Config
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.transformer import Stack, model_params, stack
-from deepseek_jax.parallel.experts import MeshExperts, mesh_experts, nodes_per_token
-from deepseek_jax.parallel.mesh import expert_exchange, replicated, rules
+from deepseek_jax.parallel.experts import MeshExperts
+from deepseek_jax.parallel.experts import experts_over as spread_experts
+from deepseek_jax.parallel.mesh import replicated, rules
 from deepseek_jax.parallel.overlap import overlapped
 from deepseek_jax.parallel.wire import Wire
 from deepseek_jax.parallel.zero import shares
@@ -37,26 +38,14 @@ def state_shardings(cfg: Config, mesh: Mesh) -> Any:
     return TrainState(whole, params, AdamWState(whole, params, params), whole, whole, whole, whole)
 
 
-def _wire(cfg: Config) -> Wire:
-    """Formats of the exchange: what the config names, or else what its precision policy says."""
+def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Experts:
+    """The routed experts of the forward pass inside `shard_map`; `local` computes one device's share.
+
+    Formats of the exchange: what the mesh config names, or else what the precision policy says.
+    """
     policy = preset(cfg.precision)
     by_policy = Wire() if policy is None else Wire(policy.dispatch, policy.combine)
-    named = {name: getattr(cfg.mesh, name) for name in ("dispatch", "combine")}
-    return dataclasses.replace(by_policy, **{name: form for name, form in named.items() if form != "auto"})
-
-
-def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Experts:
-    """The routed experts of the forward pass inside `shard_map`; `local` computes one device's share."""
-    mode = expert_exchange(cfg.mesh, mesh)
-    if mode == "replicated" or not cfg.model.n_routed_experts:
-        return local
-    return mesh_experts(
-        mode,
-        local=local,
-        wire=_wire(cfg),
-        most=nodes_per_token(cfg.model, mesh.shape["node"]) if mode == "two_hop" else None,
-        capacity=cfg.mesh.receive or None,
-    )
+    return spread_experts(cfg.model, cfg.mesh, mesh, by_policy, local)
 
 
 def moe_stack_over(cfg: Config, mesh: Mesh, experts: Experts) -> Stack:
@@ -69,7 +58,8 @@ def moe_stack_over(cfg: Config, mesh: Mesh, experts: Experts) -> Stack:
     if not isinstance(experts, MeshExperts):
         raise ValueError(
             f"mesh.overlap=True, but no tokens travel: mesh.experts={cfg.mesh.experts!r} on mesh "
-            f"node={mesh.shape['node']} local={mesh.shape['local']} with n_routed_experts="
-            f"{cfg.model.n_routed_experts}; spread the experts over node x local, or set config.mesh.overlap=False"
+            f"node={mesh.shape['node']} local={mesh.shape['local']} tensor={mesh.shape['tensor']} with "
+            f"n_routed_experts={cfg.model.n_routed_experts}; spread the experts over node x local x tensor, or set "
+            "config.mesh.overlap=False"
         )
     return overlapped(experts)

@@ -1,10 +1,10 @@
 """One training step: losses, gradients over the mesh, guarded update, bias update (report sections 2.1.2, 2.2, 4.2).
 
-The forward and backward pass runs inside `shard_map`, each device on its own sequences; losses are divided by
-the *global* token count on each device, so that plain sums over the batch axes give global means. No loss is summed
-inside what is differentiated: each device differentiates its own part, and the exchange of tokens between experts
-carries cotangents to where they belong. Expert loads are summed as integers, so the bias update is exact whatever
-the number of devices.
+The forward and backward pass runs inside `shard_map`, each device on its own sequences, or with a mesh axis `tensor`
+on its part of each; losses are divided by the *global* token count on each device, so that plain sums over devices
+give global means. No loss is summed inside what is differentiated: each device differentiates its own part, and the
+collectives of experts and attention carry cotangents to where they belong. Expert loads are summed as integers, so the
+bias update is exact whatever the number of devices.
 
 Dims: b sequence, t token, w window (t + 1 or more tokens), n flattened token, k MTP depth, l layer, e expert.
 """
@@ -26,9 +26,11 @@ from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
+from deepseek_jax.model.sequence import WHOLE, Whole
 from deepseek_jax.model.transformer import Stack, forward, model_params, stack
 from deepseek_jax.parallel.compiler import compiler_options
-from deepseek_jax.parallel.mesh import BATCH_AXES, batch_shards, replicated
+from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, replicated
+from deepseek_jax.parallel.tensor import sequence_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.weights import attach, quantise_weights
@@ -93,10 +95,12 @@ def losses(
     sequences: int,
     experts: Experts = routed_experts,
     moe_stack: Stack = stack,
+    sequence: Whole = WHOLE,
 ) -> Losses:
-    """This device's part of the losses: sums divided by the `sequences` of the global batch.
+    """This device's part of the losses: sums over its tokens divided by those of the `sequences` of the global batch.
 
-    Summed over devices and micro-batches they are the global means.
+    Summed over devices and micro-batches they are the global means. `batch` holds whole sequences, of which a device
+    takes its part if `sequence` is divided.
     """
     model, t = cfg.model, cfg.data.seq_len
     context: Any = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
@@ -109,12 +113,13 @@ def losses(
         remat=cfg.train.remat,
         experts=experts,
         moe_stack=moe_stack,
+        sequence=sequence,
         **context,
     )
     w_dv = head_weight(params)
 
     def nll(h, depth):
-        labels, valid = _targets(batch, t, depth)
+        labels, valid = map(sequence.own, _targets(batch, t, depth))
         weights = valid.astype(jnp.float32).reshape(-1) / (sequences * t)
         return weighted_nll(
             h.reshape(-1, h.shape[-1]), w_dv, labels.reshape(-1), weights, cfg.train.loss_chunk
@@ -139,8 +144,9 @@ def _gradients(
     sequences: int,
     experts: Experts,
     moe_stack: Stack = stack,
+    sequence: Whole = WHOLE,
 ) -> tuple[Any, Losses]:
-    """Float32 gradients and losses of this device's sequences, in `grad_accumulation` micro-batches.
+    """Float32 gradients and losses of this device's tokens, in `grad_accumulation` micro-batches.
 
     Under an FP8 policy the weights are quantised here, once for all micro-batches, and the backward pass runs on the
     losses times a power of two near the global token count: gradients of a mean over a large batch would lie below
@@ -152,9 +158,8 @@ def _gradients(
     scale = 1.0 if policy is None else 2.0 ** math.ceil(math.log2(sequences * cfg.data.seq_len))
 
     def objective(params, micro):
-        parts = losses(
-            attach(params, quantised, policy), cfg, micro, balance_bias, sequences, experts, moe_stack
-        )
+        weights = attach(params, quantised, policy)
+        parts = losses(weights, cfg, micro, balance_bias, sequences, experts, moe_stack, sequence)
         return (parts.main + mtp_lambda * parts.mtp + parts.balance) * scale, parts
 
     def grad(params, micro):
@@ -209,31 +214,32 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch, hyper) -> (state, metrics). `state` is donated.
 
-    Every mesh axis of the batch (data, node, local) is data parallel; experts are spread over node x local as
-    `mesh.experts` says, and with `mesh.zero` parameters are gathered and gradients scattered once per step. Give it a state of `init_state`, or one laid out by `state_shardings`.
+    Every mesh axis of the batch (data, node, local) is data parallel, and `tensor` divides sequences; experts are
+    spread over node x local x tensor as `mesh.experts` says, and with `mesh.zero` parameters are gathered and gradients
+    scattered once per step. Give it a state of `init_state`, or one laid out by `state_shardings`.
 
     A loss or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
-    Recompiles for each batch size. Raises ValueError for a mesh with pipeline or tensor axes: the step would do
-    the same work on each of their devices.
+    Recompiles for each batch size. Raises ValueError for a mesh with a pipeline axis, whose devices would all do the
+    same work, and for what does not divide over the mesh.
     """
-    idle = {axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in BATCH_AXES}
+    idle = {axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in TOKEN_AXES}
     if idle:
         raise ValueError(
             f"training does not divide work over the mesh axes {idle}: set config.mesh.{next(iter(idle))}=1 and use "
-            f"{', '.join(BATCH_AXES)}"
+            f"{', '.join(TOKEN_AXES)}"
         )
     optimizer = adamw(cfg.optimizer)
     everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
     held, experts = held_specs(shares), experts_over(cfg, mesh)
-    moe_stack = moe_stack_over(cfg, mesh, experts)
+    moe_stack, sequence = moe_stack_over(cfg, mesh, experts), sequence_over(mesh, cfg.data.seq_len)
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         n = _sequences(cfg, mesh, batch)
 
         def local(params, bias, batch, mtp_lambda):
             params = gather(params, shares)
-            grads, parts = _gradients(params, cfg, batch, bias, mtp_lambda, n, experts, moe_stack)
-            return scatter(grads, shares), lax.psum(parts, BATCH_AXES)
+            grads, parts = _gradients(params, cfg, batch, bias, mtp_lambda, n, experts, moe_stack, sequence)
+            return scatter(grads, shares), lax.psum(parts, TOKEN_AXES)
 
         grads, parts = jax.shard_map(
             local,
@@ -277,20 +283,30 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch],
     """The jitted evaluation: (params, balance_bias, batch) -> summed nats of each window, float32 [b]."""
     model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
     shares, experts = parameter_shares(cfg, mesh), experts_over(cfg, mesh)
+    sequence = sequence_over(mesh, t)
 
     def local(params, bias, batch):
         params = gather(params, shares)
         params = attach(params, quantise_weights(params, model_params(model), policy), policy)
         context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
-        h_btd, _ = forward(params, model, batch["tokens"][:, :t], bias, mtp=False, experts=experts, **context)
-        labels, valid = _targets(batch, t, 0)
+        h_btd, _ = forward(
+            params,
+            model,
+            batch["tokens"][:, :t],
+            bias,
+            mtp=False,
+            experts=experts,
+            sequence=sequence,
+            **context,
+        )
+        labels, valid = map(sequence.own, _targets(batch, t, 0))
         w_dv = head_weight(params)
 
         def window(args):
             h, y, v = args
             return weighted_nll(h, w_dv, y, v.astype(jnp.float32), cfg.train.loss_chunk)
 
-        return lax.map(window, (h_btd, labels, valid))
+        return sequence.total(lax.map(window, (h_btd, labels, valid)))
 
     sharded = PartitionSpec(BATCH_AXES)
     in_specs = (held_specs(shares), PartitionSpec(), sharded)

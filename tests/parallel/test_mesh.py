@@ -10,7 +10,7 @@ from deepseek_jax.model.params import Param
 from deepseek_jax.parallel.mesh import (
     AXES,
     EXPERT_PARALLEL,
-    REPLICATED,
+    TENSOR_PARALLEL,
     batch_sharding,
     batch_shards,
     expert_exchange,
@@ -82,7 +82,7 @@ def test_the_table_gives_every_parameter_its_mesh_axes():
     assert spec_axes(specs["stack"]["w_led"]) == both and spec_axes(P()) == ()
     flat = param_specs(TREE, make_mesh(MeshConfig(data=2, node=4)), EXPERT_PARALLEL)
     assert flat["experts"]["w_edf"] == P(("node",))  # an axis of one device shards nothing
-    assert all(spec == P() for spec in jax.tree.leaves(param_specs(TREE, mesh, REPLICATED)))
+    assert all(spec == P() for spec in jax.tree.leaves(param_specs(TREE, mesh, TENSOR_PARALLEL)))
 
 
 def test_two_dims_on_one_mesh_axis_are_refused():
@@ -118,4 +118,4 @@ def test_sizes_that_do_not_divide_are_refused():
 def test_how_experts_are_exchanged_by_default(cfg, exchange):
     mesh = make_mesh(cfg)
     assert expert_exchange(cfg, mesh) == exchange
-    assert rules(cfg, mesh) == (REPLICATED if exchange == "replicated" else EXPERT_PARALLEL)
+    assert rules(cfg, mesh) == (TENSOR_PARALLEL if exchange == "replicated" else EXPERT_PARALLEL)

@@ -38,8 +38,8 @@ def config(batch=16, balance="loss_free", model=MODEL, train=None, **mesh):
 
 
 @functools.cache
-def run(overlap, balance="loss_free", receive=0.0):
-    cfg = config(overlap=overlap, balance=balance, receive=receive)
+def run(overlap, balance="loss_free", receive=0.0, tensor=1):
+    cfg = config(overlap=overlap, balance=balance, receive=receive, node=4 // tensor, tensor=tensor)
     mesh = make_mesh(cfg.mesh, jax.devices()[:8])
     args = (
         jax.device_put(fresh_state(cfg), state_shardings(cfg, mesh)),
@@ -50,11 +50,13 @@ def run(overlap, balance="loss_free", receive=0.0):
 
 
 @pytest.mark.parametrize(
-    ("balance", "receive"), [("loss_free", 0.0), ("classic", 1.0)], ids=["at once", "classic loss, in rounds"]
+    ("balance", "receive", "tensor"),
+    [("loss_free", 0.0, 2), ("classic", 1.0, 1)],
+    ids=["at once, tensor parallel", "classic loss, in rounds"],
 )
-def test_loss_every_gradient_and_counts_equal_the_whole_batch(balance, receive):
+def test_loss_every_gradient_and_counts_equal_the_whole_batch(balance, receive, tensor):
     """Each gradient is a sum over the same tokens; what differs is the order."""
-    assert_same_step(*run(True, balance, receive), *run(False, balance))
+    assert_same_step(*run(True, balance, receive, tensor), *run(False, balance, tensor=tensor))
 
 
 def test_a_batch_that_does_not_divide():

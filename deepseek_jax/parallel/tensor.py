@@ -1,0 +1,107 @@
+"""Tensor and sequence parallel attention (report section 3.4.1: TP4 with SP in the attention of the prefill).
+
+Outside of the attention core, the tokens of a sequence are divided over the mesh axis `tensor`: norms, router,
+experts and the residual stream see t / T tokens on each of T devices. Inside, heads are divided. MLA makes the change
+cheap: a device projects its own tokens down, and only the latents travel (q_lora_rank + kv_lora_rank +
+qk_rope_head_dim values per token, 2112 of DeepSeek-V3's 7168). Up-projections, core and output projection run on the
+device's heads, and its partial outputs are summed to the devices of their tokens:
+
+    x [b, t/T, d] -> latents -> all-gather -> q, k, v [b, t, h/T, .] -> core, w_o -> reduce-scatter -> [b, t/T, d]
+
+Every device knows the ids, positions and segments of the whole sequence, so neither an MTP module nor a label has to
+reach across to another device.
+
+Runs inside `shard_map` (check_vma=False). Each device differentiates its own part of the loss; the all-gather and the
+reduce-scatter are each other's transpose and carry cotangents to the devices they belong to.
+
+Under an FP8 policy, the scales of the sharded weights and of the attention output span what one device holds: blocks
+of 128 columns are those of a single device where its share of heads is a multiple of 128 columns wide, as in
+DeepSeek-V3; else they begin anew on each device.
+
+Dims: b sequence, t token of the whole sequence, d hidden, q query latent, c key/value latent, r rope.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import mla
+from deepseek_jax.model.layers import Params
+from deepseek_jax.model.mla import CoreInputs, LatentCache, Rope
+from deepseek_jax.model.params import Param, tree_map
+from deepseek_jax.model.sequence import WHOLE, Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Divided(Whole):
+    """Sequences divided over a mesh axis into equal parts that follow each other; see `Whole` for the methods."""
+
+    axis: str = "tensor"
+
+    @property
+    def parts(self) -> int:
+        return lax.axis_size(self.axis)
+
+    def _part(self, x: jax.Array, dim: int) -> jax.Array:
+        size = x.shape[dim] // self.parts
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(self.axis) * size, size, dim)
+
+    def own(self, x_bt: jax.Array) -> jax.Array:
+        return self._part(x_bt, 1)
+
+    def total(self, x: Any) -> Any:
+        return lax.psum(x, self.axis)
+
+    def cached(self, latent: LatentCache) -> LatentCache:
+        """Latents are gathered anyway: each device keeps whole sequences, an equal part of them."""
+        return jax.tree.map(lambda x: self._part(x, 0), latent)
+
+    def last(self, h_btd: jax.Array) -> jax.Array:
+        """The last device has the last tokens; each gets those of the sequences that it keeps."""
+        here = lax.axis_index(self.axis) == self.parts - 1
+        return self._part(lax.psum(jnp.where(here, h_btd[:, -1], 0), self.axis), 0)
+
+    def own_heads(self, params: Any, declared: Any) -> Any:
+        def one(p: Param, w: jax.Array) -> jax.Array:
+            return self._part(w, p.axes.index("heads")) if "heads" in p.axes else w
+
+        return tree_map(one, declared, params)
+
+    def core_inputs(
+        self, p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope
+    ) -> tuple[CoreInputs, LatentCache]:
+        q_lora = mla.query_latents(p, cfg, x_btd)
+        parts = (q_lora, *mla.latents(p, cfg, x_btd, (self.own(rope[0]), self.own(rope[1]))))
+        ends = (q_lora.shape[-1], q_lora.shape[-1] + cfg.kv_lora_rank)
+        with jax.named_scope("gather_latents"):
+            all_bt = lax.all_gather(jnp.concatenate(parts, axis=-1), self.axis, axis=1, tiled=True)
+        q_lora, *latent = jnp.split(all_bt, ends, axis=-1)
+        return mla.expand(p, cfg, q_lora, LatentCache(*latent), rope), LatentCache(*latent)
+
+    def core_output(
+        self, p: Params, cfg: ModelConfig, qkv: CoreInputs, segments_bt: jax.Array | None
+    ) -> jax.Array:
+        partial_btd = mla.core_output(p, cfg, qkv, segments_bt)
+        with jax.named_scope("scatter_output"):
+            return lax.psum_scatter(partial_btd, self.axis, scatter_dimension=1, tiled=True)
+
+
+def sequence_over(mesh: Mesh | AbstractMesh, tokens: int) -> Whole:
+    """The `sequence` argument of a forward pass inside `shard_map`, for sequences of `tokens` tokens.
+
+    Raises ValueError if they do not divide over the axis `tensor`.
+    """
+    parts = mesh.shape["tensor"]
+    if parts == 1:
+        return WHOLE
+    if tokens % parts:
+        raise ValueError(
+            f"sequences of {tokens} tokens do not divide over tensor={parts} devices; change data.seq_len or "
+            "config.mesh.tensor"
+        )
+    return Divided()

@@ -1,0 +1,274 @@
+"""Tensor and sequence parallel attention on eight devices: the run of one device."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.model.mla import mla_params
+from deepseek_jax.model.params import abstract
+from deepseek_jax.model.rope import rope_table
+from deepseek_jax.model.sequence import WHOLE
+from deepseek_jax.parallel.mesh import TENSOR_PARALLEL, batch_sharding, make_mesh, param_specs
+from deepseek_jax.parallel.tensor import Divided
+from deepseek_jax.precision import PRESETS
+from deepseek_jax.precision.weights import attach, quantise_weights
+from deepseek_jax.training.checkpoint import Checkpointer
+from deepseek_jax.training.sharding import state_shardings
+from deepseek_jax.training.step import make_train_step
+from tests.parallel.comparison import BOUND, difference
+from tests.parallel.test_experts_step import HYPER, distance
+from tests.tiny_run import fresh_state, tiny, tokens
+
+AXES = ("data", "node", "local", "tensor")
+SINGLE = (1, 1, 1, 1)
+HEADS = {"num_attention_heads": 4, "initializer_range": 0.2, "num_hidden_layers": 1}
+MODELS = {
+    "dense and MTP": HEADS | {"first_k_dense_replace": 1},  # the MTP module's block is a MoE layer
+    "MoE": HEADS | {"first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
+}
+LAYOUTS = {  # experts in one hop over tensor; over node, then local x tensor
+    "dense and MTP": ((2, 1, 1, 4), {"zero": True}),
+    "MoE": ((1, 2, 2, 2), {}),
+}
+
+
+def config(model, shape=SINGLE, **mesh):
+    return tiny(
+        model=model,
+        data={"seq_len": 8},
+        train={"batch_size": 8},
+        optimizer={"moment_dtype": "float32"},  # the first moment shows the gradient itself
+        mesh=dict(zip(AXES, shape, strict=True)) | mesh,
+    )
+
+
+def mesh_of(cfg):
+    m = cfg.mesh
+    return make_mesh(m, jax.devices()[: m.data * m.node * m.local * m.tensor])
+
+
+def packed(cfg, seed=0):
+    """A batch whose sequences end at different places, also on the border of two devices' parts."""
+    ids = tokens(cfg, seed)
+    cut = np.array([3, 4, 1, 8, 2, 6, 7, 5])[:, None]
+    at = np.arange(ids.shape[1])[None]
+    return {
+        "tokens": ids,
+        "segments": (at >= cut).astype(np.int32),
+        "positions": np.where(at >= cut, at - cut, at).astype(np.int32),
+    }
+
+
+@functools.cache
+def program(name, single):
+    """(config, mesh, lowered, compiled step) of the model and layout of that name, or of one device."""
+    shape, mesh = (SINGLE, {}) if single else LAYOUTS[name]
+    cfg = config(MODELS[name], shape, **mesh)
+    mesh = mesh_of(cfg)
+    lowered = make_train_step(cfg, mesh).lower(put(cfg, mesh, 0.0), batch_on(cfg, mesh, 0), HYPER)
+    return cfg, mesh, lowered, lowered.compile()
+
+
+def put(cfg, mesh, nudge):
+    """The first state on its mesh; `nudge` shifts every weight."""
+    state = jax.device_get(fresh_state(cfg))  # from the host, nothing is compiled to divide it
+    if nudge:
+        rng = np.random.default_rng(7)
+        params = jax.tree.map(
+            lambda x: x * (1 + np.float32(nudge) * rng.choice(np.float32([-1, 1]), x.shape)), state.params
+        )
+        state = state.replace(params=params)
+    return jax.device_put(state, state_shardings(cfg, mesh))
+
+
+def batch_on(cfg, mesh, seed):
+    return jax.device_put(packed(cfg, seed), batch_sharding(mesh))
+
+
+STEPS = 8
+
+
+@functools.cache
+def run(name, single, nudge=0.0):
+    """(states after the first and the last step, metrics of each step) of a run on other tokens in each step."""
+    cfg, mesh, _, step = program(name, single)
+    state, history, first = put(cfg, mesh, nudge), [], None
+    for i in range(STEPS):
+        state, metrics = step(state, batch_on(cfg, mesh, i), HYPER)
+        history.append(jax.device_get(metrics))
+        first = jax.device_get(state) if first is None else first
+    return first, jax.device_get(state), history
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_and_every_gradient_equal_one_device(name):
+    """Of packed sequences. Relative, by the norm of each tensor; bound: see `test_experts_mesh`."""
+    (state, _, (metrics, *_)), (state_1, _, (metrics_1, *_)) = run(name, False), run(name, True)
+    for what in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
+        assert difference(getattr(metrics, what), getattr(metrics_1, what)) < BOUND, what
+    np.testing.assert_array_equal(metrics.counts_le, metrics_1.counts_le)
+    moments = jax.tree_util.tree_leaves_with_path(state.opt_state.mu)
+    for (path, x), y in zip(moments, jax.tree.leaves(state_1.opt_state.mu), strict=True):
+        assert difference(x, y) < BOUND, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_some_steps_track_one_device(name):
+    """Weights end nearer to one device's than those of one device that starts BOUND off: AdamW divides by the
+    gradient's size, so what rounding does to small gradients grows, and such a run says by how much."""
+    (_, state, history), (_, one, history_1), (_, near, _) = (
+        run(name, False),
+        run(name, True),
+        run(name, True, BOUND),
+    )
+    for step, (got, want) in enumerate(zip(history, history_1, strict=True)):
+        assert difference(got.loss, want.loss) < BOUND, step
+        np.testing.assert_array_equal(got.counts_le, want.counts_le, err_msg=str(step))
+    np.testing.assert_array_equal(state.balance_bias, one.balance_bias)
+    assert np.abs(one.balance_bias).max() > 2 * HYPER.gamma
+    assert distance(state, one) < distance(near, one) < 1e-3
+
+
+# --- one attention ----------------------------------------------------------------------------------------------
+
+# Two heads per device, 128 columns each: blocks of an FP8 weight end where a device's part does.
+WIDE = ModelConfig(
+    hidden_size=48,
+    num_attention_heads=4,
+    q_lora_rank=20,
+    kv_lora_rank=12,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=64,
+    v_head_dim=64,
+)
+B, T = 2, 8
+
+
+def attention(sequence, policy=None, cfg=WIDE, tokens=T):
+    """(params, x, cotangent of the output) -> (output, gradients of parameters and x)"""
+
+    def apply(p, x_btd, g_btd):
+        quantised = quantise_weights(p, mla_params(cfg), policy)
+        rope = rope_table(cfg, jnp.arange(tokens)[None])
+
+        def product(p, x_btd):
+            p = attach(p, quantised, policy)
+            qkv, _ = sequence.core_inputs(p, cfg, x_btd, rope)
+            y_btd = sequence.core_output(p, cfg, qkv, None)
+            return (y_btd * g_btd).sum(), y_btd
+
+        (_, y_btd), (dp, dx) = jax.value_and_grad(product, (0, 1), has_aux=True)(p, x_btd)
+        summed = {n: g if "heads" in mla_params(cfg)[n].axes else sequence.total(g) for n, g in dp.items()}
+        return y_btd, summed, dx
+
+    return apply
+
+
+def attention_over_mesh(parts, *args):
+    mesh = make_mesh(MeshConfig(data=1, tensor=parts), jax.devices()[:parts])
+    run, x = attention(Divided(), *args), P(None, "tensor")
+    params = param_specs(mla_params(args[1] if args[1:] else WIDE), mesh, TENSOR_PARALLEL)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(params, x, x), out_specs=(x, params, x), check_vma=False)
+    return jax.jit(mapped)
+
+
+def attention_arrays():
+    rng = np.random.default_rng(3)
+    p = {name: rng.normal(0, 0.3, w.shape).astype(np.float32) for name, w in mla_params(WIDE).items()}
+    return p, *rng.normal(size=(2, B, T, WIDE.hidden_size)).astype(np.float32)
+
+
+def test_an_attention_gathers_latents_once_and_scatters_its_output_once():
+    """And the same the other way round in the backward pass. Of DeepSeek-V3 on four devices: 2112 of 7168 values per
+    token are gathered, and no parameter or head is."""
+    v3, tokens = ModelConfig(), 4096
+    p = abstract(mla_params(v3), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, tokens, v3.hidden_size), jnp.bfloat16)
+    text = attention_over_mesh(4, None, v3, tokens).lower(p, x, x).as_text()
+    moved = {
+        name: sorted(re.findall(rf'"stablehlo.{name}".*?-> tensor<([\dx]+)xbf16>', text, re.DOTALL))
+        for name in ("all_gather", "reduce_scatter")
+    }
+    assert moved["all_gather"] == ["1x4096x2112", "1x4096x7168"]
+    assert moved["reduce_scatter"] == ["1x1024x2112", "1x1024x7168"]
+    assert "all_to_all" not in text and "collective_permute" not in text
+
+
+def test_fp8_blocks_of_a_device_are_those_of_one_device():
+    """Weights and the output of the core are quantised as on one device: the forward pass is the same to the order of
+    sums. So are gradients, but that one E4M3 operand of some 8,000 may round the other way (by 1/8), and that the
+    weight gradients of the down-projections quantise the tokens of a device together, 128 of them: two operands with
+    1/16 each."""
+    policy = PRESETS["deepseek_fp8"]
+    y, dp, dx = attention_over_mesh(2, policy)(*attention_arrays())
+    y_1, dp_1, dx_1 = jax.jit(attention(WHOLE, policy))(*attention_arrays())
+    assert difference(y, y_1) < BOUND and difference(dx, dx_1) < 1 / 8 / 8000**0.5
+    for name, g in dp.items():
+        bound = 1 / 8 if name in ("wq_a_dq", "wkv_a_dc") else 1 / 8 / 8000**0.5
+        assert difference(g, dp_1[name]) < bound, name
+
+
+# --- what lies where --------------------------------------------------------------------------------------------
+
+
+def test_heads_are_spread_and_so_are_experts_and_moments():
+    """The attention's up-projections over tensor alone, experts over all devices of a node too; with ZeRO, the rest
+    over all that divides tokens."""
+    cfg = config(MODELS["MoE"], (1, 2, 2, 2))
+    params = state_shardings(cfg, mesh_of(cfg)).params["moe_layers"]
+    for name in ("wq_b_qhk", "wkv_b_chm"):
+        assert params["attn"][name].spec == P(None, None, ("tensor",))
+    assert params["attn"]["wo_hvd"].spec == P(None, ("tensor",))
+    assert params["attn"]["wq_a_dq"].spec == params["ffn"]["gate"]["w_gate_de"].spec == P()
+    assert params["ffn"]["experts"]["w_up_edf"].spec == P(None, ("node", "local", "tensor"))
+    cfg = config(MODELS["MoE"], (2, 1, 2, 2), zero=True)
+    params = state_shardings(cfg, mesh_of(cfg)).params["moe_layers"]
+    assert params["attn"]["wo_hvd"].spec == P(None, ("tensor",), ("data", "local"))
+    assert params["attn"]["wq_a_dq"].spec == P(None, ("data", "local", "tensor"))
+    assert params["ffn"]["experts"]["w_up_edf"].spec == P(None, ("local", "tensor"), ("data",))
+
+
+def test_a_checkpoint_goes_to_another_mesh_and_back(tmp_path):
+    """State of (data 2, tensor 4) with ZeRO, to one device and to (node 2, local 2, tensor 2), bit for bit."""
+    name = "dense and MTP"
+    shape, mesh = LAYOUTS[name]
+    cfg = config(MODELS[name], shape, **mesh)
+    state = put(cfg, mesh_of(cfg), BOUND)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, state, {"average": np.zeros(1)}, {"config": {}, "data": {}, "tokens": 0})
+    checkpointer.wait()
+    for shape in (SINGLE, (1, 2, 2, 2)):
+        other = config(MODELS[name], shape)
+        blank = put(other, mesh_of(other), 0.0)
+        restored = checkpointer.restore(blank).state
+        for x, y, like in zip(*map(jax.tree.leaves, (restored, state, blank)), strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert x.sharding == like.sharding
+    checkpointer.close()
+
+
+# --- what does not divide ---------------------------------------------------------------------------------------
+
+
+def test_sequences_that_do_not_divide():
+    cfg = tiny(model=MODELS["MoE"], data={"seq_len": 10}, mesh={"data": 1, "tensor": 4})
+    with pytest.raises(
+        ValueError, match=r"sequences of 10 tokens do not divide over tensor=4 devices; change data.seq_len"
+    ):
+        make_train_step(cfg, mesh_of(cfg))
+
+
+def test_heads_that_do_not_divide():
+    cfg = config(MODELS["MoE"] | {"num_attention_heads": 6}, (1, 1, 1, 4))
+    with pytest.raises(
+        ValueError,
+        match=r"moe_layers.attn.wkv_b_chm \(1, 12, 6, 16\): 6 of 'heads' do not divide over 4 devices of tensor=4; "
+        r"change config.mesh.tensor or the model",
+    ):
+        make_train_step(cfg, mesh_of(cfg))
