@@ -27,7 +27,7 @@ from tests.tiny_run import fresh_state, tiny, tokens
 
 AXES = ("data", "node", "local", "tensor")
 SINGLE = (1, 1, 1, 1)
-HEADS = {"num_attention_heads": 4, "initializer_range": 0.2, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 4, "initializer_range": 0.1, "num_hidden_layers": 1}
 MODELS = {
     "dense and MTP": HEADS | {"first_k_dense_replace": 1},  # the MTP module's block is a MoE layer
     "MoE": HEADS | {"first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
