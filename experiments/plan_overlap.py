@@ -27,6 +27,7 @@ from deepseek_jax.model.transformer import REMAT, Context, block_params
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.hlo_schedule import Transfer, transfers
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh, param_specs, rules
+from deepseek_jax.parallel.zero import read_dtype
 from deepseek_jax.precision import PRESETS, preset
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.sharding import experts_over, moe_stack_over
@@ -79,7 +80,7 @@ def compile_stack(cfg: Config, tokens: int) -> jax.stages.Compiled:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     params = jax.tree.map(
-        lambda p, spec: array(p.shape, jnp.float32, spec),
+        lambda p, spec: array(p.shape, read_dtype(p, model.dtype, policy is not None), spec),
         declared,
         specs,
         is_leaf=lambda x: isinstance(x, Param),
