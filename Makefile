@@ -11,7 +11,7 @@ train: $(VENV)/.installed
 	$(BIN)/python -m experiments.train --config=configs/tiny.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -18,6 +18,26 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMISED}".str
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Minutes to half a minute each. `make test` gives a whole file to one of two workers, since its tests share what they
+# compile; a long one that begins last would leave the other worker idle.
+SLOWEST_FIRST = (
+    "test_distributed.py",
+    "test_parity_logits.py",
+    "test_loop.py",
+    "test_notebooks.py",
+    "test_step.py",
+    "test_overlap.py",
+    "test_experts_step.py",
+    "test_speculative.py",
+    "test_zero.py",
+    "test_golden.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):

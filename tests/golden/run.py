@@ -71,15 +71,19 @@ def largest_difference(got: dict[str, list[float]], want: dict[str, list[float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--write", action="store_true")
-    write = parser.parse_args().write
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true")
+    what.add_argument("--show", action="store_true", help="the curves as JSON")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cfg = golden_config(Path(folder))
         run = trainer(cfg)
         run.run(progress_file=io.StringIO())
         run.close()
         found = curves(cfg.train.out_dir)
-    if write:
+    if args.show:
+        print(json.dumps(found))
+    elif args.write:
         LOSSES.write_text(json.dumps(found, indent=1) + "\n")
         print(f"wrote {LOSSES}, jax {jax.__version__}")
     else:

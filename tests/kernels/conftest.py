@@ -18,3 +18,9 @@ def clean_interpreter():
     if HAS_INTERPRETER:
         reset_interpreter()
     yield
+
+
+@pytest.fixture
+def optimised(monkeypatch):
+    """Processes that a test starts compile as outside of tests: what they make is looked at."""
+    monkeypatch.delenv("XLA_FLAGS")

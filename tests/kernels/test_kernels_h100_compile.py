@@ -8,6 +8,7 @@ from pallas_kernels.testing.workloads import Workload, workloads
 pytestmark = [
     pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
     pytest.mark.timeout(600),
+    pytest.mark.usefixtures("optimised"),
 ]
 SAME_CONFIGURATION = (
     "m128",

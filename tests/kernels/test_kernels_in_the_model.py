@@ -16,6 +16,7 @@ SCRIPT = pathlib.Path(__file__).with_name("experts_for_h100.py")
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("optimised")
 def test_routed_experts_run_on_the_grouped_kernels():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -1,4 +1,4 @@
-"""The tiny run from beginning to end: golden curve, and what resumed runs are compared with."""
+"""The tiny run from beginning to end, unoptimised like all of the tests: what resumed runs are compared with."""
 
 import io
 from typing import Any, NamedTuple
