@@ -1,9 +1,10 @@
-"""The model of the FP8 study: small enough to train eight times on a laptop, wide enough for blocks of 128.
+"""The model of the FP8 study: small enough to train eighteen times on a laptop, wide enough for blocks of 128.
 
     python -m experiments.fp8_study
 
-Hardware: 2 CPU cores. Run time: about 3 minutes per preset in FP8. 4M parameters: 3 layers (1 dense), 8 routed experts
+Hardware: 2 CPU cores. Run time: about 2 minutes per run in FP8. 4M parameters: 3 layers (1 dense), 8 routed experts
 of which 2 per token, 1 shared expert; every contraction of the attention and the FFNs has 1 to 4 blocks of 128.
+The learning rate is a third of `configs/tiny.py`'s: at that one, runs that differ in rounding drift apart by 0.5%.
 """
 
 import ml_collections
@@ -29,7 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
         }
     )
     config.data.update({"seq_len": 128})
+    config.optimizer.update({"peak_lr": 1e-3, "mid_lr": 1e-4, "final_lr": 3e-5})
     config.train.update(
-        {"steps": 240, "eval_every": 240, "checkpoint_every": 240, "out_dir": "runs/fp8_study"}
+        {"steps": 320, "eval_every": 320, "checkpoint_every": 320, "out_dir": "runs/fp8_study"}
     )
     return config

@@ -1,9 +1,7 @@
-"""Configuration: frozen, validated dataclasses with DeepSeek's names, and the counts derived from them.
+"""Configuration of a training run: frozen, validated dataclasses; the model's stands in `model_config.py`.
 
-`ModelConfig` describes any model of the family (DeepSeek-V3/R1/V3.1, V2, V2-Lite, Moonlight, Kimi-K2).
-`Config` is the frozen whole of a training run; `from_config_dict` builds it once from a
-`ml_collections.ConfigDict` and names the nearest valid key for every mistake.
-Sources: technical report sections 2 and 4; the published config.json of each model.
+`Config` is the frozen whole; `from_config_dict` builds it once from a `ml_collections.ConfigDict` and names the
+nearest valid key for every mistake. Source: technical report section 4.
 """
 
 import dataclasses
@@ -12,6 +10,10 @@ import types
 import typing
 from collections.abc import Mapping
 from typing import Any
+
+from deepseek_jax.checks import choice, require
+from deepseek_jax.model_config import ModelConfig
+from deepseek_jax.model_config import YarnConfig as YarnConfig
 
 # Presets of `deepseek_jax.precision`, which says what each quantises.
 PRECISIONS = (
@@ -22,222 +24,6 @@ PRECISIONS = (
     "per_tensor",
     "block_wise_grads",
 )
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}={value!r} is not one of {list(choices)}{hint}")
-
-
-@dataclasses.dataclass(frozen=True)
-class YarnConfig:
-    """YaRN context extension of RoPE (report section 4.3; `rope_scaling` of config.json)."""
-
-    factor: float = 40.0
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
-
-    def __post_init__(self):
-        _require(self.factor >= 1.0, f"rope_scaling.factor={self.factor} must be >= 1")
-        _require(
-            self.original_max_position_embeddings > 0,
-            f"rope_scaling.original_max_position_embeddings={self.original_max_position_embeddings} must be > 0",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Architecture of one model; every default is DeepSeek-V3's (report section 4.2)."""
-
-    vocab_size: int = 129280
-    hidden_size: int = 7168
-    num_hidden_layers: int = 61
-    first_k_dense_replace: int = 3
-    intermediate_size: int = 18432
-    # Multi-head Latent Attention (section 2.1.1)
-    num_attention_heads: int = 128
-    q_lora_rank: int | None = 1536  # None: full-rank queries (V2-Lite)
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    rope_theta: float = 10000.0
-    rope_scaling: YarnConfig | None = None
-    max_position_embeddings: int = 4096
-    # DeepSeekMoE (section 2.1.2)
-    moe_intermediate_size: int = 2048
-    n_routed_experts: int = 256
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 8
-    n_group: int = 8
-    topk_group: int = 4
-    scoring_func: str = "sigmoid"  # V2: "softmax", which has no correction bias
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    # Multi-Token Prediction (section 2.2)
-    num_nextn_predict_layers: int = 1
-    # everything else
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.006
-    tie_word_embeddings: bool = False
-    dtype: str = "float32"  # compute dtype; master parameters are float32
-
-    def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-            "max_position_embeddings",
-        ):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        _choice("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
-        _choice("dtype", self.dtype, ("float32", "bfloat16"))
-        _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
-        _require(
-            0 <= self.first_k_dense_replace <= self.num_hidden_layers,
-            f"first_k_dense_replace={self.first_k_dense_replace} must lie in [0, num_hidden_layers={self.num_hidden_layers}]",
-        )
-        _require(
-            self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank={self.q_lora_rank}: use None"
-        )
-        _require(
-            self.num_nextn_predict_layers >= 0,
-            f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be >= 0",
-        )
-        if self.num_moe_layers or self.num_nextn_predict_layers:
-            self._check_moe()
-        else:
-            _require(
-                self.intermediate_size > 0, f"intermediate_size={self.intermediate_size} must be positive"
-            )
-
-    def _check_moe(self):
-        e, g, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
-        _require(e > 0 and k > 0, f"n_routed_experts={e} and num_experts_per_tok={k} must be positive")
-        _require(g > 0 and e % g == 0, f"n_routed_experts={e} must be divisible by n_group={g}")
-        _require(0 < self.topk_group <= g, f"topk_group={self.topk_group} must lie in [1, n_group={g}]")
-        _require(
-            k <= self.topk_group * (e // g),
-            f"num_experts_per_tok={k} exceeds the {self.topk_group * (e // g)} experts of topk_group={self.topk_group} groups",
-        )
-        _require(self.n_shared_experts >= 0, f"n_shared_experts={self.n_shared_experts} must be >= 0")
-
-    # --- shapes that follow -------------------------------------------------------------------------------
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def num_moe_layers(self) -> int:
-        """MoE layers of the main model, without the MTP modules."""
-        return self.num_hidden_layers - self.first_k_dense_replace
-
-    @property
-    def has_balance_bias(self) -> bool:
-        """Sigmoid gating selects with a correction bias (auxiliary-loss-free balancing); softmax does not."""
-        return self.scoring_func == "sigmoid"
-
-    @property
-    def balance_bias_shape(self) -> tuple[int, int]:
-        """[layer, expert]: the MoE layers of the main model, then one row per MTP module."""
-        return (self.num_moe_layers + self.num_nextn_predict_layers, self.n_routed_experts)
-
-    # --- counts -------------------------------------------------------------------------------------------
-
-    def _mla_params(self) -> tuple[int, int]:
-        """(matmul parameters, norm parameters) of one attention layer."""
-        d, h, rq, rkv = self.hidden_size, self.num_attention_heads, self.q_lora_rank, self.kv_lora_rank
-        q = d * rq + rq * h * self.qk_head_dim if rq else d * h * self.qk_head_dim
-        kv = d * (rkv + self.qk_rope_head_dim) + rkv * h * (self.qk_nope_head_dim + self.v_head_dim)
-        return q + kv + h * self.v_head_dim * d, (rq or 0) + rkv
-
-    def _moe_params(self, experts: int) -> int:
-        """Matmul parameters of one MoE FFN with `experts` routed experts counted (the gate counts whole)."""
-        expert = 3 * self.hidden_size * self.moe_intermediate_size
-        return (experts + self.n_shared_experts) * expert + self.hidden_size * self.n_routed_experts
-
-    def _count(self, experts: int) -> tuple[int, int]:
-        """(matmul parameters without embedding and head, norms and biases) of the main model."""
-        mla, mla_norms = self._mla_params()
-        dense = self.first_k_dense_replace * 3 * self.hidden_size * self.intermediate_size
-        moe = self.num_moe_layers * self._moe_params(experts) if self.num_moe_layers else 0
-        norms = self.num_hidden_layers * (mla_norms + 2 * self.hidden_size) + self.hidden_size
-        bias = self.num_moe_layers * self.n_routed_experts if self.has_balance_bias else 0
-        return self.num_hidden_layers * mla + dense + moe, norms + bias
-
-    def num_params(self) -> int:
-        """Parameters of the main model, correction biases included, MTP modules excluded."""
-        matmul, rest = self._count(self.n_routed_experts)
-        tables = 1 if self.tie_word_embeddings else 2
-        return matmul + rest + tables * self.vocab_size * self.hidden_size
-
-    def num_active_params(self) -> int:
-        """Parameters used per token, without the embedding table, as DeepSeek counts ("37B")."""
-        matmul, rest = self._count(self.num_experts_per_tok)
-        return matmul + rest + self.vocab_size * self.hidden_size
-
-    def num_mtp_params(self) -> int:
-        """Parameters that the MTP modules add (embedding and head are shared)."""
-        d, (mla, mla_norms) = self.hidden_size, self._mla_params()
-        bias = self.n_routed_experts if self.has_balance_bias else 0
-        block = mla + mla_norms + self._moe_params(self.n_routed_experts) + bias + 2 * d
-        return self.num_nextn_predict_layers * (block + 2 * d * d + 3 * d)
-
-    def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
-        """Training FLOPs per token (forward and backward) of the main model at `seq_len`, MTP excluded.
-
-        6 per matmul parameter, plus the attention core with half of the scores masked if `causal`
-        (ISCA paper, table 2: 250 GFLOP per token for V3 at 4K).
-        """
-        matmul, _ = self._count(self.num_experts_per_tok)
-        linear = 6 * (matmul + self.vocab_size * self.hidden_size)
-        keys = seq_len / 2 if causal else seq_len
-        heads = self.num_attention_heads * (self.qk_head_dim + self.v_head_dim)
-        return linear + 6 * self.num_hidden_layers * keys * heads
-
-    def kv_cache_bytes_per_token(self, dtype: str = "bfloat16") -> int:
-        """Bytes of latent cache per token over all layers (main model).
-
-        float8_e4m3fn is DeepSeek's mixed layout: FP8 latent with a float32 scale per 128, RoPE part in BF16.
-        """
-        _choice("dtype", dtype, tuple(DTYPE_BYTES))
-        if dtype == "float8_e4m3fn":
-            per_layer = self.kv_lora_rank + 4 * -(-self.kv_lora_rank // 128) + 2 * self.qk_rope_head_dim
-        else:
-            per_layer = (self.kv_lora_rank + self.qk_rope_head_dim) * DTYPE_BYTES[dtype]
-        return per_layer * self.num_hidden_layers
-
-    # --- Hugging Face config.json -------------------------------------------------------------------------
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """ModelConfig of a parsed config.json. Raises ValueError on unknown or unsupported fields."""
-        from deepseek_jax.hf_config import from_hf
-
-        return from_hf(hf)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The config.json (as a dict) that `transformers` reads for this model."""
-        from deepseek_jax.hf_config import to_hf
-
-        return to_hf(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,10 +44,10 @@ class DataConfig:
     cache_dir: str = ".cache"
 
     def __post_init__(self):
-        _require(self.seq_len > 0, f"data.seq_len={self.seq_len} must be positive")
+        require(self.seq_len > 0, f"data.seq_len={self.seq_len} must be positive")
         for name in ("fim_rate", "split_punctuation_rate", "validation_fraction"):
             value = getattr(self, name)
-            _require(0.0 <= value <= 1.0, f"data.{name}={value} must lie in [0, 1]")
+            require(0.0 <= value <= 1.0, f"data.{name}={value} must lie in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,10 +82,10 @@ class OptimizerConfig:
     mtp_lambda_until_tokens: float = 10e12
 
     def __post_init__(self):
-        _choice("optimizer.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
-        _require(self.peak_lr > 0, f"optimizer.peak_lr={self.peak_lr} must be positive")
-        _require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be >= 0")
+        choice("optimizer.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
+        require(self.peak_lr > 0, f"optimizer.peak_lr={self.peak_lr} must be positive")
+        require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +100,7 @@ class BalanceConfig:
     classic_alpha: float = 1e-2  # weight of the batch-wise auxiliary loss, mode "classic"
 
     def __post_init__(self):
-        _choice("balance.mode", self.mode, ("loss_free", "classic", "none"))
+        choice("balance.mode", self.mode, ("loss_free", "classic", "none"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,14 +132,12 @@ class MeshConfig:
     def __post_init__(self):
         for name in ("pipe", "data", "node", "local", "tensor"):
             value, low = getattr(self, name), 0 if name == "data" else 1
-            _require(value >= low, f"mesh.{name}={value} must be >= {low}")
-        _choice("mesh.experts", self.experts, ("auto", "two_hop", "flat", "replicated"))
-        _choice("mesh.dispatch", self.dispatch, ("auto", "same", "bf16", "fp8", "fp8_ue8m0"))
-        _choice("mesh.combine", self.combine, ("auto", "same", "bf16"))
-        _require(
-            0 <= self.comm_channels <= 64, f"mesh.comm_channels={self.comm_channels} must lie in [0, 64]"
-        )
-        _require(self.receive >= 0, f"mesh.receive={self.receive} must be >= 0; 0 for everything at once")
+            require(value >= low, f"mesh.{name}={value} must be >= {low}")
+        choice("mesh.experts", self.experts, ("auto", "two_hop", "flat", "replicated"))
+        choice("mesh.dispatch", self.dispatch, ("auto", "same", "bf16", "fp8", "fp8_ue8m0"))
+        choice("mesh.combine", self.combine, ("auto", "same", "bf16"))
+        require(0 <= self.comm_channels <= 64, f"mesh.comm_channels={self.comm_channels} must lie in [0, 64]")
+        require(self.receive >= 0, f"mesh.receive={self.receive} must be >= 0; 0 for everything at once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,15 +156,15 @@ class DistributedConfig:
     heartbeat_timeout: int = 20  # seconds of silence after which a process counts as dead and the others exit
 
     def __post_init__(self):
-        _choice("distributed.cluster", self.cluster, ("auto", "none"))
+        choice("distributed.cluster", self.cluster, ("auto", "none"))
         host, _, port = self.coordinator.rpartition(":")
         ok = not self.coordinator or (bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16)
-        _require(ok, f"distributed.coordinator={self.coordinator!r} should be HOST:PORT, as 10.0.0.1:1234")
-        _require(self.processes >= 0, f"distributed.processes={self.processes} must be >= 0")
-        _require(self.process >= -1, f"distributed.process={self.process} must be >= 0, or -1")
+        require(ok, f"distributed.coordinator={self.coordinator!r} should be HOST:PORT, as 10.0.0.1:1234")
+        require(self.processes >= 0, f"distributed.processes={self.processes} must be >= 0")
+        require(self.process >= -1, f"distributed.process={self.process} must be >= 0, or -1")
         for name in ("start_timeout", "heartbeat_timeout"):
             value = getattr(self, name)
-            _require(value > 0, f"distributed.{name}={value} must be a positive number of seconds")
+            require(value > 0, f"distributed.{name}={value} must be a positive number of seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,7 +188,7 @@ class TrainConfig:
     sample_tokens: int = 96  # of the completions shown at the end; 0: none
 
     def __post_init__(self):
-        _choice("train.remat", self.remat, ("none", "deepseek", "full"))
+        choice("train.remat", self.remat, ("none", "deepseek", "full"))
         for name in (
             "steps",
             "batch_size",
@@ -414,12 +198,12 @@ class TrainConfig:
             "max_bad_steps",
             "ema_every",
         ):
-            _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
-        _require(
+            require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        require(
             self.batch_size % self.grad_accumulation == 0,
             f"train.batch_size={self.batch_size} must be divisible by grad_accumulation={self.grad_accumulation}",
         )
-        _require(0.0 <= self.ema_decay < 1.0, f"train.ema_decay={self.ema_decay} must lie in [0, 1)")
+        require(0.0 <= self.ema_decay < 1.0, f"train.ema_decay={self.ema_decay} must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,12 +220,12 @@ class Config:
     precision: str = "bf16"  # of the linear layers: one of PRECISIONS
 
     def __post_init__(self):
-        _choice("precision", self.precision, PRECISIONS)
-        _require(
+        choice("precision", self.precision, PRECISIONS)
+        require(
             self.data.tokenizer is not None or self.model.vocab_size >= self.data.vocab_size,
             f"model.vocab_size={self.model.vocab_size} is smaller than data.vocab_size={self.data.vocab_size}",
         )
-        _require(
+        require(
             self.data.seq_len <= self.model.max_position_embeddings,
             f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings="
             f"{self.model.max_position_embeddings}; raise it and set model.rope_scaling",

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.config import ModelConfig, YarnConfig
+from deepseek_jax.model_config import ModelConfig, YarnConfig
 
 _SIGMOID_TYPES = ("deepseek_v3", "kimi_k2")  # V3, R1, V3.1, Moonlight; Kimi-K2
 _SOFTMAX_TYPES = ("deepseek_v2",)  # V2, V2-Lite

@@ -1,12 +1,14 @@
 """What each precision preset costs: GEMM errors, training curves, one picture.
 
-    python -m experiments.fp8_study [--out=runs/fp8_study] [--config=configs/fp8_study.py] [--config.train.steps=...]
+    python -m experiments.fp8_study [--out=runs/fp8_study] [--seeds=3] [--config=configs/fp8_study.py] [--config.KEY=...]
 
 (a) Errors of each preset's GEMM on synthetic data and on tensors captured from the trained model, and of a
     tensor core that accumulates 14 bits, with and without promotion to float32.
-(b) Training curves of each preset against bf16: same data, same seed. A second bf16 run with another seed is the
-    noise floor. Runs that are finished in --out are not run again.
-(c) `fp8_study.png` and a Markdown table on standard output.
+(b) Training curves of each preset against bf16, from each of --seeds starts: same data, same initial weights. How
+    far the bf16 runs of different seeds lie apart is the noise floor. Runs that are finished in --out are not run
+    again.
+(c) Loss and gradient of each preset on the same trained weights, where there is no such noise.
+(d) `fp8_study.png` and Markdown tables on standard output.
 """
 
 import json
@@ -15,62 +17,70 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from deepseek_jax.config import PRECISIONS, Config, from_config_dict, to_dict
 from experiments import command_line, fp8_report
-from experiments.fp8_report import OTHER_SEED
+from experiments.fp8_measure import Runs, result_file
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The model and run of the study.")
 _OUT = flags.DEFINE_string("out", "runs/fp8_study", "Folder of the runs and the picture.")
-_RUN = flags.DEFINE_string(
-    "run", None, "Only train this one of the study's runs (what the study starts itself)."
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each preset.", lower_bound=2)
+_PRESET = flags.DEFINE_enum(
+    "preset", None, list(PRECISIONS), "Only train the runs of this one (what the study starts itself)."
 )
 
-RUNS = (*PRECISIONS, OTHER_SEED)
+
+def _configs(config, out: Path, seeds: int) -> Runs:  # type: ignore[no-untyped-def]
+    """Preset -> the config of each seed."""
+
+    def one(preset: str, seed: int) -> Config:
+        here = config.copy_and_resolve_references()
+        here.precision = preset
+        here.train.seed += seed
+        here.train.out_dir = str(out / preset / f"seed{seed}")
+        return from_config_dict(here)
+
+    return {preset: [one(preset, seed) for seed in range(seeds)] for preset in PRECISIONS}
 
 
-def _run_config(config, name: str, out: Path) -> Config:
-    config = config.copy_and_resolve_references()
-    config.precision = "bf16" if name == OTHER_SEED else name
-    config.train.seed += name == OTHER_SEED
-    config.train.out_dir = str(out / name.replace(" ", "_").replace("(", "").replace(")", ""))
-    return from_config_dict(config)
+def _finished(cfg: Config) -> bool:
+    return result_file(cfg).exists() and json.loads(result_file(cfg).read_text())["config"] == to_dict(cfg)
 
 
-def _result(cfg: Config) -> Path:
-    return Path(cfg.train.out_dir) / "result.json"
-
-
-def _train(cfg: Config) -> None:
+def _train(configs: Sequence[Config], compiled: Path) -> None:
     from deepseek_jax.training.loop import Trainer
     from experiments.devices import one_device_per_core
 
-    one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation)
-    trainer = Trainer(cfg)
-    try:
-        trainer.resume()
-        evaluation = trainer.run().evaluation
-        assert evaluation is not None
-        result = {"validation": evaluation.loss, "config": to_dict(cfg)}
-        _result(cfg).write_text(json.dumps(result, indent=1))
-    finally:
-        trainer.close()
-
-
-def _train_all(configs: dict[str, Config]) -> None:
-    """Each run in a process of its own: a compiled program's memory goes with it."""
-    for name, cfg in configs.items():
-        done = _result(cfg)
-        if done.exists() and json.loads(done.read_text())["config"] == to_dict(cfg):
-            print(f"{name}: already trained in {cfg.train.out_dir}", flush=True)
+    one_device_per_core(configs[0].train.batch_size // configs[0].train.grad_accumulation)
+    jax.config.update("jax_compilation_cache_dir", str(compiled.absolute()))  # seeds share their programs
+    for cfg in configs:
+        if _finished(cfg):
             continue
-        print(f"{name}: training {cfg.train.steps} steps", flush=True)
-        arguments = [a for a in sys.argv[1:] if not a.startswith("--run")]
-        subprocess.run(
-            [sys.executable, "-m", "experiments.fp8_study", *arguments, f"--run={name}"], check=True
+        trainer = Trainer(cfg)
+        try:
+            trainer.resume()
+            evaluation = trainer.run().evaluation
+            assert evaluation is not None
+            result = {"validation": evaluation.loss, "config": to_dict(cfg)}
+            result_file(cfg).write_text(json.dumps(result, indent=1))
+        finally:
+            trainer.close()
+
+
+def _train_all(runs: Runs) -> None:
+    """Each preset in a process of its own: a compiled program's memory goes with it."""
+    for preset, configs in runs.items():
+        left = sum(not _finished(cfg) for cfg in configs)
+        print(
+            f"{preset}: {left} of {len(configs)} runs of {configs[0].train.steps} steps to be done",
+            flush=True,
         )
+        if left:
+            command = [sys.executable, "-m", "experiments.fp8_study", *sys.argv[1:], f"--preset={preset}"]
+            subprocess.run(command, check=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,18 +88,17 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: unexpected arguments {argv[1:]}; settings are --config.KEY=VALUE", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.ERROR)
+    out = Path(_OUT.value)
     try:
-        configs = {name: _run_config(_CONFIG.value, name, Path(_OUT.value)) for name in RUNS}
-        if _RUN.value is not None:
-            if _RUN.value not in configs:
-                raise ValueError(f"--run={_RUN.value!r} is not one of {', '.join(RUNS)}")
-            _train(configs[_RUN.value])
+        runs = _configs(_CONFIG.value, out, _SEEDS.value)
+        if _PRESET.value is not None:
+            _train(runs[_PRESET.value], out / "compiled")
             return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _train_all(configs)
-    fp8_report.write(configs, Path(_OUT.value))
+    _train_all(runs)
+    fp8_report.write(runs, out)
     return 0
 
 

@@ -80,11 +80,14 @@ class Run:
         records = read_records(path) if path.exists() else []
         return records[-1]["step"] if records else 0
 
+    def checkpoints(self) -> list[int]:
+        """Steps of the whole checkpoints."""
+        folder = self.folder / "checkpoints"
+        return [int(p.name) for p in folder.iterdir() if p.name.isdecimal()] if folder.exists() else []
+
     def checkpoint(self) -> int:
         """The newest whole checkpoint, 0 if there is none."""
-        folder = self.folder / "checkpoints"
-        steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()] if folder.exists() else []
-        return max(steps, default=0)
+        return max(self.checkpoints(), default=0)
 
     def wait_for_step(self, process: subprocess.Popen) -> None:
         """Returns when this process has recorded a step, or has ended."""
@@ -97,25 +100,26 @@ class Run:
         while process.poll() is None and path.stat().st_size <= size:
             time.sleep(0.005)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Every array of the last checkpoint, by path."""
-        last = self.folder / "checkpoints" / str(self.checkpoint())
+    def arrays(self, step: int | None = None) -> dict[str, np.ndarray]:
+        """Every array of a checkpoint, the last one for None, by path."""
+        folder = self.folder / "checkpoints" / str(self.checkpoint() if step is None else step)
         found = {}
         handler = ocp.PyTreeCheckpointHandler()
         for item in ("state", "ema"):
             as_numpy = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(last / item).tree
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder / item).tree
             )
-            tree = handler.restore(last / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+            tree = handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
             for path, x in jax.tree_util.tree_leaves_with_path(tree):
                 found[item + jax.tree_util.keystr(path)] = np.asarray(x)
         return found
 
-    def records(self) -> list[dict]:
-        """Metrics without what is measured in seconds."""
+    def records(self, step: int | None = None) -> list[dict]:
+        """Metrics, up to a step if one is given, without what is measured in seconds."""
         return [
             {name: value for name, value in record.items() if name not in TIMINGS}
             for record in read_records(self.folder / METRICS_FILE)
+            if step is None or record["step"] <= step
         ]
 
 
@@ -152,9 +156,9 @@ def kill_at_random(run: Run, timing: Timing, rng: random.Random, while_training:
     return None
 
 
-def differences(run: Run, want: Run) -> list[str]:
-    """What is not bitwise equal in two finished runs."""
-    got_arrays, want_arrays = run.arrays(), want.arrays()
+def differences(run: Run, want: Run, step: int | None = None) -> list[str]:
+    """What is not bitwise equal in two runs: finished ones, or both at `step`, of which they have checkpoints."""
+    got_arrays, want_arrays = run.arrays(step), want.arrays(step)
     names = sorted(got_arrays.keys() | want_arrays.keys())
     found = [
         name
@@ -164,7 +168,7 @@ def differences(run: Run, want: Run) -> list[str]:
         or got_arrays[name].dtype != want_arrays[name].dtype
         or got_arrays[name].tobytes() != want_arrays[name].tobytes()
     ]
-    return found + ([] if run.records() == want.records() else [METRICS_FILE])
+    return found + ([] if run.records(step) == want.records(step) else [METRICS_FILE])
 
 
 def kill_test(folder: Path, arguments: Sequence[str], kills: int, seed: int) -> bool:

@@ -26,7 +26,7 @@ def row_groups(group_sizes: jax.Array, num_rows: int, alignment: int = BLOCK) ->
     occupied = aligned_sizes(group_sizes, alignment)
     ends = jnp.cumsum(occupied)
     row = jnp.arange(num_rows, dtype=jnp.int32)
-    group = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
+    group = jnp.searchsorted(ends, row, side="right", method="compare_all").astype(jnp.int32)
     inside = jnp.minimum(group, group_sizes.shape[0] - 1)
     real = row - (ends - occupied)[inside] < group_sizes[inside]
     return jnp.where((group < group_sizes.shape[0]) & real, group, PADDING)

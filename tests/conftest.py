@@ -1,26 +1,32 @@
-"""Every test process has eight CPU devices, and compiles each program once.
+"""Every test process has eight CPU devices, compiles fast, and compiles each program once.
 
 Tests that want several devices name them; what names none runs on the first, as it would alone.
 """
 
+import os
+
 import jax
 import pytest
+
+# The programs are tested, not the compiler, which takes most of the time. Unoptimised and without the fusion
+# emitters, which later versions cannot switch off, they compile in half of it. In the environment: for the processes
+# that tests start, too.
+UNOPTIMISED = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):
+    UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMISED}".strip()
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """A compilation cache for the session: runs of one config, subprocesses included, share their programs."""
-    folder = tmp_path_factory.mktemp("compiled")
+    """A compilation cache for the session: tests and the processes that they start share their programs."""
     settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.3,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)

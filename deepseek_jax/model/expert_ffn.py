@@ -15,21 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.rows import ALIGNMENT, Rows
+from deepseek_jax.model.swiglu import swiglu, swiglu_gradients
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
 from pallas_kernels.groups import aligned_sizes
 
 MIN_BLOCK = 16
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [e, d, f], up [e, d, f], down [e, f, d]
-
-
-def swiglu_gradients(
-    gate: jax.Array, up: jax.Array, gain: jax.Array, dact: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """silu(gate) * up, and the gradients of gate and up, given that of silu(gate) * up * gain."""
-    sig = jax.nn.sigmoid(gate)
-    silu = gate * sig
-    return silu * up, dact * gain * up * (sig + silu * (1 - sig)), dact * gain * silu
 
 
 # --- a loop over blocks -----------------------------------------------------------------------------------
@@ -56,7 +48,9 @@ def _blocks(rows: Rows, size: int) -> _Blocks:
     aligned = aligned_sizes(rows.sizes_e, ALIGNMENT)
     ends, first_row = jnp.cumsum(per_expert), jnp.cumsum(aligned) - aligned
     i = jnp.arange(m // size + e, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(ends, i, side="right"), e - 1).astype(jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(ends, i, side="right", method="compare_all"), e - 1).astype(
+        jnp.int32
+    )
     nth = i - (ends - per_expert)[expert]
     live = jnp.clip(rows.sizes_e[expert] - nth * size, 0, size)
     return _Blocks(expert, first_row[expert] + nth * size, live, ends[-1])
@@ -87,7 +81,7 @@ def blockwise_forward(x_nd: jax.Array, rows: Rows, w: Weights) -> tuple[jax.Arra
         e, start = blocks.expert[i], blocks.start[i]
         x = x_nd[_window(rows.token_m, start, size)]
         g, u = x @ w_gate[e].astype(dtype), x @ w_up[e].astype(dtype)
-        out = (jax.nn.silu(g) * u * _window(gain_m, start, size)[:, None]) @ w_down[e].astype(dtype)
+        out = (swiglu(g, u) * _window(gain_m, start, size)[:, None]) @ w_down[e].astype(dtype)
         return _put(y, out, start), _put(gate, g, start), _put(up, u, start)
 
     def empty(width):
@@ -115,7 +109,7 @@ def blockwise_backward(
         g, u = _window(gate_mf, start, size), _window(up_mf, start, size)
         gain = _window(gain_m, start, size)[:, None]
         dact = dy @ w_down[e].astype(dtype).T
-        act, dg, du = swiglu_gradients(g, u, gain, dact)
+        act, dg, du = swiglu_gradients(g, u, dact * gain)
         dx_block = dg @ w_gate[e].astype(dtype).T + du @ w_up[e].astype(dtype).T
         return (
             _put(dx, dx_block, start),
@@ -146,7 +140,7 @@ def grouped_forward(x_nd: jax.Array, rows: Rows, w: Weights) -> tuple[jax.Array,
         return grouped_gemm(a, b, rows.group_m, transpose_b=False, alignment=ALIGNMENT)
 
     gate, up = product(x_md, w_gate), product(x_md, w_up)
-    act = jax.nn.silu(gate) * up * rows.gain_m[:, None].astype(x_nd.dtype)
+    act = swiglu(gate, up) * rows.gain_m[:, None].astype(x_nd.dtype)
     return product(act, w_down), gate, up
 
 
@@ -165,7 +159,7 @@ def grouped_backward(
         return grouped_wgrad(a, b, aligned_sizes(rows.sizes_e, ALIGNMENT), alignment=ALIGNMENT)
 
     dact = product(dy_md, w_down)
-    act, dg, du = swiglu_gradients(gate_mf, up_mf, gain_m1, dact)
+    act, dg, du = swiglu_gradients(gate_mf, up_mf, dact * gain_m1)
     dg, du = (jnp.where(rows.real_m1, x, 0) for x in (dg, du))
     dw = (wgrad(x_md, dg), wgrad(x_md, du), wgrad(act * gain_m1, dy_md))
     dgain = (dact * act).astype(rows.gain_m.dtype).sum(-1)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import expert_ffn
-from deepseek_jax.model.layers import Params, swiglu
+from deepseek_jax.model.layers import Params
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.rows import sort_rows, sum_pairs
+from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.precision import experts as quantised
 from deepseek_jax.precision.linear import Weight
 

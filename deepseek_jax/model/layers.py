@@ -1,4 +1,4 @@
-"""RMSNorm, linear layers, SwiGLU, embedding and output head.
+"""RMSNorm, linear layers, SwiGLU FFN, embedding and output head.
 
 Dims: b batch, t token, d hidden, f FFN inner, v vocabulary, n flattened tokens.
 """
@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.params import Param
+from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.precision import linear as quantised
 
 Params = Any
@@ -43,11 +44,6 @@ def linear(x: jax.Array, w: Any, n_in: int = 1) -> jax.Array:
     batch, out = x.shape[: x.ndim - n_in], w.shape[n_in:]
     width = math.prod(w.shape[:n_in])
     return (x.reshape(-1, width) @ w.astype(x.dtype).reshape(width, -1)).reshape(*batch, *out)
-
-
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, elementwise."""
-    return jax.nn.silu(gate) * up
 
 
 def mlp_params(d: int, f: int) -> dict[str, Param]:

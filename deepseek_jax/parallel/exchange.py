@@ -83,6 +83,7 @@ class Plan(NamedTuple):
         jax.Array
     )  # int32: local expert ids of the rows received; -1 where absent or not of this device
     fits_n: jax.Array  # bool: the token's experts lie on no more peers than `make_plan` was told
+    most_rows: jax.Array  # int32: rows that the device with the most receives; the same on all
 
 
 def _make_hop(to_np: jax.Array, axis: Axis, most: int) -> Hop:
@@ -125,8 +126,11 @@ def make_plan(ex: Exchange, experts_nk: jax.Array, n_local: int, most: int | Non
         ids = jnp.where(live_r[:, None], words_rk.astype(jnp.int32), -1)
         base = base + lax.axis_index(axis) * below
         hops.append(hop)
+    most_rows = hops[-1].counts_pc.sum(0).max()
+    for axis in ex.axes[:-1]:
+        most_rows = lax.pmax(most_rows, axis)
     local = ids - base
-    return Plan(tuple(hops), jnp.where((local >= 0) & (local < n_local), local, -1), fits_n)
+    return Plan(tuple(hops), jnp.where((local >= 0) & (local < n_local), local, -1), fits_n, most_rows)
 
 
 def _names(axis: Axis) -> tuple[str, ...]:
@@ -161,17 +165,20 @@ class Window(NamedTuple):
     rows: int
 
 
-def outbound(
-    x_nd: jax.Array, extra: tuple[jax.Array, ...], form: str, plan: Plan, ex: Exchange
-) -> tuple[jax.Array, Layout]:
-    """All of a dispatch but its last collective -> messages [s, w] to be sent by it, and their layout.
+def loaded(x_nd: jax.Array, extra: tuple[jax.Array, ...], form: str, plan: Plan) -> tuple[jax.Array, Layout]:
+    """Messages [s, w] to be sent by the first hop of a dispatch, and their layout.
 
     Rows are encoded once, at their source; `extra` [n, ...] travels beside them as it is.
     """
     message, layout = pack((*encode(x_nd, form), *extra))
-    for hop, axis in zip(plan.hops[:-1], ex.axes, strict=False):
-        message = _send(_for_peers(message, hop), hop, axis, ex)
-    return _for_peers(message, plan.hops[-1]), layout
+    return _for_peers(message, plan.hops[0]), layout
+
+
+def forwarded(message_sw: jax.Array, plan: Plan, ex: Exchange) -> jax.Array:
+    """All of a dispatch's collectives but the last: messages for the first hop -> messages for the last."""
+    for hop, onward, axis in zip(plan.hops[:-1], plan.hops[1:], ex.axes, strict=False):
+        message_sw = _for_peers(_send(message_sw, hop, axis, ex), onward)
+    return message_sw
 
 
 def arrive(message_sw: jax.Array, plan: Plan, ex: Exchange, window: Window | None = None) -> jax.Array:
@@ -193,68 +200,99 @@ def decoded(
     return decode(parts[:split], form, dtype), *parts[split:]
 
 
+def _packed(
+    values: tuple[jax.Array, ...], ex: Exchange
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
+    """Values on their way back, the first in the format of a combine -> messages, and how to open such messages."""
+    message, layout = pack((*encode(values[0], ex.wire.combine), *values[1:]))
+    dtype, n_extra = values[0].dtype, len(values) - 1
+    return message, lambda message: decoded(message, layout, ex.wire.combine, dtype, n_extra)
+
+
 def _back(
-    values: tuple[jax.Array, ...], chunks: Chunks, rows: int, most: int, axis: Axis, ex: Exchange
-) -> tuple[jax.Array, ...]:
-    """Rows received -> rows as they were sent, the first of `values` in the format of a combine."""
-    form, n_extra = ex.wire.combine, len(values) - 1
-    message, layout = pack((*encode(values[0], form), *values[1:]))
-    message = ragged_all_to_all(message, chunks.reverse(), rows, most, axis, ex.implementation)
-    return decoded(message, layout, form, values[0].dtype, n_extra)
+    message_rw: jax.Array, hop: Hop, axis: Axis, ex: Exchange, window: Window | None = None
+) -> jax.Array:
+    """A hop's collective, reversed: messages received [r, w] (of a window) -> [s, w], as they were sent."""
+    chunks = hop.chunks if window is None else make_chunks(hop.counts_pc, axis, window=window)
+    most = hop.tokens if window is None else min(hop.tokens, window.rows)
+    return ragged_all_to_all(
+        message_rw, chunks.reverse(), hop.token_s.shape[0], most, axis, ex.implementation
+    )
 
 
 def depart(
     values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, window: Window | None = None
 ) -> tuple[jax.Array, ...]:
-    """The first collective of a combine: results [r, ...] (of a window) -> [s, ...], zeros outside of the window."""
-    hop, axis = plan.hops[-1], ex.axes[-1]
-    chunks = hop.chunks if window is None else make_chunks(hop.counts_pc, axis, window=window)
-    most = hop.tokens if window is None else min(hop.tokens, window.rows)
-    return _back(values, chunks, hop.token_s.shape[0], most, axis, ex)
+    """The first hop of a combine: results [r, ...] (of a window) -> [s, ...], zeros outside of the window."""
+    message, opened = _packed(values, ex)
+    return opened(_back(message, plan.hops[-1], ex.axes[-1], ex, window))
+
+
+def _sums(values: tuple[jax.Array, ...], hop: Hop) -> tuple[jax.Array, ...]:
+    return tuple(_sum(x, hop) for x in values)
 
 
 def inbound(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange) -> tuple[jax.Array, ...]:
     """The rest of a combine: rows [s, ...] of the last hop -> sums [n, ...] at the tokens' sources."""
-    values = tuple(_sum(x, plan.hops[-1]) for x in values)
+    values = _sums(values, plan.hops[-1])
     for hop, axis in reversed(list(zip(plan.hops[:-1], ex.axes, strict=False))):
-        values = _back(values, hop.chunks, hop.token_s.shape[0], hop.tokens, axis, ex)
-        values = tuple(_sum(x, hop) for x in values)
+        message, opened = _packed(values, ex)
+        values = _sums(opened(_back(message, hop, axis, ex)), hop)
     return values
 
 
 # --- dispatch and combine -------------------------------------------------------------------------------------
 
 
-# A trip in two stages, so that a caller can place work between them: (values, plan, ex, rows) -> (on the way, finish),
-# and `finish(on the way)` -> values at the other end. `rows`: only the first so many rows of each device's last hop.
-Stages = tuple[Any, Callable[[Any], tuple[jax.Array, ...]]]
+class Trip(NamedTuple):
+    """A way there or back in two stages, so that a caller can place work beside each: `last(first(ready))` -> values
+    at the other end. `ready` are messages: the first collective can start at once."""
+
+    ready: jax.Array
+    first: Callable[[jax.Array], Any]
+    last: Callable[[Any], tuple[jax.Array, ...]]
+
+    def whole(self) -> tuple[jax.Array, ...]:
+        return self.last(self.first(self.ready))
 
 
-def _first(rows: int | None) -> Window | None:
+def _window(rows: int | None) -> Window | None:
     return None if rows is None else Window(jnp.int32(0), rows)
 
 
-def outwards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Stages:
-    """Tokens to their experts, the first of `values` in the format of a dispatch. The last hop is the second stage."""
+def outwards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Trip:
+    """Tokens to their experts, the first of `values` in the format of a dispatch; the last hop is the last stage.
+
+    `rows`: only the first so many rows of each device's last hop.
+    """
     x_nd, *extra = values
-    message, layout = outbound(x_nd, tuple(extra), ex.wire.dispatch, plan, ex)
+    form = ex.wire.dispatch
+    message, layout = loaded(x_nd, tuple(extra), form, plan)
 
-    def finish(message):  # type: ignore[no-untyped-def]
-        message = arrive(message, plan, ex, _first(rows))
-        return decoded(message, layout, ex.wire.dispatch, x_nd.dtype, len(extra))
+    def last(message):  # type: ignore[no-untyped-def]
+        return decoded(arrive(message, plan, ex, _window(rows)), layout, form, x_nd.dtype, len(extra))
 
-    return message, finish
-
-
-def homewards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Stages:
-    """Sums of results to their tokens, the first of `values` in the format of a combine. The first stage is the
-    last hop's way back."""
-    return depart(values, plan, ex, _first(rows)), lambda sent: inbound(sent, plan, ex)
+    return Trip(message, lambda message: forwarded(message, plan, ex), last)
 
 
-def _whole(stages: Stages) -> tuple[jax.Array, ...]:
-    on_the_way, finish = stages
-    return finish(on_the_way)
+def homewards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Trip:
+    """Sums of results to their tokens, the first of `values` in the format of a combine; the last hop's way back is
+    the first stage."""
+    message, opened = _packed(values, ex)
+    hops = list(zip(plan.hops, ex.axes, strict=True))
+
+    def first(message):  # type: ignore[no-untyped-def]
+        hop, axis = hops[-1]
+        sums = _sums(opened(_back(message, hop, axis, ex, _window(rows))), hop)
+        return sums if len(hops) == 1 else _packed(sums, ex)[0]
+
+    def last(on_the_way):  # type: ignore[no-untyped-def]
+        if len(hops) == 1:
+            return on_the_way
+        hop, axis = hops[0]
+        return _sums(opened(_back(on_the_way, hop, axis, ex)), hop)
+
+    return Trip(message, first, last)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -264,12 +302,12 @@ def dispatch(x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange) -
     Row r is of the experts `plan.experts_rk[r]`; rows that nobody sent are zeros. Formats: `ex.wire.dispatch`
     forwards, `ex.wire.combine` for the gradient.
     """
-    x_rd, weights_rk = _whole(outwards((x_nd, weights_nk), plan, ex, None))
+    x_rd, weights_rk = outwards((x_nd, weights_nk), plan, ex, None).whole()
     return x_rd, weights_rk
 
 
 def _dispatch_bwd(ex, plan, g):  # type: ignore[no-untyped-def]
-    return *_whole(homewards(g, plan, ex, None)), None
+    return *homewards(g, plan, ex, None).whole(), None
 
 
 dispatch.defvjp(lambda x, weights, plan, ex: (dispatch(x, weights, plan, ex), plan), _dispatch_bwd)
@@ -281,11 +319,11 @@ def combine(y_rd: jax.Array, plan: Plan, ex: Exchange) -> jax.Array:
 
     Formats: `ex.wire.combine` forwards, `ex.wire.dispatch` for the gradient.
     """
-    return _whole(homewards((y_rd,), plan, ex, None))[0]
+    return homewards((y_rd,), plan, ex, None).whole()[0]
 
 
 def _combine_bwd(ex, plan, g_nd):  # type: ignore[no-untyped-def]
-    return *_whole(outwards((g_nd,), plan, ex, None)), None
+    return *outwards((g_nd,), plan, ex, None).whole(), None
 
 
 combine.defvjp(lambda y, plan, ex: (combine(y, plan, ex), plan), _combine_bwd)

@@ -40,12 +40,13 @@ from deepseek_jax.parallel.exchange import (
     decoded,
     depart,
     dispatch,
+    forwarded,
     inbound,
+    loaded,
     make_plan,
-    outbound,
 )
 from deepseek_jax.parallel.mesh import expert_exchange
-from deepseek_jax.parallel.wire import Wire
+from deepseek_jax.parallel.wire import Layout, Wire
 
 MODES = {"flat": FLAT, "two_hop": TWO_HOP}
 
@@ -185,12 +186,9 @@ def _of_present(local: Experts) -> Experts:
 # --- bounded buffers ------------------------------------------------------------------------------------------
 
 
-def _rounds(plan: Plan, rows: int, ex: Exchange) -> jax.Array:
-    """As many as the device with the most rows needs; the same on all."""
-    most = plan.hops[-1].counts_pc.sum(0).max()
-    for axis in ex.axes[:-1]:
-        most = lax.pmax(most, axis)
-    return (most + rows - 1) // rows
+def _rounds(plan: Plan, rows: int) -> jax.Array:
+    """As many as the device with the most rows needs."""
+    return (plan.most_rows + rows - 1) // rows
 
 
 def _window_ids(plan: Plan, window: Window) -> jax.Array:
@@ -203,7 +201,18 @@ def _if_more(count: jax.Array, first: int, run: Callable[[], Any]) -> Any:
     if not first:
         return run()
     shapes = jax.eval_shape(run)
-    return lax.cond(count > first, run, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    with jax.named_scope("rounds"):
+        return lax.cond(
+            count > first, run, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        )
+
+
+def _outbound(
+    x_nd: jax.Array, extra: tuple[jax.Array, ...], form: str, plan: Plan, ex: Exchange
+) -> tuple[jax.Array, Layout]:
+    """All of a dispatch but its last collective -> messages [s, w] to be sent by it, and their layout."""
+    message, layout = loaded(x_nd, extra, form, plan)
+    return forwarded(message, plan, ex), layout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -219,10 +228,10 @@ def _in_rounds(
 ) -> jax.Array:
     """Dispatch, `local` and combine in windows of `rows` rows received, from round `first` on, if it exists; the
     backward pass dispatches again."""
-    form, count = ex.wire.dispatch, _rounds(plan, rows, ex)
+    form, count = ex.wire.dispatch, _rounds(plan, rows)
 
     def run():
-        message, layout = outbound(x_nd, (weights_nk,), form, plan, ex)
+        message, layout = _outbound(x_nd, (weights_nk,), form, plan, ex)
 
         def one(i, y_sd):
             window = Window(i * rows, rows)
@@ -239,11 +248,11 @@ def _in_rounds(
 
 def _in_rounds_bwd(ex, local, rows, first, saved, g_nd):  # type: ignore[no-untyped-def]
     p, x_nd, weights_nk, plan = saved
-    form, count = ex.wire.dispatch, _rounds(plan, rows, ex)
+    form, count = ex.wire.dispatch, _rounds(plan, rows)
 
     def run():
-        message, layout = outbound(x_nd, (weights_nk,), form, plan, ex)
-        g_message, g_layout = outbound(g_nd, (), form, plan, ex)
+        message, layout = _outbound(x_nd, (weights_nk,), form, plan, ex)
+        g_message, g_layout = _outbound(g_nd, (), form, plan, ex)
 
         def one(i, carry):
             dp, back_s = carry

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.layers import Params, swiglu
+from deepseek_jax.model.layers import Params
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.router import expert_counts
+from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.parallel.exchange import AS_IT_IS, FLAT, Exchange, Hop, Plan, dispatch
 from deepseek_jax.parallel.ragged import make_chunks, ragged_all_to_all
 from deepseek_jax.parallel.wire import Wire, encode
@@ -61,7 +62,8 @@ def low_latency_plan(ex: Exchange, experts_nk: jax.Array, n_local: int) -> tuple
     rows_e = chunks.recv_size.reshape(-1, n_local).sum(0)
     expert_em, row_em = jnp.indices((n_local, per_expert), jnp.int32)
     ids_r1 = jnp.where(row_em < rows_e[:, None], expert_em, -1).reshape(-1, 1)
-    return Plan((hop,), ids_r1, jnp.ones((n,), bool)), rows_e
+    most_rows = counts_pc.sum(0).reshape(-1, n_local).sum(1).max()
+    return Plan((hop,), ids_r1, jnp.ones((n,), bool), most_rows), rows_e
 
 
 def combine_weighted(y_rd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange) -> jax.Array:

@@ -151,16 +151,16 @@ def _dispatched(
 ) -> tuple[AtExperts, Any]:
     """Dispatch of one half beside `work` of the other."""
     h_nd = to.h_btd.reshape(-1, to.h_btd.shape[-1])
-    trip = dispatching(experts.ex, experts.buffer(len(h_nd), to.plan))
-    rows, result = side_by_side(trip, work, (h_nd, to.weights_nk), to.plan, p, inputs)
+    route = dispatching(experts.ex, experts.buffer(len(h_nd), to.plan))
+    rows, result = side_by_side(route, work, (h_nd, to.weights_nk), to.plan, p, inputs)
     return AtExperts(x_btd, to.h_btd, to.weights_nk, to.plan, *rows), result
 
 
 def _combined(p: Params, done: Done, experts: MeshExperts, work: Work, inputs: Any) -> tuple[jax.Array, Any]:
     """Combine of one half beside `work` of the other -> (x [b, t, d] after its layer, result of the work)."""
     b, t, _ = done.x_btd.shape
-    trip = combining(experts.ex, experts.buffer(b * t, done.plan))
-    (y_nd,), result = side_by_side(trip, work, (done.y_rd,), done.plan, p, inputs)
+    route = combining(experts.ex, experts.buffer(b * t, done.plan))
+    (y_nd,), result = side_by_side(route, work, (done.y_rd,), done.plan, p, inputs)
     return done.x_btd + fitting(y_nd, done.plan).reshape(done.x_btd.shape), result
 
 

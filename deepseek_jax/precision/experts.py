@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.rows import ALIGNMENT, Rows, sort_rows, sum_pairs
+from deepseek_jax.model.swiglu import swiglu_gradients
 from deepseek_jax.precision.linear import (
     Weight,
     saved_weight,
-    swiglu_backward,
     swiglu_operand,
     weight_gradient,
 )
@@ -93,7 +93,7 @@ def _experts_bwd(policy: Policy, saved: Any, dy_nd: jax.Array) -> Any:
     dact = _product(dy, down_w[1], (by_row, policy.dgrad[1]), rows, jnp.float32)
     gain_m1 = rows.gain_m[:, None]
     gate_mf, up_mf = (dequantise(part, policy.fprop[0]) for part in (gate, up))
-    act, d_gate, d_up = swiglu_backward(gate_mf, up_mf, dact * gain_m1)
+    act, d_gate, d_up = swiglu_gradients(gate_mf, up_mf, dact * gain_m1)
     d_gate, d_up = d_gate.astype(dtype), d_up.astype(dtype)
     act_t = quantise_transposed((act * gain_m1).astype(dtype), tokens)
     dy_t = requantise_transposed(dy, by_row, policy.wgrad[1])

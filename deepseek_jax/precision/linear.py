@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.model.swiglu import swiglu, swiglu_gradients
 from deepseek_jax.precision.operands import (
     Format,
     Operand,
@@ -124,18 +125,8 @@ def swiglu_operand(gate: jax.Array, up: jax.Array, gain_m: jax.Array | None, fmt
     """silu(gate) * up (* gain) as the operand of the down-projection, in one pass where the format allows."""
     if fmt.fine and fmt.rows == 1:
         return Operand(*swiglu_quantize(gate, up, gain_m, fmt.scale))
-    act = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    act = swiglu(gate.astype(jnp.float32), up.astype(jnp.float32))
     return quantise(act if gain_m is None else act * gain_m[:, None], fmt)
-
-
-def swiglu_backward(
-    gate: jax.Array, up: jax.Array, dact: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """silu(gate) * up and the gradients of gate and up, all float32."""
-    gate, up, dact = (x.astype(jnp.float32) for x in (gate, up, dact))
-    sig = jax.nn.sigmoid(gate)
-    silu = gate * sig
-    return silu * up, dact * up * (sig + silu * (1 - sig)), dact * silu
 
 
 Matrices = tuple[Matrix, Matrix, Matrix]  # gate, up, down
@@ -161,7 +152,7 @@ def _mlp_bwd(policy: Policy, saved: Any, dy_mk: jax.Array) -> Any:
     *kept, gate_w, up_w, down_w = saved
     x, gate, up = map(restore, kept)
     fmt, dtype = policy.fprop[0], dy_mk.dtype
-    act, d_gate, d_up = swiglu_backward(
+    act, d_gate, d_up = swiglu_gradients(
         dequantise(gate, fmt), dequantise(up, fmt), dgrad(policy, dy_mk, down_w[1])
     )
     d_gate, d_up = d_gate.astype(dtype), d_up.astype(dtype)

@@ -62,6 +62,19 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def _tensorboard() -> Any:
+    """tensorboardX. It would load PyTorch where there is one, for seconds, to take tensors that nobody hands it."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # its import raises ImportError
+    try:
+        import tensorboardX
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX
+
+
 class MetricsWriter:
     """Appends records to `<directory>/metrics.jsonl` and to TensorBoard event files beside it.
 
@@ -71,8 +84,6 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: str | Path, resume_step: int | None = None):
-        import tensorboardX  # takes seconds where torch is installed; only one process of a run writes
-
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / METRICS_FILE
@@ -86,7 +97,7 @@ class MetricsWriter:
         os.replace(temporary, self.path)
         self._file = self.path.open("a")
         purge = None if resume_step is None else resume_step + 1
-        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+        self._board = _tensorboard().SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One record. Values: numbers, or arrays (converted here, so pass what has arrived on the host).

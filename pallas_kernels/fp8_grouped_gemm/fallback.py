@@ -33,7 +33,9 @@ def fp8_grouped_wgrad(a, a_scale, b, b_scale, group_sizes, accumulate=None) -> j
     """a [M, T], b [N, T], group_sizes [G] -> [G, M, N] float32; every 128 tokens belong to one group."""
     num_groups, (m, t), n = group_sizes.shape[0], a.shape, b.shape[0]
     starts = jnp.arange(0, t, BLOCK, dtype=jnp.int32)
-    group = jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right").astype(jnp.int32)
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right", method="compare_all").astype(
+        jnp.int32
+    )
 
     def step(acc, block):
         g, *operands = block

@@ -32,7 +32,9 @@ def grouped_wgrad(a, b, group_sizes, accumulate=None, *, out_dtype, alignment: i
     """a [T, M], b [T, N], group_sizes [G] -> [G, M, N]; every `alignment` tokens belong to one group."""
     num_groups, (t, m), n = group_sizes.shape[0], a.shape, b.shape[1]
     starts = jnp.arange(0, t, alignment, dtype=jnp.int32)
-    group = jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right").astype(jnp.int32)
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right", method="compare_all").astype(
+        jnp.int32
+    )
 
     def step(acc, block):
         g, a_block, b_block = block

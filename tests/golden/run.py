@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,23 @@ def trainer(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Trainer
     return Trainer(cfg, make_mesh(cfg.mesh, jax.devices()[:1] if devices is None else devices))
 
 
-def curves(out_dir: str | Path) -> dict[str, list[float]]:
-    """Per step: loss, MTP loss, norm of the gradient; and the two validation losses."""
+class StopAfter(threading.Event):
+    """Set once it has been asked `steps` times; the loop asks before every step."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self._left = steps
+
+    def is_set(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+def curves(out_dir: str | Path, names: Sequence[str] = NAMES) -> dict[str, list[float]]:
+    """Per step: loss, MTP loss, norm of the gradient; and the validation losses."""
     records = read_records(Path(out_dir) / METRICS_FILE)
     steps = [record for record in records if record["kind"] == "train"]
-    found = {name: [record[name] for record in steps] for name in NAMES}
+    found = {name: [record[name] for record in steps] for name in names}
     return found | {"validation": [record["loss"] for record in records if record["kind"] == "eval"]}
 
 

@@ -138,11 +138,10 @@ def test_bad_templates(tmp_path):
         ChatTemplate(tmp_path / "list")
 
 
-def test_the_command_chats(tmp_path, monkeypatch):
+def test_the_command_chats(tmp_path):
     """Two turns on standard input give two replies, each that of `Model.chat` on the conversation so far."""
     import deepseek_jax
 
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles in half the time
     folder = save_checkpoint(tmp_path / "checkpoint", seed=1)
     command = [sys.executable, "-m", "experiments.generate", f"--checkpoint={folder}", "--chat"]
     done = subprocess.run(

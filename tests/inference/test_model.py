@@ -16,15 +16,6 @@ NEW = 4
 IDS = np.random.default_rng(5).integers(0, CFG.vocab_size, 40).tolist()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Unoptimised programs: they compile in half the time, and none here runs for long."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint")

@@ -26,15 +26,6 @@ NEW = 13
 OUTPUTS = ("wo_hvd", "w_down_fd", "w_down_efd")  # the last projection of attention and of the FFNs
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Unoptimised programs: they compile in half the time, and none here runs for long."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def mostly_agreeing(seed: int, share: float):
     """Weights whose MTP modules often guess what the main model says next.
 

@@ -15,9 +15,9 @@ LIMIT = 240.0  # seconds until a test gives up, on a machine that does many othe
 
 
 def devices(count: int) -> dict[str, str]:
-    """Environment of a process with `count` CPU devices whose programs compile fast."""
+    """Environment of a process with `count` CPU devices; its programs compile fast, as here (`tests/conftest.py`)."""
     flags = f"--xla_force_host_platform_device_count={count} --xla_cpu_multi_thread_eigen=false"
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"}
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
 
 
 def until(condition: Callable[[], bool], what: str, limit: float = LIMIT) -> float:

@@ -4,97 +4,125 @@ Every expert lies on a device of its own, and the two processes divide master we
 alone keeps them whole.
 """
 
-import dataclasses
+import contextlib
+import io
+import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.training.checkpoint import Checkpointer
 from experiments.kill_test import Run, differences
-from tests.golden.run import curves, golden_config, largest_difference
-from tests.parallel.processes import LIMIT, Launched, devices, step, until
+from tests.golden.config import get_config
+from tests.golden.run import StopAfter, curves, largest_difference, trainer
+from tests.parallel.processes import Launched, devices, step, until
 from tests.tiny_run import fresh_state
 
-STEPS = 8
+STEPS = 20  # enough for a signal to arrive before the end
+COMPARED = 10  # of other devices, whose rounding grows with the steps
 # Relative, as in the golden run's first ten steps: sums over devices in another order, rounding of up to 6e-7 in the
 # losses and 4e-6 in the gradient's norm there, five and ten times that allowed.
-BOUND = {"loss": 3e-6, "mtp_loss": 5e-6, "grad_norm": 4e-5, "validation": 3e-6}
+BOUND = {"loss": 3e-6, "grad_norm": 4e-5, "validation": 3e-6}
 HEARTBEAT = 6  # seconds
-ARGUMENTS = (
-    "--config=tests/golden/config.py",
-    f"--config.train.steps={STEPS}",
-    "--config.train.batch_size=8",
-    "--config.optimizer.batch_start=8",
-    "--config.train.checkpoint_every=3",
-    "--config.train.eval_every=6",
-    # MoE layers only, one and the MTP module's: every process but the first compiles for itself, in every run.
-    "--config.model.num_hidden_layers=1",
-    "--config.model.first_k_dense_replace=0",
-    "--config.train.sample_tokens=0",
+SETTINGS = {
+    "train.steps": STEPS,
+    "train.batch_size": 8,
+    "optimizer.batch_start": 8,
+    "train.eval_every": COMPARED,
+    "train.sample_tokens": 0,
+    # One MoE layer: JAX stores what the first process compiled, the other compiles at every start.
+    "model.num_hidden_layers": 1,
+    "model.first_k_dense_replace": 0,
+    "model.num_nextn_predict_layers": 0,
     # Every expert on a device of its own, the processes as nodes.
-    "--config.mesh.node=2",
-    "--config.mesh.local=4",
-    f"--config.distributed.heartbeat_timeout={HEARTBEAT}",
-)
+    "mesh.node": 2,
+    "mesh.local": 4,
+}
+TWO = {"mesh.zero": True, "distributed.heartbeat_timeout": HEARTBEAT}
 
 
 class Runs:
-    """Folders of one base, with their data and compiled programs in common."""
+    """Folders of one base, with their data in common."""
 
-    def __init__(self, base: Path, compiled: dict[str, str]):
-        self.base, self._compiled = base, compiled
+    def __init__(self, base: Path):
+        self.base = base
 
-    def command(self, name: str, *more: str) -> list[str]:
-        places = (
-            f"--config.train.out_dir={self.base / name}",
-            f"--config.data.cache_dir={self.base / 'data'}",
-        )
-        return [sys.executable, "-m", "experiments.train", *ARGUMENTS, *places, *more]
+    def settings(self, name: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **SETTINGS,
+            "train.out_dir": str(self.base / name),
+            "data.cache_dir": str(self.base / "data"),
+            **more,
+        }
 
-    def launch(self, name: str, *options: str) -> Launched:
-        """Two processes with four devices each, ZeRO-1."""
-        log = self.base / f"{name}.{len(list(self.base.glob('*.log')))}.log"
-        return Launched(
-            log,
-            self.command(name, "--config.mesh.zero=True"),
-            ("--processes=2", *options),
-            {**self._compiled, **devices(4)},
-        )
+    def config(self, name: str, more: dict[str, Any]) -> Config:
+        found = get_config()
+        for key, value in self.settings(name, more).items():
+            section, field = key.split(".")
+            found[section][field] = value
+        return from_config_dict(found)
 
-    def alone(self, name: str, count: int, *more: str) -> subprocess.Popen:
-        """One process with `count` devices."""
-        env = {**os.environ, **self._compiled, **devices(count)}
-        return subprocess.Popen(
-            self.command(name, *more), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def launch(self, name: str, more: dict[str, Any], *options: str) -> Launched:
+        """Two processes with four devices each."""
+        settings = (f"--config.{key}={value}" for key, value in self.settings(name, TWO | more).items())
+        command = [sys.executable, "-m", "experiments.train", "--config=tests/golden/config.py", *settings]
+        return Launched(self.base / f"{name}.log", command, ("--processes=2", *options), devices(4))
 
-
-def finished(process: subprocess.Popen) -> str:
-    """What it printed, once it has ended well."""
-    try:
-        printed, errors = process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    return printed
+    def alone(self, name: str, count: int, more: dict[str, Any], from_step: int | None = None) -> None:
+        """To step COMPARED in this process, on `count` devices."""
+        with contextlib.closing(trainer(self.config(name, more), jax.devices()[:count])) as run:
+            assert run.resume(from_step) == (from_step is not None)
+            run.run(StopAfter(COMPARED - run.step), io.StringIO())
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, compiled_once):
-    return Runs(tmp_path_factory.mktemp("runs"), compiled_once)
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runs) -> Path:
-    with runs.launch("undisturbed") as launched:
+def terminated(runs) -> tuple[Path, int]:
+    """Killed after a checkpoint, restarted, then stopped by a signal to one process; where, and at which step."""
+    folder = runs.base / "terminated"
+    with runs.launch(
+        "terminated", {"train.checkpoint_every": 4, "train.keep": STEPS}, "--restarts=1"
+    ) as launched:
+        until(
+            lambda: step(folder) >= 5 and 4 in Run(folder, ()).checkpoints(), "step 5, a checkpoint of step 4"
+        )
+        os.kill(launched.pids()[1], signal.SIGKILL)
+        took = until(
+            lambda: "starting all again" in launched.printed, "the others notice", 3 * HEARTBEAT + 20
+        )
+        killed = step(folder)
+        assert "is killed" not in launched.printed  # by the launcher: process 0 ended by itself
+        assert took < 3 * HEARTBEAT
+        assert "[launch] process 1 ended with status 137, starting all again" in launched.printed
+        os.kill(launched.pids(attempt=1)[0], 0)
+        until(lambda: step(folder) > killed, "a step beyond the killed one")
+        assert int(re.search(r"\[0\] resumed from step (\d+) in", launched.printed)[1]) in range(
+            4, killed + 1, 4
+        )
+        os.kill(launched.pids(attempt=1)[1], signal.SIGTERM)  # not the one that speaks
+        assert launched.wait() == 0, launched.printed
+        stopped = int(re.search(r"\[0\] stopped at step (\d+); the same", launched.printed)[1])
+    assert killed < stopped < STEPS
+    return folder, stopped
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs, terminated) -> Path:
+    """With a checkpoint of the step at which the other run was stopped."""
+    with runs.launch("undisturbed", {"train.checkpoint_every": terminated[1]}) as launched:
         assert launched.wait() == 0, launched.printed
         printed = launched.printed
     assert f"run: {STEPS} steps" in printed and "8 device(s) of 2 process(es)" in printed
@@ -103,59 +131,51 @@ def undisturbed(runs) -> Path:
     return runs.base / "undisturbed"
 
 
+def assert_close(folder: Path, want: Path) -> None:
+    """Of every step until COMPARED, and of the evaluation after it."""
+    got, expected = (curves(path, ("loss", "grad_norm")) for path in (folder, want))
+    expected = {name: values[: len(got[name])] for name, values in expected.items()}
+    assert (len(got["loss"]), len(got["validation"])) == (COMPARED, 1)
+    difference = largest_difference(got, expected)
+    assert all(difference[name] < BOUND[name] for name in BOUND), difference
+
+
+def meta(folder: Path, step: int) -> tuple[Any, int]:
+    """(place in the data, tokens)"""
+    found = json.loads((folder / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+    return found["data"], found["tokens"]
+
+
+@pytest.mark.timeout(600)
+def test_killed_restarted_and_terminated_is_bitwise_the_same(terminated, undisturbed):
+    """What another start goes on from is what the undisturbed run had at that step."""
+    folder, stopped = terminated
+    assert Run(folder, ()).checkpoint() == stopped
+    assert differences(Run(folder, ()), Run(undisturbed, ()), stopped) == []
+    assert meta(folder, stopped) == meta(undisturbed, stopped)
+
+
+@pytest.mark.timeout(600)
+def test_one_process_trains_alike(runs, undisturbed):
+    runs.alone("one", 8, {})
+    assert_close(runs.base / "one", undisturbed)
+
+
+@pytest.mark.timeout(600)
+def test_one_process_goes_on_from_the_middle_on_four_devices(runs, terminated, undisturbed):
+    """Parameters, moments, average and the place in the data are restored onto other devices."""
+    shutil.copytree(terminated[0], runs.base / "four")
+    runs.alone("four", 4, {"mesh.local": 2}, from_step=4)
+    assert_close(runs.base / "four", undisturbed)
+
+
 def words(name: str) -> str:
     """Path of an array, whether its tree is of dicts or of dataclasses."""
     return ".".join(re.findall(r"\w+", name))
 
 
-def assert_close(got, want) -> None:
-    difference = largest_difference(got, want)
-    assert all(difference[name] < BOUND[name] for name in BOUND), difference
-
-
-@pytest.mark.timeout(600)
-def test_one_process_trains_alike_and_goes_on_from_the_middle_on_four_devices(runs, undisturbed):
-    """The second: parameters, moments, average and the place in the data are restored onto other devices."""
-    shutil.copytree(undisturbed, runs.base / "four")
-    one, four = runs.alone("one", 8), runs.alone("four", 4, "--from_step=6", "--config.mesh.local=2")
-    printed = finished(four)
-    finished(one)
-    assert "resumed from step 6 in" in printed and "4 device(s) of 1 process(es)" in printed
-    for name in ("one", "four"):
-        assert_close(curves(runs.base / name), curves(undisturbed))
-
-
-@pytest.mark.timeout(600)
-def test_killed_restarted_terminated_and_resumed_is_bitwise_the_same(runs, undisturbed):
-    folder = runs.base / "disturbed"
-    with runs.launch("disturbed", "--restarts=1") as launched:
-        until(lambda: step(folder) >= 4, "step 4")
-        os.kill(launched.pids()[1], signal.SIGKILL)
-        took = until(
-            lambda: "starting all again" in launched.printed, "the others notice", 3 * HEARTBEAT + 20
-        )
-        assert "is killed" not in launched.printed  # by the launcher: process 0 ended by itself
-        assert took < 3 * HEARTBEAT
-        assert "[launch] process 1 ended with status 137, starting all again" in launched.printed
-        os.kill(launched.pids(attempt=1)[0], 0)
-        until(lambda: "resumed from step" in launched.printed, "resumed")
-        until(lambda: step(folder) >= 5, "step 5 again")
-        os.kill(launched.pids(attempt=1)[1], signal.SIGTERM)  # not the one that speaks
-        assert launched.wait() == 0, launched.printed
-        stopped = int(re.search(r"\[0\] stopped at step (\d+); the same", launched.printed)[1])
-    assert 5 <= stopped < STEPS
-    assert stopped in Checkpointer(folder / "checkpoints").steps()
-    with runs.launch("disturbed") as launched:
-        assert launched.wait() == 0, launched.printed
-        assert f"[0] resumed from step {stopped} in" in launched.printed
-    assert differences(Run(folder, ()), Run(undisturbed, ())) == []
-
-
-def test_saved_on_eight_devices_is_restored_on_one(undisturbed):
-    cfg = golden_config(undisturbed)
-    cfg = dataclasses.replace(
-        cfg, model=dataclasses.replace(cfg.model, num_hidden_layers=1, first_k_dense_replace=0)
-    )
+def test_saved_on_eight_devices_is_restored_on_one(runs, undisturbed):
+    cfg = runs.config("undisturbed", {})
     checkpointer = Checkpointer(undisturbed / "checkpoints")
     restored = checkpointer.restore(fresh_state(cfg))
     checkpointer.close()

@@ -15,12 +15,13 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.experts import routed_experts
-from deepseek_jax.model.layers import swiglu
+from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.model.transformer import recompute
 from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
 from deepseek_jax.parallel.low_latency import low_latency_experts
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.wire import Wire
+from tests.parallel.comparison import BOUND, difference
 
 E, K, D, F = 16, 3, 10, 6
 MESHES = {
@@ -30,15 +31,6 @@ MESHES = {
     (1, 8): 3,
 }  # (node, local) -> tokens per device: fewer than peers too
 SHARDED = PartitionSpec(("node", "local"))
-# Float32: each side rounds each of the some 20 operations along a gradient's path (6e-8 each) and sums up to 3
-# experts, or 48 tokens of a weight, in an order of its own; errors of random sign in a norm grow like the root of
-# their number, sqrt(20 + 48) * 6e-8 = 5e-7 per side.
-BOUND = 1e-6
-# The program is tested, not the compiler. Without the fusion emitters, which later versions cannot switch off, it
-# compiles in half the time.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    UNOPTIMISED["xla_cpu_use_fusion_emitters"] = False
 
 
 def dense(p, x_nd, experts_nk, weights_nk):
@@ -102,7 +94,7 @@ def with_gradients(experts):
 def on_mesh(fn, shape, n_args, out_specs=SHARDED):
     mesh = make_mesh(MeshConfig(data=1, node=shape[0], local=shape[1]))
     sharded = jax.shard_map(fn, mesh=mesh, in_specs=(SHARDED,) * n_args, out_specs=out_specs, check_vma=False)
-    return jax.jit(sharded, compiler_options=UNOPTIMISED)
+    return jax.jit(sharded)
 
 
 def modes_of(shape):
@@ -121,15 +113,7 @@ def all_modes(shape):
 
 @functools.cache
 def single_device():
-    return jax.jit(with_gradients(dense), compiler_options=UNOPTIMISED)
-
-
-def difference(got, want):
-    """Norm of the difference by norm of what is wanted; 0 wanted is to be 0."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    if not want.any():
-        return 0.0 if not got.any() else np.inf
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
+    return jax.jit(with_gradients(dense))
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -165,7 +149,7 @@ def test_rounds_send_what_one_exchange_sends_in_fp8():
 def test_the_oracle_is_the_models_function():
     p, x, w, g = arrays(24)
     ids = routings(24)["tokens without experts"].astype(np.int32)
-    want = jax.jit(with_gradients(routed_experts), compiler_options=UNOPTIMISED)(p, x, w, g, ids)
+    want = jax.jit(with_gradients(routed_experts))(p, x, w, g, ids)
     got = single_device()(p, x, w, g, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert difference(a, b) < BOUND

@@ -21,7 +21,7 @@ from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.step import make_train_step
-from tests.parallel.test_experts_mesh import BOUND, UNOPTIMISED, difference
+from tests.parallel.comparison import BOUND, difference
 from tests.parallel.test_experts_step import HYPER, distance
 from tests.tiny_run import fresh_state, tiny, tokens
 
@@ -72,7 +72,7 @@ def program(name, single):
     cfg = config(MODELS[name], shape, **mesh)
     mesh = mesh_of(cfg)
     lowered = make_train_step(cfg, mesh).lower(put(cfg, mesh, 0.0), batch_on(cfg, mesh, 0), HYPER)
-    return cfg, mesh, lowered, lowered.compile(UNOPTIMISED)
+    return cfg, mesh, lowered, lowered.compile()
 
 
 def put(cfg, mesh, nudge):
@@ -175,7 +175,7 @@ def attention_over_mesh(parts, *args):
     run, x = attention(Divided(), *args), P(None, "tensor")
     params = param_specs(mla_params(args[1] if args[1:] else WIDE), mesh, TENSOR_PARALLEL)
     mapped = jax.shard_map(run, mesh=mesh, in_specs=(params, x, x), out_specs=(x, params, x), check_vma=False)
-    return jax.jit(mapped, compiler_options=UNOPTIMISED)
+    return jax.jit(mapped)
 
 
 def attention_arrays():
@@ -207,7 +207,7 @@ def test_fp8_blocks_of_a_device_are_those_of_one_device():
     1/16 each."""
     policy = PRESETS["deepseek_fp8"]
     y, dp, dx = attention_over_mesh(2, policy)(*attention_arrays())
-    y_1, dp_1, dx_1 = jax.jit(attention(WHOLE, policy), compiler_options=UNOPTIMISED)(*attention_arrays())
+    y_1, dp_1, dx_1 = jax.jit(attention(WHOLE, policy))(*attention_arrays())
     assert difference(y, y_1) < BOUND and difference(dx, dx_1) < 1 / 8 / 8000**0.5
     for name, g in dp.items():
         bound = 1 / 8 if name in ("wq_a_dq", "wkv_a_dc") else 1 / 8 / 8000**0.5

@@ -17,7 +17,7 @@ from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA
 from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.step import creation, init_state, make_train_step
-from tests.parallel.test_experts_mesh import BOUND, UNOPTIMISED, difference
+from tests.parallel.comparison import BOUND, difference
 from tests.parallel.test_experts_step import HYPER, SHALLOW, SINGLE, distance
 from tests.tiny_run import fresh_state, tiny, tokens
 
@@ -66,7 +66,7 @@ def program(name):
     cfg = config(*LAYOUTS[name], zero=True) if name else config(zero=False)
     mesh = mesh_of(cfg)
     lowered = make_train_step(cfg, mesh).lower(put(cfg, mesh), batch_on(cfg, mesh), HYPER)
-    return cfg, mesh, lowered.as_text(), lowered.compile(UNOPTIMISED)
+    return cfg, mesh, lowered.as_text(), lowered.compile()
 
 
 @functools.cache

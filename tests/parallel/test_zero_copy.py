@@ -1,6 +1,5 @@
 """ZeRO-1: what is gathered is what the forward pass reads, to the bit; and the rule of what is divided."""
 
-import functools
 import re
 
 import jax
@@ -14,7 +13,7 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.zero import read_dtype, share_of
 from deepseek_jax.training.sharding import parameter_shares
 from deepseek_jax.training.step import losses, make_eval_step
-from tests.parallel.test_experts_mesh import UNOPTIMISED, difference
+from tests.parallel.comparison import difference
 from tests.parallel.test_experts_step import SINGLE
 from tests.parallel.test_zero import batch_on, config, mesh_of, put
 from tests.tiny_run import fresh_state, tokens
@@ -26,7 +25,7 @@ def evaluation(zero, dtype, precision):
     state = put(cfg, mesh)
     args = state.params, state.balance_bias, batch_on(cfg, mesh)
     lowered = make_eval_step(cfg, mesh).lower(*args)
-    return jax.device_get(lowered.compile(UNOPTIMISED)(*args)), lowered.as_text()
+    return jax.device_get(lowered.compile()(*args)), lowered.as_text()
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "bf16"), ("bfloat16", "deepseek_fp8")])
@@ -62,7 +61,7 @@ def test_gradients_of_cast_weights():
     assert {x.dtype for x in jax.tree.leaves(cast)} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
     batch, bias = {"tokens": tokens(cfg)}, np.zeros(cfg.model.balance_bias_shape, np.float32)
 
-    @functools.partial(jax.jit, compiler_options=UNOPTIMISED)
+    @jax.jit
     def both(params, cast):
         return [jax.value_and_grad(lambda p: losses(p, cfg, batch, bias, 8).main)(p) for p in (params, cast)]
 

@@ -16,7 +16,7 @@ class GoldenRun(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def golden_run(tmp_path_factory, compiled_once) -> GoldenRun:
+def golden_run(tmp_path_factory) -> GoldenRun:
     cfg = golden_config(tmp_path_factory.mktemp("golden"))
     run = trainer(cfg)
     result = run.run(progress_file=io.StringIO())

@@ -1,0 +1,31 @@
+"""How near a program over several devices must come to that of one."""
+
+import jax
+import numpy as np
+
+# Float32: each side rounds each of the some 20 operations along a gradient's path (6e-8 each) and sums up to 3
+# experts, or 48 tokens of a weight, in an order of its own; errors of random sign in a norm grow like the root of
+# their number, sqrt(20 + 48) * 6e-8 = 5e-7 per side.
+BOUND = 1e-6
+
+
+def difference(got, want):
+    """Norm of the difference by norm of what is wanted; 0 wanted is to be 0."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if not want.any():
+        return 0.0 if not got.any() else np.inf
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def assert_same_step(state, metrics, state_1, metrics_1) -> None:
+    """Loss and every gradient within BOUND, by the norm of each tensor; counts and the router's bias exactly.
+
+    After the first step with float32 moments: the first moment shows the gradient itself.
+    """
+    for name in ("loss", "balance_loss", "grad_norm"):
+        assert difference(getattr(metrics, name), getattr(metrics_1, name)) < BOUND, name
+    np.testing.assert_array_equal(metrics.counts_le, metrics_1.counts_le)
+    np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)
+    moments = jax.tree_util.tree_leaves_with_path(state.opt_state.mu)
+    for (path, x), y in zip(moments, jax.tree.leaves(state_1.opt_state.mu), strict=True):
+        assert difference(x, y) < BOUND, jax.tree_util.keystr(path)
