@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import deepseek_jax
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.inference import generate as one_device
+from deepseek_jax.inference import model as model_file
 from deepseek_jax.inference.generate import generate, pad_prompts, stop_array
 from deepseek_jax.inference.over_mesh import (
     generate_over_mesh,
@@ -27,6 +29,7 @@ from deepseek_jax.model.mla import LatentCache
 from deepseek_jax.parallel.low_latency import low_latency_experts
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from experiments.generate import parse_mesh
+from tests.inference.checkpoint import save_checkpoint, save_run
 from tests.oracle.tiny import weights
 from tests.parallel.test_experts_mesh import BOUND, difference
 from tests.tiny_run import tiny
@@ -40,15 +43,6 @@ MESHES = {
     "two hops": MeshConfig(data=1, node=2, local=4),
     "tensor": MeshConfig(data=1, node=2, local=2, tensor=2),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Unoptimised programs: they compile in half the time, and none here runs for long."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache
@@ -152,6 +146,30 @@ def test_experts_are_spread_and_the_rest_is_whole():
     shardings = parameter_shardings(CFG, MESHES["tensor"])["moe_layers"]
     assert shardings["ffn"]["experts"]["w_up_edf"].spec == P(None, ("node", "local", "tensor"))
     assert shardings["attn"]["wo_hvd"].spec == shardings["ffn"]["shared"]["w_up_df"].spec == P()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    path = tmp_path_factory.mktemp("over_mesh")
+    return {"hf": save_checkpoint(path / "hf"), "run": save_run(path / "run")}
+
+
+@pytest.mark.parametrize("kind", ["hf", "run"])
+def test_a_checkpoint_is_loaded_onto_its_mesh(kind, folders, monkeypatch):
+    """Each device reads its part; `generate` goes over the mesh."""
+    mesh, seen = MESHES["tensor"], []
+    loaded = deepseek_jax.load(folders[kind], mesh=mesh)
+    assert jax.tree.map(lambda x: x.sharding, loaded.params) == parameter_shardings(loaded.config, mesh)
+    w = loaded.params["moe_layers"]["ffn"]["experts"]["w_up_edf"]
+    assert {shard.data.shape[1] for shard in w.addressable_shards} == {1}
+    monkeypatch.setattr(
+        model_file, "generate_over_mesh", lambda *args, **kwargs: seen.append(args[4]) or [[5]]
+    )
+    assert loaded.generate([[1, 2]], 1) == [[5]] and seen == [mesh]
+    with pytest.raises(ValueError, match=r"speculative decoding runs on one device"):
+        loaded.generate([[1, 2]], 1, speculative=True)
+    with pytest.raises(ValueError, match=r"give one of mesh and shardings"):
+        deepseek_jax.load(folders[kind], mesh=mesh, shardings=parameter_shardings(loaded.config, mesh))
 
 
 # --- the command's flag -----------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.step import make_train_step
-from tests.parallel.comparison import BOUND, difference
+from tests.parallel.comparison import BOUND, assert_same_step, difference
 from tests.parallel.test_experts_step import HYPER, distance
 from tests.tiny_run import fresh_state, tiny, tokens
 
 AXES = ("data", "node", "local", "tensor")
 SINGLE = (1, 1, 1, 1)
+# BOUND is for one block and here are two; with smaller weights, a rounding does not grow from one to the next.
 HEADS = {"num_attention_heads": 4, "initializer_range": 0.1, "num_hidden_layers": 1}
 MODELS = {
     "dense and MTP": HEADS | {"first_k_dense_replace": 1},  # the MTP module's block is a MoE layer
@@ -108,14 +109,10 @@ def run(name, single, nudge=0.0):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_loss_and_every_gradient_equal_one_device(name):
-    """Of packed sequences. Relative, by the norm of each tensor; bound: see `test_experts_mesh`."""
+    """Of packed sequences."""
     (state, _, (metrics, *_)), (state_1, _, (metrics_1, *_)) = run(name, False), run(name, True)
-    for what in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
-        assert difference(getattr(metrics, what), getattr(metrics_1, what)) < BOUND, what
-    np.testing.assert_array_equal(metrics.counts_le, metrics_1.counts_le)
-    moments = jax.tree_util.tree_leaves_with_path(state.opt_state.mu)
-    for (path, x), y in zip(moments, jax.tree.leaves(state_1.opt_state.mu), strict=True):
-        assert difference(x, y) < BOUND, jax.tree_util.keystr(path)
+    assert difference(metrics.mtp_loss, metrics_1.mtp_loss) < BOUND
+    assert_same_step(state, metrics, state_1, metrics_1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
