@@ -41,12 +41,14 @@ class Instruction:
 
     @property
     def is_gemm(self) -> bool:
-        """Whether it multiplies matrices: XLA's own fusions, cuBLAS, or a kernel named after it."""
-        if self.opcode == "custom-call":
+        """Whether it multiplies matrices: XLA's own fusions, cuBLAS, or a kernel named after it; of a layer of
+        stacked weights, the latter two are a fusion with the slice."""
+        sliced = self.opcode == "fusion" and self.name.startswith("dynamic_slice_fusion")
+        if sliced or self.opcode == "custom-call":
             kernel = _KERNEL.search(self.op_name)
-            return "__cublas" in self.text or (
-                kernel is not None and re.search("gemm|wgrad", kernel[1]) is not None
-            )
+            if kernel is not None:
+                return re.search("gemm|wgrad", kernel[1]) is not None
+            return "__cublas" in self.text or (sliced and "/dot_general" in self.op_name)
         return self.opcode == "dot" or (self.opcode == "fusion" and "gemm_fusion" in self.name)
 
     def reads(self, name: str) -> bool:
