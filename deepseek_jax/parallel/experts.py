@@ -13,10 +13,7 @@ Dims: n token of this device, r row received, s row sent, d hidden, k selected e
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +31,13 @@ from deepseek_jax.parallel.exchange import (
     TWO_HOP,
     Exchange,
     Plan,
-    Window,
-    arrive,
     combine,
-    decoded,
-    depart,
     dispatch,
-    forwarded,
-    inbound,
-    loaded,
     make_plan,
 )
 from deepseek_jax.parallel.mesh import expert_exchange
-from deepseek_jax.parallel.wire import Layout, Wire
+from deepseek_jax.parallel.rounds import in_rounds, received
+from deepseek_jax.parallel.wire import Wire
 
 MODES = {"flat": FLAT, "two_hop": TWO_HOP}
 
@@ -133,7 +124,7 @@ class MeshExperts:
         plan = self.plan(p, experts_nk)
         rows = self.buffer(len(x_nd), plan)
         if rows is not None:
-            return fitting(_in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows, 0), plan)
+            return fitting(in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows), plan)
         with jax.named_scope("dispatch"):
             x_rd, weights_rk = dispatch(x_nd, weights_nk, plan, self.ex)
         y_rd = self.present(p, x_rd, plan.experts_rk, weights_rk)
@@ -152,16 +143,21 @@ class MeshExperts:
         rows = math.ceil(self.capacity * n)
         return rows if rows < plan.hops[-1].rows else None
 
-    def first_rows(self, p: Params, x_rd: jax.Array, weights_rk: jax.Array, plan: Plan) -> jax.Array:
-        """This device's experts on the first buffer of rows; nothing travels."""
-        return self.present(p, x_rd, plan.experts_rk[: len(x_rd)], weights_rk)
-
-    def further_rounds(self, p: Params, x_nd: jax.Array, weights_nk: jax.Array, plan: Plan) -> jax.Array:
-        """What the rows beyond the first buffer add, there and back; with balanced routing there are none."""
+    def received(
+        self,
+        p: Params,
+        x_rd: jax.Array,
+        weights_rk: jax.Array,
+        x_nd: jax.Array,
+        weights_nk: jax.Array,
+        plan: Plan,
+    ) -> tuple[jax.Array, jax.Array]:
+        """This device's experts on the first buffer of rows [r, d], whose combine is to come; and what all rows beyond
+        it add to the tokens [n, d], there and back: with balanced routing there are none."""
         rows = self.buffer(len(x_nd), plan)
         if rows is None:
-            return jnp.zeros_like(x_nd)
-        return _in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows, 1)
+            return self.present(p, x_rd, plan.experts_rk, weights_rk), jnp.zeros_like(x_nd)
+        return received(p, x_rd, weights_rk, x_nd, weights_nk, plan, self.ex, self.present, rows)
 
 
 def fitting(y_nd: jax.Array, plan: Plan) -> jax.Array:
@@ -181,102 +177,3 @@ def _of_present(local: Experts) -> Experts:
         return local(p, x_rd, experts_rk, weights_rk)
 
     return narrow
-
-
-# --- bounded buffers ------------------------------------------------------------------------------------------
-
-
-def _rounds(plan: Plan, rows: int) -> jax.Array:
-    """As many as the device with the most rows needs."""
-    return (plan.most_rows + rows - 1) // rows
-
-
-def _window_ids(plan: Plan, window: Window) -> jax.Array:
-    ids_rk = jnp.pad(plan.experts_rk, ((0, window.rows), (0, 0)), constant_values=-1)
-    return lax.dynamic_slice_in_dim(ids_rk, window.first, window.rows)
-
-
-def _if_more(count: jax.Array, first: int, run: Callable[[], Any]) -> Any:
-    """`run()` if there are rounds from the first on, else zeros: round 0 there always is."""
-    if not first:
-        return run()
-    shapes = jax.eval_shape(run)
-    with jax.named_scope("rounds"):
-        return lax.cond(
-            count > first, run, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        )
-
-
-def _outbound(
-    x_nd: jax.Array, extra: tuple[jax.Array, ...], form: str, plan: Plan, ex: Exchange
-) -> tuple[jax.Array, Layout]:
-    """All of a dispatch but its last collective -> messages [s, w] to be sent by it, and their layout."""
-    message, layout = loaded(x_nd, extra, form, plan)
-    return forwarded(message, plan, ex), layout
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _in_rounds(
-    p: Params,
-    x_nd: jax.Array,
-    weights_nk: jax.Array,
-    plan: Plan,
-    ex: Exchange,
-    local: Experts,
-    rows: int,
-    first: int,
-) -> jax.Array:
-    """Dispatch, `local` and combine in windows of `rows` rows received, from round `first` on, if it exists; the
-    backward pass dispatches again."""
-    form, count = ex.wire.dispatch, _rounds(plan, rows)
-
-    def run():
-        message, layout = _outbound(x_nd, (weights_nk,), form, plan, ex)
-
-        def one(i, y_sd):
-            window = Window(i * rows, rows)
-            x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
-            y_rd = local(p, x_rd, _window_ids(plan, window), weights_rk)
-            return y_sd + depart((y_rd,), plan, ex, window)[0]
-
-        y_sd = jnp.zeros((message.shape[0], x_nd.shape[1]), x_nd.dtype)
-        y_sd = lax.fori_loop(first, count, one, y_sd)
-        return inbound((y_sd,), plan, ex)[0]
-
-    return _if_more(count, first, run)
-
-
-def _in_rounds_bwd(ex, local, rows, first, saved, g_nd):  # type: ignore[no-untyped-def]
-    p, x_nd, weights_nk, plan = saved
-    form, count = ex.wire.dispatch, _rounds(plan, rows)
-
-    def run():
-        message, layout = _outbound(x_nd, (weights_nk,), form, plan, ex)
-        g_message, g_layout = _outbound(g_nd, (), form, plan, ex)
-
-        def one(i, carry):
-            dp, back_s = carry
-            window = Window(i * rows, rows)
-            x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
-            (g_rd,) = decoded(arrive(g_message, plan, ex, window), g_layout, form, g_nd.dtype, 0)
-            ids_rk = _window_ids(plan, window)
-            _, vjp = jax.vjp(lambda p, x, w: local(p, x, ids_rk, w), p, x_rd, weights_rk)
-            dp_here, dx_rd, dweights_rk = vjp(g_rd)
-            back_s = jax.tree.map(jnp.add, back_s, depart((dx_rd, dweights_rk), plan, ex, window))
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), dp, dp_here), back_s
-
-        s = message.shape[0]
-        dp = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), p)
-        back_s = tuple(jnp.zeros((s, a.shape[1]), a.dtype) for a in (x_nd, weights_nk))
-        dp, back_s = lax.fori_loop(first, count, one, (dp, back_s))
-        dx_nd, dweights_nk = inbound(back_s, plan, ex)
-        return jax.tree.map(lambda d, w: d.astype(w.dtype), dp, p), dx_nd, dweights_nk
-
-    return *_if_more(count, first, run), None
-
-
-def _in_rounds_fwd(p, x_nd, weights_nk, plan, ex, local, rows, first):  # type: ignore[no-untyped-def]
-    return _in_rounds(p, x_nd, weights_nk, plan, ex, local, rows, first), (p, x_nd, weights_nk, plan)
-
-
-_in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)

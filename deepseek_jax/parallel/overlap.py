@@ -113,8 +113,7 @@ def expert_work(experts: MeshExperts, shared_first: bool) -> Work:
 
     def routed(p: Params, at: AtExperts) -> tuple[jax.Array, jax.Array]:
         h_nd = at.h_btd.reshape(-1, at.h_btd.shape[-1])
-        more_nd = experts.further_rounds(p["experts"], h_nd, at.weights_nk, at.plan)
-        return experts.first_rows(p["experts"], at.x_rd, at.weights_rk, at.plan), more_nd
+        return experts.received(p["experts"], at.x_rd, at.weights_rk, h_nd, at.weights_nk, at.plan)
 
     def result(x_btd: jax.Array, outcome: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         y_rd, more_nd = outcome

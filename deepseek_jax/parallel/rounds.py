@@ -1,0 +1,152 @@
+"""Bounded buffers for an expert exchange: what one buffer cannot hold comes in further rounds, nothing is dropped.
+
+The last hop of a dispatch brings a window of its rows at a time, as often as the device with the most rows needs.
+
+Dims: as in `experts.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.model.layers import Params
+from deepseek_jax.model.moe import Experts
+from deepseek_jax.parallel.exchange import (
+    Exchange,
+    Plan,
+    Window,
+    arrive,
+    decoded,
+    depart,
+    forwarded,
+    inbound,
+    loaded,
+)
+from deepseek_jax.parallel.wire import Layout
+
+
+def _rounds(plan: Plan, rows: int) -> jax.Array:
+    """As many as the device with the most rows needs."""
+    return (plan.most_rows + rows - 1) // rows
+
+
+def _window_ids(plan: Plan, window: Window) -> jax.Array:
+    ids_rk = jnp.pad(plan.experts_rk, ((0, window.rows), (0, 0)), constant_values=-1)
+    return lax.dynamic_slice_in_dim(ids_rk, window.first, window.rows)
+
+
+def _outbound(
+    x_nd: jax.Array, extra: tuple[jax.Array, ...], form: str, plan: Plan, ex: Exchange
+) -> tuple[jax.Array, Layout]:
+    """All of a dispatch but its last collective -> messages [s, w] to be sent by it, and their layout."""
+    message, layout = loaded(x_nd, extra, form, plan)
+    return forwarded(message, plan, ex), layout
+
+
+def _run_rounds(
+    p: Params,
+    x_nd: jax.Array,
+    weights_nk: jax.Array,
+    plan: Plan,
+    ex: Exchange,
+    local: Experts,
+    rows: int,
+    first: int,
+) -> jax.Array:
+    """Dispatch, `local` and combine in windows of `rows` rows received, from round `first` on."""
+    form, count = ex.wire.dispatch, _rounds(plan, rows)
+    message, layout = _outbound(x_nd, (weights_nk,), form, plan, ex)
+
+    def one(i, y_sd):
+        window = Window(i * rows, rows)
+        x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
+        y_rd = local(p, x_rd, _window_ids(plan, window), weights_rk)
+        return y_sd + depart((y_rd,), plan, ex, window)[0]
+
+    y_sd = jnp.zeros((message.shape[0], x_nd.shape[1]), x_nd.dtype)
+    y_sd = lax.fori_loop(first, count, one, y_sd)
+    return inbound((y_sd,), plan, ex)[0]
+
+
+def _differentiate_rounds(p, x_nd, weights_nk, plan, g_nd, dp, ex, local, rows, first):  # type: ignore[no-untyped-def]
+    """Gradients of `_run_rounds`; those of the parameters are added to `dp`, in float32. Dispatches again."""
+    form, count = ex.wire.dispatch, _rounds(plan, rows)
+    message, layout = _outbound(x_nd, (weights_nk,), form, plan, ex)
+    g_message, g_layout = _outbound(g_nd, (), form, plan, ex)
+
+    def one(i, carry):
+        dp, back_s = carry
+        window = Window(i * rows, rows)
+        x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
+        (g_rd,) = decoded(arrive(g_message, plan, ex, window), g_layout, form, g_nd.dtype, 0)
+        ids_rk = _window_ids(plan, window)
+        _, vjp = jax.vjp(lambda p, x, w: local(p, x, ids_rk, w), p, x_rd, weights_rk)
+        dp_here, dx_rd, dweights_rk = vjp(g_rd)
+        back_s = jax.tree.map(jnp.add, back_s, depart((dx_rd, dweights_rk), plan, ex, window))
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), dp, dp_here), back_s
+
+    s = message.shape[0]
+    dp = jax.tree.map(lambda d: d.astype(jnp.float32), dp)
+    back_s = tuple(jnp.zeros((s, a.shape[1]), a.dtype) for a in (x_nd, weights_nk))
+    dp, back_s = lax.fori_loop(first, count, one, (dp, back_s))
+    dx_nd, dweights_nk = inbound(back_s, plan, ex)
+    return jax.tree.map(lambda d, w: d.astype(w.dtype), dp, p), dx_nd, dweights_nk
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def in_rounds(
+    p: Params, x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange, local: Experts, rows: int
+) -> jax.Array:
+    """All rounds; the backward pass dispatches again instead of keeping what came."""
+    return _run_rounds(p, x_nd, weights_nk, plan, ex, local, rows, 0)
+
+
+def in_rounds_fwd(p, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
+    return in_rounds(p, x_nd, weights_nk, plan, ex, local, rows), (p, x_nd, weights_nk, plan)
+
+
+def in_rounds_bwd(ex, local, rows, saved, g_nd):  # type: ignore[no-untyped-def]
+    p, x_nd, weights_nk, plan = saved
+    dp = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), p)
+    return *_differentiate_rounds(p, x_nd, weights_nk, plan, g_nd, dp, ex, local, rows, 0), None
+
+
+in_rounds.defvjp(in_rounds_fwd, in_rounds_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def received(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
+    """See `MeshExperts.received`; ex, local and rows are static. Rounds that there are not cost nothing, in the backward pass too: gradients of the
+    parameters pass through."""
+    return received_fwd(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows)[0]
+
+
+def received_fwd(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
+    ids_rk = plan.experts_rk[:rows]
+    y_rd, vjp = jax.vjp(lambda p, x, w: local(p, x, ids_rk, w), p, x_rd, weights_rk)
+    with jax.named_scope("rounds"):
+        more_nd = lax.cond(
+            _rounds(plan, rows) > 1,
+            lambda: _run_rounds(p, x_nd, weights_nk, plan, ex, local, rows, 1),
+            lambda: jnp.zeros_like(x_nd),
+        )
+    return (y_rd, more_nd), (vjp, p, x_nd, weights_nk, plan)
+
+
+def received_bwd(ex, local, rows, saved, g):  # type: ignore[no-untyped-def]
+    vjp, p, x_nd, weights_nk, plan = saved
+    g_rd, g_nd = g
+    dp, dx_rd, dweights_rk = vjp(g_rd)
+    with jax.named_scope("rounds"):
+        dp, dx_nd, dweights_nk = lax.cond(
+            _rounds(plan, rows) > 1,
+            lambda dp: _differentiate_rounds(p, x_nd, weights_nk, plan, g_nd, dp, ex, local, rows, 1),
+            lambda dp: (dp, jnp.zeros_like(x_nd), jnp.zeros_like(weights_nk)),
+            dp,
+        )
+    return dp, dx_rd, dweights_rk, dx_nd, dweights_nk, None
+
+
+received.defvjp(received_fwd, received_bwd)
