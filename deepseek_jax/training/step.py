@@ -209,6 +209,15 @@ def _sequences(cfg: Config, mesh: Mesh, batch: Batch) -> int:
     return n
 
 
+def _check_axes(mesh: Mesh) -> None:
+    idle = {axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in TOKEN_AXES}
+    if idle:
+        raise ValueError(
+            f"training does not divide work over the mesh axes {idle}: set config.mesh.{next(iter(idle))}=1 and use "
+            f"{', '.join(TOKEN_AXES)}"
+        )
+
+
 def make_train_step(
     cfg: Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
@@ -222,12 +231,7 @@ def make_train_step(
     Recompiles for each batch size. Raises ValueError for a mesh with a pipeline axis, whose devices would all do the
     same work, and for what does not divide over the mesh.
     """
-    idle = {axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in TOKEN_AXES}
-    if idle:
-        raise ValueError(
-            f"training does not divide work over the mesh axes {idle}: set config.mesh.{next(iter(idle))}=1 and use "
-            f"{', '.join(TOKEN_AXES)}"
-        )
+    _check_axes(mesh)
     optimizer = adamw(cfg.optimizer)
     everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
     held, experts = held_specs(shares), experts_over(cfg, mesh)
@@ -280,7 +284,11 @@ def make_train_step(
 
 
 def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch], jax.Array]:
-    """The jitted evaluation: (params, balance_bias, batch) -> summed nats of each window, float32 [b]."""
+    """The jitted evaluation: (params, balance_bias, batch) -> summed nats of each window, float32 [b].
+
+    Raises ValueError for the meshes that `make_train_step` refuses.
+    """
+    _check_axes(mesh)
     model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
     shares, experts = parameter_shares(cfg, mesh), experts_over(cfg, mesh)
     sequence = sequence_over(mesh, t)

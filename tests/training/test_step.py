@@ -235,11 +235,12 @@ def test_evaluation_sums_each_window():
     np.testing.assert_allclose(np.mean(nats) / cfg.data.seq_len, one_step()[1].loss, rtol=REORDERED)
 
 
-def test_an_axis_that_would_repeat_the_work_is_refused():
+@pytest.mark.parametrize("make", [make_train_step, make_eval_step])
+def test_an_axis_that_would_repeat_the_work_is_refused(make):
     cfg = tiny()
     mesh = make_mesh(MeshConfig(pipe=2))
     with pytest.raises(ValueError, match=r"does not divide work over the mesh axes .*config\.mesh\.pipe=1"):
-        make_train_step(cfg, mesh)
+        make(cfg, mesh)
 
 
 def lowered_lines(layers):
