@@ -42,7 +42,7 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.exchange import AS_IT_IS
 from deepseek_jax.parallel.experts import MeshExperts, experts_over, named_wire
-from deepseek_jax.parallel.low_latency import low_latency_experts
+from deepseek_jax.parallel.low_latency import decoding_experts, low_latency_experts
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, WHOLE_ATTENTION, make_mesh, param_specs, rules
 from deepseek_jax.parallel.tensor import sequence_over
 
@@ -100,7 +100,11 @@ def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
     specs, options = _specs(cfg, mesh, devices), compiler_options(mesh, devices)
     many = experts_over(cfg, mesh, devices)
     wire = named_wire(mesh, AS_IT_IS)
-    few = low_latency_experts(wire=wire) if isinstance(many, MeshExperts) else decode_experts
+    few = (
+        low_latency_experts(masked=decoding_experts, wire=wire)
+        if isinstance(many, MeshExperts)
+        else decode_experts
+    )
 
     def over_devices(local: Any, in_specs: Any, out_specs: Any) -> Any:
         return jax.shard_map(local, mesh=devices, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -18,7 +18,7 @@ from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.model.transformer import recompute
 from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
-from deepseek_jax.parallel.low_latency import low_latency_experts
+from deepseek_jax.parallel.low_latency import grouped_experts, low_latency_experts, masked_experts
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.wire import Wire
 from tests.parallel.comparison import BOUND, difference
@@ -234,3 +234,15 @@ def test_a_token_of_more_nodes_than_told_is_not_silently_wrong():
 def test_what_mesh_experts_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         mesh_experts(**kwargs)
+
+
+def test_grouped_experts_of_a_masked_buffer_are_the_batched_ones():
+    """On the rows that are there, and zero elsewhere. Sums of D or F products in another order."""
+    e, m = 4, 5
+    p = {name: jnp.asarray(w[:e]) for name, w in arrays(1)[0].items()}
+    x_emd = np.random.default_rng(2).normal(0, 1, (e, m, D)).astype(np.float32)
+    rows_e = jnp.array([5, 0, 3, 1], jnp.int32)
+    got = np.asarray(grouped_experts(p, x_emd, rows_e))
+    there = np.arange(m) < np.asarray(rows_e)[:, None]
+    assert difference(got[there], np.asarray(masked_experts(p, x_emd, rows_e))[there]) < BOUND
+    assert not got[~there].any()
