@@ -14,8 +14,8 @@ from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.errors import KINDS, Errors, capture, gemm_errors, synthetic
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.loop import Trainer
+from deepseek_jax.training.losses import losses
 from deepseek_jax.training.metrics import read_records
-from deepseek_jax.training.step import losses
 
 SHAPE = (256, 1024, 512)  # m, k, n of the synthetic GEMMs
 WINDOWS = 16  # validation windows of one measurement on the trained model
@@ -143,7 +143,7 @@ class SameWeights(NamedTuple):
 def same_weights(trained: Trained) -> dict[str, SameWeights]:
     """What each preset makes of loss and gradient on the same weights."""
     cfg, declared = trained.cfg, model_params(trained.cfg.model)
-    scale = float(WINDOWS * cfg.data.seq_len)  # of the backward pass, as in `training/step.py`
+    scale = float(WINDOWS * cfg.data.seq_len)  # of the backward pass, as in `training/losses.py`
     groups = len(trained.batch["tokens"]) // WINDOWS
 
     def measured(preset: str) -> tuple[np.ndarray, np.ndarray]:

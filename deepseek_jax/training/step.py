@@ -1,16 +1,13 @@
-"""One training step: losses, gradients over the mesh, guarded update, bias update (report sections 2.1.2, 2.2, 4.2).
+"""One training step: gradients over the mesh, guarded update, bias update (report sections 2.1.2, 4.2).
 
-The forward and backward pass runs inside `shard_map`, each device on its own sequences, or with a mesh axis `tensor`
-on its part of each; losses are divided by the *global* token count on each device, so that plain sums over devices
-give global means. No loss is summed inside what is differentiated: each device differentiates its own part, and the
-collectives of experts and attention carry cotangents to where they belong. Expert loads are summed as integers, so the
-bias update is exact whatever the number of devices.
+The forward and backward pass (`losses.py`) runs inside `shard_map`, each device on its own sequences, or with a mesh
+axis `tensor` on its part of each. Expert loads are summed as integers, so the bias update is exact whatever the number
+of devices.
 
-Dims: b sequence, t token, w window (t + 1 or more tokens), n flattened token, k MTP depth, l layer, e expert.
+Dims: b sequence, t token, v vocabulary, d hidden, l layer, e expert.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,35 +16,22 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from deepseek_jax.config import BalanceConfig, Config
-from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.config import Config
 from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.loss import weighted_nll
-from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
-from deepseek_jax.model.sequence import WHOLE, Whole
-from deepseek_jax.model.transformer import Stack, forward, model_params, stack
+from deepseek_jax.model.transformer import forward, model_params
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, replicated
 from deepseek_jax.parallel.tensor import sequence_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.weights import attach, quantise_weights
+from deepseek_jax.training.losses import Batch, gradients, targets
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
 from deepseek_jax.training.sharding import experts_over, moe_stack_over, parameter_shares, state_shardings
 from deepseek_jax.training.state import Hyper, TrainState
-
-Batch = Mapping[str, jax.Array]  # "tokens" int32 [b, w], and with packing masks "segments" and "positions"
-
-
-class Losses(NamedTuple):
-    """Means over the global batch, nats per token: main model, MTP (equation 25 without lambda), balance."""
-
-    main: jax.Array
-    mtp: jax.Array
-    balance: jax.Array
-    counts_le: jax.Array  # int32: tokens per MoE layer and expert
 
 
 class Metrics(NamedTuple):
@@ -61,122 +45,6 @@ class Metrics(NamedTuple):
     finite: jax.Array
     bad_steps: jax.Array
     skipped: jax.Array
-
-
-def _targets(batch: Batch, t: int, depth: int) -> tuple[jax.Array, jax.Array]:
-    """Labels [b, t] of depth 0 (main model) or k (MTP), and which of them count.
-
-    Depth k predicts token i + k + 1 at position i. The last k positions of a window have no label within the
-    window (the sums are still divided by t, section 2.2). With segments, a label of another document does not
-    count.
-    """
-    tokens, b = batch["tokens"], batch["tokens"].shape[0]
-    labels = jnp.roll(tokens[:, : t + 1], -(depth + 1), axis=1)[:, :t]
-    valid = jnp.broadcast_to(jnp.arange(t) < t - depth, (b, t))
-    if "segments" in batch:
-        segments = batch["segments"][:, : t + 1]
-        valid &= jnp.roll(segments, -(depth + 1), axis=1)[:, :t] == segments[:, :t]
-    return labels, valid
-
-
-def _balance_loss(balance: BalanceConfig, seq_loss: jax.Array, classic_loss: jax.Array) -> jax.Array:
-    if balance.mode == "loss_free":
-        return balance.seq_alpha * seq_loss
-    if balance.mode == "classic":
-        return balance.classic_alpha * classic_loss
-    return jnp.zeros((), jnp.float32)
-
-
-def losses(
-    params: Any,
-    cfg: Config,
-    batch: Batch,
-    balance_bias: jax.Array,
-    sequences: int,
-    experts: Experts = routed_experts,
-    moe_stack: Stack = stack,
-    sequence: Whole = WHOLE,
-) -> Losses:
-    """This device's part of the losses: sums over its tokens divided by those of the `sequences` of the global batch.
-
-    Summed over devices and micro-batches they are the global means. `batch` holds whole sequences, of which a device
-    takes its part if `sequence` is divided.
-    """
-    model, t = cfg.model, cfg.data.seq_len
-    context: Any = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
-    inputs = batch["tokens"][:, :t]
-    h_btd, aux = forward(
-        params,
-        model,
-        inputs,
-        balance_bias,
-        remat=cfg.train.remat,
-        experts=experts,
-        moe_stack=moe_stack,
-        sequence=sequence,
-        **context,
-    )
-    w_dv = head_weight(params)
-
-    def nll(h, depth):
-        labels, valid = map(sequence.own, _targets(batch, t, depth))
-        weights = valid.astype(jnp.float32).reshape(-1) / (sequences * t)
-        return weighted_nll(
-            h.reshape(-1, h.shape[-1]), w_dv, labels.reshape(-1), weights, cfg.train.loss_chunk
-        )
-
-    depths = model.num_nextn_predict_layers
-    mtp = jnp.zeros((), jnp.float32)
-    for k in range(depths):
-        assert aux.mtp is not None
-        mtp = mtp + nll(aux.mtp[k], k + 1) / depths
-    share = inputs.shape[0] / sequences
-    balance = _balance_loss(cfg.balance, aux.seq_loss, aux.classic_loss) * share
-    return Losses(nll(h_btd, 0), mtp, balance, aux.expert_counts_le)
-
-
-def _gradients(
-    params: Any,
-    cfg: Config,
-    batch: Batch,
-    balance_bias: jax.Array,
-    mtp_lambda: jax.Array,
-    sequences: int,
-    experts: Experts,
-    moe_stack: Stack = stack,
-    sequence: Whole = WHOLE,
-) -> tuple[Any, Losses]:
-    """Float32 gradients and losses of this device's tokens, in `grad_accumulation` micro-batches.
-
-    Under an FP8 policy the weights are quantised here, once for all micro-batches, and the backward pass runs on the
-    losses times a power of two near the global token count: gradients of a mean over a large batch would lie below
-    the quantiser's smallest scale, and vanish. Of parameters that come in the compute dtype, a micro-batch's gradient
-    is rounded to it, as products are; sums are float32.
-    """
-    policy = preset(cfg.precision)
-    quantised = quantise_weights(params, model_params(cfg.model), policy)
-    scale = 1.0 if policy is None else 2.0 ** math.ceil(math.log2(sequences * cfg.data.seq_len))
-
-    def objective(params, micro):
-        weights = attach(params, quantised, policy)
-        parts = losses(weights, cfg, micro, balance_bias, sequences, experts, moe_stack, sequence)
-        return (parts.main + mtp_lambda * parts.mtp + parts.balance) * scale, parts
-
-    def grad(params, micro):
-        grads, parts = jax.grad(objective, has_aux=True)(params, micro)
-        return jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads), parts
-
-    steps = cfg.train.grad_accumulation
-    if steps == 1:
-        return grad(params, batch)
-    micro = {name: x.reshape(steps, -1, *x.shape[1:]) for name, x in batch.items()}
-
-    def body(total, part):
-        return jax.tree.map(jnp.add, total, grad(params, part)), None
-
-    shapes = jax.eval_shape(grad, params, {name: x[0] for name, x in micro.items()})
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return lax.scan(body, zero, micro)[0]
 
 
 def creation(cfg: Config, mesh: Mesh) -> Any:
@@ -242,7 +110,7 @@ def make_train_step(
 
         def local(params, bias, batch, mtp_lambda):
             params = gather(params, shares)
-            grads, parts = _gradients(params, cfg, batch, bias, mtp_lambda, n, experts, moe_stack, sequence)
+            grads, parts = gradients(params, cfg, batch, bias, mtp_lambda, n, experts, moe_stack, sequence)
             return scatter(grads, shares), lax.psum(parts, TOKEN_AXES)
 
         grads, parts = jax.shard_map(
@@ -307,7 +175,7 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch],
             sequence=sequence,
             **context,
         )
-        labels, valid = map(sequence.own, _targets(batch, t, 0))
+        labels, valid = map(sequence.own, targets(batch, t, 0))
         w_dv = head_weight(params)
 
         def window(args):

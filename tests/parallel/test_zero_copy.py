@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.zero import read_dtype, share_of
+from deepseek_jax.training.losses import losses
 from deepseek_jax.training.sharding import parameter_shares
-from deepseek_jax.training.step import losses, make_eval_step
+from deepseek_jax.training.step import make_eval_step
 from tests.parallel.comparison import difference
 from tests.parallel.test_experts_step import SINGLE
 from tests.parallel.test_zero import batch_on, config, mesh_of, put

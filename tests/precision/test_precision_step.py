@@ -14,8 +14,9 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.precision import PRESETS, weights
 from deepseek_jax.precision.linear import Weight, quantise_weight
 from deepseek_jax.precision.weights import attach, quantise_weights
+from deepseek_jax.training.losses import losses
 from deepseek_jax.training.state import Hyper
-from deepseek_jax.training.step import _gradients, losses, make_train_step
+from deepseek_jax.training.step import make_train_step
 from tests.tiny_run import fresh_state, tiny, tokens
 
 SMALL = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
@@ -105,10 +106,10 @@ def test_gradients_do_not_depend_on_how_large_the_global_batch_is():
     n = 2**19 * cfg.train.batch_size
 
     @functools.partial(jax.jit, static_argnums=0)
-    def gradients(sequences):
-        return _gradients(
+    def of_batch(sequences):
+        return gradients(
             state.params, cfg, batch, state.balance_bias, jnp.float32(0.3), sequences, routed_experts
         )[0]
 
-    small_batch, large_batch = gradients(cfg.train.batch_size), gradients(n)
+    small_batch, large_batch = of_batch(cfg.train.batch_size), of_batch(n)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b * 2.0**19), small_batch, large_batch)

@@ -11,8 +11,9 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.transformer import forward
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from deepseek_jax.training.losses import losses
 from deepseek_jax.training.state import Hyper
-from deepseek_jax.training.step import losses, make_eval_step, make_train_step
+from deepseek_jax.training.step import make_eval_step, make_train_step
 from tests.oracle.tiny import weights
 from tests.tiny_run import fresh_state, tiny, tokens
 
