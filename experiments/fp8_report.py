@@ -131,7 +131,7 @@ def _draw_same_weights(ax: Any, same: dict[str, SameWeights]) -> None:
     )
     ax.set_xticks(range(len(presets)), [p.replace("_", "\n", 1) for p in presets], fontsize=8)
     ax.axhline(0, color="0.5", linewidth=0.8)
-    ax.set_title("loss on the same trained weights, per cent above bf16, ± 2 standard errors", fontsize=10)
+    ax.set_title("loss on equal weights, % above bf16, ± 2 standard errors", fontsize=10)
 
 
 def _draw_training(left: Any, right: Any, curves: dict[str, Curves]) -> None:
