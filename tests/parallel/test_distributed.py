@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Checkpointer
+from deepseek_jax.training.sharding import state_shardings
 from experiments.kill_test import Run
 from tests.golden.config import get_config
 from tests.golden.run import StopAfter, curves, largest_difference, trainer
@@ -146,11 +148,11 @@ def test_killed_and_restarted_two_processes_train_as_one_undisturbed(two, one):
 
 
 @pytest.mark.timeout(600)
-def test_one_process_goes_on_from_the_middle_on_four_devices(runs, two, one):
-    """Parameters, moments, average and the place in the data are restored onto other devices."""
-    shutil.copytree(two[0], runs.base / "four")
-    runs.alone("four", 4, {"mesh.local": 2}, from_step=4)
-    assert_close(runs.base / "four", one)
+def test_one_process_goes_on_from_the_middle(runs, two, one):
+    """Parameters, moments, average and the place in the data are those of two processes at step 4."""
+    shutil.copytree(two[0], runs.base / "on")
+    runs.alone("on", 8, {}, from_step=4)
+    assert_close(runs.base / "on", one)
 
 
 def words(name: str) -> str:
@@ -158,13 +160,17 @@ def words(name: str) -> str:
     return ".".join(re.findall(r"\w+", name))
 
 
-def test_saved_by_two_processes_when_told_to_stop_is_restored_on_one_device(runs, two):
+@pytest.mark.parametrize("count", [1, 4])
+def test_saved_by_two_processes_when_told_to_stop_is_restored_on_other_devices(runs, two, count):
     folder, stopped = two
-    cfg = runs.config("two", {})
+    mesh = {"mesh.node": 1, "mesh.local": 1} if count == 1 else {"mesh.local": 2, "mesh.zero": True}
+    cfg = runs.config("two", mesh)
+    shardings = state_shardings(cfg, make_mesh(cfg.mesh, jax.devices()[:count]))
     checkpointer = Checkpointer(folder / "checkpoints")
-    restored = checkpointer.restore(fresh_state(cfg))
+    restored = checkpointer.restore(jax.device_put(fresh_state(cfg), shardings))
     checkpointer.close()
     assert restored.step == stopped and restored.meta["tokens"] == stopped * 8 * cfg.data.seq_len
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored.state)} == {count}
     want = {words(name): x for name, x in Run(folder, ()).arrays().items()}
     for name, tree in (("state", restored.state), ("ema", restored.ema)):
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
