@@ -103,27 +103,39 @@ def in_rounds(
     return _run_rounds(p, x_nd, weights_nk, plan, ex, local, rows, 0)
 
 
-def in_rounds_fwd(p, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
+def _in_rounds_fwd(p, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
     return in_rounds(p, x_nd, weights_nk, plan, ex, local, rows), (p, x_nd, weights_nk, plan)
 
 
-def in_rounds_bwd(ex, local, rows, saved, g_nd):  # type: ignore[no-untyped-def]
+def _in_rounds_bwd(ex, local, rows, saved, g_nd):  # type: ignore[no-untyped-def]
     p, x_nd, weights_nk, plan = saved
     dp = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), p)
     return *_differentiate_rounds(p, x_nd, weights_nk, plan, g_nd, dp, ex, local, rows, 0), None
 
 
-in_rounds.defvjp(in_rounds_fwd, in_rounds_bwd)
+in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def received(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
-    """See `MeshExperts.received`; ex, local and rows are static. Rounds that there are not cost nothing, in the backward pass too: gradients of the
-    parameters pass through."""
-    return received_fwd(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows)[0]
+def received(
+    p: Params,
+    x_rd: jax.Array,
+    weights_rk: jax.Array,
+    x_nd: jax.Array,
+    weights_nk: jax.Array,
+    plan: Plan,
+    ex: Exchange,
+    local: Experts,
+    rows: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(y [r, d] of the first buffer, whose combine is to come; what further rounds add to the tokens [n, d]).
+
+    Rounds that there are not cost nothing, in the backward pass too: the parameters' gradients pass through.
+    """
+    return _received_fwd(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows)[0]
 
 
-def received_fwd(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
+def _received_fwd(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
     ids_rk = plan.experts_rk[:rows]
     y_rd, vjp = jax.vjp(lambda p, x, w: local(p, x, ids_rk, w), p, x_rd, weights_rk)
     with jax.named_scope("rounds"):
@@ -135,7 +147,7 @@ def received_fwd(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows): 
     return (y_rd, more_nd), (vjp, p, x_nd, weights_nk, plan)
 
 
-def received_bwd(ex, local, rows, saved, g):  # type: ignore[no-untyped-def]
+def _received_bwd(ex, local, rows, saved, g):  # type: ignore[no-untyped-def]
     vjp, p, x_nd, weights_nk, plan = saved
     g_rd, g_nd = g
     dp, dx_rd, dweights_rk = vjp(g_rd)
@@ -149,4 +161,4 @@ def received_bwd(ex, local, rows, saved, g):  # type: ignore[no-untyped-def]
     return dp, dx_rd, dweights_rk, dx_nd, dweights_nk, None
 
 
-received.defvjp(received_fwd, received_bwd)
+received.defvjp(_received_fwd, _received_bwd)

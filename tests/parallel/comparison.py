@@ -29,3 +29,25 @@ def assert_same_step(state, metrics, state_1, metrics_1) -> None:
     moments = jax.tree_util.tree_leaves_with_path(state.opt_state.mu)
     for (path, x), y in zip(moments, jax.tree.leaves(state_1.opt_state.mu), strict=True):
         assert difference(x, y) < BOUND, jax.tree_util.keystr(path)
+
+
+def distance(state, other) -> float:
+    """Of all weights."""
+    pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True)
+    return np.sqrt(sum(np.square(np.subtract(x, y, dtype=np.float64)).sum() for x, y in pairs))
+
+
+def assert_tracks(run, one, near, bias: float) -> None:
+    """(state, metrics of each step) of a run, of one device, and of one device that starts BOUND off.
+
+    Weights end nearer to one device's than those of the latter do: AdamW divides by the gradient's size, so what
+    rounding does to small gradients grows, and such a run says by how much. The router's bias, moved by more than
+    `bias`, and the counts are the same.
+    """
+    (state, history), (state_1, history_1), (state_near, _) = run, one, near
+    for step, (got, want) in enumerate(zip(history, history_1, strict=True)):
+        assert difference(got.loss, want.loss) < BOUND, step
+        np.testing.assert_array_equal(got.counts_le, want.counts_le, err_msg=str(step))
+    np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)
+    assert np.abs(state_1.balance_bias).max() > bias
+    assert distance(state, state_1) < distance(state_near, state_1) < 1e-3

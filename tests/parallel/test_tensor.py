@@ -21,8 +21,8 @@ from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.step import make_train_step
-from tests.parallel.comparison import BOUND, assert_same_step, difference
-from tests.parallel.test_experts_step import HYPER, distance
+from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
+from tests.parallel.test_experts_step import HYPER
 from tests.tiny_run import fresh_state, tiny, tokens
 
 AXES = ("data", "node", "local", "tensor")
@@ -117,19 +117,8 @@ def test_loss_and_every_gradient_equal_one_device(name):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_some_steps_track_one_device(name):
-    """Weights end nearer to one device's than those of one device that starts BOUND off: AdamW divides by the
-    gradient's size, so what rounding does to small gradients grows, and such a run says by how much."""
-    (_, state, history), (_, one, history_1), (_, near, _) = (
-        run(name, False),
-        run(name, True),
-        run(name, True, BOUND),
-    )
-    for step, (got, want) in enumerate(zip(history, history_1, strict=True)):
-        assert difference(got.loss, want.loss) < BOUND, step
-        np.testing.assert_array_equal(got.counts_le, want.counts_le, err_msg=str(step))
-    np.testing.assert_array_equal(state.balance_bias, one.balance_bias)
-    assert np.abs(one.balance_bias).max() > 2 * HYPER.gamma
-    assert distance(state, one) < distance(near, one) < 1e-3
+    runs = run(name, False), run(name, True), run(name, True, BOUND)
+    assert_tracks(*((state, history) for _, state, history in runs), bias=2 * HYPER.gamma)
 
 
 # --- one attention ----------------------------------------------------------------------------------------------
