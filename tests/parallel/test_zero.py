@@ -17,8 +17,8 @@ from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA
 from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.step import creation, init_state, make_train_step
-from tests.parallel.comparison import BOUND, difference
-from tests.parallel.test_experts_step import HYPER, SHALLOW, SINGLE, distance
+from tests.parallel.comparison import BOUND, difference, distance
+from tests.parallel.test_experts_step import HYPER, SHALLOW, SINGLE
 from tests.tiny_run import fresh_state, tiny, tokens
 
 STEPS = 4
