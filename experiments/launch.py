@@ -25,7 +25,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from deepseek_jax.parallel.distributed import COORDINATOR, PROCESS, PROCESSES
+# What `deepseek_jax.parallel.distributed` looks for. Not imported from there: JAX takes seconds, the launcher none.
+COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 _POLL = 0.05  # seconds
 _LEFTOVERS = 5.0  # seconds for the rest of the output, which something that left the group may hold open

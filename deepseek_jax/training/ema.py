@@ -31,18 +31,19 @@ class EMA:
 
     Args:
         params: the tree to average: its shapes and shardings, and the value before the first update. Arrays of
-            any float dtype.
+            any float dtype. To go on with an average: `state()["params"]`, in shardings as `abstract_average` says.
         decay: per update, in [0, 1).
+        updates: how many are in `params`; `state()["updates"]`.
 
     Raises:
         ValueError: `decay` out of range.
     """
 
-    def __init__(self, params: PyTree, decay: float):
+    def __init__(self, params: PyTree, decay: float, updates: int = 0):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"EMA decay={decay} must lie in [0, 1)")
         self._decay = decay
-        self._updates = 0
+        self._updates = int(updates)
         self._abstract = jax.tree.map(_abstract, params)
         self._average = [_on_host(x) for x in jax.tree.leaves(params)]
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ema")
@@ -94,24 +95,6 @@ class EMA:
         """What a checkpoint keeps: {"params": the average, "updates": int32 []}. Copies, after waiting."""
         return {"params": self.value(), "updates": np.asarray(self._updates, np.int32)}
 
-    def abstract(self) -> PyTree:
-        """What `state` returns as `jax.ShapeDtypeStruct`, with a sharding where it gives global arrays."""
-        return {"params": self._abstract, "updates": jax.ShapeDtypeStruct((), np.int32)}
-
-    def restore(self, state: PyTree) -> None:
-        """Continues from a `state()`, in shardings as `abstract()` says.
-
-        Raises:
-            ValueError: it belongs to another tree.
-        """
-        self.wait()
-        params = state["params"]
-        shapes, expected = jax.tree.map(lambda x: x.shape, params), self._shapes()
-        if shapes != expected:
-            raise ValueError(f"EMA state has arrays of shapes {shapes}, expected {expected}")
-        self._average = [_on_host(x) for x in jax.tree.leaves(params)]
-        self._updates = int(state["updates"])
-
     def close(self) -> None:
         """Waits and stops the thread."""
         self.wait()
@@ -132,13 +115,21 @@ class EMA:
                 average += difference
 
 
+def abstract_average(params: PyTree) -> PyTree:
+    """What `EMA(params, ...).state()` returns, of arrays or `jax.ShapeDtypeStruct`, as the latter: with a sharding
+    where it gives global arrays.
+    """
+    return {"params": jax.tree.map(_abstract, params), "updates": jax.ShapeDtypeStruct((), np.int32)}
+
+
 # --- what this process holds of an array --------------------------------------------------------------------
 
 Place = tuple[tuple[int | None, int | None], ...]  # (start, stop) per dim; () is the whole array
 
 
 def _is_whole(x: Any) -> bool:
-    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+    sharding = getattr(x, "sharding", None)
+    return sharding is None or sharding.is_fully_addressable or sharding.is_fully_replicated
 
 
 def _place(index: Any) -> Place:

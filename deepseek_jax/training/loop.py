@@ -8,6 +8,7 @@ Several processes run the same loop, each on its rows of every batch; they stop 
 """
 
 import contextlib
+import functools
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,11 +24,11 @@ from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from deepseek_jax.parallel.together import StopVote, batch_share, is_first, on_host
 from deepseek_jax.training.checkpoint import Checkpointer
-from deepseek_jax.training.ema import EMA
+from deepseek_jax.training.ema import EMA, abstract_average
 from deepseek_jax.training.records import Evaluation, NonFiniteError, Records
 from deepseek_jax.training.schedules import Schedules, StepPlan
 from deepseek_jax.training.state import TrainState
-from deepseek_jax.training.step import init_state, make_eval_step, make_train_step
+from deepseek_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
 __all__ = ["Evaluation", "NonFiniteError", "Result", "Trainer", "stop_on_signals"]
 
@@ -94,14 +95,22 @@ class Trainer:
         self.step_fn = make_train_step(cfg, self.mesh)
         self.eval_fn = make_eval_step(cfg, self.mesh)
         self.checkpointer = Checkpointer(self.out_dir / "checkpoints", cfg.train.keep)
-        self.state = init_state(cfg, self.mesh)
-        self.ema = EMA(self.state.params, cfg.train.ema_decay)
         self.step, self.tokens = 0, 0
         self._vote = StopVote(self.mesh)
         if is_first():
             self.data.tokenizer.save(self.out_dir / "tokenizer.json")
 
     # --- state --------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """At the present step. A resumed run never makes the first one, which would lie beside the restored."""
+        return init_state(self.cfg, self.mesh)
+
+    @functools.cached_property
+    def ema(self) -> EMA:
+        """The average of the parameters so far."""
+        return EMA(self.state.params, self.cfg.train.ema_decay)
 
     def resume(self, step: int | None = None) -> bool:
         """Continue from a checkpoint (default: the newest). False if there is none.
@@ -111,10 +120,11 @@ class Trainer:
         if step is None and self.checkpointer.latest() is None:
             return False
         model = to_dict(self.cfg)["model"]
-        restored = self.checkpointer.restore(self.state, step, model, self.ema.abstract())
+        wanted = abstract_state(self.cfg, self.mesh)
+        restored = self.checkpointer.restore(wanted, step, model, abstract_average(wanted.params))
         self.data.train.restore(restored.meta["data"])
         self.state, self.step, self.tokens = restored.state, restored.step, restored.meta["tokens"]
-        self.ema.restore(restored.ema)
+        self.ema = EMA(restored.ema["params"], self.cfg.train.ema_decay, restored.ema["updates"])
         return True
 
     def save(self) -> None:
@@ -129,7 +139,8 @@ class Trainer:
     def close(self) -> None:
         """Finish pending writes and stop the threads."""
         self.checkpointer.close()
-        self.ema.close()
+        if "ema" in vars(self):
+            self.ema.close()
         self.data.train.close()
 
     # --- running ------------------------------------------------------------------------------------------

@@ -61,6 +61,11 @@ def creation(cfg: Config, mesh: Mesh) -> Any:
     return jax.jit(create, out_shardings=state_shardings(cfg, mesh), compiler_options=quickly)
 
 
+def abstract_state(cfg: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, as `jax.ShapeDtypeStruct`."""
+    return creation(cfg, mesh).eval_shape()
+
+
 def init_state(cfg: Config, mesh: Mesh) -> TrainState:
     """Random parameters (from train.seed), empty moments, zero bias; laid out by `state_shardings`."""
     return creation(cfg, mesh)()

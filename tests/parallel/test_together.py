@@ -21,7 +21,7 @@ from deepseek_jax.parallel import distributed
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.together import StopVote, batch_share, from_first, on_host, whole_copy
 from deepseek_jax.training.checkpoint import Checkpointer
-from deepseek_jax.training.ema import EMA
+from deepseek_jax.training.ema import EMA, abstract_average
 
 cfg = DistributedConfig(heartbeat_timeout=10)
 join = distributed.find(cfg, os.environ)
@@ -53,9 +53,8 @@ if join is not None:
     assert isinstance(kept["norm"], np.ndarray) and kept["experts"].sharding == experts
     checkpointer.save(3, params, ema.state(), meta)
     checkpointer.wait()
-restored = checkpointer.restore(params, ema=ema.abstract())
-fresh = EMA(put(0.0), 0.5)
-fresh.restore(restored.ema)
+restored = checkpointer.restore(params, ema=abstract_average(params))
+fresh = EMA(restored.ema["params"], 0.5, restored.ema["updates"])
 averaged = fresh.on_devices(params)
 for name, x in host.items():
     for got, factor in ((restored.state[name], 1.0), (averaged[name], 4.0)):

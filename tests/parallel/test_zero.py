@@ -14,7 +14,7 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
 from deepseek_jax.parallel.together import whole_copy
 from deepseek_jax.training.checkpoint import Checkpointer
-from deepseek_jax.training.ema import EMA
+from deepseek_jax.training.ema import EMA, abstract_average
 from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.step import creation, init_state, make_train_step
 from tests.parallel.comparison import BOUND, difference, distance
@@ -184,9 +184,8 @@ def test_a_checkpoint_goes_from_any_layout_to_any(source, targets, tmp_path):
         blank = jax.device_put(
             jax.tree.map(jnp.zeros_like, fresh_state(cfg)), state_shardings(cfg, mesh_of(cfg))
         )
-        average = EMA(blank.params, 0.9)
-        restored = checkpointer.restore(blank, ema=average.abstract())
-        average.restore(restored.ema)
+        restored = checkpointer.restore(blank, ema=abstract_average(blank.params))
+        average = EMA(restored.ema["params"], 0.9, restored.ema["updates"])
         for x, y, like in zip(*map(jax.tree.leaves, (restored.state, state, blank)), strict=True):
             np.testing.assert_array_equal(x, y)
             assert x.sharding == like.sharding
