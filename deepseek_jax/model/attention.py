@@ -93,16 +93,18 @@ def attention_backward(
 
 @jax.custom_vjp
 def _attention(q, k, v, segments_bt):  # type: ignore[no-untyped-def]
-    return attention_forward(q, k, v, segments_bt)[0]
+    return _attention_fwd(q, k, v, segments_bt)[0]
 
 
 def _attention_fwd(q, k, v, segments_bt):  # type: ignore[no-untyped-def]
     o, lse = attention_forward(q, k, v, segments_bt)
-    return o, (q, k, v, segments_bt, o, lse)
+    o_bthv = jnp.swapaxes(o, 1, 2)  # in the layout that the output projection saves too
+    return o_bthv, (q, k, v, segments_bt, o_bthv, lse)
 
 
-def _attention_bwd(saved, do):  # type: ignore[no-untyped-def]
-    q, k, v, segments_bt, o, lse = saved
+def _attention_bwd(saved, do_bthv):  # type: ignore[no-untyped-def]
+    q, k, v, segments_bt, o_bthv, lse = saved
+    o, do = jnp.swapaxes(o_bthv, 1, 2), jnp.swapaxes(do_bthv, 1, 2)
     return *attention_backward(q, k, v, segments_bt, o, lse, do), None
 
 
@@ -122,4 +124,4 @@ def causal_attention(
     Token t sees tokens s <= t, and only those of its own segment if `segments_bt` (int32) is given.
     """
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_bthk * jnp.asarray(scale, q_bthk.dtype), k_bshk, v_bshv))
-    return jnp.swapaxes(_attention(q, k, v, segments_bt), 1, 2)
+    return _attention(q, k, v, segments_bt)

@@ -3,12 +3,13 @@
 Dims: b batch, t token, d hidden, f FFN inner, v vocabulary, n flattened tokens.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.params import Param
@@ -24,15 +25,36 @@ MLA_UP = "mla_up"
 EXPERT_PLAN = "expert_plan"
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last dim, in float32; result in the dtype of `x` [..., d]; `scale` [d]."""
+    """RMSNorm over the last dim, in float32; result in the dtype of `x` [..., d]; `scale` [d].
+
+    The backward pass computes everything from `x` and `scale` again.
+    """
+    return (_normed(x, eps)[0] * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _normed(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """x by its root mean square, and the inverse of the latter; float32."""
     x32 = x.astype(jnp.float32)
-    inv = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return checkpoint_name((x32 * inv * scale.astype(jnp.float32)).astype(x.dtype), RMSNORM)
+    inv = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32 * inv, inv
 
 
-def linear(x: jax.Array, w: Any, n_in: int = 1) -> jax.Array:
-    """Contract the last `n_in` dims of x with the first `n_in` dims of w, cast to the dtype of x.
+def _rms_norm_bwd(eps, saved, g):  # type: ignore[no-untyped-def]
+    x, scale = saved
+    (normed, inv), g32 = _normed(x, eps), g.astype(jnp.float32)
+    d_scale = (g32 * normed).sum(tuple(range(x.ndim - 1)))
+    d_normed = g32 * scale.astype(jnp.float32)
+    dx = inv * (d_normed - normed * (d_normed * normed).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rms_norm_bwd)
+
+
+def linear(x: jax.Array, w: Any, n_in: int = 1, dtype: Any = None) -> jax.Array:
+    """Contract the last `n_in` dims of x with the first `n_in` dims of w, both cast to `dtype` (default: x's).
 
     `w` is an array, or brings its own product along: a quantised `precision.linear.Weight`.
 
@@ -41,9 +63,31 @@ def linear(x: jax.Array, w: Any, n_in: int = 1) -> jax.Array:
     """
     if hasattr(w, "multiply"):
         return w.multiply(x, n_in)
-    batch, out = x.shape[: x.ndim - n_in], w.shape[n_in:]
+    return _linear(x, w, n_in, dtype or x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear(x: jax.Array, w: jax.Array, n_in: int, dtype: Any) -> jax.Array:
+    """Saves its arguments as they are: cast or reshaped, a layer's weight would be saved a second time."""
+    x_mi, w_io = _matrices(x, w, n_in, dtype)
+    return (x_mi @ w_io).reshape(*x.shape[: x.ndim - n_in], *w.shape[n_in:])
+
+
+def _matrices(x: jax.Array, w: jax.Array, n_in: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """[m, in] and [in, out] in `dtype`."""
     width = math.prod(w.shape[:n_in])
-    return (x.reshape(-1, width) @ w.astype(x.dtype).reshape(width, -1)).reshape(*batch, *out)
+    return x.astype(dtype).reshape(-1, width), w.astype(dtype).reshape(width, -1)
+
+
+def _linear_bwd(n_in, dtype, saved, g):  # type: ignore[no-untyped-def]
+    x, w = saved
+    x_mi, w_io = _matrices(x, w, n_in, dtype)
+    g_mo = g.reshape(-1, w_io.shape[1])
+    dw_io = lax.dot_general(x_mi, g_mo, (((0,), (0,)), ((), ())))
+    return (g_mo @ w_io.T).reshape(x.shape).astype(x.dtype), dw_io.reshape(w.shape).astype(w.dtype)
+
+
+_linear.defvjp(lambda x, w, n_in, dtype: (_linear(x, w, n_in, dtype), (x, w)), _linear_bwd)
 
 
 def mlp_params(d: int, f: int) -> dict[str, Param]:

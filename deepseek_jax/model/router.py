@@ -39,7 +39,7 @@ def gate_params(cfg: ModelConfig) -> dict[str, Param]:
 
 def affinities(p: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
     """Token-to-expert affinities in float32 [b, t, e] (equation 15; softmax for V2)."""
-    logits_bte = linear(x_btd.astype(jnp.float32), p["w_gate_de"])
+    logits_bte = linear(x_btd, p["w_gate_de"], dtype=jnp.float32)
     if cfg.scoring_func == "sigmoid":
         return jax.nn.sigmoid(logits_bte)
     return jax.nn.softmax(logits_bte, axis=-1)

@@ -162,7 +162,9 @@ class MeshExperts:
 
 def fitting(y_nd: jax.Array, plan: Plan) -> jax.Array:
     """NaN for tokens of more peers than the plan was told of."""
-    return jnp.where(plan.fits_n[:, None], y_nd, jnp.nan)
+    return y_nd + jnp.where(plan.fits_n, 0, jnp.nan)[:, None].astype(
+        y_nd.dtype
+    )  # saves no mask of the size of y
 
 
 def _of_present(local: Experts) -> Experts:
