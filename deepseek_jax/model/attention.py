@@ -1,4 +1,5 @@
-"""Causal attention core: exact softmax attention in query chunks that read only the keys they may see.
+"""Causal attention: exact softmax attention in query chunks that read only the keys they may see, and the output
+projection, which saves the core's output once for both.
 
 The backward pass is written out: it recomputes the probabilities of a chunk from the saved log-sum-exp, so
 that no [s, t] array outlives a chunk, and adds each chunk's key and value gradients in place. Scores are held
@@ -7,12 +8,13 @@ keys first, [s, t]: the softmax then reduces over rows, which a CPU does vector 
 Dims: b batch, h heads, t query token, s key token, k query/key head dim, v value head dim.
 """
 
-import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from deepseek_jax.model.layers import linear
 
 # A query chunk is a dense product; below this many rows its overhead shows, above it masked work does.
 MIN_CHUNK = 64
@@ -91,37 +93,37 @@ def attention_backward(
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-@jax.custom_vjp
-def _attention(q, k, v, segments_bt):  # type: ignore[no-untyped-def]
-    return _attention_fwd(q, k, v, segments_bt)[0]
+# --- with the output projection ---------------------------------------------------------------------------------
+
+# Queries, scaled, and keys [b, h, t, k], values [b, h, t, v].
+CoreInputs = tuple[jax.Array, jax.Array, jax.Array]
+# What a backward pass needs beside them: outputs in the layout of the projection [b, t, h, v], log-sum-exp [b, h, t],
+# and the weight.
+Kept = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _attention_fwd(q, k, v, segments_bt):  # type: ignore[no-untyped-def]
-    o, lse = attention_forward(q, k, v, segments_bt)
-    o_bthv = jnp.swapaxes(o, 1, 2)  # in the layout that the output projection saves too
-    return o_bthv, (q, k, v, segments_bt, o_bthv, lse)
+def core_inputs(q_bthk: jax.Array, k_bshk: jax.Array, v_bshv: jax.Array, scale: float) -> CoreInputs:
+    """Heads first, queries times `scale`."""
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_bthk * jnp.asarray(scale, q_bthk.dtype), k_bshk, v_bshv))
+    return q, k, v
 
 
-def _attention_bwd(saved, do_bthv):  # type: ignore[no-untyped-def]
-    q, k, v, segments_bt, o_bthv, lse = saved
-    o, do = jnp.swapaxes(o_bthv, 1, 2), jnp.swapaxes(do_bthv, 1, 2)
-    return *attention_backward(q, k, v, segments_bt, o, lse, do), None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-@functools.partial(jax.named_call, name="causal_attention")
-def causal_attention(
-    q_bthk: jax.Array,
-    k_bshk: jax.Array,
-    v_bshv: jax.Array,
-    scale: float,
-    segments_bt: jax.Array | None = None,
-) -> jax.Array:
-    """softmax(scale * q k^T + mask) v -> [b, t, h, v]; scores and softmax in float32.
+def forward(qkv: CoreInputs, segments_bt: jax.Array | None, wo_hvd: jax.Array) -> tuple[jax.Array, Kept]:
+    """softmax(q k^T + mask) v, scores and softmax in float32, times the output projection -> ([b, t, d], kept).
 
     Token t sees tokens s <= t, and only those of its own segment if `segments_bt` (int32) is given.
     """
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_bthk * jnp.asarray(scale, q_bthk.dtype), k_bshk, v_bshv))
-    return _attention(q, k, v, segments_bt)
+    o, lse = attention_forward(*qkv, segments_bt)
+    o_bthv = jnp.swapaxes(o, 1, 2)
+    return linear(o_bthv, wo_hvd, n_in=2), (o_bthv, lse, wo_hvd)
+
+
+def backward(
+    qkv: CoreInputs, segments_bt: jax.Array | None, kept: Kept, dy_btd: jax.Array
+) -> tuple[CoreInputs, jax.Array]:
+    """Gradients of `forward`: of the core's inputs and of the weight."""
+    o_bthv, lse, wo_hvd = kept
+    _, vjp = jax.vjp(lambda o, w: linear(o, w, n_in=2), o_bthv, wo_hvd)
+    do_bthv, dw = vjp(dy_btd)
+    o, do = jnp.swapaxes(o_bthv, 1, 2), jnp.swapaxes(do_bthv, 1, 2)
+    return attention_backward(*qkv, segments_bt, o, lse, do), dw

@@ -16,7 +16,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layers import Params, embed, rms_norm
-from deepseek_jax.model.mla import LatentCache, Rope, absorb, latents, mla_decode
+from deepseek_jax.model.mla import LatentCache, Rope, absorb, down, latents, mla_decode
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import ffn, mtp_input
@@ -76,7 +76,7 @@ def _block(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Step, cache: LatentCache, bias_e: Any
 ) -> tuple[jax.Array, LatentCache]:
     h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-    new = latents(p["attn"], cfg, h_btd, ctx.rope)
+    new = latents(p["attn"], cfg, down(p["attn"], cfg, h_btd), ctx.rope)
     cache = jax.tree.map(lambda c, n: _write(c, n, ctx.slot), cache, new)
     x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, ctx.rope, cache, ctx.mask_bts)
     return ffn(p, cfg, x_btd, bias_e, ctx.experts)[0], cache

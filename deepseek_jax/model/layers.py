@@ -10,17 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.params import Param
-from deepseek_jax.model.swiglu import swiglu
+from deepseek_jax.model.swiglu import SWIGLU_INPUTS, swiglu
 from deepseek_jax.precision import linear as quantised
 
 Params = Any
 
-# Names of what the recompute policy "deepseek" drops and recomputes (report section 3.2.3).
-RMSNORM = "rmsnorm"
-MLA_UP = "mla_up"
 # Name of what every recompute policy keeps: where each token's row goes, small and made by communication.
 EXPERT_PLAN = "expert_plan"
 
@@ -103,7 +101,8 @@ def mlp(p: Params, x: jax.Array) -> jax.Array:
     """w_down(silu(w_gate x) * w_up x): [..., d] -> [..., d]."""
     if isinstance(p["w_gate_df"], quantised.Weight):
         return quantised.mlp(x, p["w_gate_df"], p["w_up_df"], p["w_down_fd"])
-    return linear(swiglu(linear(x, p["w_gate_df"]), linear(x, p["w_up_df"])), p["w_down_fd"])
+    gate, up = (checkpoint_name(linear(x, p[name]), SWIGLU_INPUTS) for name in ("w_gate_df", "w_up_df"))
+    return linear(swiglu(gate, up), p["w_down_fd"])
 
 
 def embed_params(cfg: ModelConfig) -> dict[str, Param]:

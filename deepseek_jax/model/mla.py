@@ -9,19 +9,21 @@ Dims: b batch, t query token, s cached token, d hidden, q query latent, c key/va
 n nope head dim, r rope head dim, k = n + r, v value head dim.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.attention import causal_attention
-from deepseek_jax.model.layers import MLA_UP, Params, linear, rms_norm
+from deepseek_jax.model import attention
+from deepseek_jax.model.attention import CoreInputs, core_inputs
+from deepseek_jax.model.layers import Params, linear, rms_norm
 from deepseek_jax.model.params import Param, declare
 from deepseek_jax.model.rope import apply_rope, rope_table, softmax_scale
-from deepseek_jax.precision.attention import projected_attention
+from deepseek_jax.precision import attention as quantised
 from deepseek_jax.precision.linear import Weight
 
 # Of the two latent norms. The released code does not take rms_norm_eps there, which differs for Moonlight.
@@ -56,55 +58,129 @@ def mla_params(cfg: ModelConfig) -> dict[str, Param]:
     }
 
 
-def query_latents(p: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
-    """What queries are projected up from (equation 6): [b, t, q], or x itself with full-rank queries."""
+class Low(NamedTuple):
+    """Tokens projected down, before norm and RoPE: all that the rest of the attention reads of them.
+
+    q_btq: for the queries; with full-rank queries, what they are projected from. kv_btm: latents c, then shared keys r.
+    """
+
+    q_btq: jax.Array
+    kv_btm: jax.Array
+
+
+def down(p: Params, cfg: ModelConfig, x_btd: jax.Array) -> Low:
+    """Down-projections (equations 1, 3, 6)."""
+    return Low(
+        x_btd if cfg.q_lora_rank is None else linear(x_btd, p["wq_a_dq"]), linear(x_btd, p["wkv_a_dc"])
+    )
+
+
+def latents(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> LatentCache:
+    """What the cache keeps of each token (equations 1-3): [b, t, c] and [b, t, r]."""
+    c_btc, r_btr = jnp.split(low.kv_btm, [cfg.kv_lora_rank], axis=-1)
+    return LatentCache(rms_norm(c_btc, p["kv_norm_c"], LATENT_EPS), apply_rope(r_btr, *rope))
+
+
+def _queries(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """Query parts [b, t, h, n] and, rotated, [b, t, h, r] (equations 6-9)."""
     if cfg.q_lora_rank is None:
-        return x_btd
-    return rms_norm(linear(x_btd, p["wq_a_dq"]), p["q_norm_q"], LATENT_EPS)
-
-
-def _queries(p: Params, cfg: ModelConfig, q_lora_btq: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
-    """Query parts [b, t, h, n] and, rotated, [b, t, h, r] (equations 7-9) of `query_latents`."""
-    up = p["wq_dhk"] if cfg.q_lora_rank is None else p["wq_b_qhk"]
-    q_bthk = checkpoint_name(linear(q_lora_btq, up), MLA_UP)
+        q_bthk = linear(low.q_btq, p["wq_dhk"])
+    else:
+        q_bthk = linear(rms_norm(low.q_btq, p["q_norm_q"], LATENT_EPS), p["wq_b_qhk"])
     q_nope, q_rope = jnp.split(q_bthk, [cfg.qk_nope_head_dim], axis=-1)
     cos, sin = rope
     return q_nope, apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
 
 
-def latents(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> LatentCache:
-    """What the cache keeps of each token (equations 1-3): [b, t, c] and [b, t, r]."""
-    c_btc, r_btr = jnp.split(linear(x_btd, p["wkv_a_dc"]), [cfg.kv_lora_rank], axis=-1)
-    return LatentCache(rms_norm(c_btc, p["kv_norm_c"], LATENT_EPS), apply_rope(r_btr, *rope))
-
-
-# Queries and keys [b, t, h, k], values [b, t, h, v]
-CoreInputs = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def expand(p: Params, cfg: ModelConfig, q_lora_btq: jax.Array, latent: LatentCache, rope: Rope) -> CoreInputs:
-    """What the attention core reads of `query_latents` and `latents`, for the heads whose weights `p` holds."""
-    q_nope, q_rope = _queries(p, cfg, q_lora_btq, rope)
-    kv_bthm = checkpoint_name(linear(latent.c_bsc, p["wkv_b_chm"]), MLA_UP)
-    k_nope, v_bthv = jnp.split(kv_bthm, [cfg.qk_nope_head_dim], axis=-1)
+def expand(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> tuple[CoreInputs, LatentCache]:
+    """What the attention core reads, for the heads whose weights `p` holds, and the latents."""
+    latent = latents(p, cfg, low, rope)
+    q_nope, q_rope = _queries(p, cfg, low, rope)
+    k_nope, v_bthv = jnp.split(linear(latent.c_bsc, p["wkv_b_chm"]), [cfg.qk_nope_head_dim], axis=-1)
     k_rope = jnp.broadcast_to(latent.r_bsr[:, :, None], q_rope.shape)
     q_bthk = jnp.concatenate([q_nope, q_rope], axis=-1)
     k_bthk = jnp.concatenate([k_nope, k_rope], axis=-1)
-    return q_bthk, k_bthk, v_bthv
+    return core_inputs(q_bthk, k_bthk, v_bthv, softmax_scale(cfg)), latent
 
 
-def core_inputs(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> tuple[CoreInputs, LatentCache]:
-    """What the attention core reads, expanded per head, and the latents."""
-    latent = latents(p, cfg, x_btd, rope)
-    return expand(p, cfg, query_latents(p, cfg, x_btd), latent, rope), latent
+# --- core and output projection -----------------------------------------------------------------------------------
 
 
-def core_output(p: Params, cfg: ModelConfig, qkv: CoreInputs, segments_bt: jax.Array | None) -> jax.Array:
-    """Causal attention and output projection -> [b, t, d], the sum over the heads whose weights `p` holds."""
-    core = (*qkv, softmax_scale(cfg), segments_bt)
-    if isinstance(p["wo_hvd"], Weight):
-        return projected_attention(*core, p["wo_hvd"])
-    return linear(causal_attention(*core), p["wo_hvd"], n_in=2)
+def _form(wo: Any) -> Any:
+    """The module with the core that belongs to an output projection's weight."""
+    return quantised if isinstance(wo, Weight) else attention
+
+
+@jax.custom_vjp
+def core_output(qkv: CoreInputs, segments_bt: jax.Array | None, wo: Any) -> jax.Array:
+    """Causal attention and output projection -> [b, t, d], the sum over the heads whose weights there are."""
+    return _form(wo).forward(qkv, segments_bt, wo)[0]
+
+
+def _core_output_fwd(qkv, segments_bt, wo):  # type: ignore[no-untyped-def]
+    y_btd, kept = _form(wo).forward(qkv, segments_bt, wo)
+    return y_btd, (qkv, segments_bt, kept)
+
+
+def _core_output_bwd(saved, dy_btd):  # type: ignore[no-untyped-def]
+    qkv, segments_bt, kept = saved
+    d_qkv, d_wo = _form(kept[-1]).backward(qkv, segments_bt, kept, dy_btd)
+    return d_qkv, None, d_wo
+
+
+core_output.defvjp(_core_output_fwd, _core_output_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expanding_again(cfg, p, low, rope, qkv, segments_bt, wo):  # type: ignore[no-untyped-def]
+    return core_output(qkv, segments_bt, wo)
+
+
+def _expanding_again_fwd(cfg, p, low, rope, qkv, segments_bt, wo):  # type: ignore[no-untyped-def]
+    y_btd, (_, _, kept) = _core_output_fwd(qkv, segments_bt, wo)
+    return y_btd, (p, low, rope, segments_bt, kept)
+
+
+def _expanding_again_bwd(cfg, saved, dy_btd):  # type: ignore[no-untyped-def]
+    p, low, rope, segments_bt, kept = saved
+    # Behind the gradient, so that the compiler does not take the forward pass's arrays and keep them.
+    low, dy_btd = lax.optimization_barrier((low, dy_btd))
+    qkv, vjp = jax.vjp(lambda p, low: expand(p, cfg, low, rope)[0], p, low)
+    d_qkv, _, d_wo = _core_output_bwd((qkv, segments_bt, kept), dy_btd)
+    return *vjp(d_qkv), None, None, None, d_wo
+
+
+_expanding_again.defvjp(_expanding_again_fwd, _expanding_again_bwd)
+
+
+class Expanded(NamedTuple):
+    """Between the two parts of an attention. `low`: what the core's inputs are to be recomputed from in the backward
+    pass, which gives it their gradient; None where they are kept."""
+
+    qkv: CoreInputs
+    low: Low | None
+
+
+def expanded(
+    p: Params, cfg: ModelConfig, low: Low, rope: Rope, recompute: bool
+) -> tuple[Expanded, LatentCache]:
+    """`expand`, whose results the backward pass gets from `low` again if it is to `recompute` (section 3.2.3)."""
+    if not recompute:
+        qkv, latent = expand(p, cfg, low, rope)
+        return Expanded(qkv, None), latent
+    qkv, latent = expand(lax.stop_gradient(p), cfg, lax.stop_gradient(low), rope)
+    return Expanded(qkv, low), latent
+
+
+def attend(
+    p: Params, cfg: ModelConfig, inputs: Expanded, rope: Rope, segments_bt: jax.Array | None
+) -> jax.Array:
+    """`core_output` of what `expanded` gave; `rope` as there."""
+    if inputs.low is None:
+        return core_output(inputs.qkv, segments_bt, p["wo_hvd"])
+    names = ("q_norm_q", "wq_b_qhk", "wq_dhk", "kv_norm_c", "wkv_b_chm")
+    up = {name: p[name] for name in names if name in p}
+    return _expanding_again(cfg, up, inputs.low, rope, inputs.qkv, segments_bt, p["wo_hvd"])
 
 
 def mla(
@@ -115,8 +191,8 @@ def mla(
     segments_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, LatentCache]:
     """Expanded form: causal self-attention over the t tokens. Returns (output [b, t, d], latents)."""
-    qkv, latent = core_inputs(p, cfg, x_btd, rope)
-    return core_output(p, cfg, qkv, segments_bt), latent
+    qkv, latent = expand(p, cfg, down(p, cfg, x_btd), rope)
+    return core_output(qkv, segments_bt, p["wo_hvd"]), latent
 
 
 def absorb(p: Params, cfg: ModelConfig) -> Params:
@@ -134,7 +210,7 @@ def mla_decode(
     `p` comes from `absorb`. `mask_bts` is True where query t may see cache slot s. Scores and softmax are in float32.
     """
     dtype = x_btd.dtype
-    q_nope, q_rope = _queries(p, cfg, query_latents(p, cfg, x_btd), rope)
+    q_nope, q_rope = _queries(p, cfg, down(p, cfg, x_btd), rope)
     q_bthc = jnp.einsum("bthn,hnc->bthc", q_nope, p["wk_hnc"].astype(dtype))
     score = jnp.einsum("bthc,bsc->bhts", q_bthc, cache.c_bsc, preferred_element_type=jnp.float32)
     score += jnp.einsum("bthr,bsr->bhts", q_rope, cache.r_bsr, preferred_element_type=jnp.float32)

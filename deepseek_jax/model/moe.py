@@ -7,7 +7,7 @@ Dims: b batch, t token, d hidden, e routed expert, k selected expert.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,37 @@ def moe_params(cfg: ModelConfig) -> dict[str, Any]:
     return tree
 
 
+class AtSource(NamedTuple):
+    """What a token's own device makes of it."""
+
+    s_bte: jax.Array  # affinities
+    x_btd: jax.Array  # to be dispatched
+    shared_btd: jax.Array | None  # result of the shared experts, where there are any
+
+
+def at_source(p: Params, cfg: ModelConfig, x_btd: jax.Array) -> AtSource:
+    shared_btd = mlp(p["shared"], x_btd) if "shared" in p else None
+    return AtSource(affinities(p["gate"], cfg, x_btd), x_btd, shared_btd)
+
+
+def with_routed(
+    p: Params,
+    cfg: ModelConfig,
+    at: AtSource,
+    bias_e: jax.Array | None,
+    experts: Experts,
+    sequence: Whole,
+) -> tuple[jax.Array, BalanceStats]:
+    """Results of `moe`, from `at_source`."""
+    routing = route(cfg, at.s_bte, bias_e)
+    ids_nk, weights_nk = (x.reshape(-1, x.shape[-1]) for x in routing)
+    y = experts(p["experts"], at.x_btd.reshape(-1, at.x_btd.shape[-1]), ids_nk, weights_nk)
+    y_btd = y.reshape(at.x_btd.shape)
+    if at.shared_btd is not None:
+        y_btd = y_btd + at.shared_btd
+    return y_btd, balance_stats(cfg, at.s_bte, routing, sequence)
+
+
 def moe(
     p: Params,
     cfg: ModelConfig,
@@ -40,15 +71,7 @@ def moe(
     sequence: Whole = WHOLE,
 ) -> tuple[jax.Array, BalanceStats]:
     """Shared plus routed experts -> ([b, t, d], load and balance losses of this layer)."""
-    s_bte = affinities(p["gate"], cfg, x_btd)
-    routing = route(cfg, s_bte, bias_e)
-    k = cfg.num_experts_per_tok
-    flat = x_btd.reshape(-1, x_btd.shape[-1])
-    y = experts(p["experts"], flat, routing.experts_btk.reshape(-1, k), routing.weights_btk.reshape(-1, k))
-    y_btd = y.reshape(x_btd.shape)
-    if "shared" in p:
-        y_btd = y_btd + mlp(p["shared"], x_btd)
-    return y_btd, balance_stats(cfg, s_bte, routing, sequence)
+    return with_routed(p, cfg, at_source(p, cfg, x_btd), bias_e, experts, sequence)
 
 
 class DeepSeekMoE(nn.Module):

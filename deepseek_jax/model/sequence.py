@@ -10,10 +10,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import mla
-from deepseek_jax.model.layers import Params
-from deepseek_jax.model.mla import CoreInputs, LatentCache, Rope
+from deepseek_jax.model.mla import LatentCache, Low
 
 
 class Whole:
@@ -33,7 +30,7 @@ class Whole:
         return x
 
     def cached(self, latent: LatentCache) -> LatentCache:
-        """Of the latents of `core_inputs`, the sequences that this device goes on to decode."""
+        """Of the latents of all tokens, the sequences that this device goes on to decode."""
         return latent
 
     def own_heads(self, params: Any, declared: Any) -> Any:
@@ -44,17 +41,13 @@ class Whole:
         """States [b, d] of the last tokens of the sequences that this device goes on to decode; `h_btd` of its tokens."""
         return h_btd[:, -1]
 
-    def core_inputs(
-        self, p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope
-    ) -> tuple[CoreInputs, LatentCache]:
-        """`mla.core_inputs` of this device's heads for all tokens, from this device's tokens; `rope` of all."""
-        return mla.core_inputs(p, cfg, x_btd, rope)
+    def gathered(self, low: Low) -> Low:
+        """All tokens of the sequences, projected down, from this device's."""
+        return low
 
-    def core_output(
-        self, p: Params, cfg: ModelConfig, qkv: CoreInputs, segments_bt: jax.Array | None
-    ) -> jax.Array:
-        """`mla.core_output`, summed over all heads, for this device's tokens; `segments_bt` of all."""
-        return mla.core_output(p, cfg, qkv, segments_bt)
+    def scattered(self, partial_btd: jax.Array) -> jax.Array:
+        """This device's tokens, summed over all heads, from the sum over this device's heads for all tokens."""
+        return partial_btd
 
 
 WHOLE = Whole()

@@ -5,6 +5,9 @@ Elementwise, in the dtype that the arguments promote to.
 
 import jax
 
+# Name of what the recompute policy "deepseek" keeps of an FFN: its SwiGLU's arguments, not the result.
+SWIGLU_INPUTS = "swiglu_inputs"
+
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -21,6 +24,9 @@ def swiglu_gradients(
     return silu * up, dact * up * (sig + silu * (1 - sig)), dact * silu
 
 
-swiglu.defvjp(
-    lambda gate, up: (swiglu(gate, up), (gate, up)), lambda saved, g: swiglu_gradients(*saved, g)[1:]
-)
+def _swiglu_bwd(saved: tuple[jax.Array, jax.Array], dact: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate, up = saved
+    return swiglu_gradients(gate, up, dact)[1:]
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_bwd)

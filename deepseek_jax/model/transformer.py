@@ -18,8 +18,6 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import (
     EXPERT_PLAN,
-    MLA_UP,
-    RMSNORM,
     Params,
     embed,
     embed_params,
@@ -30,12 +28,13 @@ from deepseek_jax.model.layers import (
     mlp_params,
     rms_norm,
 )
-from deepseek_jax.model.mla import LatentCache, Rope, mla_params
-from deepseek_jax.model.moe import Experts, moe, moe_params
+from deepseek_jax.model.mla import Expanded, LatentCache, Rope, attend, down, expanded, mla_params
+from deepseek_jax.model.moe import Experts, at_source, moe_params, with_routed
 from deepseek_jax.model.params import Param, declare, stacked
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.router import BalanceStats
 from deepseek_jax.model.sequence import WHOLE, Whole
+from deepseek_jax.model.swiglu import SWIGLU_INPUTS
 
 
 def block_params(cfg: ModelConfig, is_moe: bool) -> dict[str, Any]:
@@ -81,17 +80,36 @@ REMAT = ("none", "deepseek", "full")
 
 
 def recompute(fn: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`fn` under a named policy: "none" saves all, "full" saves only its inputs, "deepseek" saves all but the
-    outputs of RMSNorm and of the MLA up-projections, which are recomputed in the backward pass. The plan of an
-    exchange between experts, where there is one, is made once."""
-    if policy == "none":
-        return fn
+    """A whole layer `fn` under a named policy: "none" saves what its backward pass reads, "full" saves only its inputs
+    and computes it again. The plan of an exchange between experts, where there is one, is made once.
+
+    "deepseek" computes parts of a layer again: RMSNorm (`after_norm`) with what follows from it, as FP8 operands and
+    the SwiGLU's output, and the MLA up-projections (`mla.expanded`), so that neither [b, t, h, k] queries and keys nor
+    norms are kept. Where the routed experts' backward pass reads the tokens that they got, as on a single device,
+    these stay.
+    """
     if policy == "full":
         return jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_PLAN))
-    if policy == "deepseek":
-        keep = jax.checkpoint_policies.save_anything_except_these_names(RMSNORM, MLA_UP)
-        return jax.checkpoint(fn, policy=keep)
+    if policy in REMAT:
+        return fn
     raise ValueError(f"remat={policy!r} is not one of {list(REMAT)}")
+
+
+def in_part(fn: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """Under "deepseek", the backward pass of `fn` has only its arguments and what is named SWIGLU_INPUTS, and computes
+    the rest again: for parts that begin with a norm."""
+    if policy != "deepseek":
+        return fn
+    return jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(SWIGLU_INPUTS))
+
+
+def after_norm(fn: Callable[..., Any], cfg: ModelConfig, policy: str) -> Callable[..., Any]:
+    """(p, scale [d], x) -> fn(p, cfg, RMSNorm of x), of which "deepseek" keeps x."""
+
+    def normed(p: Params, scale_d: jax.Array, x_btd: jax.Array) -> Any:
+        return fn(p, cfg, rms_norm(x_btd, scale_d, cfg.rms_norm_eps))
+
+    return in_part(normed, policy)
 
 
 # --- blocks and stacks -------------------------------------------------------------------------------------
@@ -100,16 +118,6 @@ def recompute(fn: Callable[..., Any], policy: str) -> Callable[..., Any]:
 def no_stats(cfg: ModelConfig) -> BalanceStats:
     zero = jnp.zeros((), jnp.float32)
     return BalanceStats(jnp.zeros((cfg.n_routed_experts,), jnp.int32), zero, zero)
-
-
-def ffn(
-    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: Experts, sequence: Whole = WHOLE
-) -> tuple[jax.Array, BalanceStats]:
-    h_btd = rms_norm(x_btd, p["ffn_norm_d"], cfg.rms_norm_eps)
-    if "gate" in p["ffn"]:
-        y_btd, stats = moe(p["ffn"], cfg, h_btd, bias_e, experts, sequence)
-        return x_btd + y_btd, stats
-    return x_btd + mlp(p["ffn"], h_btd), no_stats(cfg)
 
 
 class Context(NamedTuple):
@@ -123,14 +131,43 @@ class Context(NamedTuple):
     sequence: Whole = WHOLE
 
 
+def attention_inputs(
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Context
+) -> tuple[Expanded, LatentCache]:
+    """Norm and projections of this device's tokens -> what its heads' core reads of all tokens, and the latents."""
+    low = after_norm(down, cfg, ctx.remat)(p["attn"], p["attn_norm_d"], x_btd)
+    return expanded(p["attn"], cfg, ctx.sequence.gathered(low), ctx.rope, ctx.remat == "deepseek")
+
+
+def attention_output(p: Params, cfg: ModelConfig, inputs: Expanded, ctx: Context) -> jax.Array:
+    """Core and output projection -> [b, t, d] for this device's tokens."""
+    return ctx.sequence.scattered(attend(p["attn"], cfg, inputs, ctx.rope, ctx.segments_bt))
+
+
+def ffn(
+    p: Params,
+    cfg: ModelConfig,
+    x_btd: jax.Array,
+    bias_e: Any,
+    experts: Experts,
+    sequence: Whole = WHOLE,
+    remat: str = "none",
+) -> tuple[jax.Array, BalanceStats]:
+    if "gate" not in p["ffn"]:
+        dense = after_norm(lambda p, _, h_btd: mlp(p, h_btd), cfg, remat)
+        return x_btd + dense(p["ffn"], p["ffn_norm_d"], x_btd), no_stats(cfg)
+    at = after_norm(at_source, cfg, remat)(p["ffn"], p["ffn_norm_d"], x_btd)
+    y_btd, stats = with_routed(p["ffn"], cfg, at, bias_e, experts, sequence)
+    return x_btd + y_btd, stats
+
+
 def block(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None, ctx: Context
 ) -> tuple[jax.Array, BalanceStats, LatentCache]:
     """One transformer block: attention, then dense or MoE FFN, each with a pre-norm and a residual."""
-    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-    qkv, latent = ctx.sequence.core_inputs(p["attn"], cfg, h_btd, ctx.rope)
-    x_btd = x_btd + ctx.sequence.core_output(p["attn"], cfg, qkv, ctx.segments_bt)
-    y_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx.experts, ctx.sequence)
+    inputs, latent = attention_inputs(p, cfg, x_btd, ctx)
+    x_btd = x_btd + attention_output(p, cfg, inputs, ctx)
+    y_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx.experts, ctx.sequence, ctx.remat)
     return y_btd, stats, latent
 
 
@@ -175,20 +212,26 @@ class Aux(NamedTuple):
     cache: LatentCache | None
 
 
-def mtp_input(p: Params, cfg: ModelConfig, h_btd: jax.Array, e_btd: jax.Array) -> jax.Array:
+def mtp_input(
+    p: Params, cfg: ModelConfig, h_btd: jax.Array, e_btd: jax.Array, remat: str = "none"
+) -> jax.Array:
     """Projection of [normed embedding; normed hidden state] (equation 21)."""
-    joined = (
-        rms_norm(e_btd, p["enorm_d"], cfg.rms_norm_eps),
-        rms_norm(h_btd, p["hnorm_d"], cfg.rms_norm_eps),
-    )
-    return linear(jnp.concatenate(joined, axis=-1), p["w_eh_cd"])
+
+    def projected(p: Params, h_btd: jax.Array, e_btd: jax.Array) -> jax.Array:
+        joined = (
+            rms_norm(e_btd, p["enorm_d"], cfg.rms_norm_eps),
+            rms_norm(h_btd, p["hnorm_d"], cfg.rms_norm_eps),
+        )
+        return linear(jnp.concatenate(joined, axis=-1), p["w_eh_cd"])
+
+    return in_part(projected, remat)(p, h_btd, e_btd)
 
 
 def mtp_module(
     p: Params, cfg: ModelConfig, h_btd: jax.Array, e_btd: jax.Array, bias_e: jax.Array | None, ctx: Context
 ) -> tuple[jax.Array, jax.Array, BalanceStats, LatentCache]:
     """One MTP module: (hidden state for the next depth, the same after its norm, statistics, latents)."""
-    x_btd = mtp_input(p, cfg, h_btd, e_btd)
+    x_btd = mtp_input(p, cfg, h_btd, e_btd, ctx.remat)
     y_btd, stats, latent = block(p["block"], cfg, x_btd, bias_e, ctx)
     return y_btd, rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), stats, latent
 

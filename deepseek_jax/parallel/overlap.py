@@ -25,11 +25,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.layers import Params, mlp, rms_norm
+from deepseek_jax.model.layers import Params, mlp
 from deepseek_jax.model.mla import LatentCache
 from deepseek_jax.model.router import BalanceStats, Routing, affinities, balance_stats, route
-from deepseek_jax.model.sequence import Whole
-from deepseek_jax.model.transformer import Context, Stack, recompute, unroll
+from deepseek_jax.model.transformer import (
+    Context,
+    Stack,
+    after_norm,
+    attention_inputs,
+    attention_output,
+    recompute,
+    unroll,
+)
 from deepseek_jax.parallel.exchange import Plan
 from deepseek_jax.parallel.experts import MeshExperts, fitting
 from deepseek_jax.parallel.side_by_side import Work, combining, dispatching, side_by_side
@@ -68,17 +75,20 @@ def _contexts(ctx: Context) -> tuple[Context, Context]:
 # --- work ---------------------------------------------------------------------------------------------------------
 
 
-def attention(cfg: ModelConfig, sequence: Whole) -> Work:
+def attention(cfg: ModelConfig, ctx: Context) -> Work:
     """Inputs (x [b, t, d], rope, segments) -> (x plus its attention, latents); in between, what the core reads."""
 
+    def of(inputs: Any) -> tuple[jax.Array, Context]:
+        x_btd, rope, segments_bt = inputs
+        return x_btd, ctx._replace(rope=rope, segments_bt=segments_bt)
+
     def first(p: Params, inputs: Any) -> Any:
-        x_btd, rope, _ = inputs
-        h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-        return sequence.core_inputs(p["attn"], cfg, h_btd, rope)
+        x_btd, here = of(inputs)
+        return attention_inputs(p, cfg, x_btd, here)
 
     def second(p: Params, inputs: Any, between: Any) -> tuple[jax.Array, LatentCache]:
-        (x_btd, _, segments_bt), (qkv, latent) = inputs, between
-        return x_btd + sequence.core_output(p["attn"], cfg, qkv, segments_bt), latent
+        (x_btd, here), (read, latent) = of(inputs), between
+        return x_btd + attention_output(p, cfg, read, here), latent
 
     return Work(first, second)
 
@@ -105,15 +115,20 @@ class Done(NamedTuple):
     plan: Plan
 
 
-def expert_work(experts: MeshExperts, shared_first: bool) -> Work:
+def expert_work(cfg: ModelConfig, experts: MeshExperts, remat: str, shared_first: bool) -> Work:
     """Inputs `AtExperts` -> (x [b, t, d], y [r, d]) of `Done`."""
 
     def shared(p: Params, at: AtExperts) -> jax.Array:
-        return at.x_btd + mlp(p["shared"], at.h_btd) if "shared" in p else at.x_btd
+        if "shared" not in p["ffn"]:
+            return at.x_btd
+        if remat == "deepseek":  # from the norm's input, which is kept
+            again = after_norm(lambda p, _, h_btd: mlp(p, h_btd), cfg, remat)
+            return at.x_btd + again(p["ffn"]["shared"], p["ffn_norm_d"], at.x_btd)
+        return at.x_btd + mlp(p["ffn"]["shared"], at.h_btd)
 
     def routed(p: Params, at: AtExperts) -> tuple[jax.Array, jax.Array]:
         h_nd = at.h_btd.reshape(-1, at.h_btd.shape[-1])
-        return experts.received(p["experts"], at.x_rd, at.weights_rk, h_nd, at.weights_nk, at.plan)
+        return experts.received(p["ffn"]["experts"], at.x_rd, at.weights_rk, h_nd, at.weights_nk, at.plan)
 
     def result(x_btd: jax.Array, outcome: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         y_rd, more_nd = outcome
@@ -137,9 +152,13 @@ class Routed(NamedTuple):
     plan: Plan
 
 
-def _routed(p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: MeshExperts) -> Routed:
-    h_btd = rms_norm(x_btd, p["ffn_norm_d"], cfg.rms_norm_eps)
-    s_bte = affinities(p["ffn"]["gate"], cfg, h_btd)
+def _routed(
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: MeshExperts, remat: str
+) -> Routed:
+    def gated(p: Params, cfg: ModelConfig, h_btd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return h_btd, affinities(p, cfg, h_btd)
+
+    h_btd, s_bte = after_norm(gated, cfg, remat)(p["ffn"]["gate"], p["ffn_norm_d"], x_btd)
     routing = route(cfg, s_bte, bias_e)
     ids_nk, weights_nk = (x.reshape(-1, x.shape[-1]) for x in routing)
     return Routed(h_btd, s_bte, routing, weights_nk, experts.plan(p["ffn"]["experts"], ids_nk))
@@ -173,18 +192,20 @@ def layer(
     experts: MeshExperts,
 ) -> tuple[tuple[jax.Array, Done], BalanceStats, LatentCache]:
     """One block for both halves; half b comes from the layer before, and leaves, with its combine to be done."""
-    sequence = contexts[0].sequence
-    attend, (rest_a, rest_b) = attention(cfg, sequence), ((c.rope, c.segments_bt) for c in contexts)
-    attn, ffn = ({name: p[name] for name in names} for names in (("attn_norm_d", "attn"), ("ffn",)))
+    ctx, (rest_a, rest_b) = contexts[0], ((c.rope, c.segments_bt) for c in contexts)
+    own: Any = None  # of each half, an argument
+    attend = attention(cfg, ctx._replace(rope=own, segments_bt=own))
+    routed_first, shared_first = (expert_work(cfg, experts, ctx.remat, first) for first in (False, True))
+    attn, ffn = ({name: p[name] for name in (f"{part}_norm_d", part)} for part in ("attn", "ffn"))
     x_b, (x_a, latent_a) = _combined(attn, done_b, experts, attend, (x_a, *rest_a))
-    to_a = _routed(p, cfg, x_a, bias_e, experts)
+    to_a = _routed(p, cfg, x_a, bias_e, experts, ctx.remat)
     at_a, (x_b, latent_b) = _dispatched(attn, to_a, x_a, experts, attend, (x_b, *rest_b))
-    to_b = _routed(p, cfg, x_b, bias_e, experts)
-    at_b, (out_a, y_a) = _dispatched(ffn["ffn"], to_b, x_b, experts, expert_work(experts, False), at_a)
+    to_b = _routed(p, cfg, x_b, bias_e, experts, ctx.remat)
+    at_b, (out_a, y_a) = _dispatched(ffn, to_b, x_b, experts, routed_first, at_a)
     done_a = Done(out_a, y_a, to_a.plan)
-    x_a, (out_b, y_b) = _combined(ffn["ffn"], done_a, experts, expert_work(experts, True), at_b)
+    x_a, (out_b, y_b) = _combined(ffn, done_a, experts, shared_first, at_b)
     s_bte, routing = joined((to_a.s_bte, to_a.routing), (to_b.s_bte, to_b.routing))
-    stats = balance_stats(cfg, s_bte, routing, sequence)
+    stats = balance_stats(cfg, s_bte, routing, ctx.sequence)
     return (x_a, Done(out_b, y_b, to_b.plan)), stats, joined(latent_a, latent_b)
 
 
@@ -194,7 +215,7 @@ def layer(
 def _from_no_layer(p: Params, cfg: ModelConfig, x_btd: jax.Array, experts: MeshExperts) -> Done:
     """A half with a combine that brings nothing, for the first layer."""
     one = jax.tree.map(lambda w: w[0], p)
-    plan = jax.eval_shape(lambda x: _routed(one, cfg, x, None, experts).plan, x_btd)
+    plan = jax.eval_shape(lambda x: _routed(one, cfg, x, None, experts, "none").plan, x_btd)
     plan = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), plan)
     rows = experts.buffer(x_btd.shape[0] * x_btd.shape[1], plan) or plan.hops[-1].rows
     y_rd = jnp.zeros((rows, x_btd.shape[-1]), x_btd.dtype)

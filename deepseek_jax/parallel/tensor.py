@@ -29,10 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import mla
-from deepseek_jax.model.layers import Params
-from deepseek_jax.model.mla import CoreInputs, LatentCache, Rope
+from deepseek_jax.model.mla import LatentCache, Low
 from deepseek_jax.model.params import Param, tree_map
 from deepseek_jax.model.sequence import WHOLE, Whole
 
@@ -72,21 +69,12 @@ class Divided(Whole):
 
         return tree_map(one, declared, params)
 
-    def core_inputs(
-        self, p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope
-    ) -> tuple[CoreInputs, LatentCache]:
-        q_lora = mla.query_latents(p, cfg, x_btd)
-        parts = (q_lora, *mla.latents(p, cfg, x_btd, (self.own(rope[0]), self.own(rope[1]))))
-        ends = (q_lora.shape[-1], q_lora.shape[-1] + cfg.kv_lora_rank)
+    def gathered(self, low: Low) -> Low:
         with jax.named_scope("gather_latents"):
-            all_bt = lax.all_gather(jnp.concatenate(parts, axis=-1), self.axis, axis=1, tiled=True)
-        q_lora, *latent = jnp.split(all_bt, ends, axis=-1)
-        return mla.expand(p, cfg, q_lora, LatentCache(*latent), rope), LatentCache(*latent)
+            all_bt = lax.all_gather(jnp.concatenate(low, axis=-1), self.axis, axis=1, tiled=True)
+        return Low(*jnp.split(all_bt, [low.q_btq.shape[-1]], axis=-1))
 
-    def core_output(
-        self, p: Params, cfg: ModelConfig, qkv: CoreInputs, segments_bt: jax.Array | None
-    ) -> jax.Array:
-        partial_btd = mla.core_output(p, cfg, qkv, segments_bt)
+    def scattered(self, partial_btd: jax.Array) -> jax.Array:
         with jax.named_scope("scatter_output"):
             return lax.psum_scatter(partial_btd, self.axis, scatter_dimension=1, tiled=True)
 

@@ -5,15 +5,15 @@ Both the backward pass of the core and the weight gradient of the projection rea
 Dims: b batch, h heads, t query token, s key token, k query/key head dim, v value head dim, d hidden.
 """
 
-import functools
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.attention import attention_backward, attention_forward
+from deepseek_jax.model.attention import CoreInputs, attention_backward, attention_forward
 from deepseek_jax.precision import e5m6
-from deepseek_jax.precision.linear import Matrix, Weight, dgrad, matrix, saved_weight, weight_gradient, wgrad
+from deepseek_jax.precision.linear import Weight, dgrad, wgrad
 from deepseek_jax.precision.operands import (
     Operand,
     dequantise,
@@ -23,7 +23,6 @@ from deepseek_jax.precision.operands import (
     quantise_transposed,
     restore,
 )
-from deepseek_jax.precision.policy import Policy
 
 
 def _tokens(o_bhtv: jax.Array) -> jax.Array:
@@ -37,44 +36,43 @@ def _heads(o: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.swapaxes(o.reshape(b, t, h, v), 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _projected(policy: Policy, q, k, v, segments_bt, w: Matrix) -> jax.Array:  # type: ignore[no-untyped-def]
-    return _projected_fwd(policy, q, k, v, segments_bt, w)[0]
+# The output in the policy's format, the log-sum-exp [b, h, t], and of the weight the operand of dgrad.
+Kept = tuple[Any, jax.Array, Weight]
 
 
-def _projected_fwd(policy: Policy, q, k, v, segments_bt, w: Matrix) -> tuple[jax.Array, Any]:  # type: ignore[no-untyped-def]
-    o_bhtv, lse = attention_forward(q, k, v, segments_bt)
+def forward(qkv: CoreInputs, segments_bt: jax.Array | None, wo: Weight) -> tuple[jax.Array, Kept]:
+    """`model.attention.forward` under the policy of the weight (master [h, v, d])."""
+    policy = wo.policy
+    o_bhtv, lse = attention_forward(*qkv, segments_bt)
     o = _tokens(o_bhtv)
     operand = quantise(o, policy.fprop[0])
-    kept = e5m6.encode(o) if policy.saved_attention == "e5m6" else keep(operand)
-    return gemm(operand, w[1], policy.fprop, o.dtype), (q, k, v, segments_bt, lse, kept, saved_weight(w))
+    y = gemm(operand, wo.fprop, policy.fprop, o.dtype)
+    b, _, t, _ = o_bhtv.shape
+    output = e5m6.encode(o) if policy.saved_attention == "e5m6" else keep(operand)
+    none: Any = None
+    return y.reshape(b, t, -1), (
+        output,
+        lse,
+        dataclasses.replace(wo, master=jnp.zeros((0,), wo.master.dtype), fprop=none),
+    )
 
 
-def _projected_bwd(policy: Policy, saved: Any, dy_md: jax.Array) -> Any:
-    q, k, v, segments_bt, lse, kept, w = saved
+def backward(
+    qkv: CoreInputs, segments_bt: jax.Array | None, kept: Kept, dy_btd: jax.Array
+) -> tuple[CoreInputs, Weight]:
+    """`model.attention.backward`; of the weight, the master takes the gradient."""
+    (q, _, v), (output, lse, wo) = qkv, kept
+    policy = wo.policy
     shape = (*q.shape[:3], v.shape[-1])
-    if isinstance(kept, Operand):
-        o = dequantise(restore(kept), policy.fprop[0], v.dtype)
+    if isinstance(output, Operand):
+        o = dequantise(restore(output), policy.fprop[0], v.dtype)
     else:
-        o = e5m6.decode(kept, shape[1] * shape[3], v.dtype)
-    do = dgrad(policy, dy_md, w[1])
+        o = e5m6.decode(output, shape[1] * shape[3], v.dtype)
+    dy_md = dy_btd.reshape(-1, dy_btd.shape[-1])
+    do = dgrad(policy, dy_md, wo.dgrad)
     dw = wgrad(policy, quantise_transposed(o, policy.wgrad[0]), dy_md)
-    dq, dk, dv = attention_backward(q, k, v, segments_bt, _heads(o, shape), lse, _heads(do, shape))
-    return dq, dk, dv, None, weight_gradient(dw, w)
-
-
-_projected.defvjp(_projected_fwd, _projected_bwd)
-
-
-def projected_attention(
-    q_bthk: jax.Array,
-    k_bshk: jax.Array,
-    v_bshv: jax.Array,
-    scale: float,
-    segments_bt: jax.Array | None,
-    w: Weight,
-) -> jax.Array:
-    """`model.attention.causal_attention` and the output projection w (master [h, v, d]) -> [b, t, d]."""
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_bthk * jnp.asarray(scale, q_bthk.dtype), k_bshk, v_bshv))
-    y = _projected(w.policy, q, k, v, segments_bt, matrix(w, n_in=2))
-    return y.reshape(*q_bthk.shape[:2], -1)
+    d_qkv = attention_backward(*qkv, segments_bt, _heads(o, shape), lse, _heads(do, shape))
+    none: Any = None
+    return d_qkv, dataclasses.replace(
+        wo, master=dw.reshape(shape[1], shape[3], -1).astype(wo.master.dtype), fprop=none, dgrad=none
+    )

@@ -15,8 +15,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.model.swiglu import swiglu, swiglu_gradients
+from deepseek_jax.model.swiglu import SWIGLU_INPUTS, swiglu, swiglu_gradients
 from deepseek_jax.precision.operands import (
     Format,
     Operand,
@@ -143,8 +144,8 @@ def _mlp_fwd(policy: Policy, x_mk: jax.Array, w: Matrices) -> tuple[jax.Array, A
     gate, up = (gemm(x, part[1], policy.fprop, dtype) for part in w[:2])
     act = swiglu_operand(gate, up, None, fmt)
     y = gemm(act, w[2][1], policy.fprop, dtype)
-    kept = (keep(part) for part in (x, quantise(gate, fmt), quantise(up, fmt)))
-    return y, (*kept, *map(saved_weight, w))
+    kept = checkpoint_name(tuple(keep(quantise(part, fmt)) for part in (gate, up)), SWIGLU_INPUTS)
+    return y, (keep(x), *kept, *map(saved_weight, w))
 
 
 def _mlp_bwd(policy: Policy, saved: Any, dy_mk: jax.Array) -> Any:

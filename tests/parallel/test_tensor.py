@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import MeshConfig, ModelConfig
-from deepseek_jax.model.mla import mla_params
+from deepseek_jax.model.mla import attend, down, expanded, mla_params
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.sequence import WHOLE
@@ -145,8 +145,8 @@ def attention(sequence, policy=None, cfg=WIDE, tokens=T):
 
         def product(p, x_btd):
             p = attach(p, quantised, policy)
-            qkv, _ = sequence.core_inputs(p, cfg, x_btd, rope)
-            y_btd = sequence.core_output(p, cfg, qkv, None)
+            inputs, _ = expanded(p, cfg, sequence.gathered(down(p, cfg, x_btd)), rope, False)
+            y_btd = sequence.scattered(attend(p, cfg, inputs, rope, None))
             return (y_btd * g_btd).sum(), y_btd
 
         (_, y_btd), (dp, dx) = jax.value_and_grad(product, (0, 1), has_aux=True)(p, x_btd)

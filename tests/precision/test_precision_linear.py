@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import PRECISIONS
-from deepseek_jax.model.attention import causal_attention
+from deepseek_jax.model.attention import core_inputs
 from deepseek_jax.model.layers import linear, mlp
+from deepseek_jax.model.mla import core_output
 from deepseek_jax.precision import PRESETS, preset
-from deepseek_jax.precision.attention import projected_attention
 from deepseek_jax.precision.e5m6 import decode, encode
 from deepseek_jax.precision.linear import Weight, quantise_weight
 from deepseek_jax.precision.operands import ROW, SQUARE, TILE
@@ -83,10 +83,13 @@ def test_attention_with_its_projection(name):
     wo = Weight(jnp.asarray(w), *quantise_weight(w.reshape(h * v, -1), policy), policy)
 
     def together(q, k, v, w):
-        return projected_attention(q, k, v, 0.2, None, w)
+        return core_output(core_inputs(q, k, v, 0.2), None, w)
+
+    def core(q, k, v):
+        return together(q, k, v, jnp.eye(h * v.shape[-1]).reshape(h, v.shape[-1], -1))
 
     def apart(q, k, v, w):
-        return linear(causal_attention(q, k, v, 0.2), w, n_in=2)
+        return linear(core(q, k, v).reshape(b, t, h, -1), w, n_in=2)
 
     got, want = (jax.jit(lambda *a, f=f: gradients(f, dy, *a))(q, k, vs, wo) for f in (together, apart))
     np.testing.assert_array_equal(got[0], want[0])
@@ -95,7 +98,7 @@ def test_attention_with_its_projection(name):
         # only the sum of do * o, taken off every score's gradient, knows the rounding
         assert np.linalg.norm(value - reference) / np.linalg.norm(reference) < kept_within
     assert not np.array_equal(got[1], want[1])
-    o = np.asarray(causal_attention(q, k, vs, 0.2)).reshape(b * t, h * v)
+    o = np.asarray(core(q, k, vs)).reshape(b * t, h * v)
     kept = (
         decode(encode(o), h * v) if policy.saved_attention == "e5m6" else oracle.rounded(o, policy.fprop[0])
     )
@@ -116,7 +119,7 @@ def test_kept_for_the_backward_pass():
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(vjp)) == 256 * 256 + 4 * 256 * 2 + weights
     q, v = jnp.zeros((2, 64, 4, 32), jnp.bfloat16), jnp.zeros((2, 64, 4, 32), jnp.bfloat16)
     wo = Weight(jnp.zeros((4, 32, 16)), *quantise_weight(jnp.zeros((128, 16)), policy), policy)
-    _, vjp = jax.vjp(lambda q, k, v: projected_attention(q, k, v, 1.0, None, wo), q, q, v)
+    _, vjp = jax.vjp(lambda q, k, v: core_output(core_inputs(q, k, v, 1.0), None, wo), q, q, v)
     leaves = jax.tree.leaves(vjp)
     assert [leaf.nbytes for leaf in leaves if leaf.dtype == jnp.uint8] == [2 * 64 * 4 * 32 * 3 // 2]
     assert sum(leaf.size == v.size and leaf.dtype == jnp.bfloat16 for leaf in leaves) == 3  # q, k, v; not o
