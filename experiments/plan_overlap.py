@@ -1,6 +1,6 @@
 """What of an expert exchange is hidden behind GEMMs on H100s, read from the compiled program; no GPU is needed.
 
-    python -m experiments.plan overlap                                  # 64 GPUs, DeepSeek-V3's layer, BF16
+    python -m experiments.plan overlap                                  # 64 GPUs, DeepSeek-V3's layer and recomputation, BF16
     python -m experiments.plan overlap --precision deepseek_fp8 --receive 0 --no-overlap
 
 Compiles the gradient of a stack of MoE layers for a topology of H100s and lists every collective of the schedule: the
@@ -124,7 +124,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1024, help="per GPU, in two sequences")
     parser.add_argument("--precision", choices=tuple(PRESETS), default="bf16")
     parser.add_argument("--receive", type=float, default=8.0, help="mesh.receive; 0: everything at once")
-    parser.add_argument("--remat", choices=REMAT, default="none")
+    parser.add_argument("--remat", choices=REMAT, default="deepseek")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 

@@ -13,9 +13,10 @@ pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_un
 
 
 @pytest.mark.timeout(1500)
-def test_every_exchange_is_hidden():
+@pytest.mark.parametrize("precision", ["bf16", "deepseek_fp8"])
+def test_every_exchange_is_hidden(precision):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "experiments.plan", "overlap"]
+    command = [sys.executable, "-m", "experiments.plan", "overlap", f"--precision={precision}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1490)
     assert done.returncode == 0, done.stderr[-3000:]
     in_layer = [line for line in done.stdout.splitlines() if line.endswith("in the layer")]

@@ -1,5 +1,6 @@
 """The whole model against the oracle: logits, MTP, loads, losses, gradients; and what depth may not change."""
 
+import collections
 import dataclasses
 
 import jax
@@ -9,8 +10,19 @@ import pytest
 
 from deepseek_jax.hf.names import get, leaves
 from deepseek_jax.model import transformer
+from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.params import abstract
-from deepseek_jax.model.transformer import REMAT, DeepSeekV3, forward, model_params
+from deepseek_jax.model.rope import rope_table
+from deepseek_jax.model.transformer import (
+    REMAT,
+    Context,
+    DeepSeekV3,
+    block,
+    block_params,
+    forward,
+    model_params,
+    recompute,
+)
 from tests.oracle import model as oracle
 from tests.oracle.tiny import V2, V3, checkpoint, rel, weights
 
@@ -152,6 +164,38 @@ def test_recomputation_does_not_change_gradients(graded, remat):
     cfg, params, bias, want = graded
     got = jax.jit(jax.grad(_jax_loss(cfg, bias, remat)))(params)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Of a dense block: every activation once, in its own dtype; neither casts nor weights a second time. "deepseek":
+    no norm's output, no queries, keys or values per head. "full": the input."""
+    cfg = dataclasses.replace(V3, dtype="bfloat16")
+    h, (b, t), d, f = cfg.num_attention_heads, TOKENS.shape, cfg.hidden_size, cfg.intermediate_size
+    q, c, r, v = cfg.q_lora_rank, cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.v_head_dim
+    x = jax.ShapeDtypeStruct((b, t, d), jnp.bfloat16)
+    p = abstract(block_params(cfg, False), jnp.bfloat16)
+    rope = rope_table(cfg, jnp.arange(t)[None])
+    weights = [w.shape for w in jax.tree.leaves(p)]
+
+    def kept(remat):
+        ctx = Context(rope, None, remat, routed_experts, False)
+        layer = recompute(lambda p, x: block(p, cfg, x, None, ctx)[0], remat)
+        vjp = jax.eval_shape(lambda p, x: jax.vjp(layer, p, x)[1], p, x)
+        return collections.Counter(
+            w.shape for w in jax.tree.leaves(vjp) if w.ndim and w.dtype == jnp.bfloat16
+        )
+
+    stream, down = [x.shape] * 2, [(b, t, q)]  # before attention and FFN
+    core, wide = [(b, t, h, v)], [(b, t, f)]
+    per_head = [(b, h, t, cfg.qk_head_dim)] * 2 + [(b, h, t, v)]
+    normed = [*stream, (b, t, q), (b, t, c)]
+    assert kept("none") == collections.Counter(
+        weights + stream + down + [(b, t, c)] + normed + per_head + core + wide * 3
+    )
+    assert kept("deepseek") == collections.Counter(
+        weights + stream + down + [(b, t, c + r)] + core + wide * 2
+    )
+    assert kept("full") == collections.Counter([*weights, x.shape])
 
 
 def test_unknown_recomputation_is_named():

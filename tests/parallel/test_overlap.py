@@ -38,8 +38,11 @@ def config(batch=16, balance="loss_free", model=MODEL, train=None, **mesh):
 
 
 @functools.cache
-def run(overlap, balance="loss_free", receive=0.0, tensor=1):
-    cfg = config(overlap=overlap, balance=balance, receive=receive, node=4 // tensor, tensor=tensor)
+def run(overlap, balance="loss_free", receive=0.0, tensor=1, remat="none"):
+    train = {"remat": remat}
+    cfg = config(
+        overlap=overlap, balance=balance, train=train, receive=receive, node=4 // tensor, tensor=tensor
+    )
     mesh = make_mesh(cfg.mesh, jax.devices()[:8])
     args = (
         jax.device_put(fresh_state(cfg), state_shardings(cfg, mesh)),
@@ -50,13 +53,13 @@ def run(overlap, balance="loss_free", receive=0.0, tensor=1):
 
 
 @pytest.mark.parametrize(
-    ("balance", "receive", "tensor"),
-    [("loss_free", 0.0, 2), ("classic", 1.0, 1)],
-    ids=["at once, tensor parallel", "classic loss, in rounds"],
+    ("balance", "receive", "tensor", "remat"),
+    [("loss_free", 0.0, 2, "deepseek"), ("classic", 1.0, 1, "none")],
+    ids=["at once, tensor parallel, recomputed", "classic loss, in rounds"],
 )
-def test_loss_every_gradient_and_counts_equal_the_whole_batch(balance, receive, tensor):
+def test_loss_every_gradient_and_counts_equal_the_whole_batch(balance, receive, tensor, remat):
     """Each gradient is a sum over the same tokens; what differs is the order."""
-    assert_same_step(*run(True, balance, receive, tensor), *run(False, balance, tensor=tensor))
+    assert_same_step(*run(True, balance, receive, tensor, remat), *run(False, balance, tensor=tensor))
 
 
 def test_a_batch_that_does_not_divide():
