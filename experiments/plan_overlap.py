@@ -1,7 +1,7 @@
 """What of an expert exchange is hidden behind GEMMs on H100s, read from the compiled program; no GPU is needed.
 
-    python -m experiments.plan overlap                                  # 64 GPUs, DeepSeek-V3's layer and recomputation, BF16
-    python -m experiments.plan overlap --precision deepseek_fp8 --receive 0 --no-overlap
+    python -m experiments.plan overlap          # 64 GPUs, DeepSeek-V3's layer and recomputation, BF16
+    python -m experiments.plan overlap --precision=deepseek_fp8 --receive=0 --no-overlap
 
 Compiles the gradient of a stack of MoE layers for a topology of H100s and lists every collective of the schedule: the
 GEMMs issued between its start and its done. This shows the order of issue, not time. Needs the packages

@@ -164,7 +164,8 @@ class Expanded(NamedTuple):
 def expanded(
     p: Params, cfg: ModelConfig, low: Low, rope: Rope, recompute: bool
 ) -> tuple[Expanded, LatentCache]:
-    """`expand`, whose results the backward pass gets from `low` again if it is to `recompute` (section 3.2.3)."""
+    """`expand`, whose results the backward pass gets from `low` again if it is to `recompute` (section 3.2.3); the
+    latents then carry no gradient."""
     if not recompute:
         qkv, latent = expand(p, cfg, low, rope)
         return Expanded(qkv, None), latent
