@@ -174,7 +174,9 @@ class TrainConfig:
     steps: int = 300
     batch_size: int = 16  # sequences per step, after the ramp
     grad_accumulation: int = 1
-    remat: str = "none"  # what the backward pass recomputes: "deepseek": norms, MLA up-projections; "full": all
+    remat: str = (
+        "none"  # what the backward pass recomputes: "deepseek": norms, MLA up-projections; "full": all
+    )
     loss_chunk: int = 1024  # tokens whose logits are in memory at once
     ema_decay: float = 0.999
     ema_every: int = 10  # steps between updates of the host-side average

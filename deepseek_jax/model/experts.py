@@ -6,6 +6,8 @@ Training and prefill sort the pairs by expert (`rows.py`) and run each expert ov
 Dims: n token, k selected expert, d hidden, f expert inner, e expert.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -80,14 +82,24 @@ def _dense(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Ar
     return jnp.einsum("enf,efd->end", act * gate_ne.T[..., None], w_down).sum(0)
 
 
-def routed_experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
+class Travelled(NamedTuple):
+    """Tokens that came quantised as experts in FP8 read them. What is differentiated is `x_nd`, the same numbers."""
+
+    x_nd: jax.Array
+    quantised: tuple[jax.Array, jax.Array]  # E4M3 [n, d], scales
+
+
+def routed_experts(
+    p: Params, x_nd: jax.Array | Travelled, experts_nk: jax.Array, weights_nk: jax.Array
+) -> jax.Array:
     """sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d]: the training form, differentiable, dropless.
 
     x_nd in the compute dtype; experts_nk int32, an id outside [0, e) marks an absent pair; weights_nk float32.
     """
     w = (p["w_gate_edf"], p["w_up_edf"], p["w_down_efd"])
+    x_nd, came = x_nd if isinstance(x_nd, Travelled) else (x_nd, None)
     if isinstance(w[0], Weight):
-        return quantised.routed_experts(x_nd, experts_nk, weights_nk, *w)
+        return quantised.routed_experts(x_nd, experts_nk, weights_nk, *w, came=came)
     return _ffn(x_nd, weights_nk, experts_nk, w)
 
 

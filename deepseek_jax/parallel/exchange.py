@@ -28,8 +28,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.model.experts import Travelled
+from deepseek_jax.model.layers import Params
 from deepseek_jax.parallel.ragged import IMPLEMENTATIONS, Axis, Chunks, before, make_chunks, ragged_all_to_all
-from deepseek_jax.parallel.wire import Layout, Wire, decode, encode, pack, unpack
+from deepseek_jax.parallel.wire import SCALES, Layout, Wire, decode, encode, pack, unpack
+from deepseek_jax.precision.linear import Weight
 
 INSIDE = ("local", "tensor")  # of a node
 FLAT: tuple[Axis, ...] = (("node", *INSIDE),)
@@ -200,6 +203,28 @@ def decoded(
     return decode(parts[:split], form, dtype), *parts[split:]
 
 
+class Received(NamedTuple):
+    """What a dispatch brings. `quantised`: the rows as they came, (E4M3 [r, d], scales), if that was in FP8."""
+
+    x_rd: jax.Array
+    weights_rk: jax.Array
+    quantised: tuple[jax.Array, jax.Array] | None = None
+
+    def tokens(self, p: Params, ex: Exchange) -> Any:
+        """For the experts of parameters `p`: quantised if they would quantise them so themselves."""
+        w = p["w_gate_edf"]
+        if self.quantised is None or not isinstance(w, Weight) or w.policy.dispatch != ex.wire.dispatch:
+            return self.x_rd
+        return Travelled(self.x_rd, self.quantised)
+
+
+def as_received(message_rw: jax.Array, layout: Layout, form: str, dtype: jnp.dtype) -> Received:
+    """Messages of rows and routing weights, opened."""
+    *coded, weights_rk = unpack(message_rw, layout)
+    x_rd = decode(coded, form, dtype)
+    return Received(x_rd, weights_rk, (coded[0], coded[1]) if form in SCALES else None)
+
+
 def _packed(
     values: tuple[jax.Array, ...], ex: Exchange
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
@@ -250,9 +275,9 @@ class Trip(NamedTuple):
 
     ready: jax.Array
     first: Callable[[jax.Array], Any]
-    last: Callable[[Any], tuple[jax.Array, ...]]
+    last: Callable[[Any], Any]
 
-    def whole(self) -> tuple[jax.Array, ...]:
+    def whole(self) -> Any:
         return self.last(self.first(self.ready))
 
 
@@ -273,6 +298,23 @@ def outwards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int 
         return decoded(arrive(message, plan, ex, _window(rows)), layout, form, x_nd.dtype, len(extra))
 
     return Trip(message, lambda message: forwarded(message, plan, ex), last)
+
+
+def to_experts(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Trip:
+    """`outwards` of (tokens, routing weights) -> `Received`."""
+    x_nd, weights_nk = values
+    form = ex.wire.dispatch
+    message, layout = loaded(x_nd, (weights_nk,), form, plan)
+
+    def last(message):  # type: ignore[no-untyped-def]
+        return as_received(arrive(message, plan, ex, _window(rows)), layout, form, x_nd.dtype)
+
+    return Trip(message, lambda message: forwarded(message, plan, ex), last)
+
+
+def from_experts(values: Any, plan: Plan, ex: Exchange, rows: int | None) -> Trip:
+    """`homewards` of the gradient of a `Received`: of rows and weights."""
+    return homewards(tuple(values[:2]), plan, ex, rows)
 
 
 def homewards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Trip:
@@ -296,18 +338,17 @@ def homewards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dispatch(x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange) -> tuple[jax.Array, jax.Array]:
+def dispatch(x_nd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exchange) -> Received:
     """Tokens and their routing weights (float32) to the devices of their experts -> ([r, d], [r, k]).
 
     Row r is of the experts `plan.experts_rk[r]`; rows that nobody sent are zeros. Formats: `ex.wire.dispatch`
     forwards, `ex.wire.combine` for the gradient.
     """
-    x_rd, weights_rk = outwards((x_nd, weights_nk), plan, ex, None).whole()
-    return x_rd, weights_rk
+    return to_experts((x_nd, weights_nk), plan, ex, None).whole()
 
 
 def _dispatch_bwd(ex, plan, g):  # type: ignore[no-untyped-def]
-    return *homewards(g, plan, ex, None).whole(), None
+    return *from_experts(g, plan, ex, None).whole(), None
 
 
 dispatch.defvjp(lambda x, weights, plan, ex: (dispatch(x, weights, plan, ex), plan), _dispatch_bwd)

@@ -14,6 +14,7 @@ Dims: n token of this device, r row received, s row sent, d hidden, k selected e
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from deepseek_jax.parallel.exchange import (
     TWO_HOP,
     Exchange,
     Plan,
+    Received,
     combine,
     dispatch,
     make_plan,
@@ -126,8 +128,8 @@ class MeshExperts:
         if rows is not None:
             return fitting(in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows), plan)
         with jax.named_scope("dispatch"):
-            x_rd, weights_rk = dispatch(x_nd, weights_nk, plan, self.ex)
-        y_rd = self.present(p, x_rd, plan.experts_rk, weights_rk)
+            came = dispatch(x_nd, weights_nk, plan, self.ex)
+        y_rd = self.present(p, came.tokens(p, self.ex), plan.experts_rk, came.weights_rk)
         with jax.named_scope("combine"):
             return fitting(combine(y_rd, plan, self.ex), plan)
 
@@ -146,8 +148,7 @@ class MeshExperts:
     def received(
         self,
         p: Params,
-        x_rd: jax.Array,
-        weights_rk: jax.Array,
+        came: Received,
         x_nd: jax.Array,
         weights_nk: jax.Array,
         plan: Plan,
@@ -156,8 +157,9 @@ class MeshExperts:
         it add to the tokens [n, d], there and back: with balanced routing there are none."""
         rows = self.buffer(len(x_nd), plan)
         if rows is None:
-            return self.present(p, x_rd, plan.experts_rk, weights_rk), jnp.zeros_like(x_nd)
-        return received(p, x_rd, weights_rk, x_nd, weights_nk, plan, self.ex, self.present, rows)
+            y_rd = self.present(p, came.tokens(p, self.ex), plan.experts_rk, came.weights_rk)
+            return y_rd, jnp.zeros_like(x_nd)
+        return received(p, came, x_nd, weights_nk, plan, self.ex, self.present, rows)
 
 
 def fitting(y_nd: jax.Array, plan: Plan) -> jax.Array:
@@ -170,7 +172,7 @@ def fitting(y_nd: jax.Array, plan: Plan) -> jax.Array:
 def _of_present(local: Experts) -> Experts:
     """`local` on at most e of the k columns: a row meets no more experts than there are, the others are absent."""
 
-    def narrow(p: Params, x_rd: jax.Array, experts_rk: jax.Array, weights_rk: jax.Array) -> jax.Array:
+    def narrow(p: Params, x_rd: Any, experts_rk: jax.Array, weights_rk: jax.Array) -> jax.Array:
         e, k = p["w_gate_edf"].shape[0], experts_rk.shape[1]
         if e < k:
             _, column = lax.top_k((experts_rk >= 0).astype(jnp.int32), e)

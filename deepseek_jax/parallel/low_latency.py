@@ -117,7 +117,7 @@ def low_latency_experts(
     def experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
         n_local = p["w_gate_edf"].shape[0]
         plan, rows_e = low_latency_plan(ex, experts_nk, n_local)
-        x_rd, _ = dispatch(x_nd, jnp.zeros((len(x_nd), 0), jnp.float32), plan, ex)
+        x_rd = dispatch(x_nd, jnp.zeros((len(x_nd), 0), jnp.float32), plan, ex).x_rd
         y_emd = masked(p, x_rd.reshape(n_local, -1, x_nd.shape[1]), rows_e)
         y_rd = jnp.where(plan.experts_rk >= 0, y_emd.reshape(x_rd.shape), 0)
         return combine_weighted(y_rd, weights_nk, plan, ex)

@@ -37,7 +37,7 @@ from deepseek_jax.model.transformer import (
     recompute,
     unroll,
 )
-from deepseek_jax.parallel.exchange import Plan
+from deepseek_jax.parallel.exchange import Plan, Received
 from deepseek_jax.parallel.experts import MeshExperts, fitting
 from deepseek_jax.parallel.side_by_side import Work, combining, dispatching, side_by_side
 
@@ -103,8 +103,7 @@ class AtExperts(NamedTuple):
     h_btd: jax.Array
     weights_nk: jax.Array
     plan: Plan
-    x_rd: jax.Array
-    weights_rk: jax.Array
+    came: Received
 
 
 class Done(NamedTuple):
@@ -128,7 +127,7 @@ def expert_work(cfg: ModelConfig, experts: MeshExperts, remat: str, shared_first
 
     def routed(p: Params, at: AtExperts) -> tuple[jax.Array, jax.Array]:
         h_nd = at.h_btd.reshape(-1, at.h_btd.shape[-1])
-        return experts.received(p["ffn"]["experts"], at.x_rd, at.weights_rk, h_nd, at.weights_nk, at.plan)
+        return experts.received(p["ffn"]["experts"], at.came, h_nd, at.weights_nk, at.plan)
 
     def result(x_btd: jax.Array, outcome: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         y_rd, more_nd = outcome
@@ -170,8 +169,8 @@ def _dispatched(
     """Dispatch of one half beside `work` of the other."""
     h_nd = to.h_btd.reshape(-1, to.h_btd.shape[-1])
     route = dispatching(experts.ex, experts.buffer(len(h_nd), to.plan))
-    rows, result = side_by_side(route, work, (h_nd, to.weights_nk), to.plan, p, inputs)
-    return AtExperts(x_btd, to.h_btd, to.weights_nk, to.plan, *rows), result
+    came, result = side_by_side(route, work, (h_nd, to.weights_nk), to.plan, p, inputs)
+    return AtExperts(x_btd, to.h_btd, to.weights_nk, to.plan, came), result
 
 
 def _combined(p: Params, done: Done, experts: MeshExperts, work: Work, inputs: Any) -> tuple[jax.Array, Any]:

@@ -6,6 +6,7 @@ Dims: as in `experts.py`.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from deepseek_jax.model.moe import Experts
 from deepseek_jax.parallel.exchange import (
     Exchange,
     Plan,
+    Received,
     Window,
     arrive,
+    as_received,
     decoded,
     depart,
     forwarded,
@@ -61,8 +64,8 @@ def _run_rounds(
 
     def one(i, y_sd):
         window = Window(i * rows, rows)
-        x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
-        y_rd = local(p, x_rd, _window_ids(plan, window), weights_rk)
+        came = as_received(arrive(message, plan, ex, window), layout, form, x_nd.dtype)
+        y_rd = local(p, came.tokens(p, ex), _window_ids(plan, window), came.weights_rk)
         return y_sd + depart((y_rd,), plan, ex, window)[0]
 
     y_sd = jnp.zeros((message.shape[0], x_nd.shape[1]), x_nd.dtype)
@@ -79,10 +82,10 @@ def _differentiate_rounds(p, x_nd, weights_nk, plan, g_nd, dp, ex, local, rows, 
     def one(i, carry):
         dp, back_s = carry
         window = Window(i * rows, rows)
-        x_rd, weights_rk = decoded(arrive(message, plan, ex, window), layout, form, x_nd.dtype, 1)
+        came = as_received(arrive(message, plan, ex, window), layout, form, x_nd.dtype)
         (g_rd,) = decoded(arrive(g_message, plan, ex, window), g_layout, form, g_nd.dtype, 0)
         ids_rk = _window_ids(plan, window)
-        _, vjp = jax.vjp(lambda p, x, w: local(p, x, ids_rk, w), p, x_rd, weights_rk)
+        _, vjp = _differentiated(local, p, came, ex, ids_rk)
         dp_here, dx_rd, dweights_rk = vjp(g_rd)
         back_s = jax.tree.map(jnp.add, back_s, depart((dx_rd, dweights_rk), plan, ex, window))
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), dp, dp_here), back_s
@@ -93,6 +96,15 @@ def _differentiate_rounds(p, x_nd, weights_nk, plan, g_nd, dp, ex, local, rows, 
     dp, back_s = lax.fori_loop(first, count, one, (dp, back_s))
     dx_nd, dweights_nk = inbound(back_s, plan, ex)
     return jax.tree.map(lambda d, w: d.astype(w.dtype), dp, p), dx_nd, dweights_nk
+
+
+def _differentiated(local: Experts, p: Params, came: Received, ex: Exchange, ids_rk: jax.Array) -> Any:
+    """(results of the rows, function from their gradient to that of parameters, rows and weights)"""
+
+    def results(p, x_rd, weights_rk):  # type: ignore[no-untyped-def]
+        return local(p, came._replace(x_rd=x_rd).tokens(p, ex), ids_rk, weights_rk)
+
+    return jax.vjp(results, p, came.x_rd, came.weights_rk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -116,11 +128,10 @@ def _in_rounds_bwd(ex, local, rows, saved, g_nd):  # type: ignore[no-untyped-def
 in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def received(
     p: Params,
-    x_rd: jax.Array,
-    weights_rk: jax.Array,
+    came: Received,
     x_nd: jax.Array,
     weights_nk: jax.Array,
     plan: Plan,
@@ -132,12 +143,12 @@ def received(
 
     Rounds that there are not cost nothing, in the backward pass too: the parameters' gradients pass through.
     """
-    return _received_fwd(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows)[0]
+    return _received_fwd(p, came, x_nd, weights_nk, plan, ex, local, rows)[0]
 
 
-def _received_fwd(p, x_rd, weights_rk, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
+def _received_fwd(p, came, x_nd, weights_nk, plan, ex, local, rows):  # type: ignore[no-untyped-def]
     ids_rk = plan.experts_rk[:rows]
-    y_rd, vjp = jax.vjp(lambda p, x, w: local(p, x, ids_rk, w), p, x_rd, weights_rk)
+    y_rd, vjp = _differentiated(local, p, came, ex, ids_rk)
     with jax.named_scope("rounds"):
         more_nd = lax.cond(
             _rounds(plan, rows) > 1,
@@ -158,7 +169,7 @@ def _received_bwd(ex, local, rows, saved, g):  # type: ignore[no-untyped-def]
             lambda dp: (dp, jnp.zeros_like(x_nd), jnp.zeros_like(weights_nk)),
             dp,
         )
-    return dp, dx_rd, dweights_rk, dx_nd, dweights_nk, None
+    return dp, Received(dx_rd, dweights_rk), dx_nd, dweights_nk, None
 
 
 received.defvjp(_received_fwd, _received_bwd)

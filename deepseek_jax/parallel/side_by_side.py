@@ -21,7 +21,7 @@ from jax import lax
 
 from deepseek_jax.model.layers import Params
 from deepseek_jax.parallel import exchange
-from deepseek_jax.parallel.exchange import Exchange, Plan, homewards, outwards
+from deepseek_jax.parallel.exchange import Exchange, Plan, from_experts, homewards, outwards, to_experts
 
 
 class Work(NamedTuple):
@@ -58,8 +58,8 @@ class Route(NamedTuple):
 
 
 def dispatching(ex: Exchange, rows: int | None) -> Route:
-    """Values (x [n, d], weights [n, k]) -> (x [r, d], weights [r, k])."""
-    return Route("dispatch", outwards, homewards, ex, rows)
+    """Values (x [n, d], weights [n, k]) -> `exchange.Received`."""
+    return Route("dispatch", to_experts, from_experts, ex, rows)
 
 
 def combining(ex: Exchange, rows: int | None) -> Route:
@@ -78,7 +78,7 @@ def _together(*values: Any) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def side_by_side(
     route: Route, work: Work, values: tuple[jax.Array, ...], plan: Plan, p: Params, inputs: Any
-) -> tuple[tuple[jax.Array, ...], Any]:
+) -> tuple[Any, Any]:
     """(what the trip brings, the result of the work), differentiable in `values`, `p` and `inputs`.
 
     The plan is finished before the segment starts.

@@ -65,15 +65,15 @@ def _wgrad(a: Operand, b: Operand, formats: Formats, rows: Rows) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(policy: Policy, x_nd, weights_nk, experts_nk, w):  # type: ignore[no-untyped-def]
-    return _experts_fwd(policy, x_nd, weights_nk, experts_nk, w)[0]
+def _experts(policy: Policy, x_nd, weights_nk, experts_nk, w, came):  # type: ignore[no-untyped-def]
+    return _experts_fwd(policy, x_nd, weights_nk, experts_nk, w, came)[0]
 
 
-def _experts_fwd(policy: Policy, x_nd, weights_nk, experts_nk, w):  # type: ignore[no-untyped-def]
+def _experts_fwd(policy: Policy, x_nd, weights_nk, experts_nk, w, came):  # type: ignore[no-untyped-def]
     gate_w, up_w, down_w = (part[1] for part in w)
     rows = sort_rows(experts_nk, weights_nk, gate_w.q.shape[0])
     dtype, fmt, formats = x_nd.dtype, policy.expert_input, (policy.expert_input, policy.fprop[1])
-    x = quantise(x_nd, fmt)
+    x = quantise(x_nd, fmt) if came is None else Operand(*came)
     x_rows = _to_rows(x, fmt, rows)
     gate, up = (_product(x_rows, part, formats, rows, dtype) for part in (gate_w, up_w))
     act = swiglu_operand(gate, up, rows.gain_m, policy.fprop[0])
@@ -111,6 +111,7 @@ def _experts_bwd(policy: Policy, saved: Any, dy_nd: jax.Array) -> Any:
         dweights,
         None,
         tuple(map(weight_gradient, dw, (gate_w, up_w, down_w))),
+        None,
     )
 
 
@@ -118,8 +119,17 @@ _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
 def routed_experts(
-    x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array, gate: Weight, up: Weight, down: Weight
+    x_nd: jax.Array,
+    experts_nk: jax.Array,
+    weights_nk: jax.Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    came: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """`model.experts.routed_experts` by the weights' policy; masters [e, d, f], [e, d, f], [e, f, d]."""
+    """`model.experts.routed_experts` by the weights' policy; masters [e, d, f], [e, d, f], [e, f, d].
+
+    `came`: the tokens as `policy.expert_input` has them, where they came so; `x_nd` is then not read.
+    """
     w = tuple((part.master, part.fprop, part.dgrad) for part in (gate, up, down))
-    return _experts(gate.policy, x_nd, weights_nk, experts_nk, w)
+    return _experts(gate.policy, x_nd, weights_nk, experts_nk, w, came)
