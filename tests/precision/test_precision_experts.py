@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.experts import Travelled, routed_experts
+from deepseek_jax.parallel.exchange import Exchange, Received
+from deepseek_jax.parallel.wire import Wire, decode, encode
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.linear import Weight, quantise_weight
 from tests.precision import oracle
@@ -60,14 +62,19 @@ def expected(policy, ids):
     return y, dx, dgain, dw
 
 
-def run(policy):
+def run(policy, came=None):
+    """`came`: the tokens quantised, beside x."""
+
     @jax.jit
     def value_and_grad(x, gain, ids, dy):
+        def tokens(x):
+            return x if came is None else Travelled(x, came)
+
         p = {
             name: Weight(jnp.asarray(w), *quantise_weight(jnp.asarray(w), policy), policy)
             for name, w in W.items()
         }
-        y, vjp = jax.vjp(lambda x, gain, p: routed_experts(p, x, ids, gain), x, gain, p)
+        y, vjp = jax.vjp(lambda x, gain, p: routed_experts(p, tokens(x), ids, gain), x, gain, p)
         dx, dgain, dp = vjp(dy)
         return y, dx, dgain, {name: dp[name].master for name in W}
 
@@ -114,3 +121,22 @@ def test_other_presets_stay_near_the_unquantised_experts(deepseek, unquantised, 
 
     ratio = errors(run(PRESETS[name])(X, GAIN, ids, DY)) / errors(deepseek(X, GAIN, ids, DY))
     assert np.all((ratio > 0.5) & (ratio < 1.5))
+
+
+def test_tokens_that_came_quantised_are_taken_as_they_are():
+    """Bit for bit what the quantised tokens give when the expert quantises them again; x itself is not read."""
+    policy, ids = PRESETS["deepseek_fp8"], ROUTINGS["absent"]
+    came = encode(X, policy.dispatch)
+    again = run(policy)(decode(came, policy.dispatch, jnp.float32), GAIN, ids, DY)
+    taken = run(policy, came)(np.full_like(X, np.nan), GAIN, ids, DY)
+    jax.tree.map(np.testing.assert_array_equal, taken, again)
+
+
+def test_a_format_that_the_experts_do_not_have_is_dequantised():
+    policy = PRESETS["deepseek_fp8"]
+    w = jnp.ones((1, 128, 128))
+    fp8 = {"w_gate_edf": Weight(w, *quantise_weight(w, policy), policy)}
+    came = Received(jnp.ones((2, 128)), jnp.ones((2, 1)), tuple(encode(jnp.ones((2, 128)), "fp8")))
+    assert came.tokens(fp8, Exchange(wire=Wire("fp8"))) is came.x_rd  # scales of powers of two are wanted
+    assert came.tokens({"w_gate_edf": w}, Exchange(wire=Wire(policy.dispatch))) is came.x_rd
+    assert isinstance(came.tokens(fp8, Exchange(wire=Wire(policy.dispatch))), Travelled)
