@@ -285,31 +285,34 @@ def _window(rows: int | None) -> Window | None:
     return None if rows is None else Window(jnp.int32(0), rows)
 
 
+def _outwards(
+    x_nd: jax.Array,
+    extra: tuple[jax.Array, ...],
+    plan: Plan,
+    ex: Exchange,
+    rows: int | None,
+    opened: Callable[..., tuple[Any, ...]],
+) -> Trip:
+    form = ex.wire.dispatch
+    message, layout = loaded(x_nd, extra, form, plan)
+
+    def last(message):  # type: ignore[no-untyped-def]
+        return opened(arrive(message, plan, ex, _window(rows)), layout, form, x_nd.dtype)
+
+    return Trip(message, lambda message: forwarded(message, plan, ex), last)
+
+
 def outwards(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Trip:
-    """Tokens to their experts, the first of `values` in the format of a dispatch; the last hop is the last stage.
+    """(Rows of tokens,) to the devices of their experts, in the format of a dispatch; the last hop is the last stage.
 
     `rows`: only the first so many rows of each device's last hop.
     """
-    x_nd, *extra = values
-    form = ex.wire.dispatch
-    message, layout = loaded(x_nd, tuple(extra), form, plan)
-
-    def last(message):  # type: ignore[no-untyped-def]
-        return decoded(arrive(message, plan, ex, _window(rows)), layout, form, x_nd.dtype, len(extra))
-
-    return Trip(message, lambda message: forwarded(message, plan, ex), last)
+    return _outwards(values[0], (), plan, ex, rows, functools.partial(decoded, n_extra=0))
 
 
 def to_experts(values: tuple[jax.Array, ...], plan: Plan, ex: Exchange, rows: int | None) -> Trip:
     """`outwards` of (tokens, routing weights) -> `Received`."""
-    x_nd, weights_nk = values
-    form = ex.wire.dispatch
-    message, layout = loaded(x_nd, (weights_nk,), form, plan)
-
-    def last(message):  # type: ignore[no-untyped-def]
-        return as_received(arrive(message, plan, ex, _window(rows)), layout, form, x_nd.dtype)
-
-    return Trip(message, lambda message: forwarded(message, plan, ex), last)
+    return _outwards(values[0], values[1:], plan, ex, rows, as_received)
 
 
 def from_experts(values: Any, plan: Plan, ex: Exchange, rows: int | None) -> Trip:
