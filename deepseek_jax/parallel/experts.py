@@ -2,9 +2,8 @@
 
 To be called inside `shard_map` (check_vma=False) with expert parameters sharded over (node, local, tensor) in order,
 so that the device j of node i holds the experts of rank i * (devices of a node) + j, where j counts the devices of a
-node along local, then tensor. Every
-device brings its own tokens and gets their sums back. Nothing the shared expert needs goes through the exchange,
-so XLA is free to compute it while tokens travel.
+node along local, then tensor. Every device brings its own tokens and gets their sums back. Nothing the shared expert
+needs goes through the exchange, so XLA is free to compute it while tokens travel.
 
 Node-limited routing (section 2.1.2) works on the mesh's nodes through this placement: a group of experts lies on
 consecutive devices. Groups need not be nodes; `nodes_per_token` says how many nodes a token can meet.

@@ -7,9 +7,10 @@
     last stage of the trip  | second part of the work
 
 The barriers keep each stage beside its part; running them at the same time is up to the scheduler (`compiler.py`).
-Without the first, it does the work while messages are made ready, and nothing while they travel. Without the second, the scheduler, which does not know how long a kernel of ours takes, places all work
-beside the first collective of the segment. The backward pass is a segment too, written out: the trip back, last stage
-first, beside the gradients of the parts.
+Without the first, it does the work while messages are made ready, and nothing while they travel. Without the second, the
+scheduler, which does not know how long a kernel of ours takes, places all work beside the first collective of the
+segment. The backward pass is a segment too, written out: the trip back, last stage first, beside the gradients of the
+parts.
 """
 
 import functools

@@ -1,5 +1,6 @@
 """The training loop: stopped, resumed, killed, poisoned; a resumed run equals one that never stopped, bit for bit."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.training import loop
 from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
 from deepseek_jax.training.metrics import TIMINGS, read_records
 from experiments.kill_test import Run, Timing, differences, kill_at_random
@@ -61,6 +63,14 @@ def assert_same_run(cfg, result, ema, golden_run):
     assert raw(ema) == raw(golden_run.ema)
     assert result[1:] == golden_run.result[1:]
     assert records(cfg.train.out_dir) == records(golden_run.cfg.train.out_dir)
+
+
+def test_a_resumed_run_makes_no_first_state(golden_run, monkeypatch):
+    """It would lie beside the restored one."""
+    monkeypatch.setattr(loop, "init_state", lambda *_: pytest.fail("a first state"))
+    with contextlib.closing(trainer(golden_run.cfg)) as run:
+        assert run.resume() and run.step == 20
+        assert raw(run.state) == raw(golden_run.result.state) and raw(run.ema.state()) == raw(golden_run.ema)
 
 
 def test_an_undisturbed_run(golden_run):
