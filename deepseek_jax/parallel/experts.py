@@ -37,7 +37,7 @@ from deepseek_jax.parallel.exchange import (
     make_plan,
 )
 from deepseek_jax.parallel.mesh import expert_exchange
-from deepseek_jax.parallel.rounds import in_rounds, received
+from deepseek_jax.parallel.rounds import Way, in_rounds, received
 from deepseek_jax.parallel.wire import Wire
 
 MODES = {"flat": FLAT, "two_hop": TWO_HOP}
@@ -125,7 +125,7 @@ class MeshExperts:
         plan = self.plan(p, experts_nk)
         rows = self.buffer(len(x_nd), plan)
         if rows is not None:
-            return fitting(in_rounds(p, x_nd, weights_nk, plan, self.ex, self.present, rows), plan)
+            return fitting(in_rounds(p, x_nd, weights_nk, plan, Way(self.ex, self.present, rows)), plan)
         with jax.named_scope("dispatch"):
             came = dispatch(x_nd, weights_nk, plan, self.ex)
         y_rd = self.present(p, came.tokens(p, self.ex), plan.experts_rk, came.weights_rk)
@@ -158,14 +158,12 @@ class MeshExperts:
         if rows is None:
             y_rd = self.present(p, came.tokens(p, self.ex), plan.experts_rk, came.weights_rk)
             return y_rd, jnp.zeros_like(x_nd)
-        return received(p, came, x_nd, weights_nk, plan, self.ex, self.present, rows)
+        return received(p, came, x_nd, weights_nk, plan, Way(self.ex, self.present, rows))
 
 
 def fitting(y_nd: jax.Array, plan: Plan) -> jax.Array:
-    """NaN for tokens of more peers than the plan was told of."""
-    return y_nd + jnp.where(plan.fits_n, 0, jnp.nan)[:, None].astype(
-        y_nd.dtype
-    )  # saves no mask of the size of y
+    """NaN for tokens of more peers than the plan was told of. A sum, which saves no mask of the size of y."""
+    return y_nd + jnp.where(plan.fits_n, 0, jnp.nan).astype(y_nd.dtype)[:, None]
 
 
 def _of_present(local: Experts) -> Experts:

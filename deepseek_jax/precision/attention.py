@@ -36,6 +36,7 @@ def _heads(o: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.swapaxes(o.reshape(b, t, h, v), 1, 2)
 
 
+_NONE: Any = None  # an operand that is not kept, or has no gradient
 # The output in the policy's format, the log-sum-exp [b, h, t], and of the weight the operand of dgrad.
 Kept = tuple[Any, jax.Array, Weight]
 
@@ -49,12 +50,8 @@ def forward(qkv: CoreInputs, segments_bt: jax.Array | None, wo: Weight) -> tuple
     y = gemm(operand, wo.fprop, policy.fprop, o.dtype)
     b, _, t, _ = o_bhtv.shape
     output = e5m6.encode(o) if policy.saved_attention == "e5m6" else keep(operand)
-    none: Any = None
-    return y.reshape(b, t, -1), (
-        output,
-        lse,
-        dataclasses.replace(wo, master=jnp.zeros((0,), wo.master.dtype), fprop=none),
-    )
+    read = dataclasses.replace(wo, master=jnp.zeros((0,), wo.master.dtype), fprop=_NONE)
+    return y.reshape(b, t, -1), (output, lse, read)
 
 
 def backward(
@@ -72,7 +69,5 @@ def backward(
     do = dgrad(policy, dy_md, wo.dgrad)
     dw = wgrad(policy, quantise_transposed(o, policy.wgrad[0]), dy_md)
     d_qkv = attention_backward(*qkv, segments_bt, _heads(o, shape), lse, _heads(do, shape))
-    none: Any = None
-    return d_qkv, dataclasses.replace(
-        wo, master=dw.reshape(shape[1], shape[3], -1).astype(wo.master.dtype), fprop=none, dgrad=none
-    )
+    master = dw.reshape(shape[1], shape[3], -1).astype(wo.master.dtype)
+    return d_qkv, dataclasses.replace(wo, master=master, fprop=_NONE, dgrad=_NONE)

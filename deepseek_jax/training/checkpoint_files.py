@@ -106,8 +106,13 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def read_state(path: Path, abstract: PyTree) -> PyTree:
     """The tree at `path` in the structure and shardings of `abstract`, after comparing every shape and dtype."""
-    saved = _described(ocp.PyTreeCheckpointHandler().metadata(path).tree)
-    wanted = _described(abstract)
+    _check_arrays(path, ocp.PyTreeCheckpointHandler().metadata(path).tree, abstract)
+    target = jax.tree.map(_with_sharding, abstract)
+    return ocp.StandardCheckpointHandler().restore(path, args=ocp.args.StandardRestore(target))
+
+
+def _check_arrays(path: Path, found: PyTree, expected: PyTree) -> None:
+    saved, wanted = _described(found), _described(expected)
     differing = [
         f"{name} is {saved.get(name, 'absent')}, expected {wanted.get(name, 'absent')}"
         for name in sorted(saved.keys() | wanted.keys())
@@ -118,17 +123,18 @@ def read_state(path: Path, abstract: PyTree) -> PyTree:
         raise CheckpointError(
             f"checkpoint {path.parent} holds other arrays: " + "; ".join(differing[:_MAX_NAMED]) + more
         )
-    target = jax.tree.map(_with_sharding, abstract)
-    return ocp.StandardCheckpointHandler().restore(path, args=ocp.args.StandardRestore(target))
 
 
 def read_tree(path: Path, names: tuple[str, ...] | None = None, like: PyTree | None = None) -> PyTree:
     """The tree at `path`, or only the top-level entries `names` of it, as nested dicts.
 
-    Leaves are NumPy arrays, or where `like` has a sharding, global arrays on it.
+    Leaves are NumPy arrays, or where `like` has a sharding, global arrays on it. With `like`, every shape and dtype is
+    compared.
     """
     handler = ocp.PyTreeCheckpointHandler()
     tree = handler.metadata(path).tree
+    if like is not None:
+        _check_arrays(path, tree, like)
     tree = tree if names is None else {name: tree[name] for name in names}
     shardings = {} if like is None else _shardings(like)
 

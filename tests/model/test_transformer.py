@@ -181,9 +181,10 @@ def test_what_is_kept_for_the_backward_pass():
         ctx = Context(rope, None, remat, routed_experts, False)
         layer = recompute(lambda p, x: block(p, cfg, x, None, ctx)[0], remat)
         vjp = jax.eval_shape(lambda p, x: jax.vjp(layer, p, x)[1], p, x)
-        return collections.Counter(
-            w.shape for w in jax.tree.leaves(vjp) if w.ndim and w.dtype == jnp.bfloat16
-        )
+        arrays = [w for w in jax.tree.leaves(vjp) if w.ndim]
+        others = {w.shape for w in arrays if w.dtype != jnp.bfloat16}
+        assert others <= {(b, h, t), (1, t, r // 2), (1, t, 1, r // 2)}  # log-sum-exp; cos and sin
+        return collections.Counter(w.shape for w in arrays if w.dtype == jnp.bfloat16)
 
     stream, down = [x.shape] * 2, [(b, t, q)]  # before attention and FFN
     core, wide = [(b, t, h, v)], [(b, t, f)]

@@ -16,6 +16,7 @@ import pytest
 
 from deepseek_jax.config import OptimizerConfig
 from deepseek_jax.training.checkpoint import Checkpointer, CheckpointError, load_params
+from deepseek_jax.training.ema import abstract_average
 from deepseek_jax.training.optimizer import adamw
 from deepseek_jax.training.state import TrainState
 
@@ -204,6 +205,8 @@ def test_another_model_is_refused_by_key(saved):
         checkpointer.restore(abstract(make_state()), model={**MODEL, "dtype": "bfloat16"})
     with pytest.raises(ValueError, match=r"params.embed is float32\[16, 8\], expected float32\[16, 6\]"):
         checkpointer.restore(abstract(make_state(hidden=6)))
+    with pytest.raises(ValueError, match=r"params.embed is float32\[16, 8\], expected float32\[16, 6\]"):
+        checkpointer.restore(abstract(make_state()), ema=abstract_average(make_state(hidden=6).params))
     checkpointer.close()
 
 
