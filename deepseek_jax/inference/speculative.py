@@ -74,7 +74,7 @@ def verify(
     key: jax.Array, target_bv: jax.Array, draft_bv: jax.Array, token_b: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
     """(accepted bool [b], token int32 [b]): `token_b`, drawn from the draft's logits, or its replacement."""
-    if sampling.temperature == 0.0:
+    if sampling.greedy:
         choice = jnp.argmax(target_bv, axis=-1).astype(jnp.int32)
         return choice == token_b, choice
     p = jax.nn.softmax(filtered_logits(target_bv, sampling), axis=-1)

@@ -285,8 +285,8 @@ def test_verify_accepts_with_p_over_q_and_replaces_from_the_rest():
     ("sampling", "q", "want"),
     [
         (HOT, Q, P),
-        # With top_p the draft, too, comes from its nucleus: token 1, and 2 and 4, which are equally likely.
-        (Sampling(1.0, 0.6), np.array([0, 5, 2, 0, 2]) / 9, np.array([4, 3, 0, 0, 0]) / 7),
+        # With top_p the draft, too, comes from its nucleus: tokens 1 and 2, not 4, which is as likely as 2.
+        (Sampling(1.0, 0.6), np.array([0, 5, 2, 0, 0]) / 7, np.array([4, 3, 0, 0, 0]) / 7),
     ],
     ids=["whole", "nucleus"],
 )
