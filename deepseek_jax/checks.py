@@ -1,6 +1,15 @@
-"""What the config dataclasses say of a value that cannot be."""
+"""What the config dataclasses say of a value that cannot be; a dataclass from a mapping, checked."""
 
+import dataclasses
 import difflib
+import math
+import numbers
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+_LONGEST = 120  # characters of a value that an error repeats
 
 
 def require(ok: bool, message: str) -> None:
@@ -8,8 +17,79 @@ def require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}={value!r} is not one of {list(choices)}{hint}")
+def shown(value: Any) -> str:
+    """A value for an error message: on one line, and not longer than a line."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with too many digits to be written
+        text = f"<{type(value).__name__} of {int(value).bit_length()} bits>"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def plain(name: str) -> str:
+    """A name for an error message: as it is, unless it would break the line."""
+    return name if name.isprintable() and len(name) <= 2 * _LONGEST else shown(name)
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={shown(value)} is not one of {list(choices)}{_hint(value, choices)}")
+
+
+def _hint(value: Any, choices: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(value)[:_LONGEST], choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def integer(name: str, value: Any, low: int, high: int) -> None:
+    """Raises ValueError unless `value` is an integer in [low, high]."""
+    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high
+    require(ok, f"{name}={shown(value)} must be an integer in [{low}, {high}]")
+
+
+def real(name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError unless `value` is a number in [low, high]."""
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
+    require(ok, f"{name}={shown(value)} must be a number in [{low:g}, {high:g}]")
+
+
+# --- dataclasses from mappings ----------------------------------------------------------------------------
+
+
+def build(cls: Any, values: Mapping[str, Any], path: str = "") -> Any:
+    """Dataclass `cls` from a mapping, `path` in front of its keys in errors.
+
+    Raises ValueError: unknown keys, with the nearest valid one; wrong types; what `cls` itself refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    kwargs = {}
+    for key, value in values.items():
+        if key not in names:
+            close = difflib.get_close_matches(str(key)[:_LONGEST], names, n=1)
+            hint = f"did you mean {path}{close[0]!s}?" if close else f"valid keys: {', '.join(names)}"
+            raise ValueError(f"unknown config key {path}{plain(str(key))}; {hint}")
+        nested = next((o for o in _options(hints[key]) if dataclasses.is_dataclass(o)), None)
+        if nested is not None and isinstance(value, Mapping):
+            value = build(nested, value, f"{path}{key}.")
+        else:
+            _check_type(f"{path}{key}", value, hints[key])
+        kwargs[key] = value
+    return cls(**kwargs)
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The types in an annotation such as `YarnConfig | None`."""
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    options = _options(annotation)
+    if float in options and isinstance(value, int | float) and not isinstance(value, bool):
+        finite = math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 1023
+        require(finite, f"config key {name}={shown(value)} should be a finite number")
+        return
+    if any(isinstance(value, o) and not (o is int and isinstance(value, bool)) for o in options):
+        return
+    kinds = " or ".join("None" if o is types.NoneType else o.__name__ for o in options)
+    raise ValueError(f"config key {name}={shown(value)} should be {kinds}, not {type(value).__name__}")

@@ -5,13 +5,11 @@ nearest valid key for every mistake. Source: technical report section 4.
 """
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.checks import choice, require
+from deepseek_jax.checks import build as build
+from deepseek_jax.checks import choice, require, shown
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.model_config import YarnConfig as YarnConfig
 
@@ -234,44 +232,7 @@ class Config:
         )
 
 
-# --- building dataclasses from mappings -------------------------------------------------------------------
-
-
-def _dataclass_in(annotation: Any) -> Any:
-    """The dataclass in an annotation such as `YarnConfig | None`, or None."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((o for o in options if dataclasses.is_dataclass(o)), None)
-
-
-def build(cls: Any, values: Mapping[str, Any], path: str = "") -> Any:
-    """Dataclass `cls` from a mapping; unknown keys raise ValueError with the nearest valid one."""
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    kwargs = {}
-    for key, value in values.items():
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {path}{close[0]!s}?" if close else f"valid keys: {', '.join(names)}"
-            raise ValueError(f"unknown config key {path}{key}; {hint}")
-        nested = _dataclass_in(hints[key])
-        if nested is not None and isinstance(value, Mapping):
-            value = build(nested, value, f"{path}{key}.")
-        else:
-            _check_type(f"{path}{key}", value, hints[key])
-        kwargs[key] = value
-    return cls(**kwargs)
-
-
-def _check_type(name: str, value: Any, annotation: Any) -> None:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if dataclasses.is_dataclass(value) or any(dataclasses.is_dataclass(o) and value is o for o in options):
-        return
-    for option in options:
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return
-        if isinstance(value, option) and not (option is int and isinstance(value, bool)):
-            return
-    raise ValueError(f"config key {name}={value!r} should be {annotation}, not {type(value).__name__}")
+# --- from and to mappings ---------------------------------------------------------------------------------
 
 
 def from_config_dict(cfg: Any) -> Config:
@@ -279,7 +240,9 @@ def from_config_dict(cfg: Any) -> Config:
 
     Raises ValueError naming the key, and the nearest valid one, for unknown keys, wrong types and bad values.
     """
-    values = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
+    values = cfg.to_dict() if hasattr(cfg, "to_dict") else cfg
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a config should be a mapping with the keys of {Config.__name__}, not {shown(values)}")
     return build(Config, values)
 
 
