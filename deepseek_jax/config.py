@@ -242,7 +242,9 @@ def from_config_dict(cfg: Any) -> Config:
     """
     values = cfg.to_dict() if hasattr(cfg, "to_dict") else cfg
     if not isinstance(values, Mapping):
-        raise ValueError(f"a config should be a mapping with the keys of {Config.__name__}, not {shown(values)}")
+        raise ValueError(
+            f"a config should be a mapping with the keys of {Config.__name__}, not {shown(values)}"
+        )
     return build(Config, values)
 
 

@@ -72,7 +72,9 @@ def _check(value: dict[str, Any], where: str) -> None:
                     below.append((f"{path}{key}.", x))
         level = below
     if level:
-        raise ValueError(f"{where} is not valid JSON: {plain(level[0][0][:-1])} is nested deeper than {MAX_DEPTH}")
+        raise ValueError(
+            f"{where} is not valid JSON: {plain(level[0][0][:-1])} is nested deeper than {MAX_DEPTH}"
+        )
 
 
 def _wrong(x: Any) -> str:

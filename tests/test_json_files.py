@@ -44,11 +44,13 @@ def test_what_is_right_comes_back():
 def test_files(tmp_path):
     (tmp_path / "a.json").write_text('{"a": 1}')
     assert read_object(tmp_path / "a.json") == {"a": 1}
-    with pytest.raises(ValueError, match="b.json is missing"):
+    with pytest.raises(ValueError, match=r"b.json is missing"):
         read_object(tmp_path / "b.json")
     with pytest.raises(ValueError, match="is not a file"):
         read_object(tmp_path)
     with open(tmp_path / "large.json", "wb") as f:
         f.truncate(MAX_BYTES + 1)
-    with pytest.raises(ValueError, match=f"large.json has {MAX_BYTES + 1} bytes; at most {MAX_BYTES} are read"):
+    with pytest.raises(
+        ValueError, match=rf"large.json has {MAX_BYTES + 1} bytes; at most {MAX_BYTES} are read"
+    ):
         read_object(tmp_path / "large.json")
