@@ -43,14 +43,20 @@ def _hint(value: Any, choices: tuple[str, ...]) -> str:
 
 def integer(name: str, value: Any, low: int, high: int) -> None:
     """Raises ValueError unless `value` is an integer in [low, high]."""
-    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high
-    require(ok, f"{name}={shown(value)} must be an integer in [{low}, {high}]")
+    _number(name, value, numbers.Integral, "an integer", low, high)
 
 
 def real(name: str, value: Any, low: float, high: float) -> None:
     """Raises ValueError unless `value` is a number in [low, high]."""
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
-    require(ok, f"{name}={shown(value)} must be a number in [{low:g}, {high:g}]")
+    _number(name, value, numbers.Real, "a finite number", low, high)
+
+
+def _number(name: str, value: Any, kind: Any, words: str, low: float, high: float) -> None:
+    number = isinstance(value, kind) and not isinstance(value, bool) and value == value  # not NaN
+    require(number, f"{name}={shown(value)} must be {words}")
+    least = "positive" if low == 1 and kind is numbers.Integral else f">= {low}"
+    require(value >= low, f"{name}={shown(value)} must be {least}")
+    require(value <= high, f"{name}={shown(value)} must be <= {high}")
 
 
 # --- dataclasses from mappings ----------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 Every field is either translated, required to have the one value that this model implements, or known to be
 harmless; anything else raises, because a field that is skipped in silence is a model that is silently wrong.
 Both spellings of the rotary settings are read: the published one (`rope_theta`, `rope_scaling`) and that of
-transformers 5 (`rope_parameters`). Sources: config.json of each model as published.
+transformers 5 (`rope_parameters`); where a file has both, they must agree. Types and ranges are those of `ModelConfig`,
+checked by `checks.build` as for every other config. Sources: config.json of each model as published.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from deepseek_jax.checks import build, plain, require, shown
 from deepseek_jax.model_config import ModelConfig, YarnConfig
 
 _SIGMOID_TYPES = ("deepseek_v3", "kimi_k2")  # V3, R1, V3.1, Moonlight; Kimi-K2
@@ -72,6 +74,21 @@ _HANDLED_NAMES = """
 """
 _HANDLED = frozenset(_HANDLED_NAMES.split())
 _YARN = tuple(f.name for f in dataclasses.fields(YarnConfig))
+# Settings of transformers' YaRN beside these, with the value that they have for every model of the family.
+_YARN_FIXED: dict[str, Any] = {"truncate": True, "partial_rotary_factor": 1.0}
+
+_QUANTIZATION: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "weight_block_size": ([128, 128], (128, 128)),
+    "fmt": ("e4m3",),
+    "activation_scheme": ("dynamic",),
+    "scale_fmt": ("ue8m0", "float"),
+    "expert_dtype": ("fp8",),
+}
+_QUANTIZATION_NEEDED = ("quant_method", "weight_block_size")
+# Which tensors are FP8 is read from the files; whether transformers dequantises them is its own affair.
+_QUANTIZATION_HARMLESS = ("modules_to_not_convert", "modules_to_convert", "ignored_layers", "dequantize")
+_DEQUANTISE = "load a copy of the checkpoint in BF16, or in DeepSeek's FP8 layout, instead"
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -80,20 +97,25 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     `dtype` follows `torch_dtype` (float32 if absent). `initializer_range` is copied as it stands: every published
     file says 0.02, transformers' default, while the report (section 4.2) trained with 0.006.
 
-    Raises ValueError naming the field: unknown, missing, or with a value this model does not implement.
+    Raises ValueError naming the field: unknown, missing, of a wrong type, out of range, or with a value that this model
+    does not implement.
     """
-    family = _scoring(hf)
-    _refuse_unsupported(hf)
-    quantization(hf)
-    missing = [name for name in _SAME if name not in hf and name != "q_lora_rank"]
-    if missing:
-        raise ValueError(f"config.json lacks {missing}")
-    values = {name: hf[name] for name in _SAME if name in hf}
-    values |= {name: hf[name] for name in _OPTIONAL if name in hf}
-    values["q_lora_rank"] = hf.get("q_lora_rank")
-    values |= _router(hf, family) | _rope(hf)
-    mtp = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers"))
-    return ModelConfig(**values, num_nextn_predict_layers=mtp or 0, dtype=_dtype(hf))
+    try:
+        scoring = _scoring(hf)
+        _refuse_unsupported(hf)
+        quantization(hf)
+        missing = [name for name in _SAME if name not in hf and name != "q_lora_rank"]
+        require(not missing, f"lacks {missing}")
+        values = {name: hf.get(name) for name in _SAME}
+        values |= {name: hf[name] for name in _OPTIONAL if hf.get(name) is not None}
+        values |= _router(hf, scoring) | _rope(hf)
+        values["num_nextn_predict_layers"] = _either(hf, "num_nextn_predict_layers", "num_mtp_layers") or 0
+        values["dtype"] = _dtype(hf)
+        cfg = build(ModelConfig, values)
+        _check_implied(hf, cfg)
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from error
+    return cfg
 
 
 def to_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -137,29 +159,26 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
 def quantization(hf: Mapping[str, Any]) -> str | None:
     """Format of the FP8 scales: None for an unquantised checkpoint, else "fp32" or "ue8m0".
 
-    Raises ValueError for any quantisation that is not DeepSeek's (e4m3, blocks of 128 x 128).
+    Which tensors are FP8, the files themselves say. Raises ValueError for any quantisation that is not DeepSeek's
+    (e4m3, blocks of 128 x 128).
     """
     q = hf.get("quantization_config")
     if q is None:
         return None
-    allowed: dict[str, tuple[Any, ...]] = {
-        "quant_method": ("fp8",),
-        "fmt": ("e4m3",),
-        "weight_block_size": ([128, 128], (128, 128)),
-        "activation_scheme": ("dynamic",),
-        "scale_fmt": ("ue8m0", None),
-    }
+    require(isinstance(q, Mapping), f"quantization_config={shown(q)} should be an object")
     for name, value in q.items():
-        if name not in allowed:
-            raise ValueError(f"config.json: unknown field quantization_config.{name}={value!r}")
-        if value not in allowed[name]:
+        needed = name in _QUANTIZATION_NEEDED
+        if name in _QUANTIZATION and (needed or value is not None) and value not in _QUANTIZATION[name]:
             raise ValueError(
-                f"config.json: quantization_config.{name}={value!r} is not supported; "
-                f"supported: {list(allowed[name])}"
+                f"quantization_config.{name}={shown(value)} is not supported; supported: "
+                f"{list(_QUANTIZATION[name])}; {_DEQUANTISE}"
             )
-    for name in ("quant_method", "weight_block_size"):
-        if name not in q:
-            raise ValueError(f"config.json: quantization_config lacks {name}")
+    for name, value in q.items():
+        known = name in _QUANTIZATION or name in _QUANTIZATION_HARMLESS or value is None
+        field = f"quantization_config.{plain(str(name))}={shown(value)}"
+        require(known, f"unknown field {field}; {_DEQUANTISE}")
+    missing = [name for name in _QUANTIZATION_NEEDED if name not in q]
+    require(not missing, f"quantization_config lacks {' and '.join(missing)}; {_DEQUANTISE}")
     return "ue8m0" if q.get("scale_fmt") == "ue8m0" else "fp32"
 
 
@@ -181,13 +200,12 @@ def _scoring(hf: Mapping[str, Any]) -> str:
     model_type = hf.get("model_type")
     if model_type not in _SIGMOID_TYPES + _SOFTMAX_TYPES:
         raise ValueError(
-            f"config.json: model_type={model_type!r} is not supported; "
-            f"supported: {list(_SIGMOID_TYPES + _SOFTMAX_TYPES)}"
+            f"model_type={shown(model_type)} is not supported; supported: {list(_SIGMOID_TYPES + _SOFTMAX_TYPES)}"
         )
     expected = "sigmoid" if model_type in _SIGMOID_TYPES else "softmax"
-    if hf.get("scoring_func", expected) != expected:
+    if hf.get("scoring_func") not in (expected, None):
         raise ValueError(
-            f"config.json: scoring_func={hf['scoring_func']!r} is not supported with model_type={model_type!r}; "
+            f"scoring_func={shown(hf['scoring_func'])} is not supported with model_type={model_type!r}; "
             f"supported: {expected!r}"
         )
     return expected
@@ -196,77 +214,116 @@ def _scoring(hf: Mapping[str, Any]) -> str:
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     known = _HARMLESS | _HANDLED | set(_FIXED) | set(_SAME) | set(_OPTIONAL)
     # Unset fields carry no meaning, and transformers writes its private ones with a leading underscore.
-    unknown = [k for k, v in hf.items() if k not in known and v is not None and not k.startswith("_")]
+    unknown = [k for k, v in hf.items() if k not in known and v is not None and not str(k).startswith("_")]
     if unknown:
-        named = ", ".join(f"{k}={hf[k]!r}" for k in sorted(unknown))
-        raise ValueError(f"config.json: unknown or unsupported fields: {named}")
+        named = ", ".join(f"{plain(str(k))}={shown(hf[k])}" for k in sorted(unknown, key=str)[:5])
+        raise ValueError(
+            f"unknown or unsupported fields: {named}; one that does not change what the model computes can be "
+            "taken out of the file"
+        )
     for name, values in _FIXED.items():
-        if name in hf and hf[name] is not None and hf[name] not in values:
-            raise ValueError(f"config.json: {name}={hf[name]!r} is not supported; supported: {list(values)}")
+        if hf.get(name) is not None and hf[name] not in values:
+            raise ValueError(f"{name}={shown(hf[name])} is not supported; supported: {list(values)}")
+
+
+def _check_implied(hf: Mapping[str, Any], cfg: ModelConfig) -> None:
+    """Fields that repeat what others say."""
     implied = {
-        "num_key_value_heads": hf.get("num_attention_heads"),
-        "head_dim": hf.get("qk_rope_head_dim"),
-        "qk_head_dim": (hf.get("qk_nope_head_dim") or 0) + (hf.get("qk_rope_head_dim") or 0),
-        "num_local_experts": hf.get("n_routed_experts"),
-        "num_experts": hf.get("n_routed_experts"),
+        "num_key_value_heads": cfg.num_attention_heads,
+        "head_dim": cfg.qk_rope_head_dim,
+        "qk_head_dim": cfg.qk_head_dim,
+        "num_local_experts": cfg.n_routed_experts,
+        "num_experts": cfg.n_routed_experts,
     }
     for name, value in implied.items():
         if hf.get(name) is not None and hf[name] != value:
-            raise ValueError(f"config.json: {name}={hf[name]!r} is not supported; it must be {value}")
+            raise ValueError(f"{name}={shown(hf[name])} is not supported; it must be {value}")
 
 
 def _router(hf: Mapping[str, Any], scoring: str) -> dict[str, Any]:
-    n_group, topk_group = hf.get("n_group") or 1, hf.get("topk_group") or 1
     methods = ("noaux_tc",) if scoring == "sigmoid" else ("greedy", "group_limited_greedy")
-    method = hf.get("topk_method", methods[0])
+    method = hf.get("topk_method")
+    method = methods[0] if method is None else method
     if method not in methods:
         raise ValueError(
-            f"config.json: topk_method={method!r} is not supported with {scoring} gating; "
-            f"supported: {list(methods)}"
+            f"topk_method={shown(method)} is not supported with {scoring} gating; supported: {list(methods)}"
         )
-    if method == "greedy":  # V2-Lite: groups, if given, are not looked at
-        n_group = topk_group = 1
     if scoring == "softmax" and hf.get("norm_topk_prob"):
         raise ValueError(
-            "config.json: norm_topk_prob=True is not supported with softmax gating (the released code drops "
+            "norm_topk_prob=True is not supported with softmax gating (the released code drops "
             "routed_scaling_factor then, transformers ignores the field)"
         )
-    return {
-        "n_group": n_group,
-        "topk_group": topk_group,
-        "scoring_func": scoring,
-        "n_shared_experts": hf.get("n_shared_experts") or 0,
-    }
+    unset = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0}
+    values = {name: hf[name] if hf.get(name) is not None else value for name, value in unset.items()}
+    if method == "greedy":  # V2-Lite: groups, if given, are not looked at
+        values |= {"n_group": 1, "topk_group": 1}
+    return values | {"scoring_func": scoring}
 
 
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", hf.get("rope_theta"))
-    if theta is None:
-        raise ValueError("config.json lacks rope_theta")
-    kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope}
-    kind = kinds.pop() if len(kinds) == 1 else ("default" if not kinds else f"{sorted(kinds)}")
+    """`rope_theta` and `rope_scaling`, the latter as a mapping for `build`, from either spelling or both."""
+    rope = _rope_fields(hf)
+    theta = rope.pop("rope_theta", None)
+    require(theta is not None, "lacks rope_theta")
+    kind = rope.pop("type", "default")
+    for name, value in _YARN_FIXED.items():
+        if rope.pop(name, value) != value:
+            raise ValueError(f"rope_scaling.{name} is not supported but for {value}")
     if kind == "default":
-        if rope:
-            raise ValueError(f"config.json: rope_scaling fields {sorted(rope)} without type 'yarn'")
-        return {"rope_theta": float(theta), "rope_scaling": None}
-    if kind != "yarn":
-        raise ValueError(f"config.json: rope_scaling.type={kind!r} is not supported; supported: 'yarn'")
-    unknown = sorted(k for k in rope if k not in _YARN)
-    if unknown:
-        raise ValueError(f"config.json: unknown fields of rope_scaling: {unknown}; known: {list(_YARN)}")
+        require(not rope, f"rope_scaling fields {sorted(map(plain, rope))} without type 'yarn'")
+        return {"rope_theta": theta, "rope_scaling": None}
+    require(kind == "yarn", f"rope_scaling.type={shown(kind)} is not supported; supported: 'yarn'")
+    unknown = sorted(plain(k) for k in rope if k not in _YARN)
+    require(not unknown, f"unknown fields of rope_scaling: {unknown}; known: {list(_YARN)}")
     missing = [k for k in ("factor", "original_max_position_embeddings") if k not in rope]
-    if missing:
-        raise ValueError(f"config.json: rope_scaling lacks {missing}")
+    require(not missing, f"rope_scaling lacks {missing}")
     # Absent means what DeepSeek's code takes: no mscale in the softmax scale.
-    yarn: dict[str, Any] = {"mscale": 1.0, "mscale_all_dim": 0.0} | rope
-    return {"rope_theta": float(theta), "rope_scaling": YarnConfig(**yarn)}
+    return {"rope_theta": theta, "rope_scaling": {"mscale": 1.0, "mscale_all_dim": 0.0} | rope}
+
+
+def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `rope_theta`, `rope_scaling` and `rope_parameters` together, `rope_type` as `type`.
+
+    Unset ones are left out. Raises ValueError where two spellings differ; that a kind is "default" in one of them
+    leaves it to the other.
+    """
+    found: dict[str, Any] = {} if hf.get("rope_theta") is None else {"rope_theta": hf["rope_theta"]}
+    kinds = []
+    for name in ("rope_scaling", "rope_parameters"):
+        fields = hf.get(name)
+        if fields is None:
+            continue
+        require(isinstance(fields, Mapping), f"{name}={shown(fields)} should be an object")
+        for key, value in fields.items():
+            if key in ("type", "rope_type"):
+                kinds.append(value)
+            elif value is not None:
+                require(
+                    found.setdefault(key, value) == value,
+                    f"{name}.{plain(str(key))}={shown(value)}, but elsewhere it is {shown(found[key])}: rope_theta, "
+                    "rope_scaling and rope_parameters must agree; take out what is wrong",
+                )
+    named = [kind for kind in kinds if kind not in ("default", None)]
+    require(
+        all(kind == named[0] for kind in named),
+        f"rope_scaling has two types, {shown(named)}: rope_scaling and rope_parameters must agree",
+    )
+    return found | ({"type": named[0]} if named else {})
+
+
+def _either(hf: Mapping[str, Any], *names: str) -> Any:
+    """The value of a field with two names; None where neither is set."""
+    found = {name: hf[name] for name in names if hf.get(name) is not None}
+    values = list(found.values())
+    require(all(v == values[0] for v in values), f"{found} are two names of one field, with different values")
+    return values[0] if values else None
 
 
 def _dtype(hf: Mapping[str, Any]) -> str:
-    dtype = hf.get("torch_dtype", hf.get("dtype")) or "float32"
+    dtype = _either(hf, "torch_dtype", "dtype") or "float32"
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(
-            f"config.json: torch_dtype={dtype!r} is not supported; supported: ['float32', 'bfloat16']"
+            f"torch_dtype={shown(dtype)} is not supported; supported: ['float32', 'bfloat16']; the weights keep "
+            "their own, set the one to compute in"
         )
     return dtype

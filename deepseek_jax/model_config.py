@@ -8,9 +8,57 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.checks import choice, require
+from deepseek_jax.checks import choice, integer, real, require
+
+_Ranges = Mapping[str, tuple[float, float]]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
+
+
+# Smallest and largest value of each number. The largest are far beyond any model, small enough that whatever takes
+# time or memory by them still ends, and refused before it begins.
+_WIDTH, _LAYERS, _EXPERTS, _LENGTH = 1 << 20, 10_000, 100_000, 1 << 30
+_INTEGERS = {
+    "vocab_size": (1, 1 << 26),
+    "hidden_size": (1, _WIDTH),
+    "num_hidden_layers": (1, _LAYERS),
+    "first_k_dense_replace": (0, _LAYERS),
+    "intermediate_size": (0, 1 << 24),
+    "num_attention_heads": (1, 1 << 16),
+    "kv_lora_rank": (1, _WIDTH),
+    "qk_nope_head_dim": (1, 1 << 16),
+    "qk_rope_head_dim": (1, 1 << 16),
+    "v_head_dim": (1, 1 << 16),
+    "max_position_embeddings": (1, _LENGTH),
+    "moe_intermediate_size": (0, 1 << 24),
+    "n_routed_experts": (0, _EXPERTS),
+    "n_shared_experts": (0, 1000),
+    "num_experts_per_tok": (0, _EXPERTS),
+    "n_group": (1, _EXPERTS),
+    "topk_group": (1, _EXPERTS),
+    "num_nextn_predict_layers": (0, 100),
+}
+_REALS = {
+    "rope_theta": (2, 1e15),
+    "routed_scaling_factor": (0, 1e6),
+    "rms_norm_eps": (0, 1),
+    "initializer_range": (0, 1e6),
+}
+_YARN_INTEGERS = {"original_max_position_embeddings": (1, _LENGTH)}
+_YARN_REALS = {
+    "factor": (1, 1e6),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+    "mscale": (0, 1e6),
+    "mscale_all_dim": (0, 1e6),
+}
+
+
+def _check_ranges(config: Any, integers: _Ranges, reals: _Ranges, path: str = "") -> None:
+    for name, (low, high) in integers.items():
+        integer(f"{path}{name}", getattr(config, name), int(low), int(high))
+    for name, (low, high) in reals.items():
+        real(f"{path}{name}", getattr(config, name), low, high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +73,10 @@ class YarnConfig:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self):
-        require(self.factor >= 1.0, f"rope_scaling.factor={self.factor} must be >= 1")
+        _check_ranges(self, _YARN_INTEGERS, _YARN_REALS, "rope_scaling.")
         require(
-            self.original_max_position_embeddings > 0,
-            f"rope_scaling.original_max_position_embeddings={self.original_max_position_embeddings} must be > 0",
+            self.beta_slow <= self.beta_fast,
+            f"rope_scaling.beta_slow={self.beta_slow} must not exceed rope_scaling.beta_fast={self.beta_fast}",
         )
 
 
@@ -70,18 +118,10 @@ class ModelConfig:
     dtype: str = "float32"  # compute dtype; master parameters are float32
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-            "max_position_embeddings",
-        ):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        _check_ranges(self, _INTEGERS, _REALS)
+        if self.q_lora_rank is not None:
+            require(self.q_lora_rank != 0, "q_lora_rank=0: use None")
+            integer("q_lora_rank", self.q_lora_rank, 1, _WIDTH)
         choice("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
         choice("dtype", self.dtype, ("float32", "bfloat16"))
         require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
@@ -89,28 +129,27 @@ class ModelConfig:
             0 <= self.first_k_dense_replace <= self.num_hidden_layers,
             f"first_k_dense_replace={self.first_k_dense_replace} must lie in [0, num_hidden_layers={self.num_hidden_layers}]",
         )
-        require(self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank={self.q_lora_rank}: use None")
+        dense, moe = self.first_k_dense_replace > 0, self.num_moe_layers or self.num_nextn_predict_layers
         require(
-            self.num_nextn_predict_layers >= 0,
-            f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be >= 0",
+            not dense or self.intermediate_size > 0,
+            f"intermediate_size={self.intermediate_size} must be positive",
         )
-        if self.num_moe_layers or self.num_nextn_predict_layers:
+        if moe:
             self._check_moe()
-        else:
-            require(
-                self.intermediate_size > 0, f"intermediate_size={self.intermediate_size} must be positive"
-            )
 
     def _check_moe(self):
         e, g, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
         require(e > 0 and k > 0, f"n_routed_experts={e} and num_experts_per_tok={k} must be positive")
-        require(g > 0 and e % g == 0, f"n_routed_experts={e} must be divisible by n_group={g}")
-        require(0 < self.topk_group <= g, f"topk_group={self.topk_group} must lie in [1, n_group={g}]")
+        require(
+            self.moe_intermediate_size > 0,
+            f"moe_intermediate_size={self.moe_intermediate_size} must be positive",
+        )
+        require(e % g == 0, f"n_routed_experts={e} must be divisible by n_group={g}")
+        require(self.topk_group <= g, f"topk_group={self.topk_group} must lie in [1, n_group={g}]")
         require(
             k <= self.topk_group * (e // g),
             f"num_experts_per_tok={k} exceeds the {self.topk_group * (e // g)} experts of topk_group={self.topk_group} groups",
         )
-        require(self.n_shared_experts >= 0, f"n_shared_experts={self.n_shared_experts} must be >= 0")
 
     # --- shapes that follow -------------------------------------------------------------------------------
 

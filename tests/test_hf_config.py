@@ -157,6 +157,36 @@ def test_spelling_of_transformers_5():
     assert ModelConfig.from_hf(hf) == ModelConfig.from_hf(published("deepseek_v3"))
 
 
+def test_both_spellings_of_the_rotary_settings():
+    """A file that transformers 5 wrote and somebody added YaRN to in the old spelling, and the other way round."""
+    want, hf = ModelConfig.from_hf(published("deepseek_v3")), published("deepseek_v3")
+    default = {"rope_theta": 10000.0, "rope_type": "default"}
+    assert ModelConfig.from_hf(hf | {"rope_parameters": default}) == want
+    new = hf["rope_scaling"] | default | {"rope_type": "yarn"}
+    assert ModelConfig.from_hf(hf | {"rope_parameters": new}) == want
+    assert ModelConfig.from_hf(hf | {"rope_parameters": new, "rope_scaling": {"type": "default"}}) == want
+    assert (
+        ModelConfig.from_hf(hf | {"rope_parameters": new, "rope_scaling": None, "rope_theta": None}) == want
+    )
+    both = new | {"type": "yarn", "truncate": True, "partial_rotary_factor": 1.0, "attention_factor": None}
+    assert ModelConfig.from_hf(hf | {"rope_parameters": both, "rope_scaling": None}) == want
+
+
+def test_fp8_as_transformers_5_writes_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for scale, format in (("float", "fp32"), ("ue8m0", "ue8m0")):
+        config = transformers.DeepseekV3Config()
+        skipped = ["lm_head", "model.layers.*.mlp.gate"]
+        config.quantization_config = transformers.FineGrainedFP8Config(
+            modules_to_not_convert=skipped, scale_fmt=scale
+        )
+        config.save_pretrained(tmp_path)
+        hf = json.loads((tmp_path / "config.json").read_text())
+        assert hf["quantization_config"]["expert_dtype"] == "fp8"
+        assert quantization(hf) == format
+        assert ModelConfig.from_hf(hf).num_params() == TOTALS["deepseek_v3"]
+
+
 def test_yarn_without_mscale_leaves_the_softmax_scale_alone():
     hf = published("deepseek_v3")
     del hf["rope_scaling"]["mscale_all_dim"]
@@ -195,7 +225,7 @@ def test_quantization():
                     "type": "yarn",
                     "factor": 4,
                     "original_max_position_embeddings": 8,
-                    "truncate": 0,
+                    "truncate": False,
                 }
             },
             "truncate",
@@ -204,12 +234,47 @@ def test_quantization():
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, r"\[64, 64\]"),
         ({"quantization_config": {"quant_method": "fp8", "modules": []}}, "quantization_config.modules"),
         ({"quantization_config": {"quant_method": "fp8"}}, "lacks weight_block_size"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}},
+            "weight_block_size=None",
+        ),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}, "in BF16"),
+        ({"quantization_config": "fp8"}, "quantization_config='fp8' should be an object"),
         ({"n_group": 7}, "n_group=7"),
+        ({"n_group": 0}, "n_group=0 must be positive"),
+        # types and ranges, as of any other config
+        ({"hidden_size": "7168"}, "hidden_size='7168' should be int, not str"),
+        ({"hidden_size": 7168.0}, r"hidden_size=7168.0 should be int, not float"),
+        ({"hidden_size": True}, "hidden_size=True should be int, not bool"),
+        ({"hidden_size": None}, "hidden_size=None should be int, not NoneType"),
+        ({"hidden_size": [7168] * 1000}, r"hidden_size=\[7168, .*\.\.\. should be int"),
+        ({"q_lora_rank": "a"}, "q_lora_rank='a' should be int or None"),
+        ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers=1000000000 must be <= 100"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be <= 10000"),
+        ({"n_routed_experts": 1 << 40}, "n_routed_experts=1099511627776 must be <= 100000"),
+        ({"num_nextn_predict_layers": 1, "num_mtp_layers": 2}, "two names of one field"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan should be a finite number"),
+        ({"routed_scaling_factor": float("inf")}, "routed_scaling_factor=inf should be a finite number"),
+        ({"rope_theta": 0}, "rope_theta=0 must be >= 2"),
+        ({"rope_theta": [1]}, r"rope_theta=\[1\] should be float"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be positive"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' should be an object"),
+        ({"rope_scaling": {"type": ["yarn"]}}, r"type=\['yarn'\] is not supported"),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "linear"}}, "two types"),
+        ({"rope_parameters": {"rope_theta": 5e4}}, r"rope_theta=50000.0, but elsewhere it is 10000"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, r"factor=2, but elsewhere it is 40"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, r"two types, \['yarn', 'llama3'\]"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' should be bool"),
+        ({"torch_dtype": "bfloat16", "dtype": "float32"}, "two names of one field"),
+        ({"model_type": ["deepseek_v3"]}, r"model_type=\['deepseek_v3'\]"),
+        ({"num_key_value_heads": "128"}, "num_key_value_heads='128'"),
+        ({"line\nbreak": 1}, r"'line\\nbreak'=1"),
     ],
 )
 def test_refused_with_the_field_named(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         ModelConfig.from_hf(published("deepseek_v3") | change)
+    assert str(error.value).startswith("config.json: ") and str(error.value).isprintable()
 
 
 def test_missing_field_is_named():

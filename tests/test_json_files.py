@@ -30,7 +30,7 @@ def test_refused_in_one_line(text, message):
 
 
 def test_bytes_that_are_no_text():
-    with pytest.raises(ValueError, match="^FILE is not valid JSON: 'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"^FILE is not valid JSON: 'utf-8' codec"):
         parse_object(b'{"a": "\xff"}', "FILE")
 
 
