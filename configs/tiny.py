@@ -45,7 +45,6 @@ def get_config() -> ml_collections.ConfigDict:
             "peak_lr": 3e-3,
             "mid_lr": 3e-4,
             "final_lr": 1e-4,
-            "batch_start": 8,
             "gamma": 0.003,
         }
     )

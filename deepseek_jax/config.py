@@ -71,7 +71,7 @@ class OptimizerConfig:
     constant_until_tokens: float = 10e12
     cosine_until_tokens: float = 14.3e12
     mid_until_tokens: float = 14.633e12
-    batch_start: int = 3072
+    batch_start: int = 3072  # sequences of the first step, if train.batch_size is more; 0: no ramp
     batch_ramp_tokens: float = 469e9
     gamma: float = 0.001
     gamma_until_tokens: float = 14.3e12

@@ -23,6 +23,7 @@ from typing import Any
 
 from configs import matched_cpu
 from deepseek_jax.config import Config, from_config_dict, to_dict
+from experiments import command_line
 from experiments.bench_worker import Worker
 from experiments.devices import cores, force_devices
 
@@ -79,21 +80,20 @@ def _machine() -> str:
 
 
 def _workers(args: argparse.Namespace) -> dict[str, Worker]:
-    """The workers that can run, ours first."""
-    workers = {OURS: Worker("experiments.bench_ours", environment={"JAX_PLATFORMS": "cpu"})}
+    """The workers that can run, ours first. Raises ValueError, none running, for a wrong --peer_python."""
+    peer = None
     if args.command != "experts":
         # OpenMP's threads would otherwise spin on the cores for a while after the peer's last step.
-        quiet = {"OMP_WAIT_POLICY": "PASSIVE"}
-        peer = Worker("experiments.bench_torch", args.peer_python, quiet)
-        if peer.missing is None:
-            workers[PEER] = peer
-        else:
+        peer = Worker("experiments.bench_torch", args.peer_python, {"OMP_WAIT_POLICY": "PASSIVE"})
+        if peer.missing is not None:
             print(f"no comparison: {args.peer_python}: {peer.missing}")
             print(
                 "  (install torch and transformers, or name an interpreter that has them: --peer_python=PATH)"
             )
             peer.close()
-    return workers
+            peer = None
+    ours = Worker("experiments.bench_ours", environment={"JAX_PLATFORMS": "cpu"})
+    return {OURS: ours} if peer is None else {OURS: ours, PEER: peer}
 
 
 Task = tuple[str, Callable[[], float]]  # name, seconds of one round
@@ -189,8 +189,8 @@ def _speculative(args: argparse.Namespace) -> None:
     print(f"  ratio to plain {medians['plain'] / medians['speculative']:.2f}x")
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed beside Hugging Face transformers, on CPU.")
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = command_line.Parser(description="Speed beside Hugging Face transformers, on CPU.")
     parser.add_argument("command", choices=("train", "decode", "experts", "speculative", "exchange"))
     parser.add_argument("--checkpoint", default="runs/tiny", help="of `speculative`: a run or a checkpoint")
     parser.add_argument(
@@ -209,7 +209,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     print(f"machine: {_machine()}")
     if args.command == "exchange":
@@ -219,17 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench_exchange.run(args)
         return 0
     if args.command == "speculative":
-        try:
-            _speculative(args)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        _speculative(args)
         return 0
-    try:
-        workers = _workers(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    workers = _workers(args)
     for name, worker in workers.items():
         print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in worker.versions.items()))
     print(flush=True)
@@ -253,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -1,45 +1,116 @@
-"""Command lines with a config: mistakes end with one line that names the key and the nearest valid one."""
+"""What all commands share: how they begin, and how they end when something is wrong: with one line.
 
+    if __name__ == "__main__":
+        command_line.run(main)
+
+`main` takes the arguments without the program's name and returns the exit status. Does not import JAX.
+"""
+
+import argparse
+import errno
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from absl import flags
+from absl import flags, logging
 
-from deepseek_jax.config import from_config_dict
+MISTAKE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT  # exit statuses
 
-_PREFIX = "--config."
+Main = Callable[[Sequence[str]], int]
 
-
-def _unknown_key(argv: Sequence[str]) -> str | None:
-    """What is wrong with the first `--config.KEY` of `argv` whose KEY does not exist, or None."""
-    for argument in argv:
-        if not argument.startswith(_PREFIX):
-            continue
-        key = argument[len(_PREFIX) :].split("=")[0]
-        values: object = None
-        for name in reversed(key.split(".")):
-            values = {name: values}
-        try:
-            from_config_dict(values)
-        except ValueError as error:  # or of the value None, which is no mistake in the key
-            if str(error).startswith("unknown config key"):
-                return str(error)
-    return None
+# Errors of the operating system that the next attempt meets again: a wrong path, a folder that cannot be written.
+_WRONG_PATH = frozenset(
+    (
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG),
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOEXEC, errno.ELOOP, errno.EINVAL),
+    )
+)
 
 
-def parse(argv: Sequence[str], default: str, values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """For `absl.app.run(flags_parser=...)`: the arguments that are no flags (of `values`).
+def run(main: Main) -> NoReturn:
+    """Runs a command on the process's arguments and exits with its status."""
+    from experiments import compiled
 
-    `default` is the config file where none is named. (As the flag's own default it would be read, and mistakes
-    in overrides raised, while the module is imported.) Exits with status 2 on a mistake.
+    compiled.keep()
+    sys.exit(status(main, sys.argv[1:]))
+
+
+def status(main: Main, argv: Sequence[str]) -> int:
+    """Exit status of a command. What a user can mend, or the machine caused, is said in one line, no traceback.
+
+    2: a mistake in the command line, a config or a path; 1: what else the operating system refused (a full disk, no
+    memory); 130: Ctrl-C. With DEEPSEEK_JAX_TRACEBACK=1 in the environment, errors are raised.
     """
-    if not any(a.startswith("--config=") or a == "--config" for a in argv):
-        argv = [argv[0], f"--config={default}", *argv[1:]]
     try:
-        return values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        unknown = _unknown_key(argv)
-        if unknown is None and not isinstance(error, flags.Error | OSError):
+        _check_text(argv)
+        return main(argv)
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # what reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except (ValueError, OverflowError, OSError, MemoryError, flags.Error) as error:
+        if os.environ.get("DEEPSEEK_JAX_TRACEBACK", "0") != "0":
             raise
-        print(f"error: {unknown or ' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        complain(_said(error))
+        if isinstance(error, MemoryError):
+            return FAILURE
+        return FAILURE if isinstance(error, OSError) and error.errno not in _WRONG_PATH else MISTAKE
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        other = f" -> {error.filename2!r}" if error.filename2 is not None else ""
+        return f"{error.strerror}: {error.filename!r}{other}"
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}".rstrip(": ")
+    return str(error) or type(error).__name__
+
+
+def _check_text(argv: Sequence[str]) -> None:
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the argument {os.fsencode(argument)!r} is not UTF-8 text") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are ValueErrors, for `run`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    options = argv[: argv.index("--")] if "--" in argv else argv
+    return any(a in ("-h", "-help", "--help", "--helpfull") for a in options)
+
+
+def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, more_help: str = "") -> None:
+    """Parses absl's flags; `--help` prints the command's docstring, its flags and `more_help`, and exits.
+
+    Raises ValueError for arguments that are no flags, flags.Error for wrong ones.
+    """
+    if asks_for_help(argv):
+        own = values.get_key_flags_for_module(sys.argv[0]) or [values[name] for name in sorted(values)]
+        print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\nflags:\n" + "\n".join(map(_flag, own)))
+        print(more_help, end="")
+        sys.exit(0)
+    rest = values([sys.argv[0], *argv])[1:]
+    if rest:
+        raise ValueError(f"unexpected arguments {rest}: settings are --NAME=VALUE (see --help)")
+    logging.set_verbosity(logging.ERROR)
+
+
+def _flag(flag: flags.Flag) -> str:
+    default = "" if flag.default in (None, "", []) else f" [{flag.default}]"
+    return f"  --{flag.name}{default}\n      {flag.help}"

@@ -8,12 +8,13 @@ Streams tensor by tensor; run it again after an interruption and it goes on. `--
 tensor as it is, FP8 included.
 """
 
-import sys
+from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from deepseek_jax.hf import FORMATS, convert
+from experiments import command_line
 
 _FROM = flags.DEFINE_enum("from", None, ["hf", "orbax"], "Format of the input.", required=True)
 _TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "Format of the output.", required=True)
@@ -23,26 +24,24 @@ _FORMAT = flags.DEFINE_enum("format", "stored", list(FORMATS), "Number format of
 _SCALE = flags.DEFINE_enum("scale", "fp32", ["fp32", "ue8m0"], "FP8 scales: DeepSeek-V3's, or V3.1's.")
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=f"{_FROM.value} -> {_TO.value}") as bar:
+def main(argv: Sequence[str]) -> int:
+    command_line.parse_flags(argv)
+    name = f"{_FROM.value} -> {_TO.value}"
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=name, delay=0.1) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        try:
-            if _TO.value == "hf":
-                convert.to_hf(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress, scale=_SCALE.value)
-            elif _FROM.value == "hf":
-                convert.to_orbax(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress)
-            else:
-                raise ValueError("--from=orbax --to=orbax: nothing to convert; copy the folder")
-        except ValueError as error:
-            bar.close()
-            sys.exit(f"error: {error}")
+        if _TO.value == "hf":
+            convert.to_hf(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress, scale=_SCALE.value)
+        elif _FROM.value == "hf":
+            convert.to_orbax(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress)
+        else:
+            raise ValueError("--from=orbax --to=orbax: nothing to convert; copy the folder")
     print(f"wrote {_OUTPUT.value}")
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

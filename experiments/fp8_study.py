@@ -11,21 +11,19 @@
 (d) `fp8_study.png` and Markdown tables on standard output.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from deepseek_jax.config import PRECISIONS, Config, from_config_dict, to_dict
-from experiments import command_line, fp8_report
+from deepseek_jax.config import PRECISIONS, Config, to_dict
+from experiments import command_line, config_flag, fp8_report
 from experiments.fp8_measure import Runs, result_file
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The model and run of the study.")
 _OUT = flags.DEFINE_string("out", "runs/fp8_study", "Folder of the runs and the picture.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each preset.", lower_bound=2)
 _PRESET = flags.DEFINE_enum(
@@ -33,15 +31,13 @@ _PRESET = flags.DEFINE_enum(
 )
 
 
-def _configs(config, out: Path, seeds: int) -> Runs:  # type: ignore[no-untyped-def]
+def _configs(cfg: Config, out: Path, seeds: int) -> Runs:
     """Preset -> the config of each seed."""
 
     def one(preset: str, seed: int) -> Config:
-        here = config.copy_and_resolve_references()
-        here.precision = preset
-        here.train.seed += seed
-        here.train.out_dir = str(out / preset / f"seed{seed}")
-        return from_config_dict(here)
+        folder = str(out / preset / f"seed{seed}")
+        train = dataclasses.replace(cfg.train, seed=cfg.train.seed + seed, out_dir=folder)
+        return dataclasses.replace(cfg, precision=preset, train=train)
 
     return {preset: [one(preset, seed) for seed in range(seeds)] for preset in PRECISIONS}
 
@@ -50,12 +46,11 @@ def _finished(cfg: Config) -> bool:
     return result_file(cfg).exists() and json.loads(result_file(cfg).read_text())["config"] == to_dict(cfg)
 
 
-def _train(configs: Sequence[Config], compiled: Path) -> None:
+def _train(configs: Sequence[Config]) -> None:
     from deepseek_jax.training.loop import Trainer
     from experiments.devices import one_device_per_core
 
     one_device_per_core(configs[0].train.batch_size // configs[0].train.grad_accumulation)
-    jax.config.update("jax_compilation_cache_dir", str(compiled.absolute()))  # seeds share their programs
     for cfg in configs:
         if _finished(cfg):
             continue
@@ -80,27 +75,20 @@ def _train_all(runs: Runs) -> None:
         )
         if left:
             command = [sys.executable, "-m", "experiments.fp8_study", *sys.argv[1:], f"--preset={preset}"]
-            subprocess.run(command, check=True)
+            if status := subprocess.run(command).returncode:
+                sys.exit(status)  # it said why
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}; settings are --config.KEY=VALUE", file=sys.stderr)
-        return 2
-    logging.set_verbosity(logging.ERROR)
-    out = Path(_OUT.value)
-    try:
-        runs = _configs(_CONFIG.value, out, _SEEDS.value)
-        if _PRESET.value is not None:
-            _train(runs[_PRESET.value], out / "compiled")
-            return 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cfg, out = config_flag.parse(argv, default="configs/fp8_study.py"), Path(_OUT.value)
+    runs = _configs(cfg, out, _SEEDS.value)
+    if _PRESET.value is not None:
+        _train(runs[_PRESET.value])
+        return 0
     _train_all(runs)
     fp8_report.write(runs, out)
     return 0
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: command_line.parse(argv, default="configs/fp8_study.py"))
+    command_line.run(main)

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
 from deepseek_jax.config import MeshConfig, build
+from experiments import command_line
 from experiments.devices import cpu_devices
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -82,7 +83,8 @@ def _number(text: str) -> Any:
     return {"True": True, "False": False}.get(text, text)
 
 
-def run() -> None:
+def main(argv: Sequence[str]) -> int:
+    command_line.parse_flags(argv)
     mesh = parse_mesh(_MESH.value)
     if mesh is not None:
         cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor)
@@ -90,20 +92,8 @@ def run() -> None:
 
     model = deepseek_jax.load(_CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, mesh=mesh)
     _chat(model) if _CHAT.value else _complete(model)
-
-
-def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}", file=sys.stderr)
-        return 2
-    logging.set_verbosity(logging.ERROR)
-    try:
-        run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

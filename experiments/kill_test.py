@@ -8,7 +8,6 @@ compared (every array of the last checkpoint and the metrics, bit for bit) and a
 are used up; the last run is finished. Exit status 0 if all runs were equal to the undisturbed one.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -26,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepseek_jax.training.metrics import METRICS_FILE, TIMINGS, read_records
+from experiments import command_line
 
 
 class Timing(NamedTuple):
@@ -200,8 +200,8 @@ def kill_test(folder: Path, arguments: Sequence[str], kills: int, seed: int) -> 
     return equal
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Kill and resume a training run; compare it bitwise.")
+def main(argv: Sequence[str]) -> int:
+    parser = command_line.Parser(description="Kill and resume a training run; compare it bitwise.")
     parser.add_argument("--config", default="tests/golden/config.py", help="of experiments.train")
     parser.add_argument("--steps", type=int, default=300, help="length of the run")
     parser.add_argument("--kills", type=int, default=20)
@@ -219,4 +219,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -11,7 +11,6 @@ Exit status: of the process that failed first in the last attempt (128 + the sig
 0. Status 2, a mistake in the command, is not tried again.
 """
 
-import argparse
 import contextlib
 import errno
 import os
@@ -24,6 +23,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
+
+from experiments import command_line
 
 # What `deepseek_jax.parallel.distributed` looks for. Not imported from there: JAX takes seconds, the launcher none.
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -38,6 +39,7 @@ ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})  # PR_SET_PDEATHSIG of <linux/
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 _USAGE_ERROR = 2
+_MOST_PROCESSES = 1024  # on one machine
 
 
 def free_port() -> int:
@@ -195,10 +197,8 @@ def _say(text: str) -> None:
     print(f"[launch] {text}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.launch", description="Run a command as several processes on this machine."
-    )
+def main(argv: Sequence[str]) -> int:
+    parser = command_line.Parser(description="Run a command as several processes on this machine.")
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument(
         "--restarts", type=int, default=0, help="how often all are started again when one fails"
@@ -206,13 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace", type=float, default=30.0, help="seconds until the others are killed")
     parser.add_argument("command", nargs="+", metavar="-- command")
     args = parser.parse_args(argv)
-    if args.processes < 1 or args.restarts < 0 or args.grace < 0:
+    if not 1 <= args.processes <= _MOST_PROCESSES or args.restarts < 0 or not 0 <= args.grace < float("inf"):
         parser.error(
-            f"--processes={args.processes} must be at least 1, --restarts={args.restarts} and "
-            f"--grace={args.grace} at least 0"
+            f"--processes={args.processes} must lie in [1, {_MOST_PROCESSES}], --restarts={args.restarts} and "
+            f"--grace={args.grace} must be at least 0 and finite"
         )
     return launch(args.command, args.processes, args.restarts, args.grace)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -16,14 +16,13 @@ the compute copy, of dense parameters and of experts.
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.traffic import Rows, routing_bytes, row_bytes, sample_rows
-from experiments import plan_memory, plan_overlap
+from experiments import command_line, plan_memory, plan_overlap
 
 KIB = 1024
 
@@ -35,8 +34,8 @@ def _mesh(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = command_line.Parser(
         description="Plans on paper: `exchange`, the rows and bytes that an expert exchange sends between nodes; "
         "`memory`, what a config keeps on each device.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -96,23 +95,18 @@ def _report(title: str, rows: Rows, hidden: int) -> None:
     print(flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "memory":
-        return plan_memory.main(argv)
+        return plan_memory.main(argv[1:])
     if argv and argv[0] == "overlap":
         return plan_overlap.main(argv[1:])
     args = _arguments(argv)
     cases = [(nodes, local, kept) for nodes, local in args.mesh for kept in args.topk_groups]
-    try:
-        for nodes, local, kept in cases:
-            model = _model(args, nodes, kept)
-            rows = sample_rows(model, nodes, local, args.tokens, args.seed)
-            title = f"{nodes} nodes x {local} devices, {args.experts} experts, {args.topk} per token"
-            _report(f"{title}, from {kept} of {model.n_group} groups", rows, args.hidden)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for nodes, local, kept in cases:
+        model = _model(args, nodes, kept)
+        rows = sample_rows(model, nodes, local, args.tokens, args.seed)
+        title = f"{nodes} nodes x {local} devices, {args.experts} experts, {args.topk} per token"
+        _report(f"{title}, from {kept} of {model.n_group} groups", rows, args.hidden)
     print(
         f"A row of {args.hidden} channels: {row_bytes(args.hidden, 'fp8'):,} bytes in FP8 with scales, "
         f"{row_bytes(args.hidden, 'bf16'):,} in BF16. With a dispatched row travel {routing_bytes(args.topk)} bytes "
@@ -122,4 +116,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

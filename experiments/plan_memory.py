@@ -1,15 +1,12 @@
 """`python -m experiments.plan memory`: bytes of state and weights per device; see `experiments/plan.py`."""
 
-import sys
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import config_flags
 
-from deepseek_jax.config import from_config_dict
-from deepseek_jax.parallel.mesh import abstract_mesh
+from deepseek_jax.parallel.mesh import abstract_mesh, named_devices
 from deepseek_jax.training.memory import Memory, state_memory
-from experiments import command_line
+from experiments import config_flag
 
 GIB = 1 << 30
 NAMES = {
@@ -38,26 +35,13 @@ def report(memory: dict[str, Memory]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """argv: the command's name, then flags."""
     values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file(
-        "config", None, "The run's config.", flag_values=values, sys_argv=list(argv)
+    devices = flags.DEFINE_integer(
+        "devices", 0, "How many; 0: what config.mesh names.", lower_bound=0, flag_values=values
     )
-    devices = flags.DEFINE_integer("devices", 0, "How many; 0: what config.mesh names.", flag_values=values)
-    rest = command_line.parse(argv, default="configs/v3_671b.py", values=values)
-    try:
-        if len(rest) > 1:
-            raise ValueError(
-                f"unexpected arguments {rest[1:]}; settings are --config.KEY=VALUE and --devices=N"
-            )
-        cfg = from_config_dict(config.value)
-        m = cfg.mesh
-        named = m.pipe * max(1, m.data) * m.node * m.local * m.tensor
-        mesh = abstract_mesh(m, devices.value or named)
-        memory = state_memory(cfg, mesh)
-    except (OSError, ValueError) as error:  # a config file that cannot be read shows where it is used
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    cfg = config_flag.parse(argv, "configs/v3_671b.py", values)
+    mesh = abstract_mesh(cfg.mesh, devices.value or named_devices(cfg.mesh))
+    memory = state_memory(cfg, mesh)
     axes = " x ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "no axes"
     print(f"{mesh.size} device(s): {axes}; zero={cfg.mesh.zero}, precision={cfg.precision}")
     print(report(memory))

@@ -11,7 +11,6 @@ jax-cuda13-plugin and jax-cuda13-pjrt (`pip install --no-deps`).
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -31,6 +30,7 @@ from deepseek_jax.parallel.zero import read_dtype
 from deepseek_jax.precision import PRESETS, preset
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.sharding import experts_over, moe_stack_over
+from experiments import command_line
 from pallas_kernels.testing.aot import TARGET, why_unavailable
 
 SEQUENCES = 2  # per device
@@ -117,8 +117,8 @@ def report(compiled: jax.stages.Compiled) -> None:
     )
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Overlap in the schedule compiled for H100s, without a GPU.")
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = command_line.Parser(description="Overlap in the schedule compiled for H100s, without a GPU.")
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--local", type=int, default=8, help="GPUs of a node")
     parser.add_argument("--tokens", type=int, default=1024, help="per GPU, in two sequences")
@@ -129,11 +129,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     if (missing := why_unavailable()) is not None:
-        print(f"error: cannot compile for H100: {missing}", file=sys.stderr)
-        return 2
+        raise ValueError(f"cannot compile for H100: {missing}")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of a GPU: the plugin is here for its compiler
     jax.config.update("jax_platforms", "cpu")
     cfg = layer_config(args.nodes, args.local, args.precision, args.receive, args.overlap, args.remat)
@@ -142,7 +141,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report(compile_stack(cfg, args.tokens))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

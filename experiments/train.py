@@ -10,19 +10,16 @@ job of SLURM, Kubernetes or Open MPI (configs/launch), or the same command on ev
 
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.config import Config
 from deepseek_jax.parallel import distributed
 from deepseek_jax.parallel.together import is_first, whole_copy
-from experiments import command_line
+from experiments import command_line, config_flag
 from experiments.devices import one_device_per_core
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config (configs/tiny.py).")
 _FROM_STEP = flags.DEFINE_integer("from_step", None, "Resume from this checkpoint instead of the newest.")
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
@@ -97,10 +94,6 @@ def _finish(trainer, result, weights) -> None:
     print(f"checkpoints: {trainer.out_dir / 'checkpoints'}", flush=True)
 
 
-def _complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-
-
 def run(cfg: Config, from_step: int | None = None, fresh: bool = False, stopped_status: int = 0) -> int:
     """Train; the process's exit status."""
     from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
@@ -108,9 +101,9 @@ def run(cfg: Config, from_step: int | None = None, fresh: bool = False, stopped_
     # Innermost, `failing_fast` spares a process that lost the others the waiting in `close`.
     failing_fast = distributed.failing_fast
     with stop_on_signals() as stop, contextlib.ExitStack() as stack:
-        with failing_fast(_complain):
+        with failing_fast(command_line.complain):
             trainer = stack.enter_context(contextlib.closing(Trainer(cfg)))
-        with failing_fast(_complain):
+        with failing_fast(command_line.complain):
             if fresh and trainer.checkpointer.latest() is not None:
                 raise ValueError(
                     f"--fresh: {trainer.checkpointer.directory} holds checkpoints; remove it first"
@@ -122,7 +115,7 @@ def run(cfg: Config, from_step: int | None = None, fresh: bool = False, stopped_
             try:
                 result = trainer.run(stop)
             except NonFiniteError as error:  # on all processes at the same step
-                _complain(str(error))
+                command_line.complain(str(error))
                 return 1
             if result.stopped:
                 if is_first():
@@ -136,35 +129,26 @@ def run(cfg: Config, from_step: int | None = None, fresh: bool = False, stopped_
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        _complain(f"unexpected arguments {argv[1:]}; settings are --config.KEY=VALUE")
-        return 2
-    logging.set_verbosity(logging.ERROR)
-    try:
-        config = _CONFIG.value
-        config.keys()  # a file that could not be read shows here
-    except OSError as error:
-        _complain(" ".join(str(error).split()))
-        return 2
-    try:
-        cfg = from_config_dict(config)
-        join = distributed.find(cfg.distributed, os.environ)
-        processes = (join.processes if join else None) or 1
-        one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation // processes)
-        if join is not None:
+    cfg = config_flag.parse(argv, default="configs/tiny.py")
+    join = distributed.find(cfg.distributed, os.environ)
+    processes = (join.processes if join else None) or 1
+    one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation // processes)
+    if join is not None:
+        try:
             distributed.start(join, cfg.distributed)
+        except TimeoutError as error:
+            command_line.complain(str(error))
+            os._exit(distributed.ABANDONED)  # a thread waits for the others, and would abort the process
+    try:
         status = run(cfg, _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value)
-        distributed.stop()
-        return status
-    except TimeoutError as error:
-        _complain(str(error))
-        os._exit(distributed.ABANDONED)  # a thread still waits for the others, and would abort the process
     except ValueError as error:
         step = getattr(error, "whole_step", None)
-        hint = f"\n  (to go on from there: --from_step={step})" if step is not None else ""
-        _complain(f"{error}{hint}")
-        return 2
+        if step is None:
+            raise
+        raise ValueError(f"{error} (to go on from there: --from_step={step})") from error
+    distributed.stop()
+    return status
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: command_line.parse(argv, default="configs/tiny.py"))
+    command_line.run(main)

@@ -1,10 +1,14 @@
-"""Mistakes on the command line: one line that names the key, no traceback."""
+"""Mistakes on the command line: one line that names the value, status 2, no traceback; whichever the command."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
+from absl import flags
+
+from experiments import bench, command_line, kill_test, launch, plan
 
 
 def run(module, *arguments):
@@ -21,10 +25,10 @@ def run(module, *arguments):
     ("module", "arguments", "message"),
     [
         ("train", ["--config.train.stesp=3"], "unknown config key train.stesp; did you mean train.steps?"),
-        ("train", ["--config.train.steps=abc"], "--config.train.steps=abc: invalid literal for int()"),
-        ("train", ["--config.optimizer.peak_lr=-1"], "optimizer.peak_lr=-1.0 must be positive"),
-        ("train", ["--config=configs/nope.py"], "No such file or directory: 'configs/nope.py'"),
-        ("bench", ["train", "--peer_python=/nope/python"], "cannot run '/nope/python'"),
+        ("train", ["--from_stp=3"], "Unknown command line flag 'from_stp'"),
+        ("generate", ["--checkpoint=/nonexistent", "--prompt=\udcff"], "is not UTF-8 text"),
+        ("convert", ["--from=hf", "--to=orbax", "--input=/nonexistent", "--output=/x"], "/nonexistent"),
+        ("fp8_study", ["--seeds=1"], "seeds"),
     ],
 )
 def test_mistakes(module, arguments, message):
@@ -32,3 +36,73 @@ def test_mistakes(module, arguments, message):
     assert done.returncode == 2
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (bench, ["train", "--peer_python=/nope/python"], "cannot run '/nope/python'"),
+        (bench, ["trian"], "invalid choice: 'trian'"),
+        (bench, ["train", "--rounds=0"], "--rounds=0 must be at least 1"),
+        (kill_test, ["--kills=0"], "--kills=0 and --steps=300 must be at least 1"),
+        (launch, ["--processes=2", "--", "/nonexistent"], "No such file or directory: '/nonexistent'"),
+        (launch, ["--processes=2", "--", "/"], "'/'"),
+        (launch, ["--processes=1000000", "--", "true"], "--processes=1000000 must lie in [1, 1024]"),
+        (launch, ["--processes=1", "--grace=nan", "--", "true"], "--grace=nan must be at least 0 and finite"),
+        (launch, ["--processes=x"], "argument --processes: invalid int value: 'x'"),
+        (plan, ["exchnge"], "invalid choice: 'exchnge'"),
+        (plan, ["memory", "--config=nope.py"], "No such file or directory: 'nope.py'"),
+    ],
+)
+def test_mistakes_in_this_process(command, arguments, message, capsys):
+    assert command_line.status(command.main, arguments) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("two\n  lines"), 2, "two lines"),
+        (OverflowError("Python int too large"), 2, "Python int too large"),
+        (flags.Error("flag"), 2, "flag"),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), 2, "File exists: 'a'"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "a", None, "b"),
+            2,
+            "Read-only file system: 'a' -> 'b'",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), 1, "No space left on device: 'a'"),
+        (OSError("no number"), 1, "no number"),
+        (MemoryError(), 1, "out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_how_a_command_ends(error, status, line, capsys):
+    def main(argv):
+        raise error
+
+    assert command_line.status(main, []) == status
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_what_is_no_users_mistake_is_raised(monkeypatch):
+    def main(argv):
+        raise ValueError(argv) if argv else AssertionError
+
+    with pytest.raises(AssertionError):
+        command_line.status(main, [])
+    monkeypatch.setenv("DEEPSEEK_JAX_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        command_line.status(main, ["x"])
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m experiments.launch --help | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""

@@ -29,7 +29,6 @@ def test_config_builds_and_says_how_to_run_it(name):
     assert isinstance(cfg, Config) and cfg.train.out_dir == f"runs/{name}"
     assert "python -m experiments." in module.__doc__
     assert cfg.model.vocab_size >= cfg.data.vocab_size
-    assert cfg.optimizer.batch_start <= cfg.train.batch_size
 
 
 def test_v3_671b():

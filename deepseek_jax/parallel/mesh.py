@@ -44,6 +44,11 @@ def _sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
     return cfg.pipe, data, cfg.node, cfg.local, cfg.tensor
 
 
+def named_devices(cfg: MeshConfig) -> int:
+    """Devices that a mesh config asks for at least: `data=0` counts as one."""
+    return cfg.pipe * max(1, cfg.data) * cfg.node * cfg.local * cfg.tensor
+
+
 def make_mesh(cfg: MeshConfig, devices: Any = None) -> Mesh:
     """Mesh over `devices` (default: all); `data=0` takes whatever the other axes leave.
 

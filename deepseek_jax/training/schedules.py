@@ -5,7 +5,7 @@ Plain Python on the host: token counts are exact integers, boundaries are compar
 
 What the report leaves open, and the choice here:
 - shape of the batch-size ramp: linear in tokens, rounded down to `granularity` sequences, so that the full
-  batch is reached exactly at the end of the ramp;
+  batch is reached exactly at the end of the ramp; a `batch_start` above the full batch (or 0) means no ramp;
 - warm-up of a shorter run: the same fraction of its steps as in the report (2K of about 243K), but no fewer
   than 20 steps or a tenth of the run, whichever is less, and never more than `warmup_steps`.
 """
@@ -43,17 +43,12 @@ class Schedules:
         seq_len: tokens per sequence.
 
     Raises:
-        ValueError: lengths that are not positive, boundaries out of order, a ramp that does not rise.
+        ValueError: lengths that are not positive, boundaries out of order.
     """
 
     def __init__(self, optimizer: OptimizerConfig, train: TrainConfig, total_tokens: int, seq_len: int):
         if total_tokens <= 0 or seq_len <= 0:
             raise ValueError(f"total_tokens={total_tokens} and seq_len={seq_len} must be positive")
-        if not 0 < optimizer.batch_start <= train.batch_size:
-            raise ValueError(
-                f"optimizer.batch_start={optimizer.batch_start} must lie in [1, train.batch_size="
-                f"{train.batch_size}]; set both equal for a constant batch"
-            )
         self.total_tokens, self.seq_len = int(total_tokens), seq_len
         self._optimizer, self._train = optimizer, train
         self._constant_until = self._scaled("constant_until_tokens")
@@ -68,6 +63,12 @@ class Schedules:
                 f"{optimizer.constant_until_tokens}, {optimizer.cosine_until_tokens}, {optimizer.mid_until_tokens}"
             )
         self.warmup_steps = self._scaled_warmup()
+
+    def _batch_start(self, granularity: int) -> int:
+        """Sequences of the first step: `batch_start`, if that is smaller than the full batch, rounded down."""
+        full = self._train.batch_size
+        start = min(self._optimizer.batch_start or full, full)
+        return max(granularity, start // granularity * granularity)
 
     @classmethod
     def of_steps(
@@ -122,14 +123,15 @@ class Schedules:
             granularity: what a batch must divide into (devices of the batch axes times accumulation steps).
 
         Raises:
-            ValueError: `granularity` does not divide batch_start and batch_size.
+            ValueError: `granularity` does not divide batch_size.
         """
-        start, full = self._optimizer.batch_start, self._train.batch_size
-        if granularity <= 0 or start % granularity or full % granularity:
+        full = self._train.batch_size
+        if granularity <= 0 or full % granularity:
             raise ValueError(
-                f"optimizer.batch_start={start} and train.batch_size={full} must be multiples of {granularity}, "
-                "the devices of the batch axes times train.grad_accumulation"
+                f"train.batch_size={full} must be a multiple of {granularity}, the devices of the batch axes times "
+                "train.grad_accumulation"
             )
+        start = self._batch_start(granularity)
         if tokens >= self._batch_ramp:
             return full
         return start + granularity * ((full - start) * tokens // (self._batch_ramp * granularity))
@@ -151,7 +153,7 @@ class Schedules:
 
     def num_steps(self, granularity: int = 1) -> int:
         """Steps that consume `total_tokens`: the length of `plan`, without walking the constant part."""
-        start, full = self._optimizer.batch_start, self._train.batch_size
+        start, full = self._batch_start(granularity), self._train.batch_size
         steps = tokens = 0
         while tokens < self.total_tokens:
             batch_size = self.batch_size(tokens, granularity)
@@ -178,7 +180,7 @@ class Schedules:
         if self.total_tokens >= c.schedule_tokens:
             return c.warmup_steps
         # Close enough without the granularity, which moves the number of steps by a few per mille.
-        start, full, seq_len = c.batch_start, self._train.batch_size, self.seq_len
+        start, full, seq_len = self._batch_start(1), self._train.batch_size, self.seq_len
         ramp = min(self._batch_ramp, self.total_tokens)
         ramp_batch = (full - start) / math.log(full / start) if full > start else full
         steps = (ramp / ramp_batch + (self.total_tokens - ramp) / full) / seq_len

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from deepseek_jax.parallel.distributed import find
+from experiments.command_line import status
 from experiments.launch import main
 from experiments.train import _STOPPED_STATUS
 from tests.parallel.processes import Launched, alive, until
@@ -98,9 +99,8 @@ sys.exit(5)
 
 
 def test_options_are_checked(capsys):
-    with pytest.raises(SystemExit):
-        main(["--processes=0", "--", "true"])
-    assert "--processes=0 must be at least 1" in capsys.readouterr().err
+    assert status(main, ["--processes=0", "--", "true"]) == 2
+    assert "--processes=0 must lie in [1, 1024]" in capsys.readouterr().err
 
 
 # --- the examples -----------------------------------------------------------------------------------------

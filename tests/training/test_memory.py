@@ -12,6 +12,7 @@ from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh
 from deepseek_jax.training.memory import Memory, state_memory
 from deepseek_jax.training.sharding import state_shardings
 from experiments import plan
+from experiments.command_line import status
 from tests.tiny_run import fresh_state, tiny
 
 
@@ -92,11 +93,7 @@ def test_as_the_state_lies(zero):
 
 # --- the command --------------------------------------------------------------------------------------------------
 
-# Of ml_collections, where it reads a config file.
-reads_a_config = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
-
-@reads_a_config
 def test_the_command(capsys):
     arguments = ["--config=configs/v2_lite_16b.py", "--config.train.grad_accumulation=1", "--devices=16"]
     assert plan.main(["memory", *arguments]) == 0
@@ -109,7 +106,6 @@ def test_the_command(capsys):
     assert "accumulated" not in out
 
 
-@reads_a_config
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,6 +117,6 @@ def test_the_command(capsys):
     ],
 )
 def test_mistakes(arguments, message, capsys):
-    assert plan.main(["memory", "--config=configs/v2_lite_16b.py", *arguments]) == 2
+    assert status(plan.main, ["memory", "--config=configs/v2_lite_16b.py", *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1

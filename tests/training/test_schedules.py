@@ -146,8 +146,6 @@ def test_hyper_holds_float32_scalars(report):
 @pytest.mark.parametrize(
     ("optimizer", "train", "total", "message"),
     [
-        ({}, {}, 1000, "batch_start=3072 must lie in .1, train.batch_size=16."),
-        ({"batch_start": 0}, {}, 1000, "batch_start=0"),
         ({"batch_start": 4}, {}, 0, "total_tokens=0"),
         ({"batch_start": 4, "schedule_tokens": 0.0}, {}, 1000, "schedule_tokens=0.0 must be positive"),
         ({"batch_start": 4, "cosine_until_tokens": 1e12}, {}, 1000, "must not decrease"),
@@ -158,6 +156,15 @@ def test_mistakes_are_named(optimizer, train, total, message):
         Schedules(OptimizerConfig(**optimizer), TrainConfig(**train), total, 256)
 
 
+@pytest.mark.parametrize(("start", "granularity", "first"), [(3072, 1, 16), (0, 4, 16), (7, 4, 4), (3, 4, 4)])
+def test_the_batch_starts_where_it_can(start, granularity, first):
+    """No ramp from more than the full batch; a start that the devices do not divide is rounded down."""
+    schedules = short(20, granularity, batch_start=start)
+    sizes = [plan.batch_size for plan in schedules.plan(granularity)]
+    assert sizes[0] == first and sizes[-1] == 16 and len(sizes) == 20
+    assert len(sizes) == schedules.num_steps(granularity)
+
+
 def test_granularity_must_divide(report):
-    with pytest.raises(ValueError, match="multiples of 5000"):
+    with pytest.raises(ValueError, match=r"train\.batch_size=15360 must be a multiple of 5000"):
         report.batch_size(0, 5000)

@@ -1,0 +1,106 @@
+"""Every key of a config with its value and its documentation, which stands beside it in the dataclass.
+
+A field is documented by the comments on its lines, else by those right above it (`# ---` begins a group, no
+documentation).
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import io
+import shutil
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from deepseek_jax.config import Config
+
+_COLUMN = 42  # where the documentation begins
+
+
+@functools.cache
+def docs(cls: Any) -> dict[str, str]:
+    """Field of a dataclass -> its documentation, "" if it has none."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    alone = {n for n, line in enumerate(source.splitlines(), 1) if line.strip().startswith("#")}
+    found = {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.AnnAssign):
+            lines = [n for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in comments]
+            found[node.target.id] = " ".join(
+                comments[n] for n in lines or _above(node.lineno, alone, comments)
+            )  # type: ignore[union-attr]
+    return found
+
+
+def _above(line: int, alone: set[int], comments: dict[int, str]) -> list[int]:
+    """Lines of the comment that ends right above `line`."""
+    first = line
+    while first - 1 in alone and not comments[first - 1].startswith("---"):
+        first -= 1
+    return list(range(first, line))
+
+
+def options(annotation: Any) -> tuple[Any, ...]:
+    """The types in an annotation such as `YarnConfig | None`."""
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def section_of(annotation: Any) -> Any:
+    """The dataclass among them, or None."""
+    return next((o for o in options(annotation) if dataclasses.is_dataclass(o)), None)
+
+
+def type_of(key: str) -> Any:
+    """The annotation of a dotted key of `Config`. Raises ValueError, with the nearest key, for an unknown one."""
+    hint, path = Config, ""
+    for name in key.split("."):
+        section = section_of(hint)
+        hints = typing.get_type_hints(section) if section is not None else {}
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {path}{close[0]}?" if close else f"valid keys: {', '.join(hints) or 'none'}"
+            raise ValueError(f"unknown config key {path}{name}; {hint}")
+        hint, path = hints[name], f"{path}{name}."
+    return hint
+
+
+def fields(value: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(key, value, documentation) of all that a config holds; the keys of a section that is None, too."""
+    for field in dataclasses.fields(value):
+        here, key = getattr(value, field.name), f"{path}{field.name}"
+        section = section_of(type_of(key))
+        if dataclasses.is_dataclass(here):
+            yield from fields(here, f"{key}.")
+            continue
+        yield key, here, docs(type(value))[field.name]
+        if section is not None:
+            yield from ((f"{key}.{name}", "-", doc) for name, doc in docs(section).items())
+
+
+def listing(cfg: Config) -> str:
+    """KEY = VALUE, a line each."""
+    return "".join(f"{key} = {value}\n" for key, value, _ in fields(cfg) if value != "-")
+
+
+def keys(cfg: Config, file: str) -> str:
+    """For `--help`."""
+    head = f"\nkeys of the config (--config.KEY=VALUE), as {file} and this command line set them:\n"
+    return head + "".join(_entry(f"  {key} = {value}", doc) for key, value, doc in fields(cfg))
+
+
+def _entry(setting: str, doc: str) -> str:
+    width = max(40, min(120, shutil.get_terminal_size((120, 24)).columns) - _COLUMN)
+    lines = textwrap.wrap(doc, width, break_on_hyphens=False) or [""]
+    if len(setting) >= _COLUMN:
+        lines.insert(0, "")
+    setting = setting.ljust(_COLUMN) if lines[0] else setting
+    rest = "".join(f"{'':{_COLUMN}}{line}\n" for line in lines[1:])
+    return f"{setting}{lines[0]}\n{rest}"
