@@ -59,6 +59,17 @@ def _number(name: str, value: Any, kind: Any, words: str, low: float, high: floa
     require(value <= high, f"{name}={shown(value)} must be <= {high}")
 
 
+Ranges = Mapping[str, tuple[float, float]]
+
+
+def ranges(path: str, config: Any, integers: Ranges | None = None, reals: Ranges | None = None) -> None:
+    """Raises ValueError unless these fields of the section `path` lie within (smallest, largest)."""
+    for name, (low, high) in (integers or {}).items():
+        integer(f"{path}.{name}".lstrip("."), getattr(config, name), int(low), int(high))
+    for name, (low, high) in (reals or {}).items():
+        real(f"{path}.{name}".lstrip("."), getattr(config, name), low, high)
+
+
 # --- dataclasses from mappings ----------------------------------------------------------------------------
 
 
@@ -68,14 +79,10 @@ def build(cls: Any, values: Mapping[str, Any], path: str = "") -> Any:
     Raises ValueError: unknown keys, with the nearest valid one; wrong types; what `cls` itself refuses.
     """
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
     kwargs = {}
     for key, value in values.items():
-        if key not in names:
-            close = difflib.get_close_matches(str(key)[:_LONGEST], names, n=1)
-            hint = f"did you mean {path}{close[0]!s}?" if close else f"valid keys: {', '.join(names)}"
-            raise ValueError(f"unknown config key {path}{plain(str(key))}; {hint}")
-        nested = next((o for o in _options(hints[key]) if dataclasses.is_dataclass(o)), None)
+        _check_key(cls, key, path)
+        nested = section_of(hints[key])
         if nested is not None and isinstance(value, Mapping):
             value = build(nested, value, f"{path}{key}.")
         else:
@@ -84,13 +91,38 @@ def build(cls: Any, values: Mapping[str, Any], path: str = "") -> Any:
     return cls(**kwargs)
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
+def _check_key(cls: Any, key: Any, path: str) -> None:
+    names = [f.name for f in dataclasses.fields(cls)]
+    if key not in names:
+        close = difflib.get_close_matches(str(key)[:_LONGEST], names, n=1)
+        hint = f"did you mean {path}{close[0]!s}?" if close else f"valid keys: {', '.join(names)}"
+        raise ValueError(f"unknown config key {path}{plain(str(key))}; {hint}")
+
+
+def type_of(cls: Any, key: str) -> Any:
+    """The annotation of a dotted key of nested dataclasses. Raises ValueError for an unknown one, as `build`."""
+    annotation, path = cls, ""
+    for name in key.split("."):
+        section = section_of(annotation)
+        if section is None:
+            raise ValueError(f"unknown config key {path}{plain(name)}; {path[:-1]} has no keys of its own")
+        _check_key(section, name, path)
+        annotation, path = typing.get_type_hints(section)[name], f"{path}{name}."
+    return annotation
+
+
+def section_of(annotation: Any) -> Any:
+    """The dataclass in an annotation such as `YarnConfig | None`, or None."""
+    return next((o for o in options_of(annotation) if dataclasses.is_dataclass(o)), None)
+
+
+def options_of(annotation: Any) -> tuple[Any, ...]:
     """The types in an annotation such as `YarnConfig | None`."""
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
 def _check_type(name: str, value: Any, annotation: Any) -> None:
-    options = _options(annotation)
+    options = options_of(annotation)
     if float in options and isinstance(value, int | float) and not isinstance(value, bool):
         finite = math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 1023
         require(finite, f"config key {name}={shown(value)} should be a finite number")

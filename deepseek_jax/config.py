@@ -5,11 +5,12 @@ nearest valid key for every mistake. Source: technical report section 4.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.checks import build as build
-from deepseek_jax.checks import choice, require, shown
+from deepseek_jax.checks import choice, integer, ranges, require, shown
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.model_config import YarnConfig as YarnConfig
 
@@ -24,25 +25,33 @@ PRECISIONS = (
 )
 
 
+# Larger numbers are refused by name: they would end in memory or time that no machine has.
+SEEDS = 1 << 32
+_MANY, _LONG = 1 << 31, 1e18
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes windows of tokens (report section 4.1)."""
 
     source: str = "stdlib"  # "stdlib": the interpreter's own library sources; else a glob
     validation: str | None = None  # a glob; None: hold out `validation_fraction` of the documents
-    validation_fraction: float = 0.05
-    text_field: str = "text"
+    validation_fraction: float = 0.05  # of the documents, where `validation` is None
+    text_field: str = "text"  # field of JSON lines, column of Parquet files
     tokenizer: str | None = None  # None: train a byte-level BPE of `vocab_size`; else a tokenizer.json
-    vocab_size: int = 4096
-    seq_len: int = 256
-    fim_rate: float = 0.1
-    split_punctuation_rate: float = 0.0
+    vocab_size: int = 4096  # ids to train a tokenizer to; the most a loaded one may have
+    seq_len: int = 256  # tokens of a window
+    fim_rate: float = 0.1  # share of documents turned into fill-in-the-middle (section 4.1)
+    split_punctuation_rate: float = 0.0  # share of punctuation-newline tokens that are split (section 4.1)
     segments: bool = False  # True: documents packed into one window do not see each other
-    seed: int = 0
-    cache_dir: str = ".cache"
+    seed: int = 0  # of order, FIM and splits
+    cache_dir: str = ".cache"  # tokenizer and token ids, for the next run
 
     def __post_init__(self):
-        require(self.seq_len > 0, f"data.seq_len={self.seq_len} must be positive")
+        integers = {"seq_len": (1, 1 << 30), "vocab_size": (1, 1 << 26), "seed": (0, SEEDS - 1)}
+        ranges("data", self, integers)
+        for name in ("source", "text_field", "cache_dir"):
+            require(getattr(self, name) != "", f"data.{name} is empty")
         for name in ("fim_rate", "split_punctuation_rate", "validation_fraction"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"data.{name}={value} must lie in [0, 1]")
@@ -57,33 +66,40 @@ class OptimizerConfig:
     (`training/schedules.py`).
     """
 
-    peak_lr: float = 2.2e-4
-    mid_lr: float = 2.2e-5
-    final_lr: float = 7.3e-6
-    warmup_steps: int = 2000
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    moment_dtype: str = "bfloat16"
-    schedule_tokens: float = 14.8e12
-    constant_until_tokens: float = 10e12
-    cosine_until_tokens: float = 14.3e12
-    mid_until_tokens: float = 14.633e12
+    peak_lr: float = 2.2e-4  # learning rate after the warm-up
+    mid_lr: float = 2.2e-5  # after the cosine
+    final_lr: float = 7.3e-6  # at the end
+    warmup_steps: int = 2000  # linear from 0; a shorter run takes its share of them
+    b1: float = 0.9  # decay of the gradient's average
+    b2: float = 0.95  # decay of its square's
+    eps: float = 1e-8  # added to the root of the latter
+    weight_decay: float = 0.1  # of matrices, times the learning rate
+    clip_norm: float = 1.0  # largest norm of the whole gradient
+    moment_dtype: str = "bfloat16"  # or "float32"
+    schedule_tokens: float = 14.8e12  # length of the run that the boundaries below are of
+    constant_until_tokens: float = 10e12  # peak_lr until here, ...
+    cosine_until_tokens: float = 14.3e12  # ... a cosine to mid_lr until here, ...
+    mid_until_tokens: float = 14.633e12  # ... mid_lr until here, then final_lr
     batch_start: int = 3072  # sequences of the first step, if train.batch_size is more; 0: no ramp
-    batch_ramp_tokens: float = 469e9
-    gamma: float = 0.001
-    gamma_until_tokens: float = 14.3e12
-    mtp_lambda: float = 0.3
-    mtp_lambda_final: float = 0.1
-    mtp_lambda_until_tokens: float = 10e12
+    batch_ramp_tokens: float = 469e9  # tokens over which the batch grows to train.batch_size
+    gamma: float = 0.001  # step of the routers' correction bias
+    gamma_until_tokens: float = 14.3e12  # 0 from here on
+    mtp_lambda: float = 0.3  # weight of the MTP loss
+    mtp_lambda_final: float = 0.1  # the same from mtp_lambda_until_tokens on
+    mtp_lambda_until_tokens: float = 10e12  # see mtp_lambda_final
 
     def __post_init__(self):
         choice("optimizer.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
-        require(self.peak_lr > 0, f"optimizer.peak_lr={self.peak_lr} must be positive")
-        require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be >= 0")
+        ranges("optimizer", self, {"warmup_steps": (0, _MANY), "batch_start": (0, _MANY)})
+        for name in ("peak_lr", "eps", "clip_norm", "schedule_tokens"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"optimizer.{name}={value} must be positive and finite")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"optimizer.{name}={value} must lie inside (0, 1)")
+        factors = ("mid_lr", "final_lr", "weight_decay", "gamma", "mtp_lambda", "mtp_lambda_final")
+        boundaries = [field.name for field in dataclasses.fields(self) if field.name.endswith("_tokens")]
+        ranges("optimizer", self, reals=dict.fromkeys((*factors, *boundaries), (0, _LONG)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +109,13 @@ class BalanceConfig:
     The classic loss takes the loads of each device's micro-batch, so it depends on the number of devices.
     """
 
-    mode: str = "loss_free"
+    mode: str = "loss_free"  # "loss_free", "classic" (an auxiliary loss) or "none"
     seq_alpha: float = 1e-4  # weight of the sequence-wise loss, mode "loss_free"
     classic_alpha: float = 1e-2  # weight of the batch-wise auxiliary loss, mode "classic"
 
     def __post_init__(self):
         choice("balance.mode", self.mode, ("loss_free", "classic", "none"))
+        ranges("balance", self, reals=dict.fromkeys(("seq_alpha", "classic_alpha"), (0, 1e6)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,34 +125,30 @@ class MeshConfig:
     `tensor` divides the heads inside the attention and the tokens of a sequence outside of it (`parallel/tensor.py`).
     """
 
-    pipe: int = 1
-    data: int = 0
-    node: int = 1
-    local: int = 1
-    tensor: int = 1
-    experts: str = (
-        "auto"  # sharded over node x local x tensor: "two_hop" or "flat", or "replicated"; auto: by mesh
-    )
+    pipe: int = 1  # pipeline stages
+    data: int = 0  # replicas; 0: as many as the other axes leave of the devices
+    node: int = 1  # nodes over which experts are spread
+    local: int = 1  # devices of a node over which they are spread
+    tensor: int = 1  # devices that share a sequence and its heads
+    # over node x local x tensor: "two_hop", "flat" or "replicated"; auto: by mesh
+    experts: str = "auto"
     dispatch: str = "auto"  # format of tokens on the way to experts: same (as computed), bf16, fp8, fp8_ue8m0
     combine: str = "auto"  # of results on the way back: same, bf16; auto: as `precision` says
-    receive: float = (
-        0.0  # rows received at once, in units of a device's tokens, more in rounds; 0: all at once
-    )
+    # rows received at once, in units of a device's tokens, more in rounds; 0: all at once
+    receive: float = 0.0
     zero: bool = False  # ZeRO-1: master weights and moments divided over all axes that divide tokens
-    overlap: bool = (
-        False  # two halves of each device's batch in flight: one computes while the other's tokens travel
-    )
+    # two halves of each device's batch in flight: one computes while the other's tokens travel
+    overlap: bool = False
     comm_channels: int = 0  # NCCL channels, so many SMs, that a collective may take on GPUs; 0: NCCL decides
 
     def __post_init__(self):
         for name in ("pipe", "data", "node", "local", "tensor"):
-            value, low = getattr(self, name), 0 if name == "data" else 1
-            require(value >= low, f"mesh.{name}={value} must be >= {low}")
+            integer(f"mesh.{name}", getattr(self, name), 0 if name == "data" else 1, _MANY)
         choice("mesh.experts", self.experts, ("auto", "two_hop", "flat", "replicated"))
         choice("mesh.dispatch", self.dispatch, ("auto", "same", "bf16", "fp8", "fp8_ue8m0"))
         choice("mesh.combine", self.combine, ("auto", "same", "bf16"))
         require(0 <= self.comm_channels <= 64, f"mesh.comm_channels={self.comm_channels} must lie in [0, 64]")
-        require(self.receive >= 0, f"mesh.receive={self.receive} must be >= 0; 0 for everything at once")
+        ranges("mesh", self, reals={"receive": (0, _MANY)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,45 +173,39 @@ class DistributedConfig:
         require(ok, f"distributed.coordinator={self.coordinator!r} should be HOST:PORT, as 10.0.0.1:1234")
         require(self.processes >= 0, f"distributed.processes={self.processes} must be >= 0")
         require(self.process >= -1, f"distributed.process={self.process} must be >= 0, or -1")
-        for name in ("start_timeout", "heartbeat_timeout"):
-            value = getattr(self, name)
-            require(value > 0, f"distributed.{name}={value} must be a positive number of seconds")
+        # JAX counts them in milliseconds, 32 bits.
+        ranges("distributed", self, dict.fromkeys(("start_timeout", "heartbeat_timeout"), (1, 1_000_000)))
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and bookkeeping of a run."""
 
-    steps: int = 300
+    steps: int = 300  # of the whole run
     batch_size: int = 16  # sequences per step, after the ramp
-    grad_accumulation: int = 1
+    grad_accumulation: int = 1  # micro-batches of a step, one after the other
     remat: str = (
         "none"  # what the backward pass recomputes: "deepseek": norms, MLA up-projections; "full": all
     )
     loss_chunk: int = 1024  # tokens whose logits are in memory at once
-    ema_decay: float = 0.999
+    ema_decay: float = 0.999  # of the average of the parameters, per update
     ema_every: int = 10  # steps between updates of the host-side average
-    seed: int = 0
-    eval_every: int = 100
-    eval_windows: int = 64
-    checkpoint_every: int = 100
-    keep: int = 3
-    max_bad_steps: int = 5
-    out_dir: str = "runs/tiny"
+    seed: int = 0  # of the first weights
+    eval_every: int = 100  # steps between validations
+    eval_windows: int = 64  # windows of the validation documents to evaluate, at most
+    checkpoint_every: int = 100  # steps between checkpoints
+    keep: int = 3  # newest checkpoints that stay
+    max_bad_steps: int = 5  # steps in a row without a finite loss, after which the run ends
+    out_dir: str = "runs/tiny"  # checkpoints, metrics, report; a run there is resumed
     sample_tokens: int = 96  # of the completions shown at the end; 0: none
 
     def __post_init__(self):
         choice("train.remat", self.remat, ("none", "deepseek", "full"))
-        for name in (
-            "steps",
-            "batch_size",
-            "grad_accumulation",
-            "loss_chunk",
-            "keep",
-            "max_bad_steps",
-            "ema_every",
-        ):
-            require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        counts = ("steps", "batch_size", "grad_accumulation", "loss_chunk", "keep", "max_bad_steps")
+        periods = ("ema_every", "eval_every", "eval_windows", "checkpoint_every")
+        ranges("train", self, dict.fromkeys((*counts, *periods), (1, _MANY)))
+        ranges("train", self, {"seed": (0, SEEDS - 1), "sample_tokens": (0, _MANY)})
+        require(self.out_dir != "", "train.out_dir is empty")
         require(
             self.batch_size % self.grad_accumulation == 0,
             f"train.batch_size={self.batch_size} must be divisible by grad_accumulation={self.grad_accumulation}",
@@ -210,6 +217,7 @@ class TrainConfig:
 class Config:
     """The frozen whole of a training run."""
 
+    # --- sections
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

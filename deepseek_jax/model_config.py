@@ -8,9 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.checks import choice, integer, real, require
-
-_Ranges = Mapping[str, tuple[float, float]]
+from deepseek_jax.checks import choice, integer, ranges, require
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
@@ -54,26 +52,19 @@ _YARN_REALS = {
 }
 
 
-def _check_ranges(config: Any, integers: _Ranges, reals: _Ranges, path: str = "") -> None:
-    for name, (low, high) in integers.items():
-        integer(f"{path}{name}", getattr(config, name), int(low), int(high))
-    for name, (low, high) in reals.items():
-        real(f"{path}{name}", getattr(config, name), low, high)
-
-
 @dataclasses.dataclass(frozen=True)
 class YarnConfig:
     """YaRN context extension of RoPE (report section 4.3; `rope_scaling` of config.json)."""
 
-    factor: float = 40.0
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
+    factor: float = 40.0  # longest context over the one trained with
+    original_max_position_embeddings: int = 4096  # the context trained with
+    beta_fast: float = 32.0  # rotations within it from which a channel stays as it is
+    beta_slow: float = 1.0  # rotations within it below which a channel is interpolated
+    mscale: float = 1.0  # logits grow with 0.1 mscale ln(factor) + 1, ...
+    mscale_all_dim: float = 1.0  # ... and this is the part that the softmax scale takes
 
     def __post_init__(self):
-        _check_ranges(self, _YARN_INTEGERS, _YARN_REALS, "rope_scaling.")
+        ranges("rope_scaling", self, _YARN_INTEGERS, _YARN_REALS)
         require(
             self.beta_slow <= self.beta_fast,
             f"rope_scaling.beta_slow={self.beta_slow} must not exceed rope_scaling.beta_fast={self.beta_fast}",
@@ -84,41 +75,41 @@ class YarnConfig:
 class ModelConfig:
     """Architecture of one model; every default is DeepSeek-V3's (report section 4.2)."""
 
-    vocab_size: int = 129280
-    hidden_size: int = 7168
-    num_hidden_layers: int = 61
-    first_k_dense_replace: int = 3
-    intermediate_size: int = 18432
-    # Multi-head Latent Attention (section 2.1.1)
-    num_attention_heads: int = 128
+    vocab_size: int = 129280  # rows of the embedding and the head; at least the tokenizer's ids
+    hidden_size: int = 7168  # channels of the residual stream
+    num_hidden_layers: int = 61  # of the main model, dense ones included
+    first_k_dense_replace: int = 3  # the first layers, whose FFN is dense
+    intermediate_size: int = 18432  # inner channels of a dense FFN
+    # --- Multi-head Latent Attention (section 2.1.1)
+    num_attention_heads: int = 128  # heads; each has its own keys and values, expanded from the latent
     q_lora_rank: int | None = 1536  # None: full-rank queries (V2-Lite)
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    rope_theta: float = 10000.0
-    rope_scaling: YarnConfig | None = None
-    max_position_embeddings: int = 4096
-    # DeepSeekMoE (section 2.1.2)
-    moe_intermediate_size: int = 2048
-    n_routed_experts: int = 256
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 8
-    n_group: int = 8
-    topk_group: int = 4
+    kv_lora_rank: int = 512  # channels of the latent that keys and values share: the cache
+    qk_nope_head_dim: int = 128  # channels of a query or key without position
+    qk_rope_head_dim: int = 64  # channels with position; the key's are shared by all heads
+    v_head_dim: int = 128  # channels of a value
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_scaling: YarnConfig | None = None  # YaRN; None: plain rotary embedding
+    max_position_embeddings: int = 4096  # longest sequence
+    # --- DeepSeekMoE (section 2.1.2)
+    moe_intermediate_size: int = 2048  # inner channels of one expert
+    n_routed_experts: int = 256  # experts of a MoE layer to choose from
+    n_shared_experts: int = 1  # experts of a MoE layer that every token takes
+    num_experts_per_tok: int = 8  # experts that a token is routed to
+    n_group: int = 8  # groups of experts; a token's experts come from a few of them
+    topk_group: int = 4  # groups that a token may take experts from
     scoring_func: str = "sigmoid"  # V2: "softmax", which has no correction bias
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    # Multi-Token Prediction (section 2.2)
-    num_nextn_predict_layers: int = 1
-    # everything else
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.006
-    tie_word_embeddings: bool = False
+    norm_topk_prob: bool = True  # the chosen experts' weights are divided by their sum
+    routed_scaling_factor: float = 2.5  # and multiplied by this
+    # --- Multi-Token Prediction (section 2.2)
+    num_nextn_predict_layers: int = 1  # MTP modules: tokens predicted beyond the next one
+    # --- everything else
+    rms_norm_eps: float = 1e-6  # added to the mean square
+    initializer_range: float = 0.006  # standard deviation of the first weights
+    tie_word_embeddings: bool = False  # the head is the embedding's transpose
     dtype: str = "float32"  # compute dtype; master parameters are float32
 
     def __post_init__(self):
-        _check_ranges(self, _INTEGERS, _REALS)
+        ranges("", self, _INTEGERS, _REALS)
         if self.q_lora_rank is not None:
             require(self.q_lora_rank != 0, "q_lora_rank=0: use None")
             integer("q_lora_rank", self.q_lora_rank, 1, _WIDTH)

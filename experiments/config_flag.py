@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from deepseek_jax.checks import options_of, section_of, type_of
 from deepseek_jax.config import Config, from_config_dict
 from experiments import command_line, config_help
-from experiments.config_help import options, section_of, type_of
 
 _FLAG = re.compile(r"--?(no)?config(\.[^=]*)?(=.*)?", re.DOTALL)
 
@@ -78,7 +78,7 @@ def take(argv: Sequence[str]) -> tuple[Settings, list[str]]:
 
 
 def _setting(key: str, negated: bool, text: str | None, arguments: Iterator[str]) -> str:
-    if type_of(key) is bool and text is None:
+    if type_of(Config, key) is bool and text is None:
         return str(not negated)
     if negated:
         raise ValueError(f"--noconfig.{key}: only a switch can be negated; set --config.{key}=VALUE")
@@ -111,18 +111,18 @@ _KINDS = {bool: "True or False", int: "an integer", float: "a number", types.Non
 
 def _read(key: str, text: str) -> Any:
     """`text` as what the key holds. Raises ValueError."""
-    hint = type_of(key)
-    if types.NoneType in options(hint) and text.lower() in ("none", "null"):
+    hint = type_of(Config, key)
+    if types.NoneType in options_of(hint) and text.lower() in ("none", "null"):
         return None
     if section_of(hint) is not None:
         names = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(section_of(hint))[:3])
         raise ValueError(f"--config.{key}={text}: {key} is a section; set one of its keys: {names}, ...")
-    for option in options(hint):
+    for option in options_of(hint):
         try:
             return _as(option, text)
         except (ValueError, SyntaxError, KeyError):
             continue
-    wanted = " or ".join(_KINDS.get(option, str(option)) for option in options(hint))
+    wanted = " or ".join(_KINDS.get(option, str(option)) for option in options_of(hint))
     raise ValueError(f"--config.{key}={text} should be {wanted}")
 
 

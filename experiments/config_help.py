@@ -6,18 +6,16 @@ documentation).
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import io
 import shutil
 import textwrap
 import tokenize
-import types
-import typing
 from collections.abc import Iterator
 from typing import Any
 
+from deepseek_jax.checks import section_of, type_of
 from deepseek_jax.config import Config
 
 _COLUMN = 42  # where the documentation begins
@@ -48,35 +46,11 @@ def _above(line: int, alone: set[int], comments: dict[int, str]) -> list[int]:
     return list(range(first, line))
 
 
-def options(annotation: Any) -> tuple[Any, ...]:
-    """The types in an annotation such as `YarnConfig | None`."""
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-
-
-def section_of(annotation: Any) -> Any:
-    """The dataclass among them, or None."""
-    return next((o for o in options(annotation) if dataclasses.is_dataclass(o)), None)
-
-
-def type_of(key: str) -> Any:
-    """The annotation of a dotted key of `Config`. Raises ValueError, with the nearest key, for an unknown one."""
-    hint, path = Config, ""
-    for name in key.split("."):
-        section = section_of(hint)
-        hints = typing.get_type_hints(section) if section is not None else {}
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            hint = f"did you mean {path}{close[0]}?" if close else f"valid keys: {', '.join(hints) or 'none'}"
-            raise ValueError(f"unknown config key {path}{name}; {hint}")
-        hint, path = hints[name], f"{path}{name}."
-    return hint
-
-
 def fields(value: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
     """(key, value, documentation) of all that a config holds; the keys of a section that is None, too."""
     for field in dataclasses.fields(value):
         here, key = getattr(value, field.name), f"{path}{field.name}"
-        section = section_of(type_of(key))
+        section = section_of(type_of(Config, key))
         if dataclasses.is_dataclass(here):
             yield from fields(here, f"{key}.")
             continue

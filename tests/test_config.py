@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import ml_collections
 import pytest
@@ -92,8 +93,31 @@ def test_mistakes_name_the_key_and_the_nearest(values, message):
         (DataConfig, {"fim_rate": 1.5}, r"data.fim_rate=1.5 must lie in \[0, 1\]"),
         (DataConfig, {"seq_len": 0}, "data.seq_len=0 must be positive"),
         (OptimizerConfig, {"peak_lr": 0.0}, "optimizer.peak_lr=0.0 must be positive"),
+        (OptimizerConfig, {"peak_lr": math.nan}, "optimizer.peak_lr=nan must be positive and finite"),
+        (OptimizerConfig, {"peak_lr": math.inf}, "optimizer.peak_lr=inf must be positive and finite"),
+        (OptimizerConfig, {"final_lr": math.nan}, "optimizer.final_lr=nan must be a finite number"),
+        (OptimizerConfig, {"weight_decay": -0.1}, "optimizer.weight_decay=-0.1 must be >= 0"),
+        (OptimizerConfig, {"gamma": math.inf}, r"optimizer.gamma=inf must be <= 1e\+18"),
+        (OptimizerConfig, {"b1": 1.0}, r"optimizer.b1=1.0 must lie inside \(0, 1\)"),
+        (OptimizerConfig, {"b2": math.nan}, r"optimizer.b2=nan must lie inside \(0, 1\)"),
+        (OptimizerConfig, {"eps": 0.0}, "optimizer.eps=0.0 must be positive"),
+        (OptimizerConfig, {"batch_start": -1}, "optimizer.batch_start=-1 must be >= 0"),
+        (OptimizerConfig, {"batch_ramp_tokens": -1.0}, "optimizer.batch_ramp_tokens=-1.0 must be >= 0"),
+        (BalanceConfig, {"seq_alpha": math.nan}, "balance.seq_alpha=nan must be a finite number"),
+        (TrainConfig, {"eval_every": 0}, "train.eval_every=0 must be positive"),
+        (TrainConfig, {"eval_windows": 0}, "train.eval_windows=0 must be positive"),
+        (TrainConfig, {"checkpoint_every": 0}, "train.checkpoint_every=0 must be positive"),
+        (TrainConfig, {"sample_tokens": -1}, "train.sample_tokens=-1 must be >= 0"),
+        (TrainConfig, {"seed": 1 << 65}, "train.seed=36893488147419103232 must be <= 4294967295"),
+        (TrainConfig, {"ema_decay": math.nan}, "train.ema_decay=nan must lie in"),
+        (TrainConfig, {"out_dir": ""}, "train.out_dir is empty"),
+        (DataConfig, {"seed": -1}, "data.seed=-1 must be >= 0"),
+        (DataConfig, {"fim_rate": math.nan}, "data.fim_rate=nan must lie in"),
+        (DataConfig, {"vocab_size": 0}, "data.vocab_size=0 must be positive"),
+        (MeshConfig, {"receive": math.nan}, "mesh.receive=nan must be a finite number"),
+        (MeshConfig, {"node": 1 << 40}, "mesh.node=1099511627776 must be <= 2147483648"),
         (OptimizerConfig, {"moment_dtype": "float16"}, "optimizer.moment_dtype='float16' is not one of"),
-        (MeshConfig, {"local": 0}, "mesh.local=0 must be >= 1"),
+        (MeshConfig, {"local": 0}, "mesh.local=0 must be positive"),
         (
             MeshConfig,
             {"experts": "two_hops"},

@@ -183,4 +183,4 @@ def test_command(released, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr
     again = subprocess.run([*command, *args], cwd=root, capture_output=True, text=True, check=False)
-    assert again.returncode == 1 and "exists already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
