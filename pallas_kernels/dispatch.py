@@ -1,17 +1,24 @@
 """How a public op picks one of its implementations.
 
 `implementation=None` picks by platform when the program is lowered: the Mosaic GPU kernel on CUDA if it supports the
-operands, the XLA path everywhere else. A named implementation is used or refused with the reason; it never falls back.
+operands, the XLA path everywhere else. Where CUDA gets the XLA path, a warning says so once per op, shapes and reason. A
+named implementation is used or refused with the reason; it never falls back.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from pallas_kernels.compat import why_not_hopper
 
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
+_LOG = logging.getLogger(__name__)
 
 
 def dispatch(
@@ -50,5 +57,37 @@ def dispatch(
             raise ValueError(f"{op}: the Mosaic GPU kernel does not support this call: {unsupported}")
         return mosaic(*operands)
     if unsupported:
-        return xla(*operands)
+        mosaic = _noted(xla, f"{op} of {_shapes(operands)} runs without its GPU kernel: {unsupported}")
     return lax.platform_dependent(*operands, cuda=mosaic, default=xla)
+
+
+# --- what a program for CUDA says of a fallback -----------------------------------------------------------
+
+_note_p = Primitive("note")  # the identity; lowered for CUDA, it logs
+_note_p.def_impl(lambda x, *, message: x)
+_note_p.def_abstract_eval(lambda x, *, message: x)
+ad.deflinear2(_note_p, lambda cotangent, x, *, message: [cotangent])
+batching.defvectorized(_note_p)
+
+
+def _lower_note(ctx: Any, x: Any, *, message: str) -> list[Any]:
+    _warn_once(message)
+    return [x]
+
+
+mlir.register_lowering(_note_p, lambda ctx, x, *, message: [x])
+mlir.register_lowering(_note_p, _lower_note, platform="cuda")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _LOG.warning(message)
+
+
+def _shapes(operands: Any) -> str:
+    return ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(operands))
+
+
+def _noted(xla: Callable[..., Any], message: str) -> Callable[..., Any]:
+    """`xla`, whose lowering for CUDA logs `message`."""
+    return lambda first, *rest: xla(_note_p.bind(first, message=message), *rest)

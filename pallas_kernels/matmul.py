@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.blocks import round_up
 from pallas_kernels.compat import compiler_params, swizzled
 
 COMPUTE_WARPGROUPS = 2
@@ -60,6 +61,11 @@ class TileConfig:
             raise ValueError(f"tile {self.tile_m} x {self.tile_n}: both extents must be 64, 128 or 256")
         if self.stages < 2:
             raise ValueError(f"stages={self.stages}: a pipeline needs at least 2")
+
+
+def tile_columns(n: int) -> int:
+    """Width of the tiles of `n` columns (or height of those of `n` rows): 128, or 64 where that pads less."""
+    return 128 if round_up(n, 64) % 128 == 0 else 64
 
 
 @dataclasses.dataclass(frozen=True)

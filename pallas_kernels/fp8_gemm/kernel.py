@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blocks import BLOCK, round_up
+from pallas_kernels.blocks import BLOCK, pad_last2
 from pallas_kernels.compat import swizzled
 from pallas_kernels.matmul import WGMMA_ROWS, Problem, TileConfig, persistent_matmul
 
@@ -22,12 +22,8 @@ E4M3 = jnp.float8_e4m3fn
 
 def unsupported(m: int, n: int, k: int, out_dtype) -> str | None:
     """Why the kernel cannot compute this product, or None."""
-    if k % BLOCK or k == 0:
-        return f"K={k} must be a positive multiple of {BLOCK}"
-    if n % WGMMA_ROWS:
-        return f"N={n} must be a multiple of {WGMMA_ROWS}"
-    if m == 0:
-        return "M=0"
+    if 0 in (m, n, k):
+        return f"M={m}, N={n}, K={k}: all must be positive"
     if out_dtype not in (jnp.bfloat16, jnp.float32):
         return f"out_dtype={jnp.dtype(out_dtype).name}; the kernel writes bfloat16 or float32"
     return None
@@ -87,25 +83,17 @@ def step_1d1d(refs, tile, share, k, smem, accs):
     ]
 
 
-def pad_rows(x: jax.Array, multiple: int, axis: int = 0) -> jax.Array:
-    """Zero-pad `axis`; free where nothing is missing."""
-    missing = round_up(x.shape[axis], multiple) - x.shape[axis]
-    if not missing:
-        return x
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-
-
 @functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: TileConfig) -> jax.Array:
-    """a [M, K], b [N, K] -> [M, N]; M is padded to the tile, N % tile_n == 0."""
-    m, k = a.shape
-    n = b.shape[0]
+    """a [M, K], b [N, K] -> [M, N]; ragged extents are padded with zeros to whole tiles and steps."""
+    m, n = a.shape[0], b.shape[0]
     tm, tn = config.tile_m, config.tile_n
-    a, a_scale = pad_rows(a, tm), pad_rows(a_scale.T, tm, axis=1)
     is_1d1d = b_scale.shape[0] == n
+    a, b = pad_last2(a, (tm, BLOCK)), pad_last2(b, (tn, BLOCK))
+    a_scale = pad_last2(a_scale.T, (1, tm))
     in_specs = [operand_spec(tm, config.cluster), operand_spec(tn), scale_spec(tm)]
     if is_1d1d:
-        b_scale = b_scale.T
+        b_scale = pad_last2(b_scale.T, (1, tn))
         in_specs.append(scale_spec(tn))
 
     def views(refs, tile):
@@ -117,12 +105,12 @@ def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: Tile
         return refs[3][(tile.ni * tn) // BLOCK, step]
 
     problem = Problem(
-        grid=(a.shape[0] // tm, n // tn),
-        out_type=jax.ShapeDtypeStruct((a.shape[0], n), out_dtype),
+        grid=(len(a) // tm, len(b) // tn),
+        out_type=jax.ShapeDtypeStruct((len(a), len(b)), out_dtype),
         in_specs=in_specs,
         views=views,
         allocation_views=lambda refs: refs[: len(in_specs)],
-        num_steps=k // BLOCK,
+        num_steps=a.shape[1] // BLOCK,
         step=step_1d1d if is_1d1d else step_1d2d(block_scale),
         promoted=True,
         out_view=lambda out, tile: out.at[tile.ms, tile.ns],
@@ -130,5 +118,5 @@ def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: Tile
     )
     operands = [a, b, a_scale, b_scale]
     if accumulate is not None:
-        operands.append(pad_rows(accumulate, tm))
-    return persistent_matmul(problem, config, *operands)[:m]
+        operands.append(pad_last2(accumulate, (tm, tn)))
+    return persistent_matmul(problem, config, *operands)[:m, :n]

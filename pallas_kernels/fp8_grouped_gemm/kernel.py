@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blocks import BLOCK
+from pallas_kernels.blocks import BLOCK, pad_last2
 from pallas_kernels.compat import load_global
 from pallas_kernels.fp8_gemm.kernel import operand_spec, scale_spec, step_1d1d, step_1d2d
 from pallas_kernels.groups import tile_groups
@@ -19,22 +19,16 @@ def gemm_unsupported(m: int, n: int, k: int, alignment: int, out_dtype, config: 
     """Why the kernel cannot compute the m-grouped product, or None."""
     if alignment % config.tile_m:
         return f"alignment={alignment} is no multiple of the tile's {config.tile_m} rows"
-    if m == 0 or k == 0 or k % BLOCK:
-        return f"M={m}, K={k}: both must be positive and K a multiple of {BLOCK}"
-    if n % config.tile_n:
-        return f"N={n} must be a multiple of {config.tile_n}"
+    if 0 in (m, n, k):
+        return f"M={m}, N={n}, K={k}: all must be positive"
     if out_dtype not in (jnp.bfloat16, jnp.float32):
         return f"out_dtype={jnp.dtype(out_dtype).name}; the kernel writes bfloat16 or float32"
     return None
 
 
-def wgrad_unsupported(m: int, n: int, t: int, config: TileConfig) -> str | None:
+def wgrad_unsupported(m: int, n: int, t: int) -> str | None:
     """Why the kernel cannot compute the k-grouped product, or None."""
-    if t == 0 or t % BLOCK:
-        return f"T={t} must be a positive multiple of {BLOCK}"
-    if m % config.tile_m or n % config.tile_n:
-        return f"{m} x {n} must be a multiple of the tile {config.tile_m} x {config.tile_n}"
-    return None
+    return f"M={m}, N={n}, T={t}: all must be positive" if 0 in (m, n, t) else None
 
 
 def keep_real_rows(ids_of):
@@ -50,13 +44,15 @@ def keep_real_rows(ids_of):
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def fp8_grouped_gemm(a, a_scale, b, b_scale, group_ids, *, out_dtype, config: TileConfig) -> jax.Array:
-    """a [M, K], b [G, N, K], group_ids [M] -> [M, N]; tiles of padding are cleared, not computed."""
-    (m, k), n = a.shape, b.shape[1]
-    tm, tn = config.tile_m, config.tile_n
+    """a [M, K], b [G, N, K], group_ids [M] -> [M, N]; tiles of padding are cleared, not computed. Ragged N and K are
+    padded with zeros to whole tiles and steps."""
+    n, (tm, tn) = b.shape[1], (config.tile_m, config.tile_n)
+    a, b = pad_last2(a, (1, BLOCK)), pad_last2(b, (tn, BLOCK))
+    (m, k), padded_n = a.shape, b.shape[1]
 
     problem = Problem(
-        grid=(m // tm, n // tn),
-        out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
+        grid=(m // tm, padded_n // tn),
+        out_type=jax.ShapeDtypeStruct((m, padded_n), out_dtype),
         in_specs=[operand_spec(tm, config.cluster), operand_spec(tn), scale_spec(tm)],
         views=lambda refs, tile: [
             refs[0].at[tile.ms, :],
@@ -72,16 +68,19 @@ def fp8_grouped_gemm(a, a_scale, b, b_scale, group_ids, *, out_dtype, config: Ti
         finish=keep_real_rows(lambda refs: refs[5]),
     )
     operands = (a, b, a_scale.T, b_scale, tile_groups(group_ids, tm), group_ids)
-    return persistent_matmul(problem, config, *operands)
+    return persistent_matmul(problem, config, *operands)[:, :n]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def fp8_grouped_wgrad(
     a, a_scale, b, b_scale, group_sizes, accumulate=None, *, config: TileConfig
 ) -> jax.Array:
-    """a [M, T], b [N, T], group_sizes [G] multiples of 128 -> [G, M, N] float32."""
+    """a [M, T], b [N, T], group_sizes [G] multiples of 128 -> [G, M, N] float32. Ragged M and N are padded with zeros to
+    whole tiles."""
     (m, t), n = a.shape, b.shape[0]
     tm, tn = config.tile_m, config.tile_n
+    a, b = pad_last2(a, (tm, 1)), pad_last2(b, (tn, 1))
+    a_scale, b_scale = pad_last2(a_scale.T, (1, tm)), pad_last2(b_scale.T, (1, tn))
     blocks = group_sizes // BLOCK
     first_block = jnp.cumsum(blocks) - blocks
 
@@ -97,9 +96,9 @@ def fp8_grouped_wgrad(
         ]
 
     problem = Problem(
-        grid=(m // tm, n // tn),
+        grid=(len(a) // tm, len(b) // tn),
         groups=group_sizes.shape[0],
-        out_type=jax.ShapeDtypeStruct((group_sizes.shape[0], m, n), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((group_sizes.shape[0], len(a), len(b)), jnp.float32),
         in_specs=[operand_spec(tm, config.cluster), operand_spec(tn), scale_spec(tm), scale_spec(tn)],
         views=views,
         allocation_views=lambda refs: refs[:4],
@@ -109,7 +108,7 @@ def fp8_grouped_wgrad(
         out_view=lambda out, tile: out.at[tile.g, tile.ms, tile.ns],
         addend=None if accumulate is None else lambda refs, tile: refs[6].at[tile.g, tile.ms, tile.ns],
     )
-    operands = [a, b, a_scale.T, b_scale.T, first_block, blocks]
+    operands = [a, b, a_scale, b_scale, first_block, blocks]
     if accumulate is not None:
-        operands.append(accumulate)
-    return persistent_matmul(problem, config, *operands)
+        operands.append(pad_last2(accumulate, (tm, tn)))
+    return persistent_matmul(problem, config, *operands)[:, :m, :n]

@@ -141,7 +141,7 @@ def fp8_grouped_wgrad(
         mosaic=functools.partial(kernel.fp8_grouped_wgrad, config=config),
         xla=fallback.fp8_grouped_wgrad,
         reference=reference.fp8_grouped_wgrad,
-        unsupported=kernel.wgrad_unsupported(m, n, t, config),
+        unsupported=kernel.wgrad_unsupported(m, n, t),
     )
 
 

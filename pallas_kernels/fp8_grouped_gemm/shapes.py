@@ -6,7 +6,7 @@ Every configuration listed compiles for H100 with FP8 wgmma, no spill and no ser
 
 import dataclasses
 
-from pallas_kernels.matmul import TileConfig
+from pallas_kernels.matmul import TileConfig, tile_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,9 @@ SHAPES = (
 
 def gemm_config(alignment: int, n: int) -> TileConfig:
     """Tile configuration of the m-grouped product."""
-    return TileConfig(tile_m=64 if alignment % 128 else 128, tile_n=64 if n % 128 else 128, stages=4)
+    return TileConfig(tile_m=64 if alignment % 128 else 128, tile_n=tile_columns(n), stages=4)
 
 
 def wgrad_config(m: int, n: int) -> TileConfig:
     """Tile configuration of the k-grouped product."""
-    return TileConfig(tile_m=64 if m % 128 else 128, tile_n=64 if n % 128 else 128, stages=4)
+    return TileConfig(tile_m=tile_columns(m), tile_n=tile_columns(n), stages=4)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.blocks import pad_last2
 from pallas_kernels.compat import swizzled
 from pallas_kernels.fp8_grouped_gemm.kernel import keep_real_rows
 from pallas_kernels.groups import tile_groups
@@ -23,22 +24,22 @@ def gemm_unsupported(a, n: int, alignment: int, out_dtype, config: TileConfig) -
         return f"dtype {a.dtype}; the kernel multiplies bfloat16"
     if alignment % config.tile_m:
         return f"alignment={alignment} is no multiple of the tile's {config.tile_m} rows"
-    if m == 0 or k == 0 or k % TILE_K or n % config.tile_n:
-        return f"M={m}, N={n}, K={k}: K must be a multiple of {TILE_K} and N of {config.tile_n}"
+    if 0 in (m, n, k):
+        return f"M={m}, N={n}, K={k}: all must be positive"
     if out_dtype not in (jnp.bfloat16, jnp.float32):
         return f"out_dtype={jnp.dtype(out_dtype).name}; the kernel writes bfloat16 or float32"
     return None
 
 
-def wgrad_unsupported(a, n: int, alignment: int, out_dtype, config: TileConfig) -> str | None:
+def wgrad_unsupported(a, n: int, alignment: int, out_dtype) -> str | None:
     """Why the kernel cannot compute the k-grouped product, or None."""
     t, m = a.shape
     if a.dtype != jnp.bfloat16:
         return f"dtype {a.dtype}; the kernel multiplies bfloat16"
-    if t == 0 or t % TILE_K or alignment % TILE_K:
-        return f"T={t}, alignment={alignment}: both must be positive multiples of {TILE_K}"
-    if m % config.tile_m or n % config.tile_n:
-        return f"{m} x {n} must be a multiple of the tile {config.tile_m} x {config.tile_n}"
+    if alignment % TILE_K:
+        return f"alignment={alignment} is no multiple of {TILE_K}"
+    if 0 in (m, n, t):
+        return f"M={m}, N={n}, T={t}: all must be positive"
     if out_dtype not in (jnp.bfloat16, jnp.float32):
         return f"out_dtype={jnp.dtype(out_dtype).name}; the kernel writes bfloat16 or float32"
     return None
@@ -56,9 +57,12 @@ def _spec(shape: tuple[int, int], index_map) -> plgpu.BlockSpec:
 
 @functools.partial(jax.jit, static_argnames=("transpose_b", "out_dtype", "config"))
 def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileConfig) -> jax.Array:
-    """a [M, K], b [G, N, K] (or [G, K, N]), group_ids [M] -> [M, N]."""
-    (m, k), n = a.shape, b.shape[1 if transpose_b else 2]
-    tm, tn = config.tile_m, config.tile_n
+    """a [M, K], b [G, N, K] (or [G, K, N]), group_ids [M] -> [M, N]. Ragged N and K are padded with zeros to whole tiles
+    and steps."""
+    n_dim = 1 if transpose_b else 2
+    n, (tm, tn) = b.shape[n_dim], (config.tile_m, config.tile_n)
+    a, b = pad_last2(a, (1, TILE_K)), pad_last2(b, (tn, TILE_K) if transpose_b else (TILE_K, tn))
+    (m, k), padded_n = a.shape, b.shape[n_dim]
 
     def views(refs, tile):
         b_g = refs[1].at[tile.g, tile.ns, :] if transpose_b else refs[1].at[tile.g, :, tile.ns]
@@ -71,8 +75,8 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileC
 
     b_spec = _spec((tn, TILE_K), lambda k: (0, k)) if transpose_b else _spec((TILE_K, tn), lambda k: (k, 0))
     problem = Problem(
-        grid=(m // tm, n // tn),
-        out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
+        grid=(m // tm, padded_n // tn),
+        out_type=jax.ShapeDtypeStruct((m, padded_n), out_dtype),
         in_specs=[_spec((tm, TILE_K), lambda k: (0, k)), b_spec],
         views=views,
         allocation_views=lambda refs: [refs[0], refs[1].at[0]],
@@ -83,14 +87,17 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileC
         group_of=lambda refs, mi: refs[2][mi],
         finish=keep_real_rows(lambda refs: refs[3]),
     )
-    return persistent_matmul(problem, config, a, b, tile_groups(group_ids, tm), group_ids)
+    return persistent_matmul(problem, config, a, b, tile_groups(group_ids, tm), group_ids)[:, :n]
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def grouped_wgrad(a, b, group_sizes, accumulate=None, *, out_dtype, config: TileConfig) -> jax.Array:
-    """a [T, M], b [T, N], group_sizes [G] multiples of 64 -> [G, M, N]."""
+    """a [T, M], b [T, N], group_sizes [G] multiples of 64 -> [G, M, N]. Ragged M and N are padded with zeros to whole
+    tiles."""
     (t, m), n = a.shape, b.shape[1]
     tm, tn = config.tile_m, config.tile_n
+    a, b = pad_last2(a, (1, tm)), pad_last2(b, (1, tn))
+    padded_m, padded_n = a.shape[1], b.shape[1]
     starts = jnp.cumsum(group_sizes) - group_sizes
 
     def views(refs, tile):
@@ -102,9 +109,9 @@ def grouped_wgrad(a, b, group_sizes, accumulate=None, *, out_dtype, config: Tile
         plgpu.wgmma(acc_ref, a_smem.at[:, share.rows].T, b_smem.at[:, share.cols])
 
     problem = Problem(
-        grid=(m // tm, n // tn),
+        grid=(padded_m // tm, padded_n // tn),
         groups=group_sizes.shape[0],
-        out_type=jax.ShapeDtypeStruct((group_sizes.shape[0], m, n), out_dtype),
+        out_type=jax.ShapeDtypeStruct((group_sizes.shape[0], padded_m, padded_n), out_dtype),
         in_specs=[_spec((TILE_K, tm), lambda k: (k, 0)), _spec((TILE_K, tn), lambda k: (k, 0))],
         views=views,
         allocation_views=lambda refs: refs[:2],
@@ -116,5 +123,5 @@ def grouped_wgrad(a, b, group_sizes, accumulate=None, *, out_dtype, config: Tile
     )
     operands = [a, b, starts, group_sizes // TILE_K]
     if accumulate is not None:
-        operands.append(accumulate)
-    return persistent_matmul(problem, config, *operands)
+        operands.append(pad_last2(accumulate, (tm, tn)))
+    return persistent_matmul(problem, config, *operands)[:, :m, :n]

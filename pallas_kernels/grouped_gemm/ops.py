@@ -103,7 +103,7 @@ def grouped_wgrad(
         mosaic=functools.partial(kernel.grouped_wgrad, out_dtype=out_dtype, config=config),
         xla=functools.partial(fallback.grouped_wgrad, out_dtype=out_dtype, alignment=alignment),
         reference=functools.partial(reference.grouped_wgrad, out_dtype=out_dtype),
-        unsupported=kernel.wgrad_unsupported(a, n, alignment, out_dtype, config),
+        unsupported=kernel.wgrad_unsupported(a, n, alignment, out_dtype),
     )
 
 

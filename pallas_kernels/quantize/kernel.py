@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blocks import BLOCK, COLUMN_TILE, ROW_TILE, Block
+from pallas_kernels.blocks import BLOCK, COLUMN_TILE, ROW_TILE, Block, pad_last2, round_up
 from pallas_kernels.compat import JAX_VERSION, compiler_params, swizzled
 from pallas_kernels.quantize.fallback import scale_from_amax
 from pallas_kernels.quantize.reference import divide
@@ -29,16 +29,11 @@ E4M3 = jnp.float8_e4m3fn
 ROWS = 64  # height of a tile in registers: the rows of one wgmma layout
 
 
-def quantize_unsupported(shape: tuple[int, ...], dtype, block: Block) -> str | None:
-    """Why the kernel cannot quantise such an array, or None."""
-    rows = math.prod(shape[:-1]) if block == ROW_TILE else shape[-2]
-    multiple = ROWS if block == ROW_TILE else BLOCK
-    return _unsupported(dtype, rows, multiple, shape[-1], ROWS if block == COLUMN_TILE else BLOCK)
-
-
-def swiglu_quantize_unsupported(gate_up: jax.Array, up: jax.Array | None) -> str | None:
-    f = gate_up.shape[-1] // 2 if up is None else gate_up.shape[-1]
-    return _unsupported(gate_up.dtype, math.prod(gate_up.shape[:-1]), ROWS, f, BLOCK)
+def unsupported(shape: tuple[int, ...], dtype) -> str | None:
+    """Why the kernels cannot quantise such an array, or None."""
+    if dtype not in (jnp.bfloat16, jnp.float32, E4M3):
+        return f"dtype {jnp.dtype(dtype).name}; the kernel reads bfloat16 or float32"
+    return f"the array is empty, {list(shape)}" if 0 in shape else None
 
 
 def transposed_unsupported(shape: tuple[int, ...], dtype) -> str | None:
@@ -46,15 +41,7 @@ def transposed_unsupported(shape: tuple[int, ...], dtype) -> str | None:
         return f"shape {shape}: only matrices are transposed"
     if dtype == E4M3 and JAX_VERSION < (0, 11):
         return "jax 0.10 searches half a minute for the layouts of this kernel; jax 0.11 and later find them at once"
-    return _unsupported(dtype, shape[0], BLOCK, shape[1], BLOCK if dtype == E4M3 else ROWS)
-
-
-def _unsupported(dtype, rows: int, row_multiple: int, cols: int, col_multiple: int) -> str | None:
-    if dtype not in (jnp.bfloat16, jnp.float32, E4M3):
-        return f"dtype {jnp.dtype(dtype).name}; the kernel reads bfloat16 or float32"
-    if rows == 0 or rows % row_multiple or cols == 0 or cols % col_multiple:
-        return f"{rows} x {cols}: rows must be a multiple of {row_multiple} and columns of {col_multiple}"
-    return None
+    return unsupported(shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +124,25 @@ def _row_tiles(source: _Source, shape: tuple[int, ...], scale: str) -> tuple[jax
 
 @functools.partial(jax.jit, static_argnames=("block", "scale"))
 def quantize(x: jax.Array, *, block: Block, scale: str) -> tuple[jax.Array, jax.Array]:
-    """x [..., M, K] in any of the three blocks; leading dims join the rows."""
+    """x [..., M, K] in any of the three blocks; leading dims join the rows. Ragged extents are padded with zeros to whole
+    tiles, which changes no scale."""
     *lead, m, k = x.shape
-    x2 = x.reshape(-1, k)
     if block == ROW_TILE:
-        q, s = _row_tiles(_plain(x2), x2.shape, scale)
-        return q.reshape(x.shape), s.reshape(*lead, m, k // BLOCK)
-    q, s = (_column_tiles if block == COLUMN_TILE else _square_blocks)(x2, scale)
-    return q.reshape(x.shape), s.reshape(*lead, m // BLOCK, s.shape[-1])
+        return _cut(_plain(pad_last2(x.reshape(-1, k), (ROWS, BLOCK))), x.shape, scale)
+    columns = block == COLUMN_TILE
+    padded = pad_last2(x, (BLOCK, ROWS if columns else BLOCK))
+    *_, rows, cols = padded.shape
+    q, s = (_column_tiles if columns else _square_blocks)(padded.reshape(-1, cols), scale)
+    s = s.reshape(*lead, rows // BLOCK, -1)
+    return q.reshape(padded.shape)[..., :m, :k], s[..., :k] if columns else s
+
+
+def _cut(source: _Source, shape: tuple[int, ...], scale: str) -> tuple[jax.Array, jax.Array]:
+    """Quantised rows of an array [..., C] of `shape`; the source holds them padded to whole tiles."""
+    *lead, c = shape
+    r = math.prod(lead)
+    q, s = _row_tiles(source, (round_up(r, ROWS), round_up(c, BLOCK)), scale)
+    return q[:r, :c].reshape(shape), s[:r].reshape(*lead, -1)
 
 
 def _plain(x: jax.Array) -> _Source:
@@ -159,15 +157,16 @@ def _plain(x: jax.Array) -> _Source:
 
 @functools.partial(jax.jit, static_argnames=("scale",))
 def swiglu_quantize(gate_up, up, routing_weight, *, scale: str) -> tuple[jax.Array, jax.Array]:
-    """silu(gate) * up * routing_weight and its 1x128 tiles; gate_up is read in place, never split in memory."""
+    """silu(gate) * up * routing_weight and its 1x128 tiles; gate_up is read in place, and split in memory only where a
+    tile would reach from one half into the other."""
+    if up is None and gate_up.shape[-1] % (2 * BLOCK):
+        gate_up, up = jnp.split(gate_up, 2, axis=-1)
     *lead, width = gate_up.shape
     f = width // 2 if up is None else width
-    operands = [gate_up.reshape(-1, width)]
-    if up is not None:
-        operands.append(up.reshape(-1, f))
+    operands = [pad_last2(x.reshape(-1, width), (ROWS, BLOCK)) for x in (gate_up, up) if x is not None]
     buffers = [_buffer(ROWS, BLOCK, x.dtype) for x in (gate_up, gate_up if up is None else up)]
     if routing_weight is not None:
-        operands.append(routing_weight.reshape(-1).astype(jnp.float32))
+        operands.append(pad_last2(routing_weight.reshape(1, -1).astype(jnp.float32), (1, ROWS))[0])
         buffers.append(plgpu.SMEM((ROWS,), jnp.float32))
 
     def copies(refs, row, col):
@@ -183,21 +182,20 @@ def swiglu_quantize(gate_up, up, routing_weight, *, scale: str) -> tuple[jax.Arr
         y = gate / (1 + jnp.exp(-gate)) * second
         return y if routing_weight is None else y * _over(refs[2][...], y.shape, 0)
 
-    q, s = _row_tiles(_Source(operands, buffers, copies, value, len(buffers)), (math.prod(lead), f), scale)
-    return q.reshape(*lead, f), s.reshape(*lead, f // BLOCK)
+    return _cut(_Source(operands, buffers, copies, value, len(buffers)), (*lead, f), scale)
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
 def quantize_transposed(x: jax.Array, *, scale: str) -> tuple[jax.Array, jax.Array]:
     """x [T, K] -> q [K, T], s [K, T/128]."""
     source = _Source(
-        operands=[x],
+        operands=[pad_last2(x, (BLOCK, ROWS))],
         buffers=[_buffer(BLOCK, ROWS, x.dtype)],
         copies=lambda refs, row, col: [refs[0].at[pl.ds(col, BLOCK), pl.ds(row, ROWS)]],
         value=lambda buffers: _registers(buffers[0].T),
         num_copies=1,
     )
-    return _row_tiles(source, (x.shape[1], x.shape[0]), scale)
+    return _cut(source, x.shape[::-1], scale)
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
@@ -216,7 +214,7 @@ def requantize_transposed(q: jax.Array, q_scale: jax.Array, *, scale: str) -> tu
         return _registers(x_s.T)
 
     source = _Source(
-        operands=[q, q_scale.T],
+        operands=[pad_last2(q, (BLOCK, BLOCK)), pad_last2(q_scale.T, (1, BLOCK))],
         buffers=[
             _buffer(BLOCK, ROWS, E4M3),
             plgpu.SMEM((BLOCK,), jnp.float32),
@@ -226,7 +224,7 @@ def requantize_transposed(q: jax.Array, q_scale: jax.Array, *, scale: str) -> tu
         value=value,
         num_copies=2,
     )
-    return _row_tiles(source, (q.shape[1], q.shape[0]), scale)
+    return _cut(source, q.shape[::-1], scale)
 
 
 def _column_tiles(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:

@@ -43,7 +43,7 @@ def quantize(
         mosaic=functools.partial(kernel.quantize, block=block, scale=scale),
         xla=functools.partial(fallback.quantize, block=block, scale=scale),
         reference=functools.partial(reference.quantize, block=block, scale=scale),
-        unsupported=kernel.quantize_unsupported(x.shape, x.dtype, block),
+        unsupported=kernel.unsupported(x.shape, x.dtype),
     )
 
 
@@ -121,7 +121,7 @@ def swiglu_quantize(
         mosaic=functools.partial(kernel.swiglu_quantize, scale=scale),
         xla=plain(fallback),
         reference=plain(reference),
-        unsupported=kernel.swiglu_quantize_unsupported(gate_up, up),
+        unsupported=kernel.unsupported(gate_up.shape, gate_up.dtype),
     )
 
 

@@ -103,4 +103,4 @@ def quantize_transposed(t, k, scale="fp32"):
 
 def requantize_transposed(t, k, scale="fp32"):
     run = functools.partial(quantize_ops.requantize_transposed, scale=scale, implementation="mosaic")
-    return run, [_struct(t, k, E4M3), _struct(t, k // 128, F32)]
+    return run, [_struct(t, k, E4M3), _struct(t, cdiv(k, 128), F32)]

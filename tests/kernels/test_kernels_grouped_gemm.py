@@ -24,9 +24,9 @@ def ids(alignment=128, rows=512) -> jnp.ndarray:
     return row_groups(jnp.asarray(SIZES, jnp.int32), rows, alignment)
 
 
-def contiguous_case(out_dtype=jnp.float32, alignment=128, rows=512, kernel=True, **tile) -> Case:
-    a, a_scale, a64 = quantized(0, (rows, K))
-    b, b_scale, b64 = quantized(1, (GROUPS, N, K), SQUARE_BLOCK)
+def contiguous_case(out_dtype=jnp.float32, alignment=128, rows=512, kernel=True, n=N, k=K, **tile) -> Case:
+    a, a_scale, a64 = quantized(0, (rows, k))
+    b, b_scale, b64 = quantized(1, (GROUPS, n, k), SQUARE_BLOCK)
     group_ids = ids(alignment, rows)
     expected, magnitude = oracle.contiguous(a64, b64, group_ids)
 
@@ -35,7 +35,7 @@ def contiguous_case(out_dtype=jnp.float32, alignment=128, rows=512, kernel=True,
         return fp8_grouped_gemm(*operands, out_dtype, alignment, implementation, small(**tile))
 
     only = ("reference", "xla", "mosaic") if kernel else ("reference", "xla")
-    check = lambda out: assert_product(out, expected, magnitude, K + 4)  # noqa: E731
+    check = lambda out: assert_product(out, expected, magnitude, k + 4)  # noqa: E731
     return Case(call, (a, a_scale, b, b_scale, group_ids), check, only)
 
 
@@ -55,12 +55,12 @@ def masked_case() -> Case:
     return Case(call, (a, a_scale, b, b_scale, present), check)
 
 
-def wgrad_case(accumulate: bool) -> Case:
+def wgrad_case(accumulate: bool, m=128, n=N) -> Case:
     tokens = 640
-    a, a_scale, a64 = quantized(0, (128, tokens))
-    b, b_scale, b64 = quantized(1, (N, tokens))
+    a, a_scale, a64 = quantized(0, (m, tokens))
+    b, b_scale, b64 = quantized(1, (n, tokens))
     sizes = aligned_sizes(jnp.asarray(SIZES, jnp.int32))
-    c = normal(2, GROUPS, 128, N) if accumulate else None
+    c = normal(2, GROUPS, m, n) if accumulate else None
     expected, magnitude = oracle.wgrad(a64, b64, sizes, c)
 
     def call(*operands_and_implementation):
@@ -69,7 +69,7 @@ def wgrad_case(accumulate: bool) -> Case:
 
     def check(out):
         assert_product(out, expected, magnitude, tokens + 4)
-        empty = np.zeros((128, N)) if c is None else np.asarray(c[1])
+        empty = np.zeros((m, n)) if c is None else np.asarray(c[1])
         np.testing.assert_array_equal(np.asarray(out[1]), empty)
 
     return Case(call, (a, a_scale, b, b_scale, sizes, c), check)
@@ -83,12 +83,16 @@ class TestFp8GroupedGemm(OpSuite):
         "masked": masked_case,
         "wgrad": functools.partial(wgrad_case, False),
         "wgrad_accumulate": functools.partial(wgrad_case, True),
+        "ragged": functools.partial(contiguous_case, n=150, k=320, tile_n=64),
+        "ragged_wgrad": functools.partial(wgrad_case, True, m=80, n=150),
     }
 
 
-def bf16_case(transpose_b: bool, out_dtype=jnp.float32, alignment=128, rows=512, kernel=True) -> Case:
-    a = normal(0, rows, K).astype(jnp.bfloat16)
-    weight = normal(1, GROUPS, N, K).astype(jnp.bfloat16)
+def bf16_case(
+    transpose_b: bool, out_dtype=jnp.float32, alignment=128, rows=512, kernel=True, n=N, k=K
+) -> Case:
+    a = normal(0, rows, k).astype(jnp.bfloat16)
+    weight = normal(1, GROUPS, n, k).astype(jnp.bfloat16)
     b = weight if transpose_b else weight.swapaxes(1, 2)
     group_ids = ids(alignment, rows)
     expected, magnitude = oracle.contiguous(
@@ -101,15 +105,15 @@ def bf16_case(transpose_b: bool, out_dtype=jnp.float32, alignment=128, rows=512,
         )
 
     only = ("reference", "xla", "mosaic") if kernel else ("reference", "xla")
-    check = lambda out: assert_product(out, expected, magnitude, K + 4)  # noqa: E731
+    check = lambda out: assert_product(out, expected, magnitude, k + 4)  # noqa: E731
     return Case(call, (a, b, group_ids), check, only)
 
 
-def bf16_wgrad_case(accumulate: bool, out_dtype=jnp.float32) -> Case:
+def bf16_wgrad_case(accumulate: bool, out_dtype=jnp.float32, m=128, n=N) -> Case:
     tokens = 640
-    a, b = (normal(seed, tokens, 128).astype(jnp.bfloat16) for seed in (0, 1))
+    a, b = (normal(seed, tokens, width).astype(jnp.bfloat16) for seed, width in enumerate((m, n)))
     sizes = aligned_sizes(jnp.asarray(SIZES, jnp.int32))
-    c = normal(2, GROUPS, 128, N) if accumulate else None
+    c = normal(2, GROUPS, m, n) if accumulate else None
     expected, magnitude = oracle.wgrad(np.asarray(a, np.float64).T, np.asarray(b, np.float64).T, sizes, c)
 
     def call(a, b, sizes, c, implementation):
@@ -125,6 +129,9 @@ class TestGroupedGemm(OpSuite):
         "small_alignment": functools.partial(bf16_case, True, alignment=8, rows=320, kernel=False),
         "wgrad_bf16": functools.partial(bf16_wgrad_case, False, jnp.bfloat16),
         "wgrad_accumulate": functools.partial(bf16_wgrad_case, True),
+        "ragged": functools.partial(bf16_case, True, n=80, k=200),
+        "ragged_input_gradient": functools.partial(bf16_case, False, n=80, k=200),
+        "ragged_wgrad": functools.partial(bf16_wgrad_case, True, m=80, n=150),
     }
 
 

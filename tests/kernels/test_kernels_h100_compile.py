@@ -27,6 +27,19 @@ UE8M0 = [
     ("swiglu_quantize", {"m": 4096, "f": 2048, "scale": "ue8m0"}),
     ("requantize_transposed", {"t": 4096, "k": 7168}),
 ]
+RAGGED = [  # input gradient of V3's wkv_a; experts of configs/small_1b.py; widths of both
+    ("fp8_gemm", {"m": 4096, "n": 7168, "k": 576}),
+    ("fp8_grouped_gemm", {"groups": 8, "m": 1024, "n": 320, "k": 1024}),
+    ("fp8_grouped_gemm", {"groups": 8, "m": 1024, "n": 1024, "k": 320}),
+    ("fp8_grouped_wgrad", {"groups": 8, "m": 320, "n": 1024, "k": 1024}),
+    ("grouped_gemm", {"groups": 8, "m": 1024, "n": 320, "k": 1024}),
+    ("grouped_gemm", {"groups": 8, "m": 1024, "n": 320, "k": 1024, "transpose_b": False}),
+    ("grouped_wgrad", {"groups": 8, "m": 320, "n": 1024, "k": 1024}),
+    ("quantize", {"m": 7168, "k": 576, "block": (128, 128)}),
+    ("swiglu_quantize", {"m": 4096, "f": 320}),
+    ("quantize_transposed", {"t": 4096, "k": 288}),
+    ("requantize_transposed", {"t": 4096, "k": 576}),
+]
 
 
 def assert_clean(report: CaseReport) -> KernelReport:
@@ -49,6 +62,11 @@ def test_shipped_configurations_compile_clean(op):
 
 def test_power_of_two_scales_compile_clean():
     for report in compile_for_h100(UE8M0):
+        assert_clean(report)
+
+
+def test_padded_shapes_compile_clean():
+    for report in compile_for_h100(RAGGED):
         assert_clean(report)
 
 

@@ -41,7 +41,7 @@ def assert_bits(actual, expected) -> None:
     np.testing.assert_array_equal(np.asarray(q).view(np.uint8), expected[0])
 
 
-def quantize_case(block, scale, dtype=jnp.float32, shape=None, only=("reference", "xla", "mosaic")) -> Case:
+def quantize_case(block, scale, dtype=jnp.float32, shape=None) -> Case:
     x = hard_values() if shape is None else hard_values()[: shape[0], : shape[1]]
     x = jnp.asarray(x, dtype)
     expected = oracle.quantize(np.asarray(x.astype(jnp.float32)), block, scale)
@@ -49,12 +49,22 @@ def quantize_case(block, scale, dtype=jnp.float32, shape=None, only=("reference"
         lambda x, implementation: ops.quantize(x, block, scale, implementation),
         (x,),
         lambda out: assert_bits(out, expected),
-        only,
     )
 
 
-def transposed_case(scale) -> Case:
-    x = jnp.asarray(hard_values(), jnp.bfloat16)
+def stacked_case(block) -> Case:
+    """Ragged blocks end with their matrix."""
+    x = hard_values().reshape(2, 128, 256)[:, :100, :200]
+    parts = [oracle.quantize(part, block, "fp32") for part in x]
+    return Case(
+        lambda x, implementation: ops.quantize(x, block, "fp32", implementation),
+        (jnp.asarray(x),),
+        lambda out: assert_bits(out, tuple(np.stack(part) for part in zip(*parts, strict=True))),
+    )
+
+
+def transposed_case(scale, rows=256, cols=256) -> Case:
+    x = jnp.asarray(hard_values()[:rows, :cols], jnp.bfloat16)
     expected = oracle.quantize(np.asarray(x.astype(jnp.float32)).T, ROW_TILE, scale)
     return Case(
         lambda x, implementation: ops.quantize_transposed(x, scale, implementation),
@@ -63,8 +73,8 @@ def transposed_case(scale) -> Case:
     )
 
 
-def requantize_case(scale) -> Case:
-    q, s = ops.quantize(jnp.asarray(hard_values()))
+def requantize_case(scale, rows=256, cols=256) -> Case:
+    q, s = ops.quantize(jnp.asarray(hard_values()[:rows, :cols]))
     x = oracle.dequantize(q, s, ROW_TILE).astype(np.float32)  # one rounding, as the op's float32 product has
     expected = oracle.quantize(x.T, ROW_TILE, scale)
     return Case(
@@ -83,21 +93,23 @@ class TestQuantize(OpSuite):
         },
         "1x128_bf16": functools.partial(quantize_case, ROW_TILE, "fp32", jnp.bfloat16),
         **{
-            f"{name}_ragged": functools.partial(
-                quantize_case, block, "fp32", jnp.float32, (130, 200), ("reference", "xla")
-            )
+            f"{name}_ragged": functools.partial(quantize_case, block, "fp32", jnp.float32, (130, 200))
             for name, block in BLOCKS.items()
         },
         "transposed": functools.partial(transposed_case, "fp32"),
         "requantize_fp32": functools.partial(requantize_case, "fp32"),
         "requantize_ue8m0": functools.partial(requantize_case, "ue8m0"),
+        "transposed_ragged": functools.partial(transposed_case, "fp32", 200, 150),
+        "requantize_ragged": functools.partial(requantize_case, "fp32", 200, 150),
+        "128x128_leading_dims": functools.partial(stacked_case, SQUARE_BLOCK),
+        "128x1_leading_dims": functools.partial(stacked_case, COLUMN_TILE),
     }
 
 
-def swiglu_inputs():
+def swiglu_inputs(rows, f):
     keys = jax.random.split(jax.random.key(0), 2)
-    gate_up = (3 * jax.random.normal(keys[0], (128, 512))).astype(jnp.bfloat16)
-    weight = jax.random.uniform(keys[1], (128,))
+    gate_up = (3 * jax.random.normal(keys[0], (rows, 2 * f))).astype(jnp.bfloat16)
+    weight = jax.random.uniform(keys[1], (rows,))
     gate, up = np.split(np.asarray(gate_up.astype(jnp.float32), np.float64), 2, axis=-1)
     return gate_up, weight, gate / (1 + np.exp(-gate)) * up
 
@@ -105,17 +117,18 @@ def swiglu_inputs():
 def assert_quantizes(y: np.ndarray, out) -> None:
     """The dequantised output lies within half a float8 step of y; the scales within float32 rounding of amax/448."""
     q, s = out
-    amax = np.maximum(np.abs(y).reshape(*y.shape[:-1], -1, 128).max(-1), 1e-4)
+    whole = np.pad(np.abs(y), ((0, 0), (0, -y.shape[1] % 128)))
+    amax = np.maximum(whole.reshape(len(y), -1, 128).max(-1), 1e-4)
     np.testing.assert_allclose(np.asarray(s), amax / 448, rtol=1e-5)
-    step = np.repeat(np.asarray(s, np.float64), 128, -1)
+    step = np.repeat(np.asarray(s, np.float64), 128, -1)[:, : y.shape[1]]
     half = np.maximum(np.abs(y) * 2.0**-4, step * 2.0**-10)
     assert np.all(np.abs(oracle.dequantize(q, s, ROW_TILE) - y) <= half * (1 + 1e-4))
 
 
-def swiglu_case(split: bool, weighted: bool) -> Case:
-    gate_up, weight, y = swiglu_inputs()
-    up = gate_up[:, 256:] if split else None
-    first = gate_up[:, :256] if split else gate_up
+def swiglu_case(split: bool, weighted: bool, rows=128, f=256) -> Case:
+    gate_up, weight, y = swiglu_inputs(rows, f)
+    up = gate_up[:, f:] if split else None
+    first = gate_up[:, :f] if split else gate_up
     expected = y * np.asarray(weight, np.float64)[:, None] if weighted else y
     return Case(
         lambda first, up, weight, implementation: ops.swiglu_quantize(
@@ -130,6 +143,8 @@ class TestSwigluQuantize(OpSuite):
     cases: ClassVar = {
         "fused_weighted": functools.partial(swiglu_case, False, True),
         "split": functools.partial(swiglu_case, True, False),
+        "ragged": functools.partial(swiglu_case, False, True, 100, 200),
+        "ragged_split": functools.partial(swiglu_case, True, True, 100, 200),
     }
 
 
