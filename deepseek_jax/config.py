@@ -195,6 +195,8 @@ class TrainConfig:
     eval_windows: int = 64  # windows of the validation documents to evaluate, at most
     checkpoint_every: int = 100  # steps between checkpoints
     keep: int = 3  # newest checkpoints that stay
+    keep_every: int = 0  # checkpoints of multiples of so many steps stay as well; 0: none
+    keep_best: int = 0  # so many of the smallest validation loss stay as well, each evaluated when written
     max_bad_steps: int = 5  # steps in a row without a finite loss, after which the run ends
     out_dir: str = "runs/tiny"  # checkpoints, metrics, report; a run there is resumed
     sample_tokens: int = 96  # of the completions shown at the end; 0: none
@@ -204,6 +206,7 @@ class TrainConfig:
         counts = ("steps", "batch_size", "grad_accumulation", "loss_chunk", "keep", "max_bad_steps")
         periods = ("ema_every", "eval_every", "eval_windows", "checkpoint_every")
         ranges("train", self, dict.fromkeys((*counts, *periods), (1, _MANY)))
+        ranges("train", self, {"keep_every": (0, _MANY), "keep_best": (0, _MANY)})
         ranges("train", self, {"seed": (0, SEEDS - 1), "sample_tokens": (0, _MANY)})
         require(self.out_dir != "", "train.out_dir is empty")
         require(

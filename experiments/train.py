@@ -21,6 +21,9 @@ from experiments import command_line, config_flag
 from experiments.devices import one_device_per_core
 
 _FROM_STEP = flags.DEFINE_integer("from_step", None, "Resume from this checkpoint instead of the newest.")
+_DISCARD_NEWER = flags.DEFINE_bool(
+    "discard_newer", False, "With --from_step: remove the newer checkpoints and the records after that step."
+)
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
@@ -94,7 +97,21 @@ def _finish(trainer, result, weights) -> None:
     print(f"checkpoints: {trainer.out_dir / 'checkpoints'}", flush=True)
 
 
-def run(cfg: Config, from_step: int | None = None, fresh: bool = False, stopped_status: int = 0) -> int:
+def _tell_resumed(trainer) -> None:
+    print(f"resumed from step {trainer.step} in {trainer.checkpointer.directory}")
+    if trainer.changes.schedule:
+        print(f"  THE SCHEDULE BENDS HERE: {'; '.join(trainer.changes.schedule)}")
+    if trainer.changes.other:
+        print(f"  other settings than the checkpoint's: {'; '.join(trainer.changes.other)}")
+
+
+def run(
+    cfg: Config,
+    from_step: int | None = None,
+    fresh: bool = False,
+    stopped_status: int = 0,
+    discard_newer: bool = False,
+) -> int:
     """Train; the process's exit status."""
     from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
 
@@ -108,8 +125,8 @@ def run(cfg: Config, from_step: int | None = None, fresh: bool = False, stopped_
                 raise ValueError(
                     f"--fresh: {trainer.checkpointer.directory} holds checkpoints; remove it first"
                 )
-            if trainer.resume(from_step) and is_first():
-                print(f"resumed from step {trainer.step} in {trainer.checkpointer.directory}")
+            if trainer.resume(from_step, discard_newer) and is_first():
+                _tell_resumed(trainer)
             if is_first():
                 _describe(cfg, trainer)
             try:
@@ -140,12 +157,12 @@ def main(argv: Sequence[str]) -> int:
             command_line.complain(str(error))
             os._exit(distributed.ABANDONED)  # a thread waits for the others, and would abort the process
     try:
-        status = run(cfg, _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value)
+        status = run(cfg, _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value, _DISCARD_NEWER.value)
     except ValueError as error:
-        step = getattr(error, "whole_step", None)
+        step = getattr(error, "older_step", None)
         if step is None:
             raise
-        raise ValueError(f"{error} (to go on from there: --from_step={step})") from error
+        raise ValueError(f"{error} (to go on from there: --from_step={step} --discard_newer)") from error
     distributed.stop()
     return status
 

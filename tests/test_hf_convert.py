@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from deepseek_jax import hf
+from deepseek_jax import hf, inventory
 from deepseek_jax.config import Config, DataConfig, ModelConfig, build
 from deepseek_jax.hf import convert
 from deepseek_jax.training.checkpoint import Checkpointer, load_params
@@ -161,9 +161,9 @@ def test_damaged_sources_are_named_before_anything_is_written(released, converte
         convert.to_orbax(broken, tmp_path / "out")
     lacking = shutil.copytree(converted, tmp_path / "lacking")
     shutil.rmtree(lacking / "checkpoints/0/state/params.mtp.enorm_d")
-    with pytest.raises(ValueError, match=r"params.mtp.enorm_d/.zarray is damaged: it has 0 of"):
+    with pytest.raises(ValueError, match=r"is damaged: state/params.mtp.enorm_d/.zarray has 0 of"):
         convert.to_hf(lacking, tmp_path / "out")
-    (lacking / "checkpoints/0/files.json").unlink()
+    inventory.write(lacking / "checkpoints/0", ("state", "ema", "meta"))
     with pytest.raises(ValueError, match=r"array params.mtp.enorm_d cannot be opened"):
         convert.to_hf(lacking, tmp_path / "out")
     with pytest.raises(ValueError, match=r"neither config.json nor checkpoints"):

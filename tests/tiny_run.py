@@ -51,7 +51,7 @@ def tiny(**changes) -> Config:
 def fresh_state(cfg: Config, seed: int = 0) -> TrainState:
     """A state before the first step, on the default device. NumPy's weights: nothing to compile."""
     params, bias = jax.tree.map(jax.numpy.asarray, weights(cfg.model, seed, bias=0.0))
-    return TrainState.create(params, adamw(cfg.optimizer).init(params), bias, jax.random.key(seed))
+    return TrainState.create(params, adamw(cfg.optimizer).init(params), bias)
 
 
 def tokens(cfg: Config, seed: int = 0, size: int | None = None) -> np.ndarray:

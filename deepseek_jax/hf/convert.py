@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax import inventory
 from deepseek_jax.config import Config, DataConfig
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.files import DTYPES, Layout, plan_shards, write_index, write_shard
 from deepseek_jax.hf.names import Index, Leaf
-from deepseek_jax.hf.orbax import TreeSource, arrays, write_inventory, write_meta, write_tree
+from deepseek_jax.hf.orbax import TreeSource, arrays, write_meta, write_tree
 from deepseek_jax.hf.read import SCALE_SUFFIX, Checkpoint
 from deepseek_jax.hf.write import SHARD_BYTES, Producer, Source, require_free
+from deepseek_jax.training.checkpoint_files import FORMAT, ITEMS
 
-FORMAT = 1  # of training.checkpoint
 # Files that a folder's user needs besides weights and config.
 _BESIDE = (
     "tokenizer.json",
@@ -62,7 +63,7 @@ def to_orbax(
     write_tree(step / "state", stacks, count)
     (step / "ema").mkdir(exist_ok=True)  # there is no average to go with published weights
     write_meta(step / "meta", _meta(checkpoint))
-    write_inventory(step)
+    inventory.write(step, ITEMS)
     _finish(checkpoint.path, partial, target)
 
 

@@ -24,9 +24,9 @@ from deepseek_jax.hf.files import DTYPES
 from deepseek_jax.hf.names import Index, Leaf, leaves
 from deepseek_jax.hf.read import SCALE, Q
 from deepseek_jax.hf.write import Source
+from deepseek_jax.training.checkpoint_files import verify
 
 BIAS = "balance_bias"
-INVENTORY = "files.json"  # as training.checkpoint writes and checks it
 
 
 class Stacked(NamedTuple):
@@ -150,13 +150,6 @@ def write_meta(directory: Path, meta: dict[str, Any]) -> None:
     ocp.JsonCheckpointHandler().save(epath.Path(directory), args=ocp.args.JsonSave(meta))
 
 
-def write_inventory(step: Path) -> None:
-    """The list of a step's files and sizes, by which a reader finds what was cut off or is gone."""
-    files = sorted(p for p in step.rglob("*") if p.is_file())
-    sizes = {p.relative_to(step).as_posix(): p.stat().st_size for p in files}
-    (step / INVENTORY).write_text(json.dumps(sizes), encoding="utf-8")
-
-
 # --- reading ----------------------------------------------------------------------------------------------
 
 
@@ -168,17 +161,13 @@ class TreeSource(Source):
     """
 
     def __init__(self, step: Path):
+        verify(step, ("state", "meta"))
         self.meta = _read_json(step / "meta" / "metadata")
         model = self.meta.get("config", {}).get("model")
         if model is None:
             raise ValueError(f"{step / 'meta'} names no model config: not a checkpoint of this project")
         self.cfg: ModelConfig = build(ModelConfig, model, "model.")
         self._directory = step / "state"
-        if (step / INVENTORY).exists():
-            for name, size in _read_json(step / INVENTORY).items():
-                found = (step / name).stat().st_size if (step / name).exists() else 0
-                if found != size:
-                    raise ValueError(f"{step / name} is damaged: it has {found} of {size} bytes")
         tree = _read_json(self._directory / "_METADATA")
         self._zarr3, self._ocdbt = bool(tree.get("use_zarr3")), (self._directory / "manifest.ocdbt").exists()
         names = {".".join(k["key"] for k in v["key_metadata"]) for v in tree["tree_metadata"].values()}

@@ -81,6 +81,13 @@ def from_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def lowest(number: int) -> int:
+    """The smallest `number` (int32) of all processes, on all of them. They all must call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).min())
+
+
 def on_host(x: jax.Array) -> np.ndarray:
     """The whole of a global array in the memory of every process. They all must call it."""
     if x.is_fully_addressable or x.is_fully_replicated:

@@ -3,16 +3,19 @@
 Layout: `<directory>/<step>/{state,ema,meta}`: the TrainState, the host-side average, and JSON with the config,
 the state of the data stream, the token count and `format`. A step is written under a temporary name and renamed
 when complete, so a kill at any moment leaves the previous steps and at most one temporary folder, which the next
-`Checkpointer` on that directory removes. `<step>/files.json` lists every file with its size, so truncation is seen
-before anything is read. No pickle anywhere.
+`Checkpointer` on that directory removes. `<step>/files.json` lists every file with its size and SHA-256, so that a
+single bit which changed is seen before anything is used. No pickle anywhere.
 
-Of several processes, each writes and reads its own shards, in a directory that all of them share; what is in it is
-decided by the first, since file systems do not show the same thing to all hosts at the same time.
+A checkpoint is good: a state with NaN or infinity is not written, since nobody could go on from it.
+
+Of several processes, each writes, digests and reads its own shards, in a directory that all of them share; what is in
+it is decided by the first, since file systems do not show the same thing to all hosts at the same time.
 """
 
-import json
+import contextlib
+import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,26 +23,28 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from deepseek_jax import inventory
 from deepseek_jax.parallel.together import from_first, is_first
 from deepseek_jax.training.checkpoint_files import (
     FORMAT,
-    INVENTORY,
+    ITEMS,
     META_KEYS,
     TMP,
     CheckpointError,
     PyTree,
     check_model,
     choose,
-    file_sizes,
     guarded,
     offering_older,
     read_meta,
     read_state,
     read_tree,
     steps_in,
+    verify,
+    wrong_values,
 )
-
-_SLICE_BYTES = 1 << 22
+from deepseek_jax.training.checkpoint_writing import Arrays, Kept, SaveArrays
+from deepseek_jax.training.finite import NonFiniteError, not_finite
 
 
 class Restored(NamedTuple):
@@ -57,20 +62,24 @@ class Checkpointer:
     Args:
         directory: created if missing. All processes of a run must see the same one.
         keep: how many of the newest checkpoints stay.
+        keep_every: besides, those whose step is a multiple of this; 0: none.
+        keep_best: besides, so many of those with the smallest "validation_loss" in their metadata.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 3):
+    def __init__(self, directory: str | Path, keep: int = 3, keep_every: int = 0, keep_best: int = 0):
         self.directory = Path(directory).absolute()
         if is_first():
             for leftover in self.directory.glob(f"*{TMP}"):  # of a killed run, as large as a checkpoint
                 shutil.rmtree(leftover)
         self._saving = -1
+        self._kept = Kept(keep, keep_every, keep_best, {s: self._loss(s) for s in self.steps()})
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=self._kept,
             enable_async_checkpointing=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_inventory),
         )
-        handlers = {"state": _array_handler(), "ema": _array_handler(), "meta": ocp.JsonCheckpointHandler()}
+        arrays = {item: Arrays(functools.partial(self._digest_own, item)) for item in ("state", "ema")}
+        handlers = {**arrays, "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: PyTree, ema: PyTree, meta: Mapping[str, Any]) -> bool:
@@ -78,19 +87,24 @@ class Checkpointer:
 
         Args:
             step: steps taken so far.
-            state, ema: trees of arrays. NumPy arrays must not change until `wait`.
-            meta: JSON-serialisable; has at least "config", "data" (stream state) and "tokens" (int).
+            state, ema: trees of arrays. NumPy arrays must not change until `wait`. Those of `ema` are finite, as an
+                `EMA` keeps them: arrays in host memory are not looked through.
+            meta: JSON-serialisable; has at least "config", "data" (stream state) and "tokens" (int); and
+                "validation_loss" (a number or None) where the best are kept.
 
         Returns:
             False if this step is there already (nothing is written).
 
         Raises:
-            ValueError: keys missing in `meta`, or newer steps in the directory, which `restore(step=...)` of
-                an older one would have removed. An earlier write that failed raises here or in `wait`.
+            NonFiniteError: `state` holds NaN or infinity; names the arrays and the last checkpoint. Nothing is written.
+            ValueError: wrong `meta`, or newer steps in the directory, which `discard_newer` would remove.
+            OSError: this write, or the one before, which ends in the background, failed.
         """
         missing = [key for key in META_KEYS if key not in meta]
         if missing:
             raise ValueError(f"checkpoint metadata lacks {missing}; it needs {list(META_KEYS)}")
+        if (wrong := wrong_values(meta)) is not None:
+            raise ValueError(f"checkpoint metadata has {wrong}")
         self.wait()
         latest = self.latest()
         if latest == step:
@@ -98,17 +112,18 @@ class Checkpointer:
         if latest is not None and step < latest:
             raise ValueError(
                 f"{self.directory} holds step {latest}, newer than step {step} to be saved: resume from it, "
-                f"restore an older step explicitly, or use another directory"
+                f"discard the newer ones explicitly, or use another directory"
             )
+        self._require_finite(step, state, latest)
         self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                ema=ocp.args.PyTreeSave(ema),
-                meta=ocp.args.JsonSave({**meta, "format": FORMAT, "step": step}),
-            ),
+        self._kept.losses[step] = meta.get("validation_loss")
+        items = ocp.args.Composite(
+            state=SaveArrays(state),
+            ema=SaveArrays(ema),
+            meta=ocp.args.JsonSave({**meta, "format": FORMAT, "step": step}),
         )
+        with self._writing():
+            self._manager.save(step, args=items)
         return True
 
     def restore(
@@ -118,20 +133,19 @@ class Checkpointer:
         model: Mapping[str, Any] | None = None,
         ema: PyTree | None = None,
     ) -> Restored:
-        """Reads one checkpoint whole.
+        """Reads one checkpoint whole, after comparing every file with what was written.
 
         Args:
             abstract: tree like the saved state with shape, dtype and sharding (`jax.ShapeDtypeStruct`, arrays);
                 the sharding need not be the saved one. Leaves without sharding go to the default device.
-            step: which; None for the newest. An older step than the newest becomes the newest: the steps after
-                it are removed, because the run goes another way from here.
+            step: which; None for the newest.
             model: the run's model config as a dict, compared with the saved one.
             ema: tree like the saved average, of `jax.ShapeDtypeStruct`: leaves with a sharding are read onto it,
                 the others into NumPy arrays. None: all into NumPy arrays.
 
         Raises:
-            CheckpointError (a ValueError): no checkpoint, truncated, foreign, or of another model; names the
-                path, the cause and, where there is one, an older step that can be read.
+            CheckpointError (a ValueError): no checkpoint, damaged, with NaN or infinity, foreign, or of another model;
+                names the path, the cause and, where there is one, the step before.
         """
         steps = self.steps()
         newest = self.latest()
@@ -142,11 +156,12 @@ class Checkpointer:
                 f"put train.out_dir on a file system that all hosts share"
             )
         step = choose(self.directory, steps, step)
-        restored = self._read_or_offer(step, abstract, model, ema)
-        newer = [s for s in steps if s > step]
-        for other in newer:
-            self._manager.delete(other)
-        return restored
+        return offering_older(step, steps, lambda step: self._read(step, abstract, model, ema))
+
+    def discard_newer(self, step: int) -> None:
+        """Removes the checkpoints after `step`: the run goes another way from there. All processes must call it."""
+        for newer in [s for s in self.steps() if s > step]:
+            self._manager.delete(newer)
 
     def latest(self) -> int | None:
         """The newest checkpoint's step, or None; the same on all processes, which must all call it."""
@@ -161,33 +176,73 @@ class Checkpointer:
         return steps_in(self.directory)
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises what a write raised."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Returns when everything is on disk. Raises OSError if a write failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits, then releases the manager's threads."""
         self.wait()
         self._manager.close()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Whatever the storage libraries raise becomes one OSError; what other processes do, stays as it is."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            whole = [s for s in self.steps() if s != self._saving]
+            last = f"the last whole one is step {max(whole)}" if whole else "there is no older one"
+            raise OSError(
+                f"the checkpoint of step {self._saving} could not be written to {self.directory}: {first_line}; {last}"
+            ) from error
+
+    def _require_finite(self, step: int, state: PyTree, latest: int | None) -> None:
+        if bad := not_finite(state):
+            last = (
+                "no checkpoint came before"
+                if latest is None
+                else f"the last good checkpoint is step {latest}"
+            )
+            raise NonFiniteError(
+                f"step {step} is not saved: NaN or infinity in {_listed(bad)}; {last} in {self.directory}"
+            )
+
+    def _read(
+        self, step: int, abstract: PyTree, model: Mapping[str, Any] | None, ema: PyTree | None
+    ) -> Restored:
+        path = self.directory / str(step)
+        verify(path, together=True)
+        meta = read_meta(path)
+        if model is not None:
+            check_model(path, meta["config"], model)
+        state = guarded(path, lambda: read_state(path / "state", abstract, meta["format"]))
+        if bad := not_finite(state):
+            raise CheckpointError(f"checkpoint {path} is no good: NaN or infinity in {_listed(bad)}")
+        return Restored(step, state, guarded(path, lambda: read_tree(path / "ema", like=ema)), meta)
+
+    def _loss(self, step: int) -> float | None:
+        """Validation loss of a checkpoint; None where it has none, or where its metadata cannot be read."""
+        try:
+            return read_meta(self.directory / str(step)).get("validation_loss")
+        except CheckpointError:
+            return None
+
+    def _digest_own(self, item: str) -> None:
+        """Called by orbax's thread on each process when its files of `item` are written."""
+        process = jax.process_index()
+        for path in self.directory.glob(f"{self._saving}{TMP}"):
+            inventory.write_part(path, f"{item}.{process}", path / item / f"ocdbt.process_{process}")
+
     def _write_inventory(self) -> None:
         """Called by orbax's thread when all files are written, before the step gets its final name."""
         if is_first():
             for path in self.directory.glob(f"{self._saving}{TMP}"):
-                (path / INVENTORY).write_text(json.dumps(file_sizes(path)))
-
-    def _read_or_offer(
-        self, step: int, abstract: PyTree, model: Mapping[str, Any] | None, ema: PyTree | None
-    ) -> Restored:
-        def read(step: int) -> Restored:
-            path = self.directory / str(step)
-            meta = read_meta(path)
-            if model is not None:
-                check_model(path, meta["config"], model)
-            state = guarded(path, lambda: read_state(path / "state", abstract))
-            return Restored(step, state, guarded(path, lambda: read_tree(path / "ema", like=ema)), meta)
-
-        return offering_older(step, self.steps(), read)
+                inventory.write(path, ITEMS)
 
 
 def load_params(
@@ -211,6 +266,7 @@ def load_params(
 
     def read(step: int) -> tuple[dict[str, Any], PyTree, np.ndarray, dict[str, Any]]:
         path = directory / str(step)
+        verify(path, ITEMS if ema else ("state", "meta"))
         meta = read_meta(path)
         names = ("balance_bias",) if ema else ("balance_bias", "params")
         tree = guarded(path, lambda: read_tree(path / "state", names))
@@ -220,14 +276,6 @@ def load_params(
     return offering_older(choose(directory, steps, step), steps, read)
 
 
-def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    """Devices that hold copies of an array write a slice each, but not of small arrays.
-
-    Each slice is a program to compile; for the many small arrays of a layer that takes longer than writing them.
-    """
-    types = ocp.type_handlers
-    arrays = types.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE_BYTES)
-    registry = types.create_type_handler_registry(
-        (np.number, types.ScalarHandler()), (np.ndarray, types.NumpyHandler()), (jax.Array, arrays)
-    )
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+def _listed(names: Sequence[str], at_most: int = 3) -> str:
+    more = f" and {len(names) - at_most} more arrays" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more

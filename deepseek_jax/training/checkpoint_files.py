@@ -4,7 +4,8 @@ The layout is that of `checkpoint.py`, which writes it.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,26 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from deepseek_jax import inventory
+from deepseek_jax.parallel.together import lowest
+
 PyTree = Any
 
-FORMAT = 1  # raise when the layout or the names in `TrainState` change
+FORMAT = 2  # raise when the layout or the names in `TrainState` change
+# Formats that can be read, with the arrays of the state that they have besides. 1: no digests, a key never used.
+_READABLE: Mapping[Any, frozenset[str]] = {1: frozenset({"rng"}), FORMAT: frozenset()}
 META_KEYS = ("config", "data", "tokens")
-INVENTORY = "files.json"
 TMP = ".orbax-checkpoint-tmp*"
-_ITEMS = ("state", "ema", "meta")
+ITEMS = ("state", "ema", "meta")
 _MAX_NAMED = 5  # differing arrays listed in an error
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. `whole_step`: an older step that can, or None."""
+    """A checkpoint that cannot be used. `older_step`: the one before it, or None."""
 
-    def __init__(self, message: str, whole_step: int | None = None):
+    def __init__(self, message: str, older_step: int | None = None):
         super().__init__(message)
-        self.whole_step = whole_step
+        self.older_step = older_step
 
 
 # --- which step -------------------------------------------------------------------------------------------
@@ -49,19 +54,15 @@ def choose(directory: Path, steps: list[int], step: int | None) -> int:
 
 
 def offering_older(step: int, steps: list[int], read: Callable[[int], Any]) -> Any:
-    """`read(step)`; where that fails, the error also names the newest older step that `read` can read."""
+    """`read(step)`; where that fails, the error also names the step before. That one is not looked into."""
     try:
         return read(step)
     except CheckpointError as error:
-        for older in sorted((s for s in steps if s < step), reverse=True):
-            try:
-                read(older)  # whole means: every byte of it was read
-            except CheckpointError:
-                continue
-            raise CheckpointError(
-                f"{error}. Step {older} is whole: restore with step={older}", older
-            ) from error
-        raise CheckpointError(f"{error}. No older checkpoint can be used instead") from error
+        older = max((s for s in steps if s < step), default=None)
+        offer = (
+            "No older checkpoint is there" if older is None else f"Before it came step {older}: step={older}"
+        )
+        raise CheckpointError(f"{error}. {offer}", older) from error
 
 
 def guarded(path: Path, read: Callable[[], Any]) -> Any:
@@ -80,39 +81,71 @@ def guarded(path: Path, read: Callable[[], Any]) -> Any:
 # --- reading ----------------------------------------------------------------------------------------------
 
 
-def file_sizes(path: Path) -> dict[str, int]:
-    files = (f for item in _ITEMS for f in (path / item).rglob("*") if f.is_file())
-    return {str(f.relative_to(path)): f.stat().st_size for f in sorted(files)}
+def verify(path: Path, items: Sequence[str] = ITEMS, together: bool = False) -> None:
+    """Raises CheckpointError if files of the checkpoint's `items` are not as they were written.
+
+    together: all processes call it, and each reads its share of the files.
+    """
+    missing = [item for item in ITEMS if not (path / item).is_dir()]
+    if missing:
+        raise CheckpointError(f"{path} is not a whole checkpoint of this project: it lacks {missing}")
+    listed = guarded(path, lambda: inventory.read(path))
+    files = {name: file for name, file in listed.items() if name.split("/")[0] in items}
+    share = (jax.process_index(), jax.process_count()) if together else (0, 1)
+    damaged = guarded(path, lambda: inventory.first_damaged(path, files, *share))
+    damaged = lowest(damaged) if together else damaged
+    if damaged < len(files):
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {inventory.describe_damage(path, files, damaged)}"
+        )
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The metadata of the checkpoint at `path`, once its files are as they were written."""
-    missing = [item for item in _ITEMS if not (path / item).is_dir()]
-    if missing:
-        raise CheckpointError(f"{path} is not a whole checkpoint of this project: it lacks {missing}")
-    found = file_sizes(path)
-    for name, size in guarded(path, lambda: json.loads((path / INVENTORY).read_text())).items():
-        if found.get(name) != size:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {name} has {found.get(name, 0)} of {size} bytes"
-            )
-    meta = guarded(path, lambda: json.loads((path / "meta" / "metadata").read_text()))
+    """The metadata of the checkpoint at `path`, whose every value that this project relies on is what it can be."""
+    meta = guarded(path, lambda: json.loads((path / "meta" / "metadata").read_text(encoding="utf-8")))
     if not isinstance(meta, dict) or any(key not in meta for key in META_KEYS):
         raise CheckpointError(f"{path} is not a checkpoint of this project: its metadata lacks {META_KEYS}")
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {meta.get('format')!r}; this version reads {FORMAT}")
+    if type(meta.get("format")) is not int or meta["format"] not in _READABLE:
+        raise CheckpointError(
+            f"{path} has format {meta.get('format')!r}; this version reads {sorted(_READABLE)}"
+        )
+    wrong = wrong_values(meta)
+    if wrong is None and meta.get("step") != int(path.name):
+        wrong = f"step={meta.get('step')!r} in a folder named {path.name}"
+    if wrong is not None:
+        raise CheckpointError(f"checkpoint {path} is damaged: its metadata has {wrong}")
     return meta
 
 
-def read_state(path: Path, abstract: PyTree) -> PyTree:
+def wrong_values(meta: Mapping[str, Any]) -> str | None:
+    """What cannot be in metadata, or None. Types and ranges; what config and data mean is checked where they are used."""
+    for key in ("config", "data"):
+        if not isinstance(meta[key], Mapping):
+            return f"{key}={meta[key]!r}, which should be a dict"
+    if not isinstance(meta["config"].get("model", {}), Mapping):
+        return f"config.model={meta['config']['model']!r}, which should be a dict"
+    if type(meta["tokens"]) is not int or meta["tokens"] < 0:
+        return f"tokens={meta['tokens']!r}, which should be an integer >= 0"
+    loss = meta.get("validation_loss")
+    if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
+        return f"validation_loss={loss!r}, which should be a finite number"
+    return None
+
+
+def read_state(path: Path, abstract: PyTree, format: int = FORMAT) -> PyTree:
     """The tree at `path` in the structure and shardings of `abstract`, after comparing every shape and dtype."""
-    _check_arrays(path, ocp.PyTreeCheckpointHandler().metadata(path).tree, abstract)
+    handler = ocp.PyTreeCheckpointHandler()
+    _check_arrays(path, handler.metadata(path).tree, abstract, _READABLE[format])
     target = jax.tree.map(_with_sharding, abstract)
-    return ocp.StandardCheckpointHandler().restore(path, args=ocp.args.StandardRestore(target))
+    arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding), target)
+    return handler.restore(
+        path, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
+    )
 
 
-def _check_arrays(path: Path, found: PyTree, expected: PyTree) -> None:
+def _check_arrays(path: Path, found: PyTree, expected: PyTree, besides: frozenset[str] = frozenset()) -> None:
     saved, wanted = _described(found), _described(expected)
+    saved = {name: array for name, array in saved.items() if name not in besides}
     differing = [
         f"{name} is {saved.get(name, 'absent')}, expected {wanted.get(name, 'absent')}"
         for name in sorted(saved.keys() | wanted.keys())

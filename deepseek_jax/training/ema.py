@@ -5,6 +5,7 @@ after each step; it gives no decay. Two choices here:
 - the initial parameters have no weight: e_n = sum_i d^(n-i) p_i / sum_i d^(n-i) over the n snapshots so far,
   which makes the average useful from the first update on, in short runs too;
 - it is float32, computed by one thread in a fixed order, so that it is bitwise the same in a resumed run.
+A snapshot of a bad step, or with NaN or infinity, is left out: being an average of finite numbers, it stays finite.
 
 Parameters that are sharded over several processes are averaged where they are: each process keeps the shards that
 it holds, each once.
@@ -17,13 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.training.finite import all_finite
+
 PyTree = Any
 
 
 @jax.jit
-def _copy(params: PyTree) -> PyTree:
+def _snapshot(params: PyTree, good: jax.Array | bool) -> tuple[PyTree, jax.Array]:
     # Arrays of their own, whatever becomes of the inputs: nothing is donated here.
-    return jax.tree.map(jnp.copy, params)
+    return jax.tree.map(jnp.copy, params), all_finite(params) & good
 
 
 class EMA:
@@ -49,8 +52,8 @@ class EMA:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ema")
         self._pending: concurrent.futures.Future | None = None
 
-    def update(self, params: PyTree) -> None:
-        """Averages `params` in, in the background.
+    def update(self, params: PyTree, good: jax.Array | bool = True) -> None:
+        """Averages `params` in, in the background, if they are finite and `good` (bool []: the step was applied).
 
         Queues a copy on the device and returns: the caller may donate `params` to the next step at once, which
         then runs after the copy. Waits only for the update before, so at most one snapshot is alive.
@@ -61,9 +64,9 @@ class EMA:
         shapes = jax.tree.map(lambda x: x.shape, params)
         if shapes != (expected := self._shapes()):
             raise ValueError(f"EMA.update got arrays of shapes {shapes}, the average has {expected}")
-        snapshot = _copy(params)
+        snapshot, good = _snapshot(params, good)
         self.wait()
-        self._pending = self._worker.submit(self._average_in, snapshot)
+        self._pending = self._worker.submit(self._average_in, snapshot, good)
 
     def wait(self) -> None:
         """Returns when no update is pending."""
@@ -103,7 +106,9 @@ class EMA:
     def _shapes(self) -> PyTree:
         return jax.tree.map(lambda x: x.shape, self._abstract)
 
-    def _average_in(self, snapshot: PyTree) -> None:
+    def _average_in(self, snapshot: PyTree, good: jax.Array) -> None:
+        if not np.asarray(good):
+            return
         self._updates += 1
         # Weight of the newest snapshot in the normalised sum: 1 at the first update, 1 - decay in the long run.
         weight = np.float32((1.0 - self._decay) / (1.0 - self._decay**self._updates))

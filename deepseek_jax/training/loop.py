@@ -23,9 +23,11 @@ from deepseek_jax import data as data_lib
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from deepseek_jax.parallel.together import StopVote, batch_share, is_first, on_host
+from deepseek_jax.training.changes import Changes, config_changes
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
-from deepseek_jax.training.records import Evaluation, NonFiniteError, Records
+from deepseek_jax.training.finite import NonFiniteError
+from deepseek_jax.training.records import Evaluation, Records
 from deepseek_jax.training.schedules import Schedules, StepPlan
 from deepseek_jax.training.state import TrainState
 from deepseek_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
@@ -94,8 +96,11 @@ class Trainer:
         self.total_steps = self.schedules.num_steps(self.granularity)
         self.step_fn = make_train_step(cfg, self.mesh)
         self.eval_fn = make_eval_step(cfg, self.mesh)
-        self.checkpointer = Checkpointer(self.out_dir / "checkpoints", cfg.train.keep)
+        keep = (cfg.train.keep, cfg.train.keep_every, cfg.train.keep_best)
+        self.checkpointer = Checkpointer(self.out_dir / "checkpoints", *keep)
         self.step, self.tokens = 0, 0
+        self.changes = Changes([], [])
+        self._evaluated: tuple[int, Evaluation] | None = None
         self._vote = StopVote(self.mesh)
         if is_first():
             self.data.tokenizer.save(self.out_dir / "tokenizer.json")
@@ -112,19 +117,36 @@ class Trainer:
         """The average of the parameters so far."""
         return EMA(self.state.params, self.cfg.train.ema_decay)
 
-    def resume(self, step: int | None = None) -> bool:
+    def resume(self, step: int | None = None, discard_newer: bool = False) -> bool:
         """Continue from a checkpoint (default: the newest). False if there is none.
 
-        Raises CheckpointError if it is damaged or belongs to another model, ValueError if to other data.
+        Args:
+            step: which. Newer checkpoints are removed, and the records after it when the run goes on, because it goes
+                another way from there; only with `discard_newer`.
+
+        `changes` says afterwards how the config differs from the checkpoint's.
+
+        Raises CheckpointError if it is damaged or belongs to another model, ValueError if to other data, or if there
+        are newer ones and nobody said that they may go.
         """
-        if step is None and self.checkpointer.latest() is None:
+        latest = self.checkpointer.latest()
+        if step is None and latest is None:
             return False
+        if step is not None and latest is not None and step < latest and not discard_newer:
+            newer = [s for s in self.checkpointer.steps() if s > step]
+            raise ValueError(
+                f"going on from step {step} would remove the newer checkpoints {newer} in "
+                f"{self.checkpointer.directory} and the records after it: say so with --discard_newer "
+                f"(discard_newer=True), or copy the folder {step} to the checkpoints/ of another train.out_dir"
+            )
         model = to_dict(self.cfg)["model"]
         wanted = abstract_state(self.cfg, self.mesh)
         restored = self.checkpointer.restore(wanted, step, model, abstract_average(wanted.params))
         self.data.train.restore(restored.meta["data"])
         self.state, self.step, self.tokens = restored.state, restored.step, restored.meta["tokens"]
         self.ema = EMA(restored.ema["params"], self.cfg.train.ema_decay, restored.ema["updates"])
+        self.changes = config_changes(restored.meta["config"], self.cfg)
+        self.checkpointer.discard_newer(self.step)
         return True
 
     def save(self) -> None:
@@ -133,8 +155,15 @@ class Trainer:
             "config": to_dict(self.cfg),
             "data": self.data.train.state(),
             "tokens": self.tokens,
+            "validation_loss": self._validation_loss(),
         }
         self.checkpointer.save(self.step, self.state, self.ema.state(), meta)
+
+    def _validation_loss(self) -> float | None:
+        """Of the parameters as they are now; None where they were not evaluated."""
+        step, evaluation = self._evaluated or (-1, None)
+        finite = evaluation is not None and np.isfinite(evaluation.loss)
+        return evaluation.loss if evaluation is not None and finite and step == self.step else None
 
     def close(self) -> None:
         """Finish pending writes and stop the threads."""
@@ -205,19 +234,26 @@ class Trainer:
         self.step, self.tokens = plan.step + 1, plan.tokens + plan.batch_size * self.cfg.data.seq_len
         records.add(self.step, self.tokens, plan.batch_size, hyper, metrics)
         if self.step % cfg.ema_every == 0:
-            self.ema.update(self.state.params)
+            self.ema.update(self.state.params, metrics.finite)
         last = self.step == self.total_steps
-        if not last and self.step % cfg.eval_every == 0:
+        saving = last or self.step % cfg.checkpoint_every == 0
+        if (not last and self.step % cfg.eval_every == 0) or (saving and cfg.keep_best):
             records.flush()
-            records.evaluation(self.step, self.evaluate(self.state.params))
-        if last or self.step % cfg.checkpoint_every == 0:
+            self._evaluate_now(records)
+        if saving:
             records.flush()
             self.save()
             records.pause()
 
+    def _evaluate_now(self, records: Records) -> Evaluation:
+        """Of the present parameters, once per step; written down."""
+        if self._evaluated is None or self._evaluated[0] != self.step:
+            self._evaluated = self.step, self.evaluate(self.state.params)
+            records.evaluation(*self._evaluated)
+        return self._evaluated[1]
+
     def _finish(self, records: Records) -> Result:
-        evaluation = self.evaluate(self.state.params)
-        records.evaluation(self.step, evaluation)
+        evaluation = self._evaluate_now(records)
         ema_evaluation = self.evaluate(self.ema.on_devices(self.state.params))
         self.checkpointer.wait()
         return Result(self.state, self.step, self.tokens, False, evaluation, ema_evaluation)

@@ -10,16 +10,13 @@ import jax
 import numpy as np
 
 from deepseek_jax.parallel.together import is_first
+from deepseek_jax.training.finite import NonFiniteError
 from deepseek_jax.training.metrics import MetricsWriter, Progress, Throughput, max_vio, peak_flops
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import Metrics
 
 if TYPE_CHECKING:
     from deepseek_jax.training.loop import Trainer
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row with a loss or gradient that is not finite; the last checkpoint is kept."""
 
 
 class Evaluation(NamedTuple):

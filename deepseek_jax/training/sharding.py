@@ -35,7 +35,7 @@ def state_shardings(cfg: Config, mesh: Mesh) -> Any:
     """A `TrainState` of shardings: the moments lie where their parameters are, the rest is everywhere."""
     params = jax.tree.map(lambda share: NamedSharding(mesh, share.held), parameter_shares(cfg, mesh))
     whole: Any = replicated(mesh)
-    return TrainState(whole, params, AdamWState(whole, params, params), whole, whole, whole, whole)
+    return TrainState(whole, params, AdamWState(whole, params, params), whole, whole, whole)
 
 
 def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Experts:

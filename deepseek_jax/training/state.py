@@ -31,15 +31,10 @@ class TrainState(flax.struct.PyTreeNode):
     balance_bias: jax.Array  # float32 [L, E]
     bad_steps: jax.Array  # int32 []: skipped steps in a row, up to now
     skipped: jax.Array  # int32 []: skipped steps in total
-    rng: jax.Array  # uint32 [key words]: `jax.random.key_data`, because checkpoints hold plain arrays
 
     @classmethod
-    def create(cls, params: Any, opt_state: Any, balance_bias: jax.Array, rng: jax.Array) -> "TrainState":
-        """State before the first step; `rng` is a typed key of `jax.random.key`."""
+    def create(cls, params: Any, opt_state: Any, balance_bias: jax.Array) -> "TrainState":
+        """State before the first step."""
         # One array each: a donated state must not hold the same buffer twice.
         step, bad_steps, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return cls(step, params, opt_state, balance_bias, bad_steps, skipped, jax.random.key_data(rng))
-
-    def step_key(self) -> jax.Array:
-        """The random key of the step that comes next: the same whether or not the run was resumed."""
-        return jax.random.fold_in(jax.random.wrap_key_data(self.rng), self.step)
+        return cls(step, params, opt_state, balance_bias, bad_steps, skipped)

@@ -51,10 +51,10 @@ def creation(cfg: Config, mesh: Mesh) -> Any:
     """The jitted function without arguments that makes the first state, each device its own part."""
 
     def create() -> TrainState:
-        init_key, run_key = jax.random.split(jax.random.key(cfg.train.seed))
+        init_key, _ = jax.random.split(jax.random.key(cfg.train.seed))  # one of two: the seed's old meaning
         params = initialise(init_key, model_params(cfg.model), cfg.model.initializer_range)
         bias = jnp.zeros(cfg.model.balance_bias_shape, jnp.float32)
-        return TrainState.create(params, adamw(cfg.optimizer).init(params), bias, run_key)
+        return TrainState.create(params, adamw(cfg.optimizer).init(params), bias)
 
     # Runs once: unoptimised, it compiles in a third of the time.
     quickly = {"xla_backend_optimization_level": 0}

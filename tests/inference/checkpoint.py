@@ -39,7 +39,7 @@ def save_run(path: Path, seed: int = 0) -> Path:
         params, bias = weights(CFG, seed + step)
         shapes = jax.eval_shape(adamw(RUN.optimizer).init, params)
         moments = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        state = TrainState.create(params, moments, bias, jax.random.key(0))
+        state = TrainState.create(params, moments, bias)
         ema = {"params": jax.tree.map(lambda x: np.float32(0.5) * x, params), "updates": np.int32(step)}
         checkpointer.save(step, state, ema, {"config": to_dict(RUN), "data": {}, "tokens": step})
     checkpointer.close()

@@ -85,7 +85,7 @@ class Runs:
     def alone(self, name: str, from_step: int | None = None) -> None:
         """To step COMPARED in this process, on one device."""
         with contextlib.closing(trainer(self.config(name, {}), jax.devices()[:1])) as run:
-            assert run.resume(from_step) == (from_step is not None)
+            assert run.resume(from_step, discard_newer=True) == (from_step is not None)
             run.run(StopAfter(COMPARED - run.step), io.StringIO())
 
 

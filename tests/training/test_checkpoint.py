@@ -1,7 +1,9 @@
 """Checkpoints: exact, asynchronous, reshardable; kills, damage and foreign folders."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax import inventory
 from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.training import checkpoint
 from deepseek_jax.training.checkpoint import Checkpointer, CheckpointError, load_params
 from deepseek_jax.training.ema import abstract_average
+from deepseek_jax.training.finite import NonFiniteError
 from deepseek_jax.training.optimizer import adamw
 from deepseek_jax.training.state import TrainState
 
@@ -34,9 +39,7 @@ def make_state(seed: int = 0, hidden: int = 8) -> TrainState:
         "layers": {"wq_a": jnp.asarray(rng.standard_normal((2, hidden, 4)), jnp.float32)},
         "embed": jnp.asarray(rng.standard_normal((16, hidden)), jnp.float32),
     }
-    state = TrainState.create(
-        params, adamw(OptimizerConfig()).init(params), jnp.zeros((2, 4)), jax.random.key(seed)
-    )
+    state = TrainState.create(params, adamw(OptimizerConfig()).init(params), jnp.zeros((2, 4)))
     noise = lambda x: x + jnp.asarray(rng.standard_normal(x.shape), x.dtype)  # noqa: E731
     opt_state = state.opt_state._replace(mu=jax.tree.map(noise, state.opt_state.mu))
     return state.replace(opt_state=opt_state, balance_bias=noise(state.balance_bias), step=jnp.int32(seed))
@@ -83,7 +86,7 @@ def test_everything_comes_back_exactly(saved):
     assert_same(state, make_state(20))
     assert_same(ema, make_ema(make_state(20)))
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(ema))
-    assert meta == {**META, "format": 1, "step": 20} and isinstance(meta["tokens"], int)
+    assert meta == {**META, "format": 2, "step": 20} and isinstance(meta["tokens"], int)
     checkpointer.close()
 
 
@@ -118,6 +121,8 @@ def test_an_older_step_can_be_chosen_and_the_run_goes_on_from_it(saved):
     with pytest.raises(ValueError, match="holds step 20, newer than step 15"):
         checkpointer.save(15, make_state(15), make_ema(make_state(15)), META)
     assert_same(checkpointer.restore(abstract(make_state()), step=10).state, make_state(10))
+    assert checkpointer.steps() == [10, 20]  # reading removes nothing
+    checkpointer.discard_newer(10)
     checkpointer.save(15, make_state(15), make_ema(make_state(15)), META)
     checkpointer.wait()
     assert checkpointer.steps() == [10, 15]
@@ -165,9 +170,9 @@ def test_load_params_reads_no_optimizer_state(saved):
 def test_damage_is_named_and_the_older_step_offered(saved, damage):
     damage(saved / "20")
     checkpointer = reopen(saved)
-    with pytest.raises(ValueError, match=r"/20.* Step 10 is whole: restore with step=10") as caught:
+    with pytest.raises(ValueError, match=r"/20.* Before it came step 10: step=10") as caught:
         checkpointer.restore(abstract(make_state()))
-    assert caught.value.whole_step == 10
+    assert caught.value.older_step == 10
     assert_same(checkpointer.restore(abstract(make_state()), step=10).state, make_state(10))
     checkpointer.close()
 
@@ -190,10 +195,16 @@ def test_foreign_folders(tmp_path):
         load_params(tmp_path)
 
 
+def rewrite_meta(folder: Path, **changes) -> None:
+    """As a version that writes so would have: with the right digests."""
+    meta = folder / "meta" / "metadata"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), **changes}))
+    inventory.write(folder, ("state", "ema", "meta"))
+
+
 def test_other_versions_and_missing_steps(saved):
-    meta = saved / "20" / "meta" / "metadata"
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 9}))
-    with pytest.raises(ValueError, match="format 9; this version reads 1"):
+    rewrite_meta(saved / "20", format=9)
+    with pytest.raises(ValueError, match=r"format 9; this version reads \[1, 2\]"):
         load_params(saved)
     with pytest.raises(ValueError, match=r"no checkpoint of step 15; it has \[10, 20\]"):
         load_params(saved, step=15)
@@ -214,7 +225,173 @@ def test_metadata_must_be_complete(tmp_path):
     checkpointer = Checkpointer(tmp_path)
     with pytest.raises(ValueError, match=r"lacks \['data', 'tokens'\]"):
         checkpointer.save(1, make_state(), make_ema(make_state()), {"config": {}})
+    with pytest.raises(ValueError, match=r"metadata has tokens=1.5, which should be an integer >= 0"):
+        checkpointer.save(1, make_state(), make_ema(make_state()), {**META, "tokens": 1.5})
     checkpointer.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": -1}, "tokens=-1, which should be an integer >= 0"),
+        ({"tokens": True}, "tokens=True"),
+        ({"tokens": "14"}, "tokens='14'"),
+        ({"data": []}, r"data=\[\], which should be a dict"),
+        ({"config": {"model": 3}}, "config.model=3, which should be a dict"),
+        ({"step": 21}, "step=21 in a folder named 20"),
+        ({"validation_loss": "low"}, "validation_loss='low', which should be a finite number"),
+        ({"validation_loss": float("nan")}, "validation_loss=nan"),
+        ({"format": True}, "format True"),
+    ],
+)
+def test_metadata_that_cannot_be_is_named(saved, changes, message):
+    rewrite_meta(saved / "20", **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_params(saved)
+    assert caught.value.older_step == 10
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_flipped_bit_anywhere_is_found_or_harms_nothing(saved, seed):
+    """One bit in every file of a checkpoint, file by file, each with its digest found before anything is used."""
+    step, want, found = saved / "20", make_state(20), set()
+    files = sorted(file for file in step.rglob("*") if file.is_file())
+    rng = np.random.default_rng(seed)
+    checkpointer = reopen(saved)
+    for file in files:
+        good = file.read_bytes()
+        bad = bytearray(good)
+        bit = int(rng.integers(8 * len(good)))
+        bad[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(bad)
+        try:
+            step_read, state, ema, meta = checkpointer.restore(abstract(want), model=MODEL)
+        except CheckpointError as error:
+            assert error.older_step == 10 and "/20 is damaged" in str(error)
+            found.add(file.relative_to(step).as_posix())
+        else:  # orbax's own notes beside state, ema and meta: not read
+            assert (step_read, meta) == (20, {**META, "format": 2, "step": 20})
+            assert_same((state, ema), (want, make_ema(want)))
+        file.write_bytes(good)
+    assert {f.relative_to(step).as_posix() for f in files} - found == {
+        "_CHECKPOINT_METADATA",
+        "commit_success.txt",
+    }
+    assert_same(checkpointer.restore(abstract(want)).state, want)
+    checkpointer.close()
+
+
+def test_parameters_are_loaded_only_from_whole_files(saved):
+    data = max((saved / "20" / "state").rglob("d/*"), key=lambda f: f.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 16
+    data.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"other contents than when it was written .SHA-256.. Before it"
+    ):
+        load_params(saved)
+    average = next((saved / "10" / "ema").rglob("d/*"))
+    average.write_bytes(b"")
+    load_params(saved, step=10)  # does not read it
+    with pytest.raises(CheckpointError, match=r"ema/.* has 0 of \d+ bytes. No older"):
+        load_params(saved, step=10, ema=True)
+
+
+def test_an_older_step_is_named_and_not_read(saved):
+    for file in (saved / "10").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    (saved / "20" / "files.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"files.json has changed.* Before it came step 10: step=10"):
+        load_params(saved)
+
+
+def test_the_format_before_can_be_read(tmp_path):
+    """It had a random key in its state and a list of sizes without digests."""
+    state = make_state(5)
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    with contextlib.closing(Checkpointer(tmp_path)) as checkpointer:
+        checkpointer.save(5, fields | {"rng": jnp.zeros(2, jnp.uint32)}, make_ema(state), META)
+    rewrite_meta(tmp_path / "5", format=1)
+    sizes = {name: file.size for name, file in inventory.read(tmp_path / "5").items()}
+    (tmp_path / "5" / "files.json").write_text(json.dumps(sizes))
+    with contextlib.closing(reopen(tmp_path)) as checkpointer:
+        assert_same(checkpointer.restore(abstract(state)).state, state)
+    rewrite_meta(tmp_path / "5", format=2)
+    with (
+        contextlib.closing(reopen(tmp_path)) as checkpointer,
+        pytest.raises(CheckpointError, match=r"rng is uint32\[2\], expected absent"),
+    ):
+        checkpointer.restore(abstract(state))
+
+
+# --- what is good, and what stays ---------------------------------------------------------------------------
+
+
+def poisoned(state: TrainState, where: str) -> TrainState:
+    if where == "params":
+        embed = state.params["embed"].at[3, 1].set(jnp.nan)
+        return state.replace(params=state.params | {"embed": embed})
+    if where == "balance_bias":
+        return state.replace(balance_bias=state.balance_bias.at[1, 1].set(jnp.inf))
+    moment = getattr(state.opt_state, where)
+    layers = {"wq_a": moment["layers"]["wq_a"].at[0, 1, 2].set(-jnp.inf)}
+    return state.replace(opt_state=state.opt_state._replace(**{where: moment | {"layers": layers}}))
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("params", "params.embed"),
+        ("mu", "opt_state.mu.layers.wq_a"),
+        ("nu", "opt_state.nu.layers.wq_a"),
+        ("balance_bias", "balance_bias"),
+    ],
+)
+def test_a_state_with_nan_or_infinity_is_no_checkpoint(saved, monkeypatch, where, name):
+    with contextlib.closing(reopen(saved)) as checkpointer:
+        bad = poisoned(make_state(30), where)
+        message = rf"step 30 is not saved: NaN or infinity in {name}; the last good checkpoint is step 20"
+        with pytest.raises(NonFiniteError, match=message):
+            checkpointer.save(30, bad, make_ema(bad), META)
+        assert checkpointer.steps() == [10, 20]
+        with monkeypatch.context() as patch:  # as versions before did
+            patch.setattr(checkpoint, "not_finite", lambda _: [])
+            checkpointer.save(30, bad, make_ema(make_state(30)), META)
+            checkpointer.wait()
+        with pytest.raises(
+            CheckpointError, match=rf"/30 is no good: NaN or infinity in {name}. Before it came step 20"
+        ):
+            checkpointer.restore(abstract(bad))
+
+
+def test_every_so_many_steps_and_the_best_stay_besides_the_newest(tmp_path):
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5, 60: 2.4, 70: None}
+    for steps in ([10, 20, 30], [40, 50], [60, 70]):  # a new process each: the best are found again
+        with contextlib.closing(Checkpointer(tmp_path, keep=2, keep_every=25, keep_best=1)) as checkpointer:
+            for step in steps:
+                meta = {**META, "validation_loss": losses[step]}
+                checkpointer.save(step, {"w": jnp.ones(3)}, {"params": np.ones(3)}, meta)
+    assert checkpointer.steps() == [20, 50, 60, 70]  # the best; a multiple of 25; the two newest
+
+
+def test_a_full_disk_is_one_os_error(saved):
+    """The limit on the size of files is as real as a full disk, and this process can lift it again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((256, 1024)))}
+    with contextlib.closing(reopen(saved)) as checkpointer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+        try:
+            with pytest.raises(
+                OSError, match=r"of step 30 could not be written to .*; the last whole one is step 20"
+            ):
+                checkpointer.save(30, state, {"params": np.ones(3)}, META)
+                checkpointer.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert checkpointer.steps() == [10, 20]
+    with contextlib.closing(reopen(saved)) as checkpointer:
+        assert checkpointer.save(30, state, {"params": np.ones(3)}, META)
 
 
 RESHARD = """

@@ -93,6 +93,17 @@ def test_resumed_average_is_bitwise_the_uninterrupted_one(make):
     jax.tree.map(np.testing.assert_array_equal, second.state(), whole.state())
 
 
+def test_bad_steps_and_snapshots_that_are_not_finite_are_left_out(make):
+    ema, want = make(tree(0), 0.9), make(tree(0), 0.9)
+    for seed in (1, 2, 3, 4):
+        poisoned = tree(seed) | {"w": tree(seed)["w"].at[1, 2].set({2: np.nan, 3: np.inf}.get(seed, 0.5))}
+        ema.update(poisoned, jnp.asarray(seed != 4))
+        if seed == 1:
+            want.update(poisoned)
+    jax.tree.map(np.testing.assert_array_equal, ema.state(), want.state())
+    assert ema.state()["updates"] == 1
+
+
 def test_state_is_a_copy(make):
     ema = make(tree(0), 0.9)
     ema.update(tree(1))

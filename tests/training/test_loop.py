@@ -51,7 +51,7 @@ def trainer(cfg):
 def run_on(cfg, steps=1000, from_step=None):
     """Resume, run at most `steps` steps; (result, average)."""
     run = trainer(cfg)
-    run.resume(from_step)
+    run.resume(from_step, discard_newer=True)
     try:
         return run.run(StopAfter(steps), io.StringIO()), run.ema.state()
     finally:
@@ -109,8 +109,48 @@ def test_stopped_and_resumed_twice_is_bitwise_the_same(golden_run, tmp_path):
 def test_resumed_from_an_older_checkpoint(golden_run, tmp_path):
     cfg = config_in(tmp_path, golden_run)
     run_on(cfg, steps=12)
+    with contextlib.closing(trainer(cfg)) as run:
+        with pytest.raises(
+            ValueError, match=r"from step 5 would remove the newer checkpoints \[10, 12\] .*--disc"
+        ):
+            run.resume(5)
+        assert run.step == 0 and run.checkpointer.steps() == [5, 10, 12]
+        assert run.resume(12) and run.step == 12  # nothing to remove
+    assert records(tmp_path)[-1]["step"] == 12
     result, ema = run_on(cfg, from_step=5)
     assert_same_run(cfg, result, ema, golden_run)
+
+
+def test_what_differs_from_the_checkpoint_is_said(golden_run, tmp_path):
+    cfg = config_in(tmp_path, golden_run)
+    run_on(cfg, steps=3)
+    longer = dataclasses.replace(
+        config_in(tmp_path, golden_run, steps=40, keep=9),
+        optimizer=dataclasses.replace(cfg.optimizer, peak_lr=0.5),
+    )
+    for now, schedule, other in (
+        (cfg, [], []),
+        (
+            longer,
+            ["optimizer.peak_lr was 0.003, is 0.5", "train.steps was 20, is 40"],
+            ["train.keep was 3, is 9"],
+        ),
+    ):
+        with contextlib.closing(trainer(now)) as run:
+            assert run.resume() and run.changes == (schedule, other)
+
+
+def test_the_best_checkpoint_stays_and_is_found_again(golden_run, tmp_path, monkeypatch):
+    """Validation losses as they would be: falling, then rising again."""
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 10: 2.6}
+    evaluate = lambda run, _: loop.Evaluation(losses[run.step], 1.0)  # noqa: E731
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    cfg = config_in(tmp_path, golden_run, checkpoint_every=2, keep=1, keep_best=1, eval_every=4)
+    run_on(cfg, steps=7)  # stopped: the seventh is not evaluated
+    run_on(cfg, steps=3)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 10]
+    evaluated = [(r["step"], r["loss"]) for r in records(tmp_path) if r["kind"] == "eval"]
+    assert evaluated == list(losses.items())
 
 
 def test_stopped_before_the_first_step(golden_run, tmp_path):
@@ -141,6 +181,28 @@ def test_too_many_bad_steps_end_the_run_and_keep_the_checkpoint(golden_run, tmp_
     # What is kept is good: the run goes on from it.
     result, ema = run_on(cfg)
     assert_same_run(cfg, result, ema, golden_run)
+
+
+def test_a_state_that_is_not_finite_is_never_the_checkpoint(golden_run, tmp_path):
+    """Whether or not a loss shows the NaN in an embedding: at the next checkpoint, the run ends."""
+    cfg = config_in(tmp_path, golden_run, max_bad_steps=100, checkpoint_every=4, ema_every=1)
+    run_on(cfg, steps=4)
+    run = trainer(cfg)
+    run.resume()
+    before = raw(run.ema.state())
+    w_vd = run.state.params["embed"]["w_embed_vd"].at[383].set(jnp.nan)
+    run.state = run.state.replace(params=run.state.params | {"embed": {"w_embed_vd": w_vd}})
+    with pytest.raises(
+        NonFiniteError,
+        match=r"step 8 is not saved: NaN or infinity in params.embed.w_embed_vd; .* is step 4 in",
+    ):
+        run.run(progress_file=io.StringIO())
+    assert raw(run.ema.state()) == before
+    run.close()
+    assert run.checkpointer.steps() == [4]
+    assert [r["step"] for r in records(tmp_path) if r["kind"] == "train"] == list(range(1, 9))
+    result, _ = run_on(cfg)
+    assert np.isfinite(result.ema_evaluation.loss)
 
 
 def test_a_single_bad_step_does_not_end_the_run(golden_run, tmp_path):

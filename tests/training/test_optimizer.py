@@ -167,7 +167,7 @@ def test_a_non_finite_step_changes_nothing_bitwise(bad):
     optimizer = adamw(OptimizerConfig())
     params = jax.tree.map(jnp.asarray, random_tree(0))
     params["embed"] = params["embed"].at[0, 0].set(-0.0)
-    state = TrainState.create(params, optimizer.init(params), jnp.zeros((2, 4)), jax.random.key(0))
+    state = TrainState.create(params, optimizer.init(params), jnp.zeros((2, 4)))
     good, poisoned = random_tree(1), random_tree(1)
     poisoned["layers"]["wq_a"][0, 0, 0] = bad
 
@@ -204,13 +204,10 @@ def test_donated_moments_are_updated_in_place():
     assert not [line for line in entry.splitlines() if "[64,48]" in line and " copy(" in line]
 
 
-def test_the_state_has_no_buffer_twice_and_its_key_follows_the_step():
+def test_the_state_has_no_buffer_twice():
     params = jax.tree.map(jnp.asarray, random_tree(0))
-    state = TrainState.create(
-        params, adamw(OptimizerConfig()).init(params), jnp.zeros((2, 4)), jax.random.key(5)
-    )
+    state = TrainState.create(params, adamw(OptimizerConfig()).init(params), jnp.zeros((2, 4)))
     donated = jax.jit(lambda s: s.replace(step=s.step + 1), donate_argnums=0)(
         state
     )  # raises on shared buffers
-    want = jax.random.fold_in(jax.random.key(5), 1)
-    assert jnp.array_equal(jax.random.key_data(donated.step_key()), jax.random.key_data(want))
+    assert int(donated.step) == 1

@@ -1,0 +1,39 @@
+"""How the config of a resumed run differs from the one that its checkpoint was written with."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from deepseek_jax.config import Config, to_dict
+
+# Where a run lies and how its processes meet changes nothing in it.
+_PLACES = ("train.out_dir", "data.cache_dir", "distributed.")
+# What `Schedules` reads: another value moves the boundaries of all schedules, or their heights.
+_OF_SCHEDULE = ("optimizer.", "train.steps", "train.batch_size", "data.seq_len")
+
+
+class Changes(NamedTuple):
+    """Sentences like "train.steps was 20, is 40": of the keys that bend the schedules, and of the others."""
+
+    schedule: list[str]
+    other: list[str]
+
+
+def config_changes(saved: Mapping[str, Any], config: Config) -> Changes:
+    """What differs between a checkpoint's config and `config`. A key that the former lacks had its default."""
+    defaults, now = (_flat(json.loads(json.dumps(to_dict(c)))) for c in (Config(), config))
+    before = defaults | _flat(saved)
+    found = Changes([], [])
+    for key, value in now.items():
+        if before[key] != value and not key.startswith(_PLACES):
+            sentences = found.schedule if key.startswith(_OF_SCHEDULE) else found.other
+            sentences.append(f"{key} was {before[key]!r}, is {value!r}")
+    return found
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 3}} -> {"train.steps": 3}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return flat

@@ -1,0 +1,44 @@
+"""Which arrays of a tree hold NaN or infinity: looked at where they lie, on the devices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.parallel.together import on_host
+
+PyTree = Any
+
+
+class NonFiniteError(RuntimeError):
+    """NaN or infinity, from which a run cannot go on: in too many steps in a row, or in its state."""
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """bool []: no NaN and no infinity in any array of floats. One read of the tree; for use under jit."""
+    return jnp.stack(_flags(tree)).all()
+
+
+def not_finite(tree: PyTree) -> list[str]:
+    """Paths of the arrays with NaN or infinity. All processes that hold a part of `tree` must call it.
+
+    One program reads every array once, at the speed of the devices' memory; only one bit per array comes to the host.
+    """
+    paths = [path for path, x in jax.tree_util.tree_leaves_with_path(tree) if _is_float(x)]
+    flags = on_host(_each_finite(tree)) if paths else np.zeros(0, bool)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+    return [name for name, finite in zip(names, flags, strict=True) if not finite]
+
+
+@jax.jit
+def _each_finite(tree: PyTree) -> jax.Array:
+    return jnp.stack(_flags(tree))
+
+
+def _flags(tree: PyTree) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _is_float(x)]
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
