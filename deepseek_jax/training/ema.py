@@ -64,9 +64,9 @@ class EMA:
         shapes = jax.tree.map(lambda x: x.shape, params)
         if shapes != (expected := self._shapes()):
             raise ValueError(f"EMA.update got arrays of shapes {shapes}, the average has {expected}")
-        snapshot, good = _snapshot(params, good)
+        snapshot, counts = _snapshot(params, good)
         self.wait()
-        self._pending = self._worker.submit(self._average_in, snapshot, good)
+        self._pending = self._worker.submit(self._average_in, snapshot, counts)
 
     def wait(self) -> None:
         """Returns when no update is pending."""
@@ -106,8 +106,8 @@ class EMA:
     def _shapes(self) -> PyTree:
         return jax.tree.map(lambda x: x.shape, self._abstract)
 
-    def _average_in(self, snapshot: PyTree, good: jax.Array) -> None:
-        if not np.asarray(good):
+    def _average_in(self, snapshot: PyTree, counts: jax.Array) -> None:
+        if not np.asarray(counts):
             return
         self._updates += 1
         # Weight of the newest snapshot in the normalised sum: 1 at the first update, 1 - decay in the long run.
