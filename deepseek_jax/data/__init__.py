@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.config import DataConfig
+from deepseek_jax.data.bpe_training import train_tokenizer
 from deepseek_jax.data.corpus import TRAIN, VALIDATION, Corpus
 from deepseek_jax.data.loader import BatchStream
 from deepseek_jax.data.packing import EpochPacker, PackedStream
 from deepseek_jax.data.readers import CorpusReport
+from deepseek_jax.data.streaming import StreamDecoder
 from deepseek_jax.data.token_cache import TokenizedDocuments, split_text, tokenize
-from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.unigram import UnigramLoss, bits_per_byte, unigram_bits_per_byte
 
 __all__ = [

@@ -19,7 +19,7 @@ import numpy as np
 from deepseek_jax.data.tokenizer import Tokenizer
 
 BATCH_CHARS = 4 << 20  # encoded at once: bounds the memory of the encoder's own records
-PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces, in parallel
+PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces, in parallel, if that changes nothing
 _BLOCK_TOKENS = 1 << 24
 
 
@@ -79,7 +79,7 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.
     """Yields int32 ids of each text followed by eos, encoding a few MB at a time in parallel."""
     eos = np.array([tokenizer.eos_id], np.int32)
     parts: list[np.ndarray] = []  # of the document at hand, which may reach over several batches
-    for batch in _piece_batches(texts):
+    for batch in _piece_batches(texts, tokenizer.cuts_at_line_breaks):
         encoded = tokenizer.encode_batch([piece for piece, _ in batch])
         for ids, (_, is_last) in zip(encoded, batch, strict=True):
             parts.append(np.array(ids, np.int32))
@@ -88,12 +88,12 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.
                 parts = []
 
 
-def _piece_batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Batches of (piece, whether it ends its document), each of about `BATCH_CHARS` characters."""
+def _piece_batches(texts: Iterable[str], cut: bool) -> Iterator[list[tuple[str, bool]]]:
+    """Batches of (piece, whether it ends its document), each of about `BATCH_CHARS` characters; uncut, whole texts."""
     batch: list[tuple[str, bool]] = []
     size = 0
     for text in texts:
-        *heads, last = split_text(text)
+        *heads, last = split_text(text) if cut else (text,)
         for piece, is_last in [*((head, False) for head in heads), (last, True)]:
             batch.append((piece, is_last))
             size += len(piece)
@@ -105,10 +105,10 @@ def _piece_batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
 
 
 def split_text(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
-    """Cuts a long text into pieces of about `limit` characters that encode as the whole does.
+    """Cuts a long text into pieces of about `limit` characters.
 
-    DeepSeek's pre-tokenizer always ends a word between a line break and a visible character, so the cuts go
-    there. A text without such a place is left whole.
+    The cuts go between a line break and a visible character, where DeepSeek's pre-tokenizer always ends a word: the
+    pieces encode as the whole does (`Tokenizer.cuts_at_line_breaks`). A text without such a place is left whole.
     """
     start, search = 0, limit
     while search < len(text):

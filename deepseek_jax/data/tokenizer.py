@@ -1,105 +1,187 @@
-"""Byte-level BPE with DeepSeek's special tokens (report §4.1): trained on the corpus, or loaded.
+"""The tokenizer and all that goes with it: special tokens, stops, what stands around a text, chat turns.
 
-The pre-tokenizer is the one DeepSeek-V3's tokenizer.json declares: digits in groups of up to three, runs of
-Chinese and Japanese, then words, punctuation with the line breaks that follow it, and white space.
+Trained on the corpus (bpe_training.py) or loaded from a folder, whose files decide, by the rules of `transformers`
+(special_tokens.py).
 
-Documents are encoded with a copy that knows no special token: a page that quotes "<｜end▁of▁sentence｜>"
-stays text, and cannot end a document or open a chat turn.
+Documents are encoded with a copy that matches no control token (`special_tokens.control_tokens`): a page that quotes
+"<｜end▁of▁sentence｜>" stays text, and cannot end a document or open a chat turn. Ordinary added tokens are matched in
+documents as in prompts.
 """
 
 import functools
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-SPECIAL_TOKENS = {
-    "bos": "<｜begin▁of▁sentence｜>",
-    "eos": "<｜end▁of▁sentence｜>",
-    "pad": "<｜▁pad▁｜>",
-    "fim_hole": "<｜fim▁hole｜>",
-    "fim_begin": "<｜fim▁begin｜>",
-    "fim_end": "<｜fim▁end｜>",
-    "user": "<｜User｜>",
-    "assistant": "<｜Assistant｜>",
-}
-MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+from deepseek_jax.data import byte_level, special_tokens, text_files
+from deepseek_jax.data.chat import DEFAULT_TEMPLATE, ChatTemplate
+from deepseek_jax.data.special_tokens import SPECIAL_TOKENS
+from deepseek_jax.json_files import read_object
 
-_DIGITS = r"\p{N}{1,3}"
-_CJK = "[一-龥぀-ゟ゠-ヿ]+"
-_WORDS = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
     """Text to token ids and back.
 
+    Args:
+        backend: as tokenizer.json holds it; changed to what the files say.
+        files: the text files of its folder (`text_files.read`), kept for `save`.
+        config: the model's config.json, for its eos.
+
     Attributes:
         vocab_size: number of ids, special tokens included.
         is_byte_level: every id stands for fixed bytes, so any text round-trips exactly.
-        bos_id, eos_id, pad_id, fim_hole_id, fim_begin_id, fim_end_id, user_id, assistant_id: ids of
-            DeepSeek's special tokens; ValueError when the tokenizer has none.
+        names: the named special tokens that there are, as `transformers` names them ("bos_token").
+        stop_ids: the ids that end a generation.
+        cuts_at_line_breaks: a text cut between a line break and a visible character gives the same ids.
+        bos_id, eos_id, pad_id, fim_hole_id, fim_begin_id, fim_end_id, user_id, assistant_id: ids of special tokens;
+            ValueError when the tokenizer has none.
+
+    Raises:
+        ValueError: a file that is not what it should be.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str] | None = None):
-        spec = json.loads(backend.to_str())
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        files: text_files.Files | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        backend.no_truncation()
+        backend.no_padding()
+        self._files = dict(files or {})
+        said = special_tokens.declared(self._files)
+        special_tokens.add_to(backend, said)
         self._full = backend
-        self._full.no_truncation()
-        self._full.no_padding()
-        self._special = SPECIAL_TOKENS | (special_tokens or {})
-        self._added_ids = sorted(token["id"] for token in spec["added_tokens"])
-        # Not `encode_special_tokens`: DeepSeek's FIM and chat tokens are added tokens not flagged special.
-        plain = spec | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        self._special = _special_names(backend, said, self._files)
+        own = {
+            f"{name}_token": self._special[name] for name in ("bos", "eos", "pad") if name in self._special
+        }
+        self.names = said.names if said.named or text_files.CONFIG in self._files else own
+        eos = backend.token_to_id(self._special["eos"]) if "eos" in self._special else None
+        self.stop_ids = special_tokens.stop_ids(self._files, config or {}, eos)
+
+        spec = json.loads(backend.to_str())
+        self._skipped = frozenset(token["id"] for token in spec["added_tokens"] if token["special"])
+        always = {*SPECIAL_TOKENS.values(), *self.names.values(), *map(backend.id_to_token, self.stop_ids)}
+        control = special_tokens.control_tokens(spec["added_tokens"], always)
+        self._control_ids = [token["id"] for token in spec["added_tokens"] if token["content"] in control]
+        self._ordinary = [token for token in spec["added_tokens"] if token["content"] not in control]
+        self._plain = _without_control(spec, control)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.is_byte_level = _has_byte_level(spec["decoder"])
+        self.is_byte_level = _has_decoder(spec["decoder"], "ByteLevel")
+        self._has_byte_tokens = _has_decoder(spec["decoder"], "ByteFallback")
+        self.cuts_at_line_breaks = byte_level.cuts_at_line_breaks(spec, self._ordinary)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Loads a `tokenizer.json`, or a folder that holds one.
+    def load(cls, path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> "Tokenizer":
+        """Loads a `tokenizer.json` with the files beside it, or a folder that holds them.
 
-        From a folder, bos, eos and pad of another family are taken from `tokenizer_config.json`.
+        Args:
+            config: the model's config.json; default: the one of the folder, if there is one.
 
         Raises:
-            ValueError: there is no such file, or it is no tokenizer.
+            ValueError: there is no such file, or one of them is not what it should be.
         """
         given = Path(path).expanduser()
-        file = given / "tokenizer.json" if given.is_dir() else given
+        file = given / text_files.TOKENIZER if given.is_dir() else given
         if not file.is_file():
             raise ValueError(f"no tokenizer at {file}: give a tokenizer.json or a folder that holds one")
+        beside = file.name == text_files.TOKENIZER
+        files = text_files.read(file.parent) if beside else {text_files.TOKENIZER: file.read_bytes()}
+        if config is None and beside and (file.parent / "config.json").is_file():
+            config = read_object(file.parent / "config.json")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend = tokenizers.Tokenizer.from_buffer(files[text_files.TOKENIZER])
         except Exception as error:  # the Rust side raises bare Exception
             raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
-        return cls(backend, _configured_special_tokens(file.parent / "tokenizer_config.json", backend))
+        try:
+            return cls(backend, files, config)
+        except ValueError as error:
+            raise ValueError(f"{file.parent}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a tokenizer.json, whole or not at all."""
+        """Writes all its files into a folder, or tokenizer.json alone to a file named *.json.
+
+        Files that it came with are written as they came. tokenizer_config.json, with the turns of a chat, and
+        generation_config.json, with the stops, are made where there were none.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(self._full.to_str())
-        os.replace(temporary, target)
+        files = {text_files.TOKENIZER: self._full.to_str().encode()} | self._files
+        if target.suffix == ".json":
+            text_files.write_file(target, files[text_files.TOKENIZER])
+            return
+        made = {text_files.CONFIG: self._config(), text_files.GENERATION: self.generation_ids()}
+        text_files.write(
+            target, {name: text_files.from_object(value) for name, value in made.items()} | files
+        )
+
+    def _config(self) -> dict[str, Any]:
+        """A tokenizer_config.json."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        templates = self._templates
+        return config | self.names | ({"chat_template": templates["default"]} if templates else {})
+
+    def generation_ids(self) -> dict[str, Any]:
+        """bos, eos (all stops) and pad for generation_config.json and config.json; None for what there is not."""
+        found = {f"{name}_token_id": self._id(name) for name in ("bos", "pad")}
+        stops = list(self.stop_ids)
+        return found | {"eos_token_id": (stops[0] if len(stops) == 1 else stops) if stops else None}
+
+    # --- text to ids --------------------------------------------------------------------------------------
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of `text`. Names of special tokens are plain text unless `allow_special` (prompts)."""
+        """Ids of `text` alone. Control tokens are plain text unless `allow_special` (a rendered chat)."""
         backend = self._full if allow_special else self._plain
         return backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, encoded in parallel as plain text."""
         return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to continue, special tokens matched, with the bos if the tokenizer puts one before texts."""
+        return self._full.encode(text, add_special_tokens=True).ids
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
+    ) -> list[int]:
+        """Ids of a conversation's prompt; for the arguments and errors see `ChatTemplate.render`."""
+        return self.encode(
+            self.chat_template.render(messages, add_generation_prompt, **options), allow_special=True
+        )
+
+    def encode_turns(
+        self, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> tuple[list[int], list[bool]]:
+        """(ids, which of them the assistant said) of a conversation, by the template's {% generation %} blocks."""
+        text, spans = self.chat_template.render_spans(messages, **options)
+        encoding = self._full.encode(text, add_special_tokens=False)
+        said = [any(begin < end and first < stop for begin, stop in spans) for first, end in encoding.offsets]
+        return encoding.ids, said
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate:
+        """How it writes a chat. Raises ValueError: its files have no template, or one that is no text."""
+        if not self._templates:
+            raise ValueError("the tokenizer has no chat template: put a chat_template.jinja beside it")
+        return ChatTemplate(self._templates, self.names)
+
+    @functools.cached_property
+    def _templates(self) -> dict[str, str]:
+        """By name; DeepSeek's turns if there are none and the tokenizer has the tokens for them."""
+        turns = "user" in self._special and "assistant" in self._special
+        return text_files.templates(self._files) or ({"default": DEFAULT_TEMPLATE} if turns else {})
+
+    # --- ids to text --------------------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         """Text of `ids`; an incomplete UTF-8 sequence becomes U+FFFD. See `StreamDecoder` for streaming."""
@@ -112,20 +194,38 @@ class Tokenizer:
         """Text of one id on its own."""
         return self.decode([token_id])
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hash of everything that decides how text becomes ids."""
-        described = self._full.to_str() + json.dumps(self._special, sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()[:16]
+    def text_after(self, before: Sequence[int], token_id: int) -> str:
+        """What `token_id` adds to the text of the ids before it, of which the last one is enough."""
+        return self.decode([*before, token_id])[len(self.decode(before)) :]
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that an id stands for wherever it is; None if it stands for text that depends on its place."""
+        token = self._full.id_to_token(token_id)
+        if token is None:  # unused
+            return b""
+        if self.is_byte_level:
+            return byte_level.token_bytes(token)
+        byte = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
+        return bytes.fromhex(byte[1]) if byte else None
 
     def byte_lengths(self) -> np.ndarray:
-        """int32[vocab_size]: UTF-8 bytes of text each id stands for; 0 for added tokens and unused ids."""
-        lengths_v = np.zeros(self.vocab_size, np.int32)
-        for token, token_id in self._full.get_vocab(with_added_tokens=True).items():
-            # The byte-level alphabet writes one character per byte.
-            lengths_v[token_id] = len(token) if self.is_byte_level else len(self.token(token_id).encode())
-        lengths_v[self._added_ids] = 0
+        """int32[vocab_size]: UTF-8 bytes of text each id stands for; 0 for control tokens and unused ids."""
+        raw = [self.token_bytes(i) for i in range(self.vocab_size)]
+        lengths_v = np.array([0 if x is None else len(x) for x in raw], np.int32)
+        in_place = [i for i, x in enumerate(raw) if x is None]
+        if in_place:  # after some other text, so that no decoder takes them for the first
+            first = next((i for i in in_place if self.token(i).isalpha()), in_place[0])
+            texts = self.decode_batch([[first, i] for i in in_place])
+            start = len(self.token(first).encode())
+            lengths_v[in_place] = [len(text.encode()) - start for text in texts]
+        lengths_v[self._control_ids] = 0
         return lengths_v
+
+    # --- special tokens -----------------------------------------------------------------------------------
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` leaves the id out with `skip_special`."""
+        return token_id in self._skipped
 
     def special_id(self, name: str) -> int:
         """Id of a special token by its short name, a key of `SPECIAL_TOKENS`.
@@ -133,13 +233,16 @@ class Tokenizer:
         Raises:
             ValueError: the tokenizer has no such token.
         """
-        token_id = self._full.token_to_id(self._special[name])
+        token_id = self._id(name)
         if token_id is None:
             raise ValueError(
-                f"the tokenizer has no {name} token ({self._special[name]!r}): switch off what needs it "
+                f"the tokenizer has no {name} token ({SPECIAL_TOKENS[name]!r}): switch off what needs it "
                 "(FIM: fim_rate=0), or use a tokenizer with DeepSeek's special tokens"
             )
         return token_id
+
+    def _id(self, name: str) -> int | None:
+        return self._full.token_to_id(self._special[name]) if name in self._special else None
 
     bos_id = property(lambda self: self.special_id("bos"))
     eos_id = property(lambda self: self.special_id("eos"))
@@ -150,79 +253,37 @@ class Tokenizer:
     user_id = property(lambda self: self.special_id("user"))
     assistant_id = property(lambda self: self.special_id("assistant"))
 
-
-class StreamDecoder:
-    """Decodes ids one at a time; a character split over several ids comes out once, when it is whole."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._emitted = 0
-
-    def push(self, token_id: int) -> str:
-        """The text that `token_id` completes, often "" inside a multi-byte character."""
-        self._ids.append(int(token_id))
-        text = self._tokenizer.decode(self._ids)
-        whole = len(text.rstrip("\ufffd"))
-        new, self._emitted = text[self._emitted : whole], max(self._emitted, whole)
-        if whole == len(text) and self._tokenizer.is_byte_level:
-            self._ids, self._emitted = [], 0  # nothing pending: later ids do not depend on these
-        return new
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never became whole."""
-        text = self._tokenizer.decode(self._ids)[self._emitted :]
-        self._ids, self._emitted = [], 0
-        return text
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides how a document becomes ids."""
+        described = self._full.to_str() + json.dumps(SPECIAL_TOKENS | self._special, sort_keys=True)
+        if self._ordinary or not self.cuts_at_line_breaks:
+            described += f"ordinary added tokens matched; cut: {self.cuts_at_line_breaks}"
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains byte-level BPE; the same texts and size give the same tokenizer.
-
-    Args:
-        texts: the documents; a corpus too small for `vocab_size` merges gives fewer ids.
-        vocab_size: ids in all; bos, eos and pad are 0, 1 and 2, as in DeepSeek's.
-
-    Raises:
-        ValueError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
-    """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
-            f"need at least {MIN_VOCAB_SIZE}"
-        )
-    backend = tokenizers.Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Split(Regex(p), behavior="isolated") for p in (_DIGITS, _CJK, _WORDS)]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[
-            AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS.values()
-        ],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend)
+def _special_names(
+    backend: tokenizers.Tokenizer, said: special_tokens.Declared, files: text_files.Files
+) -> dict[str, str]:
+    """Special tokens by short name: those that the files name, else DeepSeek's where the vocabulary has them."""
+    found = {name: token for name, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
+    for name in SPECIAL_TOKENS:
+        if f"{name}_token" in said.named:
+            token = said.named[f"{name}_token"]
+            found.pop(name, None)
+            found |= {} if token is None else {name: token.content}
+    return found
 
 
-def _has_byte_level(decoder: dict | None) -> bool:
+def _without_control(spec: Mapping[str, Any], control: set[str]) -> tokenizers.Tokenizer:
+    """The same vocabulary, with the control tokens flagged special and special tokens not matched."""
+    added = [token | {"special": token["content"] in control} for token in spec["added_tokens"]]
+    plain = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added, "post_processor": None}))
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _has_decoder(decoder: dict | None, kind: str) -> bool:
     if decoder is None:
         return False
-    return decoder["type"] == "ByteLevel" or any(_has_byte_level(d) for d in decoder.get("decoders", []))
-
-
-def _configured_special_tokens(config_file: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """Names of bos, eos and pad in another family's tokenizer_config.json, where DeepSeek's are absent."""
-    if not config_file.is_file():
-        return {}
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    found = {}
-    for name in ("bos", "eos", "pad"):
-        token = config.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if backend.token_to_id(SPECIAL_TOKENS[name]) is None and token:
-            found[name] = token
-    return found
+    return decoder["type"] == kind or any(_has_decoder(d, kind) for d in decoder.get("decoders", []))

@@ -2,15 +2,14 @@
 
 A conversion writes to `<output>.partial` and renames at the end. Cut off at any moment and called again with the
 same arguments, it goes on: after the last finished layer of an array (to orbax) or file (to Hugging Face).
-A Hugging Face folder becomes a run folder, `<output>/checkpoints/0` and the tokenizer's files beside it; its
-config.json and the spread of tensors over files are kept in the metadata, so that the way back gives the same
-files bit for bit.
+A Hugging Face folder becomes a run folder, `<output>/checkpoints/0` and the text files beside it (tokenizer, chat
+template, stops); its config.json and the spread of tensors over files are kept in the metadata, so that the way back
+gives the same files bit for bit. The folder of a training run brings its tokenizer whole, as `Tokenizer.save` does.
 """
 
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import numpy as np
 
 from deepseek_jax import inventory
 from deepseek_jax.config import Config, DataConfig
+from deepseek_jax.data import text_files
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.files import DTYPES, Layout, plan_shards, write_index, write_shard
 from deepseek_jax.hf.names import Index, Leaf
@@ -27,16 +28,6 @@ from deepseek_jax.hf.read import SCALE_SUFFIX, Checkpoint
 from deepseek_jax.hf.write import SHARD_BYTES, Producer, Source, require_free
 from deepseek_jax.training.checkpoint_files import FORMAT, ITEMS
 
-# Files that a folder's user needs besides weights and config.
-_BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _JOB = "conversion.json"  # what a partial output is a part of
 
 # (bytes written so far, bytes in total)
@@ -86,16 +77,22 @@ def to_hf(
     if (Path(source) / "config.json").exists():
         checkpoint = Checkpoint(source)
         cfg, tree, root = checkpoint.cfg, _FolderSource(checkpoint, format == "stored"), checkpoint.path
+        original: dict[str, Any] | None = checkpoint.hf
     else:
         step, root = _newest_step(Path(source).absolute())
         tree = TreeSource(step)
         cfg, kept = tree.cfg, tree.meta.get("huggingface")
+        original = None if kept is None else kept["config"]
     producer = Producer(cfg, tree, format, scale)
     config, layout = producer.config(), plan_shards(producer.specs, shard_bytes)
-    if kept is not None:
-        config = kept["config"] if format == "stored" else _merged(kept["config"], config)
-        if format == "stored":
-            layout = _restored_layout(kept, producer)
+    tokenizer = None
+    if original is not None:
+        config = original if format == "stored" else _merged(original, config)
+    elif (root / text_files.TOKENIZER).is_file():
+        tokenizer = Tokenizer.load(root)
+        config |= tokenizer.generation_ids()
+    if kept is not None and format == "stored":
+        layout = _restored_layout(kept, producer)
     partial, target = _begin(source, target, f"{format} {scale} {shard_bytes}")
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     names = [name for group in layout.files.values() for name in group]
@@ -106,7 +103,7 @@ def to_hf(
         else:
             write_shard(partial / file, group, producer.specs, layout.metadata[file], producer, count)
     write_index(partial, layout)
-    _finish(root, partial, target)
+    _finish(root, partial, target, tokenizer)
 
 
 # --- from Hugging Face ------------------------------------------------------------------------------------
@@ -240,10 +237,12 @@ def _begin(source: str | Path, target: str | Path, options: str) -> tuple[Path, 
     return partial, target
 
 
-def _finish(root: Path, partial: Path, target: Path) -> None:
-    for name in _BESIDE:
-        if (root / name).is_file():
-            shutil.copyfile(root / name, partial / name)
+def _finish(root: Path, partial: Path, target: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Completes an output with the text files: those of `root` as they are, or all that a run's tokenizer says."""
+    if tokenizer is None:
+        text_files.write(partial, text_files.read(root))
+    else:
+        tokenizer.save(partial)
     (partial / _JOB).unlink()
     if target.exists():
         target.rmdir()

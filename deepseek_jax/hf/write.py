@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.files import DTYPES, Spec, plan_shards, write_index, write_shard
 from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, shared_copies
@@ -36,6 +37,7 @@ def save(
     *,
     scale: str = "fp32",
     shard_bytes: int = SHARD_BYTES,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes a checkpoint folder: config.json, safetensors of at most `shard_bytes`, and their index.
 
@@ -46,6 +48,7 @@ def save(
         format: "bf16" or "f32" for all matrices; "fp8": DeepSeek's layout, e4m3 blocks of 128 x 128 for the
             matrices of attention and FFN, the rest in bfloat16; "stored": every leaf as it is.
         scale: of "fp8": "fp32" (V3) or "ue8m0" (V3.1).
+        tokenizer: its files are written too, and config.json names its ids.
 
     Raises:
         ValueError: `path` is in use; unknown format; parameters that do not fit `cfg`, naming the leaf.
@@ -54,7 +57,7 @@ def save(
     require_free(path)
     source = _MemorySource(cfg, params, balance_bias)
     producer = Producer(cfg, source, format, scale)
-    config = producer.config()
+    config = producer.config() | ({} if tokenizer is None else tokenizer.generation_ids())
     layout = plan_shards(producer.specs, shard_bytes)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -63,6 +66,8 @@ def save(
     for file, names in layout.files.items():
         write_shard(partial / file, names, producer.specs, layout.metadata[file], producer)
     write_index(partial, layout)
+    if tokenizer is not None:
+        tokenizer.save(partial)
     if path.exists():
         path.rmdir()
     os.replace(partial, path)

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
+from deepseek_jax.data import text_files
+from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.special_tokens import stop_ids as ids_that_stop
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.chat import ChatTemplate
 from deepseek_jax.inference.generate import BUCKET, generate
 from deepseek_jax.inference.over_mesh import generate_over_mesh, parameter_shardings
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.speculative import Stats, generate_speculative
+from deepseek_jax.json_files import read_object
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.transformer import forward
 
@@ -46,6 +49,7 @@ class Model:
         params, balance_bias: as for `DeepSeekV3.apply`.
         tokenizer: None where the checkpoint has none; then pass token ids instead of text.
         mesh: None for one device; else over which devices `generate` runs.
+        stop_ids: the ids that end a generation, if a call names no others.
         last_stats: acceptance of the last speculative generation, or None.
     """
 
@@ -55,20 +59,29 @@ class Model:
         params: Any,
         balance_bias: Any = None,
         tokenizer: Tokenizer | None = None,
-        chat_template: ChatTemplate | None = None,
+        stop_ids: Sequence[int] | None = None,
         mesh: MeshConfig | None = None,
     ):
         self.config, self.params, self.balance_bias = config, params, balance_bias
-        self.tokenizer, self.chat_template = tokenizer, chat_template or ChatTemplate()
-        self.mesh = mesh
+        self.tokenizer, self.mesh = tokenizer, mesh
+        own = () if tokenizer is None else tokenizer.stop_ids
+        self.stop_ids = own if stop_ids is None else tuple(stop_ids)
         self.last_stats: Stats | None = None
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json: pass token ids instead of text")
+        return self.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The tokenizer's. Raises ValueError where there is none."""
+        return self._tokenizer().chat_template
 
     def _ids(self, text: Text) -> list[int]:
         if not isinstance(text, str):
             return [int(token) for token in text]
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer.json: pass token ids instead of text")
-        return self.tokenizer.encode(text, allow_special=True)
+        return self._tokenizer().encode_prompt(text)
 
     def _padded_logits(self, ids: list[int]) -> tuple[jax.Array, np.ndarray]:
         """Logits and tokens of one row, padded on the right, which no token before sees."""
@@ -121,7 +134,7 @@ class Model:
 
         Args:
             temperature, top_p: 0 is greedy.
-            stop_ids: default: the tokenizer's end of sentence.
+            stop_ids: default: the checkpoint's own.
             speculative: draft with the MTP module (same distribution; `last_stats` has the acceptance).
 
         Raises:
@@ -133,8 +146,7 @@ class Model:
             )
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
         many: Sequence[Any] = [prompts] if single else prompts
-        if stop_ids is None:
-            stop_ids = [] if self.tokenizer is None else [self.tokenizer.eos_id]
+        stop_ids = self.stop_ids if stop_ids is None else stop_ids
         kwargs: dict[str, Any] = {
             "balance_bias": self.balance_bias,
             "sampling": Sampling(temperature, top_p),
@@ -156,13 +168,27 @@ class Model:
         outs = [self._text(row) if isinstance(p, str) else row for p, row in zip(many, rows, strict=True)]
         return outs[0] if single else outs
 
-    def chat(self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 512, **kwargs: Any) -> str:
-        """The assistant's next turn; append it to `messages` as {"role": "assistant"} to go on."""
-        return self.generate(self.chat_template.render(messages), max_new_tokens, **kwargs)
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_new_tokens: int = 512,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The assistant's next turn; append it to `messages` as {"role": "assistant"} to go on.
+
+        Args:
+            tools: JSON schemas of functions that it may call.
+            chat_template_kwargs: the template's switches, as {"enable_thinking": False}.
+            kwargs: as for `generate`.
+        """
+        ids = self._tokenizer().encode_chat(messages, tools=tools, **(chat_template_kwargs or {}))
+        return self._text(self.generate(ids, max_new_tokens, **kwargs))
 
     def _text(self, ids: Sequence[int]) -> str:
-        assert self.tokenizer is not None
-        return self.tokenizer.decode(ids, skip_special=True)
+        return self._tokenizer().decode(ids, skip_special=True)
 
 
 def load(
@@ -187,19 +213,27 @@ def load(
     if mesh is not None and shardings is not None:
         raise ValueError("a mesh brings its own shardings: give one of mesh and shardings")
     folder = Path(path).expanduser()
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    template = ChatTemplate(folder)
     if (folder / "config.json").is_file():
         from deepseek_jax import hf
 
         if mesh is not None:
             shardings = parameter_shardings(hf.Checkpoint(folder).cfg, mesh)
-        return Model(*hf.load(folder, dtype=dtype, shardings=shardings), tokenizer, template, mesh)
+        text = _text_side(folder, read_object(folder / "config.json"))
+        return Model(*hf.load(folder, dtype=dtype, shardings=shardings), *text, mesh)
     if (folder / "checkpoints").is_dir():
         from deepseek_jax.training.checkpoint import load_params
 
-        saved, params, bias, _ = load_params(folder / "checkpoints", step, ema)
+        saved, params, bias, meta = load_params(folder / "checkpoints", step, ema)
         cfg = build(Config, saved).model
         where = None if mesh is None else parameter_shardings(cfg, mesh)
-        return Model(cfg, jax.device_put(params, where), jnp.asarray(bias), tokenizer, template, mesh)
+        text = _text_side(folder, meta.get("huggingface", {}).get("config", {}))
+        return Model(cfg, jax.device_put(params, where), jnp.asarray(bias), *text, mesh)
     raise ValueError(f"{folder} holds neither config.json (Hugging Face) nor checkpoints/ (a training run)")
+
+
+def _text_side(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer | None, tuple[int, ...]]:
+    """(tokenizer, ids that end a generation) of a folder; `config` is the model's config.json."""
+    if (folder / text_files.TOKENIZER).is_file():
+        tokenizer = Tokenizer.load(folder, config)
+        return tokenizer, tokenizer.stop_ids
+    return None, ids_that_stop(text_files.read(folder), config, None)

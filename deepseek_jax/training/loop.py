@@ -103,7 +103,7 @@ class Trainer:
         self._evaluated: tuple[int, Evaluation] | None = None
         self._vote = StopVote(self.mesh)
         if is_first():
-            self.data.tokenizer.save(self.out_dir / "tokenizer.json")
+            self.data.tokenizer.save(self.out_dir)
 
     # --- state --------------------------------------------------------------------------------------------
 

@@ -1,12 +1,16 @@
 """`deepseek_jax.load(path) -> Model`: from both kinds of folder; logits, scores, text, and how often it compiles."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 import deepseek_jax
+from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.inference import model as model_file
-from deepseek_jax.inference.chat import ChatTemplate
 from deepseek_jax.inference.generate import BUCKET, generate
 from deepseek_jax.model.transformer import DeepSeekV3
 from tests.inference.checkpoint import CFG, save_checkpoint, save_run, tokenizer
@@ -155,6 +159,67 @@ def test_the_folders_own_template(tmp_path):
     (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}, and", encoding="utf-8")
     model = deepseek_jax.load(folder)
     assert model.chat([{"role": "user", "content": "the keys"}], NEW) == model.generate("the keys, and", NEW)
+
+
+def test_the_folders_stops(tmp_path):
+    """generation_config.json's list, whether there is a tokenizer or not; else config.json's and the tokenizer's."""
+    folder = save_checkpoint(tmp_path / "checkpoint")
+    plain = deepseek_jax.load(folder)
+    assert plain.stop_ids == (tokenizer().eos_id,)
+    greedy = plain.generate(IDS[:3], NEW, stop_ids=())
+    assert len(greedy) == NEW
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"eos_token_id": 9})
+    )
+    assert deepseek_jax.load(folder).stop_ids == (tokenizer().eos_id, 9)
+    bare = deepseek_jax.Model(CFG, plain.params, plain.balance_bias).generate(IDS[:3], NEW)
+    stops = (greedy[2], bare[2])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    for row in (greedy, bare):
+        loaded = deepseek_jax.load(folder)
+        assert loaded.stop_ids == stops
+        end = min(row.index(stop) for stop in stops if stop in row)
+        assert loaded.generate(IDS[:3], NEW) == row[:end]
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+
+
+def test_a_text_begins_with_the_bos(tmp_path):
+    """Where the tokenizer's post-processor puts it; a rendered chat has its own."""
+    folder = save_checkpoint(tmp_path / "checkpoint")
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    bos = tokenizer().names["bos_token"]
+    backend.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer().bos_id)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    model = deepseek_jax.load(folder)
+    ids = [tokenizer().bos_id, *tokenizer().encode("the keys")]
+    assert np.array_equal(model.logits("the keys"), model.logits(ids))
+    assert model.generate("the keys", NEW) == model.tokenizer.decode(
+        model.generate(ids, NEW), skip_special=True
+    )
+    messages = [{"role": "user", "content": "the keys"}]
+    turns = model.tokenizer.encode(model.chat_template.render(messages), allow_special=True)
+    assert turns[:2] == [tokenizer().bos_id, tokenizer().user_id]
+    assert model.chat(messages, NEW) == model.tokenizer.decode(model.generate(turns, NEW), skip_special=True)
+
+
+def test_switches_and_tools_reach_the_template(tmp_path):
+    folder = save_checkpoint(tmp_path / "checkpoint")
+    (folder / "chat_template.jinja").write_text("{{ tools[0].name }}{{ ' values' if thinking else ' keys' }}")
+    model = deepseek_jax.load(folder)
+    messages = [{"role": "user", "content": "x"}]
+    got = model.chat(messages, NEW, tools=[{"name": "the"}], chat_template_kwargs={"thinking": True})
+    assert got == model.generate("the values", NEW)
+
+
+def test_a_template_that_is_no_jinja_stops_only_chats(tmp_path):
+    folder = save_checkpoint(tmp_path / "checkpoint")
+    (folder / "chat_template.jinja").write_text("{% unknown %}")
+    model = deepseek_jax.load(folder)
+    assert isinstance(model.generate("the keys", NEW), str)
+    with pytest.raises(ValueError, match=r"chat template: .*unknown tag 'unknown'"):
+        model.chat([{"role": "user", "content": "x"}], NEW)
 
 
 def test_without_a_tokenizer(model):

@@ -11,7 +11,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from deepseek_jax.inference.chat import ChatTemplate
+from deepseek_jax.data import text_files
+from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.special_tokens import declared
 from tests.inference.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -19,13 +21,26 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 QUESTION = {"role": "user", "content": " What is MLA?\n"}
 ANSWER = {"role": "assistant", "content": "<think>Attention.</think>A low-rank key-value cache."}
 SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "find", "arguments": '{"what": "MLA"}'}}
 CONVERSATIONS = {
     "one_turn": [QUESTION],
     "system": [SYSTEM, QUESTION],
     "many_turns": [SYSTEM, QUESTION, ANSWER, {"role": "user", "content": "And DSA?"}],
     "two_systems": [SYSTEM, {"role": "system", "content": "And kind."}, QUESTION, ANSWER],
+    "tool_calls": [
+        QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+        {"role": "tool", "content": "{}"},
+        {"role": "assistant", "content": "Found.", "tool_calls": None},
+    ],
     "tool_output": [QUESTION, ANSWER, {"role": "tool", "content": "{}"}, {"role": "tool", "content": "<b>"}],
 }
+
+
+def template_of(folder: Path) -> ChatTemplate:
+    """The template of a folder's files, which `Tokenizer` makes of them, without the vocabulary."""
+    files = text_files.read(folder)
+    return ChatTemplate(text_files.templates(files), declared(files).names)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +63,11 @@ def test_deepseeks_template_renders_as_transformers_does(published, name, add_ge
     template = json.loads((published / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
     messages = CONVERSATIONS[name]
     want = transformers_render(template, messages, add_generation_prompt, bos_token=BOS, eos_token=EOS)
-    assert ChatTemplate(published).render(messages, add_generation_prompt) == want
+    assert template_of(published).render(messages, add_generation_prompt) == want
 
 
 def test_deepseeks_template_drops_earlier_reasoning(published):
-    assert ChatTemplate(published).render(CONVERSATIONS["many_turns"]) == (
+    assert template_of(published).render(CONVERSATIONS["many_turns"]) == (
         f"{BOS}Be brief.<｜User｜> What is MLA?\n<｜Assistant｜>A low-rank key-value cache.{EOS}"
         "<｜User｜>And DSA?<｜Assistant｜>"
     )
@@ -61,10 +76,10 @@ def test_deepseeks_template_drops_earlier_reasoning(published):
 def test_default_turns_are_deepseeks(published):
     for name in ("one_turn", "system"):
         for add in (True, False):
-            want = ChatTemplate(published).render(CONVERSATIONS[name], add)
+            want = template_of(published).render(CONVERSATIONS[name], add)
             assert ChatTemplate().render(CONVERSATIONS[name], add) == want
     plain = [QUESTION, {"role": "assistant", "content": "A cache."}, QUESTION]
-    assert ChatTemplate().render(plain) == ChatTemplate(published).render(plain)
+    assert ChatTemplate().render(plain) == template_of(published).render(plain)
 
 
 # What other templates of the family use: white space control, loop controls, JSON, refusals.
@@ -87,23 +102,54 @@ def _folder(path: Path, config=None, template: str | None = None) -> Path:
 
 
 def test_the_environment_is_transformers(tmp_path):
-    template = ChatTemplate(_folder(tmp_path, {"bos_token": "<s>"}, FEATURES))
+    template = template_of(_folder(tmp_path, {"bos_token": "<s>"}, FEATURES))
     messages = [{"role": "user", "content": "<a> & é"}, ANSWER, QUESTION]
     assert template.render(messages) == transformers_render(FEATURES, messages, True, bos_token="<s>")
     with pytest.raises(ValueError, match="no system turn"):
         template.render([SYSTEM])
 
 
-def test_where_the_template_comes_from(tmp_path):
-    one = ChatTemplate(
-        _folder(tmp_path / "config", {"chat_template": "config {{ eos_token }}", "eos_token": "E"})
+def test_tool_calls_without_content(published):
+    """DeepSeek's template asks whether the content is none; others take a missing one."""
+    calls = {"role": "assistant", "tool_calls": [CALL]}
+    text = (
+        f"{BOS}<｜User｜> What is MLA?\n<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>find\n"
+        f'```json\n{{"what": "MLA"}}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>{EOS}'
     )
-    named = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "named"}]
-    several = ChatTemplate(_folder(tmp_path / "several", {"chat_template": named}))
-    both = ChatTemplate(_folder(tmp_path / "both", {"chat_template": "config"}, "file"))
-    nothing = ChatTemplate(_folder(tmp_path / "nothing", {"bos_token": None}))
-    assert [t.render([QUESTION]) for t in (one, several, both)] == ["config E", "named", "file"]
-    assert nothing.render([QUESTION]) == ChatTemplate().render([QUESTION])
+    for message in (calls, calls | {"content": None}, calls | {"content": ""}):
+        assert template_of(published).render([QUESTION, message], add_generation_prompt=False) == text
+        assert ChatTemplate("{% for m in messages %}[{{ m.content }}]{% endfor %}").render([message]) == "[]"
+
+
+def test_reasoning_has_one_name():
+    template = ChatTemplate("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}")
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        assert template.render([{"role": "assistant", "content": "", name: "so"}]) == "soso"
+
+
+def test_where_the_template_comes_from(tmp_path):
+    one = _folder(tmp_path / "config", {"chat_template": "config {{ eos_token }}", "eos_token": "E"})
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
+    several = _folder(tmp_path / "several", {"chat_template": named})
+    both = _folder(tmp_path / "both", {"chat_template": "config"}, "file")
+    beside = _folder(tmp_path / "beside", {"chat_template": "config"}, "file")
+    (beside / "additional_chat_templates").mkdir()
+    (beside / "additional_chat_templates" / "tool_use.jinja").write_text("file with tools")
+    for folder, plain, with_tools in (
+        (one, "config E", "config E"),
+        (several, "named", "tools"),
+        (both, "file", "file"),
+        (beside, "file", "file with tools"),
+    ):
+        template = template_of(folder)
+        assert template.render([QUESTION]) == plain
+        assert template.render([QUESTION], tools=[]) == with_tools
+    lacking = template_of(_folder(tmp_path / "lacking", {"chat_template": named[:1]}))
+    with pytest.raises(ValueError, match=r"no chat template named 'default' among \['tool_use'\]"):
+        lacking.render([QUESTION])
+    for wrong in (3, [{"name": "default"}], {"default": None}):
+        with pytest.raises(ValueError, match="chat_template is neither a text nor a list"):
+            template_of(_folder(tmp_path / "wrong", {"chat_template": wrong}))
 
 
 @pytest.mark.parametrize(
@@ -122,20 +168,19 @@ def test_bad_messages(messages, text):
         ChatTemplate().render(messages)
 
 
-def test_bad_templates(tmp_path):
-    with pytest.raises(ValueError, match=r"chat template of .*unclosed"):
-        ChatTemplate(_folder(tmp_path / "unclosed", template="{% if %}"))
-    undefined = ChatTemplate(_folder(tmp_path / "undefined", template="{{ tools.first.name }}"))
-    with pytest.raises(ValueError, match="chat template: 'tools' is undefined"):
-        undefined.render([QUESTION])
-    escape = ChatTemplate(_folder(tmp_path / "escape", template="{{ ''.__class__.__mro__ }}"))
-    with pytest.raises(ValueError, match="unsafe"):
-        escape.render([QUESTION])
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a list"):
-        ChatTemplate(_folder(tmp_path / "list", config=[]))
-    (tmp_path / "list" / "tokenizer_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
-        ChatTemplate(tmp_path / "list")
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{% if %}", "Expected an expression"),
+        ("{{ tools.first.name }}", "'None' has no attribute 'first'"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_bad_templates(template, error):
+    with pytest.raises(ValueError, match=f"chat template: .*{error}"):
+        ChatTemplate(template).render([QUESTION])
 
 
 def test_the_command_chats(tmp_path):

@@ -1,0 +1,155 @@
+"""Which tokens are special, by the rules of `transformers`: named ones, added ones, and those that end a generation.
+
+tokenizer.json lists added tokens. tokenizer_config.json names some of them (`bos_token`, `eos_token`, ...), may add
+others and change their flags; older folders do so in special_tokens_map.json and added_tokens.json.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from deepseek_jax.checks import shown
+from deepseek_jax.data.text_files import ADDED, CONFIG, GENERATION, SPECIAL_MAP, Files, to_object
+
+# DeepSeek's, by the names that we call them.
+SPECIAL_TOKENS = {
+    "bos": "<｜begin▁of▁sentence｜>",
+    "eos": "<｜end▁of▁sentence｜>",
+    "pad": "<｜▁pad▁｜>",
+    "fim_hole": "<｜fim▁hole｜>",
+    "fim_begin": "<｜fim▁begin｜>",
+    "fim_end": "<｜fim▁end｜>",
+    "user": "<｜User｜>",
+    "assistant": "<｜Assistant｜>",
+}
+# `transformers`' names.
+_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_FULL_WIDTH_BARS = re.compile("<｜.+｜>", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What the files beside tokenizer.json declare.
+
+    Attributes:
+        named: by `transformers`' names, "bos_token" and so on; None where a file says so.
+        extra: further special tokens, without names.
+        by_id: the list of added tokens, sorted by id.
+        as_text: special tokens are never matched in a text (`split_special_tokens`).
+    """
+
+    named: dict[str, AddedToken | None]
+    extra: tuple[AddedToken, ...]
+    by_id: tuple[AddedToken, ...]
+    as_text: bool
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Named tokens that there are, as templates see them."""
+        return {name: token.content for name, token in self.named.items() if token is not None}
+
+
+def declared(files: Files) -> Declared:
+    """Reads the files. Raises ValueError for one that is not what it should be, and names it."""
+    config = to_object(files, CONFIG)
+    if "added_tokens_decoder" not in config:
+        config |= to_object(files, SPECIAL_MAP)
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        config |= extra
+        extra = []
+    if not isinstance(extra, list):
+        raise ValueError(f"{CONFIG}: extra_special_tokens={shown(extra)} is not a list of tokens")
+    given = [name for name in config if name.endswith("_token") and _is_token(config[name])]
+    order = [*(name for name in _NAMES if name in config), *(name for name in given if name not in _NAMES)]
+    extras = tuple(_token(token, "extra_special_tokens", special=True) for token in extra)
+    named = {name: None if config[name] is None else _token(config[name], name, True) for name in order}
+    special = {token.content for token in (*named.values(), *extras) if token is not None}
+    by_id = _by_id(config, files, special)
+    flags = {token.content: token for token in by_id}
+    named = {
+        name: None if token is None else flags.get(token.content, token) for name, token in named.items()
+    }
+    return Declared(named, extras, by_id, config.get("split_special_tokens") is True)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _token(value: Any, name: str, special: bool = False) -> AddedToken:
+    if not _is_token(value):
+        raise ValueError(f"{CONFIG}: {name}={shown(value)} is not a token")
+    if isinstance(value, str):
+        return AddedToken(value, special=special)
+    flags = {key: value[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in value}
+    return AddedToken(value["content"], **flags, special=bool(value.get("special", special)))
+
+
+def _by_id(config: Mapping[str, Any], files: Files, special: set[str]) -> tuple[AddedToken, ...]:
+    if "added_tokens_decoder" in config:
+        listed = config["added_tokens_decoder"]
+        if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
+            raise ValueError(f"{CONFIG}: added_tokens_decoder is not an object of tokens by id")
+        return tuple(_token(listed[key], f"added_tokens_decoder.{key}") for key in sorted(listed, key=int))
+    ids = to_object(files, ADDED)
+    if not all(isinstance(i, int) for i in ids.values()):
+        raise ValueError(f"{ADDED} is not an object of ids by token")
+    return tuple(
+        AddedToken(text, normalized=text not in special, special=text in special)
+        for text in sorted(ids, key=ids.__getitem__)
+    )
+
+
+def add_to(backend: tokenizers.Tokenizer, said: Declared) -> None:
+    """Adds to the vocabulary what it lacks: listed tokens first, then named and further special ones."""
+    present = backend.get_added_tokens_decoder().values()
+    representations = {repr(token) for token in present}
+    new = [token for token in said.by_id if repr(token) not in representations]
+    known = {token.content for token in (*present, *new)}
+    for token in (*said.named.values(), *said.extra):
+        if token is not None and token.content not in known:
+            new.append(token)
+            known.add(token.content)
+    names = said.names.values()
+    for token in new:
+        token.special = token.special or token.content in names
+    backend.add_tokens(new)
+    backend.encode_special_tokens = said.as_text
+
+
+def control_tokens(added: Iterable[Mapping[str, Any]], always: set[str]) -> set[str]:
+    """Which of the added tokens of a tokenizer.json (dicts) must not come out of a document's text.
+
+    Those flagged special, those in `always`, and those in the full-width bars of DeepSeek's turns and tools, which
+    its tokenizer does not flag. The rest ("<think>") is ordinary text that has an id of its own.
+    """
+    return {
+        token["content"]
+        for token in added
+        if token["special"] or token["content"] in always or _FULL_WIDTH_BARS.fullmatch(token["content"])
+    }
+
+
+def stop_ids(files: Files, config: Mapping[str, Any], eos: int | None) -> tuple[int, ...]:
+    """The ids that end a generation.
+
+    The eos list of generation_config.json, as in `transformers`; without one, `eos` of the tokenizer and that of the
+    model's config.json. Raises ValueError: no ids.
+    """
+    listed = _ids(to_object(files, GENERATION), GENERATION)
+    if listed:
+        return listed
+    return tuple(dict.fromkeys([*(() if eos is None else (eos,)), *_ids(config, "config.json")]))
+
+
+def _ids(config: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    value = config.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"{where}: eos_token_id={shown(value)} is neither an id nor a list of ids")
+    return tuple(dict.fromkeys(ids))
