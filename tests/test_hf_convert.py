@@ -12,6 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.torch
+import tokenizers
+from tokenizers import models
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from deepseek_jax import hf, inventory
 from deepseek_jax.config import Config, DataConfig, ModelConfig, build
@@ -39,6 +42,14 @@ def released(tmp_path_factory):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"eos_token_id": 1, "ep_size": 1}, indent=2) + "\n")
     (path / "tokenizer.json").write_text("{}")
+    for name in (
+        "generation_config.json",
+        "tiktoken.model",
+        "tokenization_x.py",
+        "additional_chat_templates/rag.jinja",
+    ):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(name)
     return path
 
 
@@ -83,6 +94,7 @@ def test_from_fp8_to_bfloat16_folder(released, converted, tmp_path):
     assert shards[0] == shards[1] == shards[2]
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert "quantization_config" not in config and config["eos_token_id"] == 1
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == config
     jax.tree.map(same, hf.load(tmp_path / "a")[1], hf.load(released)[1])
 
 
@@ -96,13 +108,20 @@ def test_a_training_run_becomes_a_folder(tmp_path):
     for step in (3, 7):
         checkpointer.save(step, state, {"params": params}, {"config": config, "data": {}, "tokens": 1})
     checkpointer.close()
-    (run / "tokenizer.json").write_text("{}")
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2}, "a"))
+    backend.save(str(run / "tokenizer.json"))
+    (run / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     convert.to_hf(run, tmp_path / "hf")
     cfg, got, got_bias = hf.load(tmp_path / "hf")
     assert cfg == V3
     jax.tree.map(same, got, params)
     same(got_bias, bias)
-    assert (tmp_path / "hf" / "tokenizer.json").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id == 2
+    for config in (
+        AutoConfig.from_pretrained(tmp_path / "hf"),
+        GenerationConfig.from_pretrained(tmp_path / "hf"),
+    ):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 2, None)
 
 
 class CutError(Exception):

@@ -84,13 +84,8 @@ def to_hf(
         cfg, kept = tree.cfg, tree.meta.get("huggingface")
         original = None if kept is None else kept["config"]
     producer = Producer(cfg, tree, format, scale)
-    config, layout = producer.config(), plan_shards(producer.specs, shard_bytes)
-    tokenizer = None
-    if original is not None:
-        config = original if format == "stored" else _merged(original, config)
-    elif (root / text_files.TOKENIZER).is_file():
-        tokenizer = Tokenizer.load(root)
-        config |= tokenizer.generation_ids()
+    layout = plan_shards(producer.specs, shard_bytes)
+    config, tokenizer = _said(original, producer.config(), format, root)
     if kept is not None and format == "stored":
         layout = _restored_layout(kept, producer)
     partial, target = _begin(source, target, f"{format} {scale} {shard_bytes}")
@@ -190,6 +185,18 @@ def _restored_layout(kept: dict[str, Any], producer: Producer) -> Layout:
         for name in files[file]:
             producer.specs[name] = (DTYPES[names[name]], producer.specs[name][1])
     return Layout(files, kept["metadata"], kept["index"])
+
+
+def _said(
+    original: dict[str, Any] | None, config: dict[str, Any], format: str, root: Path
+) -> tuple[dict[str, Any], Tokenizer | None]:
+    """(config.json, tokenizer): of a training run, which has no `original`, the tokenizer says the ids in it."""
+    if original is not None:
+        return (original if format == "stored" else _merged(original, config)), None
+    if not (root / text_files.TOKENIZER).is_file():
+        return config, None
+    tokenizer = Tokenizer.load(root)
+    return config | tokenizer.generation_ids(), tokenizer
 
 
 def _merged(original: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
