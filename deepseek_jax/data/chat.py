@@ -145,7 +145,7 @@ class ChatTemplate:
         record = self._rendered(messages, variables | switches)
         return "".join(record.pieces), record.spans
 
-    def _rendered(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> _Record:
+    def _rendered(self, messages: Sequence[Message], variables: dict[str, Any]) -> _Record:
         source = self._source(variables["tools"])
         if not messages:
             raise ValueError("a conversation needs at least one message")
@@ -161,9 +161,7 @@ class ChatTemplate:
         except Exception as error:  # templates are programs: they raise anything
             raise ValueError(f"chat template: {error}") from error
 
-    def _run(
-        self, template: Template, messages: list[dict[str, Any]], variables: Mapping[str, Any]
-    ) -> _Record:
+    def _run(self, template: Template, messages: list[dict[str, Any]], variables: dict[str, Any]) -> _Record:
         record = _Record()
         given = self._tokens | {"messages": messages, "_record": record} | variables
         for piece in template.generate(given):

@@ -150,6 +150,6 @@ def stop_ids(files: Files, config: Mapping[str, Any], eos: int | None) -> tuple[
 def _ids(config: Mapping[str, Any], where: str) -> tuple[int, ...]:
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in ids):
         raise ValueError(f"{where}: eos_token_id={shown(value)} is neither an id nor a list of ids")
     return tuple(dict.fromkeys(ids))

@@ -71,7 +71,8 @@ class Tokenizer:
 
         spec = json.loads(backend.to_str())
         self._skipped = frozenset(token["id"] for token in spec["added_tokens"] if token["special"])
-        always = {*SPECIAL_TOKENS.values(), *self.names.values(), *map(backend.id_to_token, self.stop_ids)}
+        stops = (backend.id_to_token(i) or "" for i in self.stop_ids)
+        always = {*SPECIAL_TOKENS.values(), *self.names.values(), *stops}
         control = special_tokens.control_tokens(spec["added_tokens"], always)
         self._control_ids = [token["id"] for token in spec["added_tokens"] if token["content"] in control]
         self._ordinary = [token for token in spec["added_tokens"] if token["content"] not in control]
@@ -275,7 +276,7 @@ def _special_names(
     return found
 
 
-def _without_control(spec: Mapping[str, Any], control: set[str]) -> tokenizers.Tokenizer:
+def _without_control(spec: dict[str, Any], control: set[str]) -> tokenizers.Tokenizer:
     """The same vocabulary, with the control tokens flagged special and special tokens not matched."""
     added = [token | {"special": token["content"] in control} for token in spec["added_tokens"]]
     plain = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added, "post_processor": None}))

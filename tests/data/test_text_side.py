@@ -234,6 +234,7 @@ def test_a_template_that_is_no_jinja_stops_only_chats(folders, tmp_path):
         ("tokenizer_config.json", '{"extra_special_tokens": "a"}', "extra_special_tokens='a' is not a list"),
         ("generation_config.json", '{"eos_token_id": "a"}', r"generation_config\.json: eos_token_id='a' is neither an id"),
         ("generation_config.json", '{"eos_token_id": [1, -1]}', r"eos_token_id=\[1, -1\] is neither"),
+        ("generation_config.json", '{"eos_token_id": 4294967296}', "eos_token_id=4294967296 is neither"),
         ("generation_config.json", '{"eos_token_id": true}', "eos_token_id=True is neither"),
     ],
 )  # fmt: skip
