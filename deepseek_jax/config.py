@@ -59,17 +59,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the schedules of report section 4.2, by token count (tokens of the report's 14.8T run).
+    """AdamW and its schedules: those of report section 4.2, or simple ones (`training/schedules.py`).
 
-    Every `*_tokens` is a boundary of the 14.8T run; `schedule_tokens` is the length of that run. A shorter
-    run scales all boundaries by total_tokens / schedule_tokens, and the warm-up likewise
-    (`training/schedules.py`).
+    Every `*_tokens` is a boundary of the report's 14.8T run; `schedule_tokens` is the length of that run. A shorter
+    run scales all boundaries by total_tokens / schedule_tokens, and with schedule "deepseek_v3" the warm-up likewise.
     """
 
+    # of the learning rate: "deepseek_v3", "constant", "cosine" or "wsd" (warm-up, stable, decay)
+    schedule: str = "deepseek_v3"
     peak_lr: float = 2.2e-4  # learning rate after the warm-up
-    mid_lr: float = 2.2e-5  # after the cosine
-    final_lr: float = 7.3e-6  # at the end
-    warmup_steps: int = 2000  # linear from 0; a shorter run takes its share of them
+    mid_lr: float = 2.2e-5  # deepseek_v3: after the cosine
+    final_lr: float = 7.3e-6  # deepseek_v3: at the end
+    final_fraction: float = 0.1  # cosine, wsd: of peak_lr, at the end
+    decay_fraction: float = 0.2  # wsd: the last part of the run, in which the rate falls linearly
+    warmup_steps: int = 2000  # linear from 0; deepseek_v3: a shorter run takes its share of them
     b1: float = 0.9  # decay of the gradient's average
     b2: float = 0.95  # decay of its square's
     eps: float = 1e-8  # added to the root of the latter
@@ -81,6 +84,7 @@ class OptimizerConfig:
     cosine_until_tokens: float = 14.3e12  # ... a cosine to mid_lr until here, ...
     mid_until_tokens: float = 14.633e12  # ... mid_lr until here, then final_lr
     batch_start: int = 3072  # sequences of the first step, if train.batch_size is more; 0: no ramp
+    batch_ramp: bool = False  # the ramp of the batch with other schedules than deepseek_v3, too
     batch_ramp_tokens: float = 469e9  # tokens over which the batch grows to train.batch_size
     gamma: float = 0.001  # step of the routers' correction bias
     gamma_until_tokens: float = 14.3e12  # 0 from here on
@@ -90,6 +94,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         choice("optimizer.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
+        choice("optimizer.schedule", self.schedule, ("deepseek_v3", "constant", "cosine", "wsd"))
+        ranges("optimizer", self, reals={"final_fraction": (0, 1), "decay_fraction": (0, 1)})
         ranges("optimizer", self, {"warmup_steps": (0, _MANY), "batch_start": (0, _MANY)})
         for name in ("peak_lr", "eps", "clip_norm", "schedule_tokens"):
             value = getattr(self, name)
@@ -200,6 +206,7 @@ class TrainConfig:
     max_bad_steps: int = 5  # steps in a row without a finite loss, after which the run ends
     out_dir: str = "runs/tiny"  # checkpoints, metrics, report; a run there is resumed
     sample_tokens: int = 96  # of the completions shown at the end; 0: none
+    wandb: str = ""  # project at Weights & Biases that watches the run, too; empty: none
 
     def __post_init__(self):
         choice("train.remat", self.remat, ("none", "deepseek", "full"))

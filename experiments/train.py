@@ -1,7 +1,8 @@
 """Train a model: `python -m experiments.train --config=configs/tiny.py [--config.train.steps=...]`.
 
 Resumes by itself from the newest checkpoint in `train.out_dir`. SIGTERM and Ctrl-C save and exit. At the end it
-prints the validation loss beside a unigram model's, writes `report.png` and shows two completions.
+prints the validation loss beside a unigram model's, shows how the model goes on with held-out documents, writes
+`report.png` and warns of what went wrong. `--profile_steps=10:15` profiles these steps.
 
 Several processes: `python -m experiments.launch --processes=2 -- python -m experiments.train ...` on one machine, a
 job of SLURM, Kubernetes or Open MPI (configs/launch), or the same command on every host with
@@ -30,9 +31,9 @@ _STOPPED_STATUS = flags.DEFINE_integer(
     "Exit status after SIGTERM or Ctrl-C, for supervisors that take 0 as the end of the run.",
 )
 _FRESH = flags.DEFINE_bool("fresh", False, "Refuse to resume: the output folder must hold no checkpoint.")
-
-PLAIN_PROMPT = "def read(self, size=-1):\n    "
-FIM_PROMPT = ("def __init__(self, name, value):\n        self.name = ", "\n        self.value = value\n")
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:LAST: a profile of these steps is written into the run's folder."
+)
 
 
 def _describe(cfg: Config, trainer) -> None:
@@ -50,51 +51,43 @@ def _describe(cfg: Config, trainer) -> None:
     )
 
 
-def _complete(trainer, params, balance_bias) -> None:
-    """One plain completion and one in the middle, sampled: so small a model repeats itself when greedy."""
-    from deepseek_jax.data.fim import fim_prompt
-    from deepseek_jax.inference.generate import generate
-    from deepseek_jax.inference.sampling import Sampling
-
-    cfg, tokenizer = trainer.cfg, trainer.data.tokenizer
-    plain = tokenizer.encode(PLAIN_PROMPT)
-    middle = fim_prompt(*FIM_PROMPT, tokenizer)
-    out = generate(
-        params,
-        cfg.model,
-        [plain, middle],
-        min(cfg.train.sample_tokens, cfg.model.max_position_embeddings - max(len(plain), len(middle))),
-        balance_bias=balance_bias,
-        sampling=Sampling(temperature=0.7, top_p=0.9),
-        stop_ids=[tokenizer.eos_id],
-        num_ids=tokenizer.vocab_size,
-    )
-    print("\n--- completion " + "-" * 60)
-    print(PLAIN_PROMPT + tokenizer.decode(out[0], skip_special=True))
-    print("--- fill in the middle, between >> and << " + "-" * 33)
-    print(f"{FIM_PROMPT[0]}>>{tokenizer.decode(out[1], skip_special=True)}<<{FIM_PROMPT[1]}")
-    print("-" * 75)
-
-
 def _finish(trainer, result, weights) -> None:
     """Report of a finished run; `weights`: whole parameters and bias, or None for no completions."""
+    from deepseek_jax.training.advice import History, advice, layer_names
+    from deepseek_jax.training.metrics import METRICS_FILE, read_records
     from deepseek_jax.training.report import write_report
+    from experiments.samples import samples
 
-    unigram = trainer.data.unigram(trainer.data.validation.subset(trainer.cfg.train.eval_windows))
+    cfg, out_dir, unigram = trainer.cfg, trainer.out_dir, trainer.unigram
     last, averaged = result.evaluation, result.ema_evaluation
     print(f"\nvalidation loss {last.loss:.3f} nats per token, {last.bits_per_byte:.3f} bits per byte")
     print(f"  averaged parameters: {averaged.loss:.3f}, {averaged.bits_per_byte:.3f}")
     print(f"  unigram model:       {unigram.nats_per_token:.3f}, {unigram.bits_per_byte:.3f}")
-    picture = trainer.out_dir / "report.png"
-    write_report(
-        trainer.out_dir / "metrics.jsonl", picture, unigram.nats_per_token, f"{trainer.out_dir.name}"
-    )
     if weights is not None:
-        _complete(trainer, *weights)
-    print(
-        f"picture: {picture}\nmetrics: {trainer.out_dir / 'metrics.jsonl'}, {trainer.out_dir / 'tensorboard'}"
-    )
-    print(f"checkpoints: {trainer.out_dir / 'checkpoints'}", flush=True)
+        texts = samples(cfg, *weights, trainer.data.tokenizer, trainer.data.validation)
+        trainer.records.samples(result.step, texts)
+        for name, text in texts.items():
+            print(f"\n--- held-out document, {name}, from >> on the model's ".ljust(76, "-"))
+            print(text)
+        print("-" * 75)
+    records = read_records(out_dir / METRICS_FILE)
+    warnings = [one.text for one in advice(cfg, History(records), unigram.nats_per_token)]
+    names = layer_names(cfg)
+    write_report(records, out_dir / "report.png", unigram.nats_per_token, out_dir.name, warnings, names)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(f"picture: {out_dir / 'report.png'}\nmetrics: {out_dir / METRICS_FILE}, {out_dir / 'tensorboard'}")
+    print(f"checkpoints: {out_dir / 'checkpoints'}", flush=True)
+
+
+def _first_and_last(steps: str | None) -> tuple[int, int] | None:
+    """(10, 15) of "10:15". Raises ValueError for anything else."""
+    if steps is None:
+        return None
+    first, _, last = steps.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile_steps={steps} should be FIRST:LAST, steps counted from 1, as 10:15")
+    return int(first), int(last)
 
 
 def _tell_resumed(trainer) -> None:
@@ -111,6 +104,7 @@ def run(
     fresh: bool = False,
     stopped_status: int = 0,
     discard_newer: bool = False,
+    profile_steps: tuple[int, int] | None = None,
 ) -> int:
     """Train; the process's exit status."""
     from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
@@ -130,7 +124,7 @@ def run(
             if is_first():
                 _describe(cfg, trainer)
             try:
-                result = trainer.run(stop)
+                result = trainer.run(stop, profile_steps=profile_steps)
             except NonFiniteError as error:  # on all processes at the same step
                 command_line.complain(str(error))
                 return 1
@@ -147,6 +141,7 @@ def run(
 
 def main(argv: Sequence[str]) -> int:
     cfg = config_flag.parse(argv, default="configs/tiny.py")
+    profile_steps = _first_and_last(_PROFILE_STEPS.value)
     join = distributed.find(cfg.distributed, os.environ)
     processes = (join.processes if join else None) or 1
     one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation // processes)
@@ -157,7 +152,8 @@ def main(argv: Sequence[str]) -> int:
             command_line.complain(str(error))
             os._exit(distributed.ABANDONED)  # a thread waits for the others, and would abort the process
     try:
-        status = run(cfg, _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value, _DISCARD_NEWER.value)
+        resuming = _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value, _DISCARD_NEWER.value
+        status = run(cfg, *resuming, profile_steps)
     except ValueError as error:
         step = getattr(error, "older_step", None)
         if step is None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.config import Config, to_dict
 
 # Where a run lies and how its processes meet changes nothing in it.
-_PLACES = ("train.out_dir", "data.cache_dir", "distributed.")
+_PLACES = ("train.out_dir", "train.wandb", "data.cache_dir", "distributed.")
 # What `Schedules` reads: another value moves the boundaries of all schedules, or their heights.
 _OF_SCHEDULE = ("optimizer.", "train.steps", "train.batch_size", "data.seq_len")
 

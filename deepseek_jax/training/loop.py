@@ -27,6 +27,7 @@ from deepseek_jax.training.changes import Changes, config_changes
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
 from deepseek_jax.training.finite import NonFiniteError
+from deepseek_jax.training.profiling import StepProfile
 from deepseek_jax.training.records import Evaluation, Records
 from deepseek_jax.training.schedules import Schedules, StepPlan
 from deepseek_jax.training.state import TrainState
@@ -101,6 +102,7 @@ class Trainer:
         self.step, self.tokens = 0, 0
         self.changes = Changes([], [])
         self._evaluated: tuple[int, Evaluation] | None = None
+        self.records: Records | None = None  # of `run`; takes more until `close`
         self._vote = StopVote(self.mesh)
         if is_first():
             self.data.tokenizer.save(self.out_dir)
@@ -167,6 +169,8 @@ class Trainer:
 
     def close(self) -> None:
         """Finish pending writes and stop the threads."""
+        if self.records is not None:
+            self.records.close()
         self.checkpointer.close()
         if "ema" in vars(self):
             self.ema.close()
@@ -202,34 +206,52 @@ class Trainer:
         tokens = len(windows) * self.cfg.data.seq_len
         return Evaluation(total / tokens, data_lib.bits_per_byte(total, windows.num_bytes))
 
-    def run(self, stop: threading.Event | None = None, progress_file: Any = None) -> Result:
+    @functools.cached_property
+    def unigram(self) -> data_lib.UnigramLoss:
+        """The unigram model's loss on the windows that `evaluate` takes."""
+        return self.data.unigram(self.data.validation.subset(self.cfg.train.eval_windows))
+
+    def run(
+        self,
+        stop: threading.Event | None = None,
+        progress_file: Any = None,
+        profile_steps: tuple[int, int] | None = None,
+    ) -> Result:
         """Train to the last step, or until `stop` is set; both end with a checkpoint of where it stands.
 
-        Of several processes, it is enough that one is told to stop: all do, after the same step.
+        Of several processes, it is enough that one is told to stop: all do, after the same step. Of the steps
+        `profile_steps` (first, last) a profile is written.
 
         Raises NonFiniteError after `train.max_bad_steps` skipped steps in a row.
         """
         stop = stop or threading.Event()
-        records = Records(self, progress_file)
+        latest, devices = self.checkpointer.latest, self.mesh.size
+        records = Records(self.cfg, self.step, self.total_steps, devices, latest, progress_file)
+        self.records, profile = records, StepProfile(self.out_dir / "profile", profile_steps, records)
         stopped = False
         try:
             for plan in self.schedules.plan(self.granularity, self.step, self.tokens):
                 if stopped := self._vote(stop.is_set()):
                     break
-                self._one_step(plan, records)
+                with profile.around(plan.step + 1):
+                    self._one_step(plan, records)
             records.flush()
+            profile.close(self.step)
             if self.checkpointer.latest() != self.step:
                 self.save()
             if stopped:
                 return Result(self.state, self.step, self.tokens, True, None, None)
             return self._finish(records)
         finally:
-            records.close()
+            profile.close(self.step)
+            records.end()
 
     def _one_step(self, plan: StepPlan, records: Records) -> None:
         cfg = self.cfg.train
         hyper = self.schedules.hyper(plan.step, plan.tokens)
-        batch = self.put(self.data.train.take(plan.batch_size))
+        with records.waiting_for_data():
+            rows = self.data.train.take(plan.batch_size)
+        batch = self.put(rows)
         self.state, metrics = self.step_fn(self.state, batch, hyper)
         self.step, self.tokens = plan.step + 1, plan.tokens + plan.batch_size * self.cfg.data.seq_len
         records.add(self.step, self.tokens, plan.batch_size, hyper, metrics)
@@ -249,7 +271,7 @@ class Trainer:
         """Of the present parameters, once per step; written down."""
         if self._evaluated is None or self._evaluated[0] != self.step:
             self._evaluated = self.step, self.evaluate(self.state.params)
-            records.evaluation(*self._evaluated)
+            records.evaluation(*self._evaluated, self.unigram.nats_per_token if is_first() else None)
         return self._evaluated[1]
 
     def _finish(self, records: Records) -> Result:

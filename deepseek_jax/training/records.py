@@ -4,19 +4,24 @@ What was handed in for step n - 1 is read when step n is handed in, so that the 
 Of several processes, only the first writes and shows; all of them read, so that all stop at the same bad step.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.together import is_first
+from deepseek_jax.training.advice import History, advice
+from deepseek_jax.training.boards import TensorBoard, WeightsAndBiases, Writer
 from deepseek_jax.training.finite import NonFiniteError
-from deepseek_jax.training.metrics import MetricsWriter, Progress, Throughput, max_vio, peak_flops
+from deepseek_jax.training.metrics import MetricsFile, max_vio
+from deepseek_jax.training.progress import Progress
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import Metrics
-
-if TYPE_CHECKING:
-    from deepseek_jax.training.loop import Trainer
+from deepseek_jax.training.throughput import HostTime, Throughput, peak_flops
 
 
 class Evaluation(NamedTuple):
@@ -26,90 +31,178 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
 
 
-class Records:
-    """Metrics file, TensorBoard and progress line of a run.
+class _Step(NamedTuple):
+    """What is known of a step when it has been dispatched; `metrics` are still on the devices."""
+
+    step: int
+    tokens: int
+    batch_size: int
+    hyper: Hyper
+    metrics: Metrics
+    times: dict[str, float]
+
+
+class Written:
+    """The records of a run, in its metrics file and wherever else they are watched.
 
     Args:
-        trainer: the run, as far as it has come.
+        cfg: the run's; says where.
+        resume_step: None starts anew; else what was written after this step goes.
+    """
+
+    def __init__(self, cfg: Config, resume_step: int | None = None):
+        directory = Path(cfg.train.out_dir)
+        self._file = MetricsFile(directory, resume_step)
+        self.history = History(self._file.kept)
+        self._writers: list[Writer] = [self._file, TensorBoard(directory, to_dict(cfg), resume_step)]
+        if cfg.train.wandb:
+            resumed = resume_step is not None
+            self._writers.append(WeightsAndBiases(directory, to_dict(cfg), cfg.train.wandb, resumed))
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One record; not again what a resumed run already has, the evaluation at the step of its checkpoint."""
+        if self._file.has(kind, step):
+            return
+        self.history.add({"kind": kind, "step": step, **values})
+        for writer in self._writers:
+            writer.write(kind, step, values)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+class Records:
+    """Metrics file, boards and progress line of a run.
+
+    Args:
+        cfg: the run's.
+        step: steps taken before.
+        total_steps: of the whole run.
+        devices: how many compute together.
+        last_checkpoint: the step of the newest one.
         progress_file: where the progress line goes; None: stderr.
     """
 
-    def __init__(self, trainer: "Trainer", progress_file: Any):
-        cfg, self._trainer = trainer.cfg, trainer
-        resumed = trainer.step if trainer.step else None
-        self._writer = MetricsWriter(trainer.out_dir, resumed) if is_first() else None
-        self._progress = Progress(trainer.total_steps, trainer.step, progress_file) if is_first() else None
-        peak = peak_flops(cfg.model.dtype).flops * trainer.mesh.size if is_first() else None
-        self._throughput = Throughput(cfg.model.flops_per_token(cfg.data.seq_len), peak)
-        self._pending: tuple[int, int, int, Hyper, Metrics] | None = None
+    def __init__(
+        self,
+        cfg: Config,
+        step: int,
+        total_steps: int,
+        devices: int,
+        last_checkpoint: Callable[[], int | None],
+        progress_file: Any = None,
+    ):
+        self._cfg, self._total_steps, self._last_checkpoint = cfg, total_steps, last_checkpoint
+        self._written = Written(cfg, step or None) if is_first() else None
+        self._progress = Progress(total_steps, step, progress_file) if is_first() else None
+        peak = peak_flops(jax.local_devices()[0])
+        flops = cfg.model.flops_per_token(cfg.data.seq_len)
+        self._throughput, self._host = Throughput(flops, peak and peak * devices), HostTime()
+        self._pending: _Step | None = None
+        self._batch_size: int | None = None
+        self._said: set[str] = set()
+
+    def waiting_for_data(self) -> contextlib.AbstractContextManager[None]:
+        """Around what waits for the next batch."""
+        return self._host.waiting_for_data()
 
     def add(self, step: int, tokens: int, batch_size: int, hyper: Hyper, metrics: Metrics) -> None:
+        """A step that has just been dispatched."""
+        if batch_size != self._batch_size:  # it was compiled before it was dispatched
+            self.pause()
+        self._batch_size = batch_size
+        times = self._host.dispatched()
         self.flush()
-        self._pending = (step, tokens, batch_size, hyper, metrics)
+        self._pending = _Step(step, tokens, batch_size, hyper, metrics, times)
 
     def flush(self) -> None:
         """Read and write what is pending. Raises NonFiniteError where the run must stop."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        step, tokens, batch_size, hyper, metrics = pending
-        host = jax.device_get(metrics)
-        self._write(step, tokens, batch_size, hyper, host)
+        host = jax.device_get(pending.metrics)
+        speed = self._throughput.update(pending.tokens)  # at once: the time counts
+        self._write(pending, host, speed)
         if not host.finite:
-            self._not_finite(step, host)
+            self._not_finite(pending.step, host)
 
-    def _write(self, step: int, tokens: int, batch_size: int, hyper: Hyper, host: Metrics) -> None:
-        if self._writer is None or self._progress is None:
+    def _write(self, done: _Step, host: Metrics, speed: dict[str, float]) -> None:
+        if self._written is None or self._progress is None:
             return
         values = {
             "loss": float(host.loss),
-            "mtp_loss": float(host.mtp_loss) if self._trainer.cfg.model.num_nextn_predict_layers else None,
+            "mtp_loss": float(host.mtp_loss) if self._cfg.model.num_nextn_predict_layers else None,
             "balance_loss": float(host.balance_loss),
             "grad_norm": float(host.grad_norm),
-            "lr": float(hyper.lr),
-            "gamma": float(hyper.gamma),
-            "mtp_lambda": float(hyper.mtp_lambda),
-            "batch_size": batch_size,
-            "tokens": tokens,
-            "max_vio": np.asarray(max_vio(host.counts_le)),
+            "lr": float(done.hyper.lr),
+            "gamma": float(done.hyper.gamma),
+            "mtp_lambda": float(done.hyper.mtp_lambda),
+            "batch_size": done.batch_size,
+            "tokens": done.tokens,
+            "max_vio": max_vio(host.counts_le),
             "expert_counts": np.asarray(host.counts_le),
             "skipped": int(host.skipped),
-            **self._throughput.update(tokens),
+            **done.times,
+            **speed,
         }
         values = {name: value for name, value in values.items() if value is not None}
-        self._writer.write("train", step, values)
-        self._progress.update(step, values)
+        self._written.write("train", done.step, values)
+        self._progress.update(done.step, values, self._seconds_left(done, speed))
 
-    def _say(self, text: str) -> None:
+    def _seconds_left(self, done: _Step, speed: dict[str, float]) -> float | None:
+        if not speed:
+            return None
+        tokens = (self._total_steps - done.step) * done.batch_size * self._cfg.data.seq_len
+        return tokens / speed["tokens_per_s"]
+
+    def say(self, text: str) -> None:
+        """A line of its own above the progress line."""
         if self._progress is not None:
             self._progress.write(text)
 
     def _not_finite(self, step: int, host: Metrics) -> None:
         names = ("loss", "mtp_loss", "grad_norm")
         what = ", ".join(f"{n}={getattr(host, n)}" for n in names if not np.isfinite(getattr(host, n)))
-        self._say(f"step {step} skipped: {what} ({int(host.bad_steps)} in a row)")
-        limit = self._trainer.cfg.train.max_bad_steps
+        self.say(f"step {step} skipped: {what} ({int(host.bad_steps)} in a row)")
+        limit = self._cfg.train.max_bad_steps
         if host.bad_steps >= limit:
-            kept = self._trainer.checkpointer.latest()
             raise NonFiniteError(
                 f"step {step}: {what}; {int(host.bad_steps)} steps in a row were skipped "
-                f"(train.max_bad_steps={limit}). The last checkpoint, step {kept}, is kept; "
+                f"(train.max_bad_steps={limit}). The last checkpoint, step {self._last_checkpoint()}, is kept; "
                 f"lower optimizer.peak_lr or resume from there with other data"
             )
 
-    def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        if self._writer is not None:
-            self._writer.write("eval", step, evaluation._asdict())
-        self._say(
+    def evaluation(self, step: int, evaluation: Evaluation, unigram_loss: float | None = None) -> None:
+        """Writes and shows it, and says what is wrong with the run, each thing once."""
+        self.pause()
+        if self._written is None:
+            return
+        self._written.write("eval", step, evaluation._asdict())
+        self.say(
             f"step {step}: validation loss {evaluation.loss:.3f}, {evaluation.bits_per_byte:.3f} bits per byte"
         )
-        self.pause()
+        for one in advice(self._cfg, self._written.history, unigram_loss):
+            if one.about not in self._said:
+                self._said.add(one.about)
+                self.say(f"warning: {one.text}")
+
+    def samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """Texts that the model wrote, by title."""
+        if self._written is not None:
+            self._written.write("samples", step, texts)
 
     def pause(self) -> None:
         """After work that is no training, so that it does not count in tokens/s."""
         self._throughput.pause()
+        self._host.pause()
+
+    def end(self) -> None:
+        """The last step was taken: the progress line ends."""
+        if self._progress is not None:
+            self._progress.close()
 
     def close(self) -> None:
-        if self._writer is not None and self._progress is not None:
-            self._writer.close()
-            self._progress.close()
+        """Nothing more is written."""
+        if self._written is not None:
+            self._written.close()

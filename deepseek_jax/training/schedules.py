@@ -1,5 +1,8 @@
 """Learning rate, batch size, balance-bias speed and MTP weight as functions of the tokens consumed (section 4.2).
 
+With `optimizer.schedule` "constant", "cosine" or "wsd", the learning rate is a simple function of the step (of
+`train.steps`) instead, and the batch is constant unless `optimizer.batch_ramp` is set.
+
 Plain Python on the host: token counts are exact integers, boundaries are compared exactly. A boundary of the
 14.8T run is scaled by total_tokens / schedule_tokens; at a boundary the value after it holds.
 
@@ -25,6 +28,11 @@ REPORT_STEPS = 242_785
 _MIN_WARMUP_STEPS = 20
 
 
+def _cosine(done: float) -> float:
+    """From 1 to 0 while `done` goes from 0 to 1."""
+    return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
 class StepPlan(NamedTuple):
     """One step of a run: `step` steps and `tokens` tokens came before it."""
 
@@ -34,7 +42,7 @@ class StepPlan(NamedTuple):
 
 
 class Schedules:
-    """The report's schedules, stretched or shrunk to a run of `total_tokens`.
+    """The report's schedules, stretched or shrunk to a run of `total_tokens`, or a simple one of the learning rate.
 
     Args:
         optimizer: values and boundaries.
@@ -43,7 +51,7 @@ class Schedules:
         seq_len: tokens per sequence.
 
     Raises:
-        ValueError: lengths that are not positive, boundaries out of order.
+        ValueError: lengths that are not positive, boundaries out of order, a warm-up and a decay that do not fit.
     """
 
     def __init__(self, optimizer: OptimizerConfig, train: TrainConfig, total_tokens: int, seq_len: int):
@@ -62,12 +70,14 @@ class Schedules:
                 "optimizer: constant_until_tokens, cosine_until_tokens, mid_until_tokens must not decrease, got "
                 f"{optimizer.constant_until_tokens}, {optimizer.cosine_until_tokens}, {optimizer.mid_until_tokens}"
             )
-        self.warmup_steps = self._scaled_warmup()
+        self._report = optimizer.schedule == "deepseek_v3"
+        self.warmup_steps = self._scaled_warmup() if self._report else self._checked_warmup()
 
     def _batch_start(self, granularity: int) -> int:
         """Sequences of the first step: `batch_start`, if that is smaller than the full batch, rounded down."""
         full = self._train.batch_size
-        start = min(self._optimizer.batch_start or full, full)
+        ramp = self._optimizer.schedule == "deepseek_v3" or self._optimizer.batch_ramp
+        start = min(self._optimizer.batch_start or full, full) if ramp else full
         return max(granularity, start // granularity * granularity)
 
     @classmethod
@@ -93,19 +103,34 @@ class Schedules:
     def lr(self, step: int, tokens: int) -> float:
         """Learning rate of the step before which `step` steps and `tokens` tokens were consumed.
 
-        Linear from 0 over the warm-up, constant, cosine to `mid_lr`, `mid_lr`, `final_lr`.
+        Linear from 0 over the warm-up, then as `optimizer.schedule` says.
         """
+        lr = self._report_lr(tokens) if self._report else self._simple_lr(step)
+        return lr * step / self.warmup_steps if step < self.warmup_steps else lr
+
+    def _report_lr(self, tokens: int) -> float:
+        """Constant, cosine to `mid_lr`, `mid_lr`, `final_lr`."""
         c = self._optimizer
         if tokens >= self._mid_until:
-            lr = c.final_lr
-        elif tokens >= self._cosine_until:
-            lr = c.mid_lr
-        elif tokens >= self._constant_until:
+            return c.final_lr
+        if tokens >= self._cosine_until:
+            return c.mid_lr
+        if tokens >= self._constant_until:
             done = (tokens - self._constant_until) / (self._cosine_until - self._constant_until)
-            lr = c.mid_lr + (c.peak_lr - c.mid_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
+            return c.mid_lr + (c.peak_lr - c.mid_lr) * _cosine(done)
+        return c.peak_lr
+
+    def _simple_lr(self, step: int) -> float:
+        """Constant; cosine from the end of the warm-up to that of the run; or constant, then linear to the end."""
+        c, steps = self._optimizer, self._train.steps
+        step = min(step, steps)
+        if c.schedule == "constant" or step <= self.warmup_steps:
+            return c.peak_lr
+        if c.schedule == "cosine":
+            left = _cosine((step - self.warmup_steps) / (steps - self.warmup_steps))
         else:
-            lr = c.peak_lr
-        return lr * step / self.warmup_steps if step < self.warmup_steps else lr
+            left = min(1.0, (steps - step) / (c.decay_fraction * steps)) if c.decay_fraction else 1.0
+        return c.peak_lr * (c.final_fraction + (1.0 - c.final_fraction) * left)
 
     def gamma(self, tokens: int) -> float:
         """Speed of the balance-bias update: constant, then 0 (0.001 up to 14.3T)."""
@@ -165,7 +190,18 @@ class Schedules:
             steps, tokens = steps + count, tokens + count * batch_size * self.seq_len
         return steps
 
-    # --- scaling ------------------------------------------------------------------------------------------
+    # --- checks and scaling -------------------------------------------------------------------------------
+
+    def _checked_warmup(self) -> int:
+        c, steps = self._optimizer, self._train.steps
+        decay = math.ceil(c.decay_fraction * steps) if c.schedule == "wsd" else 0
+        if c.warmup_steps >= steps or c.warmup_steps + decay > steps:
+            also = f", of which the decay takes {decay} (optimizer.decay_fraction)" if decay else ""
+            raise ValueError(
+                f"optimizer.warmup_steps={c.warmup_steps} does not fit into train.steps={steps}{also}: lower it, "
+                f"for instance to {steps // 20}; schedule {c.schedule!r} warms up for exactly so many"
+            )
+        return c.warmup_steps
 
     def _scaled(self, name: str) -> int:
         c = self._optimizer

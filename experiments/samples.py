@@ -1,0 +1,94 @@
+"""What a trained model writes, beside what held-out documents really say."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deepseek_jax.config import Config
+from deepseek_jax.data import Tokenizer, Validation
+from deepseek_jax.data.fim import fim_prompt
+from deepseek_jax.inference.generate import generate
+from deepseek_jax.inference.sampling import Sampling
+
+_PROMPT = 32  # tokens at most
+_ROOM = 64  # tokens of a document that is worth showing, if there are such
+
+
+class Gap(NamedTuple):
+    """A place in a held-out document to be filled; without `after`, its continuation."""
+
+    before: str
+    really: str
+    after: str = ""
+
+    def filled(self, text: str) -> str:
+        """The document with `text` in the gap, and what really stands there."""
+        end = f"<<{self.after}" if self.after else ""
+        return f"{self.before}>>{text}{end}\n--- really:\n{self.really}"
+
+
+def documents(validation: Validation, eos_id: int) -> list[np.ndarray]:
+    """Ids of the held-out documents from their beginning, as far as they lie in a window; no eos."""
+    found = []
+    for row, tokens in enumerate(validation.tokens):
+        ends = np.flatnonzero(tokens == eos_id).tolist()
+        # The first window begins with a document; where others begin is unknown.
+        starts = [0, *(end + 1 for end in ends)] if row == 0 else [end + 1 for end in ends]
+        bounds = [*ends, len(tokens)] if row == 0 else [*ends[1:], len(tokens)]
+        found += [tokens[start:end] for start, end in zip(starts, bounds, strict=True) if end - start >= 2]
+    return found
+
+
+def chosen(found: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """At most `count` documents, spread evenly over those with room for a prompt and more."""
+    enough = min(_ROOM, max(map(len, found), default=0))
+    fit = [ids for ids in found if len(ids) >= enough]
+    count = min(count, len(fit))
+    return [fit[i * len(fit) // count] for i in range(count)]
+
+
+def continuation(ids: np.ndarray, tokenizer: Tokenizer, new_tokens: int) -> Gap:
+    """The beginning of a document, and what follows it."""
+    cut = min(_PROMPT, len(ids) // 2)
+    return Gap(tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + new_tokens]))
+
+
+def hole(ids: np.ndarray, tokenizer: Tokenizer) -> Gap:
+    """A document's beginning with a hole in its middle third."""
+    ids = ids[: 3 * _PROMPT]
+    first, last = len(ids) // 3, max(len(ids) // 3 + 1, 2 * len(ids) // 3)
+    return Gap(*(tokenizer.decode(part) for part in (ids[:first], ids[first:last], ids[last:])))
+
+
+def samples(
+    cfg: Config, params: Any, balance_bias: Any, tokenizer: Tokenizer, validation: Validation
+) -> dict[str, str]:
+    """Two held-out documents continued, and with `data.fim_rate` a third one's middle filled in; by name.
+
+    Sampled, because so small a model repeats itself when greedy.
+    """
+    picked = chosen(documents(validation, tokenizer.eos_id), 3)
+    new_tokens = cfg.train.sample_tokens
+    gaps = {
+        f"continuation_{i}": continuation(ids, tokenizer, new_tokens) for i, ids in enumerate(picked[:2], 1)
+    }
+    prompts = [tokenizer.encode(gap.before) for gap in gaps.values()]
+    if cfg.data.fim_rate > 0 and picked:
+        gaps["middle"] = hole(picked[-1], tokenizer)
+        prompts.append(fim_prompt(gaps["middle"].before, gaps["middle"].after, tokenizer))
+    longest = max(map(len, prompts), default=0)
+    new_tokens = min(new_tokens, cfg.model.max_position_embeddings - longest)
+    if not prompts or new_tokens < 1:
+        return {}
+    out = generate(
+        params,
+        cfg.model,
+        prompts,
+        new_tokens,
+        balance_bias=balance_bias,
+        sampling=Sampling(temperature=0.7, top_p=0.9),
+        stop_ids=[tokenizer.eos_id],
+        num_ids=tokenizer.vocab_size,
+    )
+    texts = (tokenizer.decode(ids, skip_special=True) for ids in out)
+    return {name: gap.filled(text) for (name, gap), text in zip(gaps.items(), texts, strict=True)}
