@@ -31,19 +31,21 @@ def documents(validation: Validation, eos_id: int) -> list[np.ndarray]:
     """Ids of the held-out documents from their beginning, as far as they lie in a window; no eos."""
     found = []
     for row, tokens in enumerate(validation.tokens):
-        ends = np.flatnonzero(tokens == eos_id).tolist()
-        # The first window begins with a document; where others begin is unknown.
-        starts = [0, *(end + 1 for end in ends)] if row == 0 else [end + 1 for end in ends]
-        bounds = [*ends, len(tokens)] if row == 0 else [*ends[1:], len(tokens)]
-        found += [tokens[start:end] for start, end in zip(starts, bounds, strict=True) if end - start >= 2]
+        ends = np.flatnonzero(tokens == eos_id)
+        # The first window begins with a document; in the others, one begins after each eos.
+        starts = np.concatenate([[0] * (row == 0), ends + 1]).astype(int)
+        bounds = [*(ends if row == 0 else ends[1:]), len(tokens)]
+        found += [tokens[i:j] for i, j in zip(starts, bounds, strict=False) if j - i >= 2]
     return found
 
 
 def chosen(found: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """At most `count` documents, spread evenly over those with room for a prompt and more."""
-    enough = min(_ROOM, max(map(len, found), default=0))
+    """At most `count` documents, spread evenly over those with room for a prompt and more, else the longest."""
+    count = min(count, len(found))
+    if not count:
+        return []
+    enough = min(_ROOM, sorted(map(len, found))[-count])
     fit = [ids for ids in found if len(ids) >= enough]
-    count = min(count, len(fit))
     return [fit[i * len(fit) // count] for i in range(count)]
 
 
@@ -60,24 +62,29 @@ def hole(ids: np.ndarray, tokenizer: Tokenizer) -> Gap:
     return Gap(*(tokenizer.decode(part) for part in (ids[:first], ids[first:last], ids[last:])))
 
 
+def gaps(cfg: Config, tokenizer: Tokenizer, validation: Validation) -> dict[str, Gap]:
+    """Two held-out documents to be continued, and with `data.fim_rate` the middle of a third one; by name."""
+    picked = chosen(documents(validation, tokenizer.eos_id), 3)
+    found = {
+        f"continuation_{i}": continuation(ids, tokenizer, cfg.train.sample_tokens)
+        for i, ids in enumerate(picked[:2], 1)
+    }
+    if cfg.data.fim_rate > 0 and picked:
+        found["middle"] = hole(picked[-1], tokenizer)
+    return found
+
+
 def samples(
     cfg: Config, params: Any, balance_bias: Any, tokenizer: Tokenizer, validation: Validation
 ) -> dict[str, str]:
-    """Two held-out documents continued, and with `data.fim_rate` a third one's middle filled in; by name.
-
-    Sampled, because so small a model repeats itself when greedy.
-    """
-    picked = chosen(documents(validation, tokenizer.eos_id), 3)
-    new_tokens = cfg.train.sample_tokens
-    gaps = {
-        f"continuation_{i}": continuation(ids, tokenizer, new_tokens) for i, ids in enumerate(picked[:2], 1)
-    }
-    prompts = [tokenizer.encode(gap.before) for gap in gaps.values()]
-    if cfg.data.fim_rate > 0 and picked:
-        gaps["middle"] = hole(picked[-1], tokenizer)
-        prompts.append(fim_prompt(gaps["middle"].before, gaps["middle"].after, tokenizer))
+    """The gaps as the model fills them. Sampled, because so small a model repeats itself when greedy."""
+    found = gaps(cfg, tokenizer, validation)
+    prompts = [
+        fim_prompt(gap.before, gap.after, tokenizer) if gap.after else tokenizer.encode(gap.before)
+        for gap in found.values()
+    ]
     longest = max(map(len, prompts), default=0)
-    new_tokens = min(new_tokens, cfg.model.max_position_embeddings - longest)
+    new_tokens = min(cfg.train.sample_tokens, cfg.model.max_position_embeddings - longest)
     if not prompts or new_tokens < 1:
         return {}
     out = generate(
@@ -91,4 +98,4 @@ def samples(
         num_ids=tokenizer.vocab_size,
     )
     texts = (tokenizer.decode(ids, skip_special=True) for ids in out)
-    return {name: gap.filled(text) for (name, gap), text in zip(gaps.items(), texts, strict=True)}
+    return {name: gap.filled(text) for (name, gap), text in zip(found.items(), texts, strict=True)}

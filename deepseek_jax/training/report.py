@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
+from matplotlib.gridspec import GridSpecBase
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 Records = Sequence[Mapping[str, Any]]
@@ -55,9 +56,8 @@ def write_report(
         raise ValueError("no record of kind 'train': nothing to draw")
     lines = [line for text in warnings for line in _wrapped(text)]
     above = (_LINE + 0.03) * len(lines) + 0.3 * bool(lines)
-    figure = Figure(figsize=(13, 11.5 + above), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, 11.5 + above), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # type: ignore[union-attr]
     heights = [*([above] if lines else []), 4.6, 2.9, 4.0]
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     if title:
@@ -71,13 +71,13 @@ def write_report(
     figure.savefig(png_path)
 
 
-def _draw_steps(figure: Figure, grid: GridSpec, train: Records) -> None:
+def _draw_steps(figure: Figure, grid: GridSpecBase, train: Records) -> None:
     _draw_schedule(figure.add_subplot(grid[0]), train)
     _draw_gradient(figure.add_subplot(grid[1]), train)
     _draw_speed(figure.add_subplot(grid[2]), train)
 
 
-def _draw_experts(figure: Figure, grid: GridSpec, train: Records, layers: Sequence[str]) -> None:
+def _draw_experts(figure: Figure, grid: GridSpecBase, train: Records, layers: Sequence[str]) -> None:
     number = max((np.shape(r["max_vio"])[0] for r in train if "max_vio" in r), default=0)
     names = layers if len(layers) == number else [str(layer) for layer in range(number)]
     _draw_load(figure, figure.add_subplot(grid[0]), train, names)
@@ -131,7 +131,7 @@ def _label_beside(axes: Axes, labels: Sequence[_Label]) -> None:
     low, high = to_height(bottom), to_height(top)
     shown = sorted((label for label in labels if np.isfinite(label.y)), key=lambda label: label.y)
     heights = [float(np.clip((to_height(label.y) - low) / (high - low), 0, 1)) for label in shown]
-    line = _LINE / (axes.get_position().height * axes.figure.get_figheight())
+    line = _LINE / (axes.bbox.height / axes.figure.dpi)
     half = [0.5 * line * (label.text.count("\n") + 1) for label in shown]
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + half[i - 1] + half[i])
@@ -310,7 +310,8 @@ def _draw_load(figure: Figure, axes: Axes, train: Records, names: Sequence[str])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(lambda y, _: names[int(y)] if 0 <= y < len(names) else "")
-    axes.scatter(*np.nonzero(load_le == 0)[::-1], marker="x", color="black", s=24, linewidths=1.0)
+    layers, experts = np.nonzero(load_le == 0)
+    axes.scatter(experts, layers, marker="x", color="black", s=24, linewidths=1.0)
     idle = ", × none" if (load_le == 0).any() else ""
     figure.colorbar(image, ax=axes, label=f"tokens / mean tokens of the layer{idle}")
     return None

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import gzip
 import io
+import json
 import os
 import random
 import signal
@@ -16,7 +18,7 @@ import pytest
 
 from deepseek_jax.training import loop
 from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
-from deepseek_jax.training.metrics import TIMINGS, read_records
+from deepseek_jax.training.metrics import METRICS_FILE, TIMINGS, read_records
 from experiments.kill_test import Run, Timing, differences, kill_at_random
 from tests.golden import run as golden
 from tests.golden.run import StopAfter
@@ -91,6 +93,33 @@ def test_an_undisturbed_run(golden_run):
     steps = sorted(int(p.name) for p in (Path(cfg.train.out_dir) / "checkpoints").iterdir())
     assert steps == [10, 15, 20]  # every 5, of which train.keep=3 stay
     assert (Path(cfg.train.out_dir) / "tokenizer.json").exists()
+    # Steps are timed from the one before, unless a checkpoint or an evaluation lies between; a CPU has no MFU.
+    timed = [r for r in read_records(Path(cfg.train.out_dir) / METRICS_FILE) if r["kind"] == "train"]
+    for name in ("tokens_per_s", "step_seconds", "data_seconds"):
+        assert [r["step"] for r in timed if name not in r] == [1, 6, 11, 16]
+        assert all(r[name] >= 0 for r in timed if name in r)
+    assert not any("mfu" in r for r in timed)
+
+
+def test_profile_of_steps(golden_run, tmp_path):
+    """The trace holds the steps' program, and one line says where it lies."""
+    shown = io.StringIO()
+    with contextlib.closing(trainer(config_in(tmp_path, golden_run))) as run:
+        run.run(StopAfter(4), shown, profile_steps=(2, 3))
+    [line] = [line for line in shown.getvalue().splitlines() if line.startswith("profile of steps 2 to 3: ")]
+    path = Path(line.split(": ")[1].split(" (open it at https://ui.perfetto.dev)")[0])
+    assert path.is_relative_to(tmp_path / "profile")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    assert sum(name.endswith(" _one_step") for name in names) == 2 and "PjitFunction(step)" in names
+
+
+def test_profile_of_steps_that_are_not_taken(golden_run, tmp_path):
+    shown = io.StringIO()
+    with contextlib.closing(trainer(config_in(tmp_path, golden_run))) as run:
+        run.run(StopAfter(1), shown, profile_steps=(2, 3))
+    assert "no profile: steps 2 to 3 were not among those taken" in shown.getvalue()
+    assert not (tmp_path / "profile").exists()
 
 
 def test_stopped_and_resumed_twice_is_bitwise_the_same(golden_run, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import optax
 import pytest
 
 from deepseek_jax.config import OptimizerConfig, TrainConfig
@@ -163,6 +164,67 @@ def test_the_batch_starts_where_it_can(start, granularity, first):
     sizes = [plan.batch_size for plan in schedules.plan(granularity)]
     assert sizes[0] == first and sizes[-1] == 16 and len(sizes) == 20
     assert len(sizes) == schedules.num_steps(granularity)
+
+
+# --- simple schedules ---------------------------------------------------------------------------------------
+
+
+def simple(schedule: str, steps: int = 1000, **optimizer) -> Schedules:
+    settings = {"peak_lr": 1e-3, "warmup_steps": 100, "final_fraction": 0.05, "batch_start": 4}
+    return short(steps, schedule=schedule, **settings | optimizer)
+
+
+def test_constant_and_wsd_in_closed_form():
+    constant, wsd = simple("constant"), simple("wsd", decay_fraction=0.3)
+    for step in range(1001):
+        warm = min(1.0, step / 100)
+        assert constant.lr(step, 0) == pytest.approx(1e-3 * warm, rel=1e-12)
+        want = 1e-3 * (warm if step <= 700 else 1 + (0.05 - 1) * (step - 700) / 300)
+        assert wsd.lr(step, 0) == pytest.approx(want, rel=1e-9)
+
+
+def test_cosine_is_optax_s():
+    want = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 1000, end_value=5e-5)
+    cosine = simple("cosine")
+    for step in (0, 1, 50, 99, 100, 101, 333, 550, 999, 1000):
+        assert cosine.lr(step, 0) == pytest.approx(float(want(step)), rel=1e-5)  # optax computes in float32
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_simple_schedules_without_warmup_decay_or_floor(schedule):
+    bare = simple(schedule, warmup_steps=0, final_fraction=0.0, decay_fraction=0.0)
+    assert bare.lr(0, 0) == 1e-3
+    assert bare.lr(500, 0) == pytest.approx(5e-4 if schedule == "cosine" else 1e-3)
+    assert bare.lr(2000, 0) == bare.lr(1000, 0) == pytest.approx(0.0 if schedule == "cosine" else 1e-3)
+
+
+def test_the_ramp_is_the_reports_or_asked_for():
+    assert {plan.batch_size for plan in simple("cosine").plan()} == {16}
+    ramped = [plan.batch_size for plan in simple("cosine", batch_ramp=True).plan()]
+    assert ramped[0] == 4 and ramped[-1] == 16 and len(ramped) == 1000
+
+
+@pytest.mark.parametrize(
+    ("schedule", "optimizer", "message"),
+    [
+        (
+            "cosine",
+            {"warmup_steps": 1000},
+            r"warmup_steps=1000 does not fit into train\.steps=1000: lower it.*50;",
+        ),
+        (
+            "wsd",
+            {"decay_fraction": 0.95},
+            r"steps=1000, of which the decay takes 950 \(optimizer.decay_fraction\)",
+        ),
+        ("linear", {}, r"optimizer.schedule='linear' is not one of .*'cosine'"),
+        ("wsd", {"decay_fraction": 1.5}, r"optimizer.decay_fraction=1.5 must be <= 1"),
+        ("cosine", {"final_fraction": -0.1}, r"optimizer.final_fraction=-0.1 must be >= 0"),
+    ],
+)
+def test_what_does_not_fit_is_named(schedule, optimizer, message):
+    with pytest.raises(ValueError, match=message):
+        simple(schedule, **optimizer)
 
 
 def test_granularity_must_divide(report):
