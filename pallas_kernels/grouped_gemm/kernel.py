@@ -61,7 +61,9 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileC
     and steps."""
     n_dim = 1 if transpose_b else 2
     n, (tm, tn) = b.shape[n_dim], (config.tile_m, config.tile_n)
-    a, b = pad_last2(a, (1, TILE_K)), pad_last2(b, (tn, TILE_K) if transpose_b else (TILE_K, tn))
+    # At least two steps: the first slot is released in the second.
+    tk = TILE_K if a.shape[1] > TILE_K else 2 * TILE_K
+    a, b = pad_last2(a, (1, tk)), pad_last2(b, (tn, tk) if transpose_b else (tk, tn))
     (m, k), padded_n = a.shape, b.shape[n_dim]
 
     def views(refs, tile):

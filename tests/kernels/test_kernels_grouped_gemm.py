@@ -130,6 +130,7 @@ class TestGroupedGemm(OpSuite):
         "wgrad_bf16": functools.partial(bf16_wgrad_case, False, jnp.bfloat16),
         "wgrad_accumulate": functools.partial(bf16_wgrad_case, True),
         "ragged": functools.partial(bf16_case, True, n=80, k=200),
+        "one_step": functools.partial(bf16_case, True, n=128, k=64),
         "ragged_input_gradient": functools.partial(bf16_case, False, n=80, k=200),
         "ragged_wgrad": functools.partial(bf16_wgrad_case, True, m=80, n=150),
     }
