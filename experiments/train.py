@@ -11,9 +11,10 @@ job of SLURM, Kubernetes or Open MPI (configs/launch), or the same command on ev
 
 import contextlib
 import os
+import signal
 from collections.abc import Sequence
 
-from absl import flags
+from absl import flags, logging
 
 from deepseek_jax.config import Config
 from deepseek_jax.parallel import distributed
@@ -145,6 +146,9 @@ def main(argv: Sequence[str]) -> int:
     join = distributed.find(cfg.distributed, os.environ)
     processes = (join.processes if join else None) or 1
     one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation // processes)
+    logging.set_verbosity(
+        logging.FATAL
+    )  # what orbax would log of a failed write, with traceback, is raised as well
     if join is not None:
         try:
             distributed.start(join, cfg.distributed)
@@ -160,6 +164,9 @@ def main(argv: Sequence[str]) -> int:
             raise
         raise ValueError(f"{error} (to go on from there: --from_step={step} --discard_newer)") from error
     distributed.stop()
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C ends what is left, the interpreter's own end, at once
     return status
 
 

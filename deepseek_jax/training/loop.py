@@ -9,9 +9,7 @@ Several processes run the same loop, each on its rows of every batch; they stop 
 
 import contextlib
 import functools
-import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +27,11 @@ from deepseek_jax.training.ema import EMA, abstract_average
 from deepseek_jax.training.finite import NonFiniteError
 from deepseek_jax.training.profiling import StepProfile
 from deepseek_jax.training.records import Evaluation, Records
+from deepseek_jax.training.run_lock import RunLock
 from deepseek_jax.training.schedules import Schedules, StepPlan
 from deepseek_jax.training.state import TrainState
 from deepseek_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
+from deepseek_jax.training.stopping import stop_on_signals
 
 __all__ = ["Evaluation", "NonFiniteError", "Result", "Trainer", "stop_on_signals"]
 
@@ -47,27 +47,6 @@ class Result(NamedTuple):
     ema_evaluation: Evaluation | None
 
 
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set. A second Ctrl-C interrupts at once. Main thread only."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def on_signal(signum: int, _frame: Any) -> None:
-        if stop.is_set() and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
-
-
 class Trainer:
     """One run: everything that lives as long as it does.
 
@@ -77,35 +56,44 @@ class Trainer:
         data: default: `deepseek_jax.data.load(cfg.data)`, with this process's share of every batch.
 
     Raises:
-        ValueError: batch, mesh and accumulation do not divide; data that cannot be read.
+        ValueError: batch, mesh and accumulation do not divide; data that cannot be read; a folder in which another
+            process trains (`run_lock.py`). OSError: a folder that cannot be written.
     """
 
     def __init__(self, cfg: Config, mesh: Mesh | None = None, data: data_lib.Data | None = None):
         self.cfg = cfg
         self.mesh = make_mesh(cfg.mesh) if mesh is None else mesh
         self.out_dir = Path(cfg.train.out_dir)
-        # MTP targets lie inside the window (section 2.2), so windows need only the main model's label.
-        self._share = batch_share(self.mesh)
-        self.data = data or data_lib.load(cfg.data, 0, *self._share)
-        if self.data.tokenizer.vocab_size > cfg.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {self.data.tokenizer.vocab_size} ids, model.vocab_size is "
-                f"{cfg.model.vocab_size}: raise it"
-            )
         self.granularity = batch_shards(self.mesh) * cfg.train.grad_accumulation
         self.schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len, self.granularity)
         self.total_steps = self.schedules.num_steps(self.granularity)
         self.step_fn = make_train_step(cfg, self.mesh)
         self.eval_fn = make_eval_step(cfg, self.mesh)
-        keep = (cfg.train.keep, cfg.train.keep_every, cfg.train.keep_best)
-        self.checkpointer = Checkpointer(self.out_dir / "checkpoints", *keep)
         self.step, self.tokens = 0, 0
         self.changes = Changes([], [])
         self._evaluated: tuple[int, Evaluation] | None = None
         self.records: Records | None = None  # of `run`; takes more until `close`
         self._vote = StopVote(self.mesh)
-        if is_first():
-            self.data.tokenizer.save(self.out_dir)
+        self._share = batch_share(self.mesh)
+        with contextlib.ExitStack() as failing:
+            self._lock = RunLock(self.out_dir) if is_first() else None
+            failing.callback(self._unlock)
+            # MTP targets lie inside the window (section 2.2), so windows need only the main model's label.
+            self.data = data or data_lib.load(cfg.data, 0, *self._share)
+            if self.data.tokenizer.vocab_size > cfg.model.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has {self.data.tokenizer.vocab_size} ids, model.vocab_size is "
+                    f"{cfg.model.vocab_size}: raise it"
+                )
+            keep = (cfg.train.keep, cfg.train.keep_every, cfg.train.keep_best)
+            self.checkpointer = Checkpointer(self.out_dir / "checkpoints", *keep)
+            if is_first():
+                self.data.tokenizer.save(self.out_dir)
+            failing.pop_all()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -152,7 +140,13 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Start writing a checkpoint of the present step; the write goes on in the background."""
+        """Start writing a checkpoint of the present step; the write goes on in the background.
+
+        Raises NonFiniteError if the state is not finite, OSError if it, or the one before, cannot be written, or if
+        the folder is gone or another's by now.
+        """
+        if self._lock is not None:
+            self._lock.check()
         meta = {
             "config": to_dict(self.cfg),
             "data": self.data.train.state(),
@@ -168,13 +162,15 @@ class Trainer:
         return evaluation.loss if evaluation is not None and finite and step == self.step else None
 
     def close(self) -> None:
-        """Finish pending writes and stop the threads."""
-        if self.records is not None:
-            self.records.close()
-        self.checkpointer.close()
-        if "ema" in vars(self):
-            self.ema.close()
-        self.data.train.close()
+        """Finish pending writes, stop the threads, give the folder free. Raises OSError if a write failed."""
+        with contextlib.ExitStack() as whatever_fails:
+            whatever_fails.callback(self._unlock)
+            whatever_fails.callback(self.data.train.close)
+            if "ema" in vars(self):
+                whatever_fails.callback(self.ema.close)
+            if self.records is not None:
+                whatever_fails.callback(self.records.close)
+            self.checkpointer.close()
 
     # --- running ------------------------------------------------------------------------------------------
 

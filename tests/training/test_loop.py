@@ -7,7 +7,10 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -271,19 +274,62 @@ def test_tokenizer_that_does_not_fit_the_model(golden_run, tmp_path):
     cfg = config_in(tmp_path, golden_run)
     small = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=300))
     with pytest.raises(ValueError, match=r"the tokenizer has 384 ids, model\.vocab_size is 300: raise it"):
-        Trainer(small)
+        golden.trainer(small)
 
 
 def test_signals_set_the_event_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with stop_on_signals() as stop:
-        assert not stop.is_set()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.wait(1)
-        with pytest.raises(KeyboardInterrupt):  # the second one interrupts at once
-            os.kill(os.getpid(), signal.SIGINT)
-            threading.Event().wait(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with stop_on_signals() as stop:
+            assert not stop.is_set()
+            os.kill(os.getpid(), number)
+            assert stop.wait(5)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+DEAF = """
+import signal, sys, threading, time
+sys.modules["deepseek_jax"] = type(sys)("deepseek_jax")  # without what it imports: JAX takes seconds
+sys.modules["deepseek_jax"].__path__ = ["deepseek_jax"]
+from deepseek_jax.training.stopping import stop_on_signals
+threading.Thread(target=time.sleep, args=(60,)).start()  # a writer that nothing stops
+with stop_on_signals() as stop:
+    print("ready", flush=True)
+    stop.wait()
+    print("stopping", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_ctrl_c_ends_the_process_whatever_its_threads_do():
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for said in ("ready", "stopping"):
+        assert process.stdout.readline() == said + "\n"
+        process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=5)[1]
+    assert process.returncode == 130 and "error: interrupted again: ended without saving" in printed
+
+
+def test_two_runs_do_not_share_a_folder_and_a_run_notices_that_its_folder_is_gone(golden_run, tmp_path):
+    cfg = config_in(tmp_path / "run", golden_run, checkpoint_every=3)
+    run = trainer(cfg)
+    with pytest.raises(ValueError, match=rf"run is in use by process {os.getpid()} on .* since \d{{4}}-"):
+        golden.trainer(cfg)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(OSError, match=r"run.lock is gone: the run's folder was removed or replaced"):
+        run.run(progress_file=io.StringIO())
+    assert run.step == 3
+    run.close()
+    small = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=300))
+    for _ in range(2):  # one that failed holds no lock
+        with pytest.raises(ValueError, match="the tokenizer has 384 ids"):
+            golden.trainer(small)
+    (tmp_path / "file").write_text("")
+    for path, error in (("file", FileExistsError), ("file/below", NotADirectoryError)):
+        with pytest.raises(error):
+            golden.trainer(config_in(tmp_path / path, golden_run))
 
 
 # --- processes of their own -------------------------------------------------------------------------------
@@ -319,5 +365,11 @@ def test_killed_twice_and_terminated_is_bitwise_the_same(tmp_path):
     stopped = run.checkpoint()
     assert f"stopped at step {stopped}; the same command goes on from there" in printed
     assert 0 < stopped < STEPS
-    assert f"resumed from step {stopped} in" in run.finish()
+    process = run.start()
+    run.wait_for_step(process)
+    for _ in range(2):  # which may arrive as one, and the run is short
+        process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=10)[0]
+    assert process.returncode in (0, 130) and "Traceback" not in printed, printed
+    assert f"resumed from step {run.checkpoint()} in" in run.finish()
     assert differences(run, want) == []
