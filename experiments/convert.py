@@ -22,6 +22,7 @@ _INPUT = flags.DEFINE_string("input", None, "Folder to read.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist or be empty.", required=True)
 _FORMAT = flags.DEFINE_enum("format", "stored", list(FORMATS), "Number format of the output.")
 _SCALE = flags.DEFINE_enum("scale", "fp32", ["fp32", "ue8m0"], "FP8 scales: DeepSeek-V3's, or V3.1's.")
+_MTP = flags.DEFINE_bool("mtp", True, "--nomtp leaves the MTP modules of a Hugging Face folder out.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,9 +35,10 @@ def main(argv: Sequence[str]) -> int:
             bar.update(done - bar.n)
 
         if _TO.value == "hf":
-            convert.to_hf(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress, scale=_SCALE.value)
+            options = {"scale": _SCALE.value, "mtp": _MTP.value}
+            convert.to_hf(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress, **options)
         elif _FROM.value == "hf":
-            convert.to_orbax(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress)
+            convert.to_orbax(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress, mtp=_MTP.value)
         else:
             raise ValueError("--from=orbax --to=orbax: nothing to convert; copy the folder")
     print(f"wrote {_OUTPUT.value}")

@@ -30,6 +30,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _SPECULATIVE = flags.DEFINE_bool("speculative", False, "Draft with the MTP module.")
 _CHAT = flags.DEFINE_bool("chat", False, "Talk: one line of input is one turn; an empty line ends.")
 _MESH = flags.DEFINE_string("mesh", "", "Over which devices, as node=2,local=4; empty: on one.")
+_MTP = flags.DEFINE_bool("mtp", True, "--nomtp leaves the MTP modules of a Hugging Face folder out.")
 _EMA = flags.DEFINE_bool("ema", False, "Use the averaged parameters.")
 
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor)
     import deepseek_jax
 
-    model = deepseek_jax.load(_CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, mesh=mesh)
+    model = deepseek_jax.load(_CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, mtp=_MTP.value, mesh=mesh)
     _chat(model) if _CHAT.value else _complete(model)
     return 0
 

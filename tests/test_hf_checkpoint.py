@@ -23,6 +23,8 @@ from deepseek_jax.model.params import logical_axes
 from deepseek_jax.model.transformer import model_params
 from tests.oracle.tiny import V2, V3, weights
 
+# transformers has no MTP modules.
+PACKED = dataclasses.replace(V3, num_nextn_predict_layers=0)
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 # Matrices larger than one FP8 block, with ragged edges in both directions.
 WIDE = dataclasses.replace(
@@ -278,6 +280,25 @@ def shard_of(path: Path, name: str) -> Path:
     return path / json.loads((path / "model.safetensors.index.json").read_text())["weight_map"][name]
 
 
+def edit_header(path: Path, change, name: str = "") -> Path:
+    """Changes the header of the shard that holds `name` (EXPERT); the data stay where they are."""
+    file = shard_of(path, name or EXPERT)
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header = change(header) or header
+    new = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
+    return file
+
+
+def _header_entry(**change):
+    def damage(path):
+        edit_header(path, lambda header: header[EXPERT].update(change))
+
+    return damage
+
+
 def _missing_shard(path):
     shard_of(path, EXPERT).unlink()
     return "model-0000.*safetensors is missing; it should hold"
@@ -293,6 +314,80 @@ def _header_cut(path):
     file = shard_of(path, EXPERT)
     file.write_bytes(file.read_bytes()[:100])
     return rf"{file.name} is truncated or not a safetensors file"
+
+
+def _shape_that_wraps_around(path):
+    _header_entry(shape=[1 << 61, 8, 1 << 61])(path)
+    return rf"tensor {EXPERT} of dtype BF16 and shape .* has 432 bytes instead of"
+
+
+def _negative_shape(path):
+    _header_entry(shape=[-9, -24])(path)
+    return rf"tensor {EXPERT} has shape=\[-9, -24\], which should be"
+
+
+def _shape_of_strings(path):
+    _header_entry(shape=["9", True])(path)
+    return rf"tensor {EXPERT} has shape=\['9', True\], which should be"
+
+
+def _offsets_backwards(path):
+    _header_entry(data_offsets=[432, 0])(path)
+    return rf"tensor {EXPERT} has data_offsets=\[432, 0\]"
+
+
+def _offsets_far_away(path):
+    edit_header(path, lambda header: header[EXPERT].update(data_offsets=[1 << 40, (1 << 40) + 432]))
+    return r"is damaged: tensor .* begins at \d+, the one before ends at|is truncated: tensor"
+
+
+def _offsets_overlap(path):
+    def change(header):
+        other = next(v for k, v in header.items() if k not in (EXPERT, "__metadata__") and "experts" in k)
+        header[EXPERT]["data_offsets"] = other["data_offsets"]
+
+    edit_header(path, change)
+    return r"is damaged: tensor .* begins at \d+, the one before ends at"
+
+
+def _entry_without_dtype(path):
+    edit_header(path, lambda header: header[EXPERT].pop("dtype") and None)
+    return rf"tensor {EXPERT} is described by \{{'shape'"
+
+
+def _dtype_that_is_none(path):
+    _header_entry(dtype=["BF16"])(path)
+    return rf"tensor {EXPERT} has dtype=\['BF16'\], which should be a string"
+
+
+def _entry_twice(path):
+    def change(header):
+        text = json.dumps(header)
+        return (text[:-1] + f', "{EXPERT}": {json.dumps(header[EXPERT])}}}').encode()
+
+    edit_header(path, change)
+    return rf"is not a safetensors file: its header is not valid JSON: key '{EXPERT}' stands there twice"
+
+
+def _header_nested(path):
+    edit_header(path, lambda header: b'{"a":' + b"[" * 10**6)
+    return r"is not a safetensors file: its header is not valid JSON: it is nested deeper"
+
+
+def _header_a_list(path):
+    edit_header(path, lambda header: b"[1, 2]")
+    return r"is not a safetensors file: its header does not hold a JSON object"
+
+
+def _header_length_beyond(path):
+    file = shard_of(path, EXPERT)
+    file.write_bytes((1 << 63).to_bytes(8, "little") + file.read_bytes()[8:])
+    return rf"{file.name} is truncated or not a safetensors file"
+
+
+def _metadata_of_numbers(path):
+    edit_header(path, lambda header: header.update(__metadata__={"format": 1}))
+    return r"__metadata__=\{'format': 1\} should map names to strings"
 
 
 def _trailing(path):
@@ -362,6 +457,63 @@ def _index_not_json(path):
     return r"index.json is not valid JSON"
 
 
+def _index_is_a_list(path):
+    edit_index(path, lambda index: index.update(weight_map=[EXPERT]))
+    return r"index.json has no weight_map, .*: it is \['model"
+
+
+def _index_name_that_is_no_name(path):
+    edit_index(path, lambda index: index["weight_map"].update({EXPERT: "a\0b"}))
+    return rf"index.json: tensor {EXPERT} points outside the folder: 'a\\x00b'"
+
+
+def _index_name_too_long(path):
+    edit_index(path, lambda index: index["weight_map"].update({EXPERT: "a" * 5000}))
+    return rf"index.json: tensor {EXPERT} points outside the folder: 'aaa"
+
+
+def _index_number(path):
+    edit_index(path, lambda index: index["weight_map"].update({EXPERT: 7}))
+    return rf"index.json: tensor {EXPERT} points outside the folder: 7"
+
+
+def _index_key_twice(path):
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b", "a": "c"}}')
+    return r"index.json is not valid JSON: key 'a' stands there twice"
+
+
+def _config_with_nan(path):
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace('"rms_norm_eps": 0.001', '"rms_norm_eps": NaN'))
+    return r"config.json: rms_norm_eps=nan is not a finite number"
+
+
+def _config_with_many_mtp_modules(path):
+    config = json.loads((path / "config.json").read_text()) | {"num_nextn_predict_layers": 10**9}
+    (path / "config.json").write_text(json.dumps(config))
+    return r"config.json: num_nextn_predict_layers=1000000000 must be <= 100"
+
+
+def _config_without_its_mtp_modules(path):
+    config = json.loads((path / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
+    (path / "config.json").write_text(json.dumps(config))
+    return (
+        r"tensor model.layers.[34].* does not belong to the model of config.json; to leave out .*: mtp=False"
+    )
+
+
+def _mtp_module_in_part(path):
+    name = f"model.layers.{V3.num_hidden_layers}.enorm.weight"
+    rewrite(path, lambda t: t.pop(name, None))
+    return rf"tensor {name} of shape \[24\] is missing; to leave out the MTP modules: mtp=False"
+
+
+def _bias_with_nan(path):
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    rewrite(path, lambda t: t[name].mul_(float("nan")) if name in t else None)
+    return rf"tensor {name} holds values that are not finite"
+
+
 def _no_weights(path):
     for file in path.glob("model*"):
         file.unlink()
@@ -382,18 +534,123 @@ def _no_config(path):
 def _copies_differ(path):
     name = f"model.layers.{V3.num_hidden_layers}.embed_tokens.weight"
     rewrite(path, lambda t: t[name].add_(1) if name in t else None)
-    return rf"tensor {name} differs from model.embed_tokens.weight"
+    return rf"tensor {name} differs from model.embed_tokens.weight.*: mtp=False"
 
 
 DAMAGE = [
-    v for k, v in list(globals().items()) if k.startswith("_") and callable(v) and not k.startswith("__")
+    v
+    for k, v in list(globals().items())
+    if k.startswith("_") and callable(v) and not k.startswith("__") and v is not _header_entry
 ]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__.strip("_"))
 def test_damage_is_named(folders, tmp_path, damage):
     path = shutil.copytree(folders["bf16"], tmp_path / "copy")
-    with pytest.raises(ValueError, match=damage(path)):
+    with pytest.raises(ValueError, match=damage(path)) as error:
+        hf.load(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 700
+
+
+def test_a_null_metadata_in_the_index(folders, tmp_path):
+    path = shutil.copytree(folders["bf16"], tmp_path / "copy")
+    edit_index(path, lambda index: index.update(metadata=None))
+    jax.tree.map(same, hf.load(path)[1], hf.load(folders["bf16"])[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_scales_that_cannot_be(folders, tmp_path, value):
+    path = shutil.copytree(folders["fp8"], tmp_path / "copy")
+    name = f"{EXPERT}_scale_inv"
+    rewrite(path, lambda t: t[name].fill_(value) if name in t else None)
+    message = rf"safetensors: tensor {name} is damaged: 2 of its 2 scales are as {value}"
+    for options in ({}, {"keep_fp8": True}):
+        with pytest.raises(ValueError, match=message):
+            hf.load(path, **options)
+
+
+def test_a_stale_mtp_module_is_left_out(folders, tmp_path):
+    """A fine-tune trained the embedding; the copies in the MTP modules are as they were."""
+    path = shutil.copytree(folders["bf16"], tmp_path / "copy")
+    _copies_differ(path)
+    cfg, params, bias = hf.load(path, mtp=False)
+    assert cfg == dataclasses.replace(V3, dtype="bfloat16", num_nextn_predict_layers=0)
+    _, want, want_bias = hf.load(folders["bf16"])
+    del want["mtp"]
+    jax.tree.map(same, params, want)
+    same(bias, np.asarray(want_bias)[: cfg.num_moe_layers])
+
+
+# --- as transformers writes them --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_transformers(tmp_path_factory):
+    """Folders that transformers saved: in the published format, and as it keeps the experts, packed by layer."""
+    transformers = pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("by_transformers")
+    hf.save(root / "ours", PACKED, *weights(PACKED), format="f32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "ours", dtype=torch.float32)
+    model.save_pretrained(root / "published")
+    model.save_pretrained(root / "packed", save_original_format=False, max_shard_size="20KB")
+    return root
+
+
+def test_packed_experts(by_transformers):
+    tensors = safetensors.torch.load_file(next(by_transformers.glob("published/*.safetensors")))
+    assert EXPERT in tensors
+    index = json.loads((by_transformers / "packed/model.safetensors.index.json").read_text())
+    assert (
+        EXPERT not in index["weight_map"] and "model.layers.2.mlp.experts.gate_up_proj" in index["weight_map"]
+    )
+    cfg, want, want_bias = hf.load(by_transformers / "ours")
+    for which in ("published", "packed"):
+        got_cfg, params, bias = hf.load(by_transformers / which)
+        assert dataclasses.replace(got_cfg, initializer_range=cfg.initializer_range) == cfg
+        jax.tree.map(same, params, want)
+        same(bias, want_bias)
+
+
+@pytest.mark.parametrize("scale", ["F32", "F8_E8M0"])
+def test_packed_experts_in_fp8(tmp_path, scale):
+    """Blocks of an expert's 128 x 128, packed as transformers packs them, with scales in float32 or one byte."""
+    cfg = dataclasses.replace(PACKED, hidden_size=136, moe_intermediate_size=128)
+    save(tmp_path / "ours", cfg, "fp8", scale="ue8m0")
+    path = shutil.copytree(tmp_path / "ours", tmp_path / "packed")
+    rewrite(path, lambda t: pack(t, cfg, scale))
+    got, want = hf.load(path), hf.load(tmp_path / "ours")
+    jax.tree.map(same, got[1:], want[1:])
+    jax.tree.map(same, hf.load(path, keep_fp8=True)[1], hf.load(tmp_path / "ours", keep_fp8=True)[1])
+
+
+def pack(tensors: dict, cfg, scale: str) -> None:
+    for layer in range(cfg.first_k_dense_replace, cfg.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        for suffix in ("", "_scale_inv"):
+            names = {
+                kind: [f"{prefix}.{e}.{kind}_proj.weight{suffix}" for e in range(cfg.n_routed_experts)]
+                for kind in ("gate", "up", "down")
+            }
+            if names["gate"][0] in tensors:
+                parts = {kind: torch.stack([tensors.pop(n) for n in names[kind]]) for kind in names}
+                tensors[f"{prefix}.gate_up_proj{suffix}"] = torch.cat([parts["gate"], parts["up"]], 1)
+                tensors[f"{prefix}.down_proj{suffix}"] = parts["down"]
+    if scale == "F8_E8M0":
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name] = tensors[name].to(torch.float8_e8m0fnu)
+
+
+def test_packed_experts_that_cannot_be(by_transformers, tmp_path):
+    path = shutil.copytree(by_transformers / "packed", tmp_path / "copy")
+    name = "model.layers.2.mlp.experts.gate_up_proj"
+    edit_header(path, lambda header: header[name].update(shape=[12 * 18 * 24]), name)
+    with pytest.raises(
+        ValueError, match=rf"tensor {name} is F32\[5184\], expected \[expert, rows, columns\]"
+    ):
+        hf.load(path)
+    path = shutil.copytree(by_transformers / "packed", tmp_path / "copy2")
+    edit_header(path, lambda header: header[name].update(shape=[24, 9, 24]), name)
+    with pytest.raises(ValueError, match=r"expected .* an even number of rows"):
         hf.load(path)
 
 

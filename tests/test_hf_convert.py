@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import tokenizers
+import torch
 from tokenizers import models
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+import deepseek_jax
 from deepseek_jax import hf, inventory
 from deepseek_jax.config import Config, DataConfig, ModelConfig, build
 from deepseek_jax.hf import convert
 from deepseek_jax.training.checkpoint import Checkpointer, load_params
 from tests.oracle.tiny import V3, weights
-from tests.test_hf_checkpoint import WIDE, files, same
+from tests.test_hf_checkpoint import WIDE, files, rewrite, same
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,90 @@ def test_a_training_run_becomes_a_folder(tmp_path):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 2, None)
 
 
+@pytest.fixture
+def without_tokenizer(released, converted, tmp_path):
+    """Copies of both; the tokenizer.json there is none."""
+    copies = [shutil.copytree(path, tmp_path / path.name) for path in (released, converted)]
+    for path in copies:
+        (path / "tokenizer.json").unlink()
+    return copies
+
+
+def test_what_stayed_in_fp8_is_dequantised_when_it_is_loaded(without_tokenizer):
+    """Generation needs no flag at conversion: parameters, scores and continuations are the folder's own."""
+    want, got = map(deepseek_jax.load, without_tokenizer)
+    assert got.config == want.config
+    jax.tree.map(same, got.params, want.params)
+    same(got.balance_bias, want.balance_bias)
+    prompt = [3, 1, 4, 1, 5]
+    same(got.score(prompt), want.score(prompt))
+    assert got.generate([prompt], 4, stop_ids=()) == want.generate([prompt], 4, stop_ids=())
+
+
+def test_parameters_that_do_not_fit_the_config_are_named(without_tokenizer):
+    _, copy = without_tokenizer
+    meta = copy / "checkpoints/0/meta/metadata"
+    text = meta.read_text()
+    size = len(text)
+    other = text.replace('"moe_intermediate_size": 9', '"moe_intermediate_size": 8')
+    assert len(other) == size and other != text
+    meta.write_text(other)
+    inventory.write(copy / "checkpoints/0", ("state", "ema", "meta"))
+    with pytest.raises(
+        ValueError, match=r"params.moe_layers.ffn.experts.w_\w+ in FP8 has shape .* the config says"
+    ):
+        deepseek_jax.load(copy)
+
+
+def test_scales_that_cannot_be(released, tmp_path):
+    path = shutil.copytree(released, tmp_path / "copy")
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    rewrite(path, lambda t: t[f"{name}_scale_inv"].fill_(float("nan")) if f"{name}_scale_inv" in t else None)
+    for direction in (convert.to_orbax, convert.to_hf):
+        with pytest.raises(ValueError, match=f"tensor {name}_scale_inv is damaged"):
+            direction(path, tmp_path / "out")
+        shutil.rmtree(tmp_path / "out.partial")
+
+
+def test_scales_of_one_byte_come_back(released, tmp_path):
+    """FP8 as transformers 5 writes it with scale_fmt "ue8m0", and an index whose metadata is null."""
+    path = tmp_path / "ue8m0"
+    hf.save(path, WIDE, *weights(WIDE), format="fp8", scale="ue8m0")
+
+    def one_byte(tensors):
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name] = tensors[name].to(torch.float8_e8m0fnu)
+
+    rewrite(path, one_byte)
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text()) | {"metadata": None}
+    content["weight_map"] = dict(sorted(content["weight_map"].items()))
+    index.write_text(json.dumps(content, indent=2) + "\n")
+    convert.to_orbax(path, tmp_path / "run")
+    convert.to_hf(tmp_path / "run", tmp_path / "back")
+    assert files(tmp_path / "back") == files(path)
+
+
+def test_without_mtp_modules(released, tmp_path):
+    convert.to_orbax(released, tmp_path / "run", mtp=False)
+    convert.to_hf(tmp_path / "run", tmp_path / "back")
+    _, want, _ = hf.load(released, keep_fp8=True)
+    cfg, got, _ = hf.load(tmp_path / "back", keep_fp8=True)
+    assert cfg == dataclasses.replace(WIDE, dtype="bfloat16", num_nextn_predict_layers=0)
+    del want["mtp"]
+    jax.tree.map(same, got, want)
+    convert.to_hf(released, tmp_path / "direct", mtp=False)
+    jax.tree.map(same, hf.load(tmp_path / "direct", keep_fp8=True)[1], want)
+
+
+def test_an_output_inside_its_source(released, tmp_path):
+    path = shutil.copytree(released, tmp_path / "copy")
+    with pytest.raises(CutError):
+        convert.to_hf(path, path / "out", "bf16", progress=cut_after(0.5))
+    convert.to_hf(path, path / "out", "bf16")
+    assert hf.load(path / "out")[0].dtype == "bfloat16"
+
+
 class CutError(Exception):
     pass
 
@@ -159,7 +245,7 @@ def test_resumes_where_it_was_cut_off(released, converted, tmp_path, direction, 
     assert 0 < len(pieces) < 0.7 * everything
     direction(source, tmp_path / "whole")
     want, got = (
-        {p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file() and p.name != "_METADATA"}
+        {p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file() and True}
         for d in (tmp_path / "whole", tmp_path / "out")
     )
     assert got == want

@@ -1,14 +1,16 @@
 """Hugging Face checkpoints in and out: `load`, `save`, `Checkpoint`.
 
-names.py   which tensors make up which leaf of the parameter tree
-files.py   safetensors folders: checked scan, streaming writer
-fp8.py     DeepSeek's FP8 blocks
-read.py    checkpoint -> parameters        write.py    parameters -> checkpoint
-orbax.py   parameters in orbax by pieces   convert.py  streamed conversion between the two
+names.py    which tensors make up which leaf of the parameter tree
+files.py    checkpoint folders: config.json, index, checked scan
+tensors.py  one safetensors file: checked header, streaming writer
+packed.py   experts in one tensor per layer, as transformers 5 can save them
+fp8.py      DeepSeek's FP8 blocks
+read.py     checkpoint -> parameters        write.py    parameters -> checkpoint
+orbax.py    parameters in orbax by pieces   convert.py  streamed conversion between the two
 """
 
 from deepseek_jax.hf import convert
-from deepseek_jax.hf.read import Checkpoint, load
+from deepseek_jax.hf.read import Checkpoint, dequantised, load
 from deepseek_jax.hf.write import FORMATS, save
 
-__all__ = ["FORMATS", "Checkpoint", "convert", "load", "save"]
+__all__ = ["FORMATS", "Checkpoint", "convert", "dequantised", "load", "save"]

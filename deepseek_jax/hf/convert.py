@@ -1,7 +1,8 @@
 """Conversion between Hugging Face folders and orbax checkpoints, streamed and resumable.
 
 A conversion writes to `<output>.partial` and renames at the end. Cut off at any moment and called again with the
-same arguments, it goes on: after the last finished layer of an array (to orbax) or file (to Hugging Face).
+same arguments, it goes on, after the last finished layer of an array (to orbax) or file (to Hugging Face), and comes
+to the same result. `conversion.json` in the folder says whose it is: the first file there and the last to go.
 A Hugging Face folder becomes a run folder, `<output>/checkpoints/0` and the text files beside it (tokenizer, chat
 template, stops); its config.json and the spread of tensors over files are kept in the metadata, so that the way back
 gives the same files bit for bit. The folder of a training run brings its tokenizer whole, as `Tokenizer.save` does.
@@ -21,37 +22,48 @@ from deepseek_jax.config import Config, DataConfig
 from deepseek_jax.data import text_files
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import fp8
-from deepseek_jax.hf.files import DTYPES, Layout, plan_shards, write_index, write_shard
+from deepseek_jax.hf.files import Layout, plan_shards, write_index
 from deepseek_jax.hf.names import Index, Leaf
 from deepseek_jax.hf.orbax import TreeSource, arrays, write_meta, write_tree
-from deepseek_jax.hf.read import SCALE_SUFFIX, Checkpoint
+from deepseek_jax.hf.read import Checkpoint
+from deepseek_jax.hf.tensors import DTYPES, write_shard
 from deepseek_jax.hf.write import SHARD_BYTES, Producer, Source, require_free
+from deepseek_jax.json_files import read_object
 from deepseek_jax.training.checkpoint_files import FORMAT, ITEMS
 
 _JOB = "conversion.json"  # what a partial output is a part of
+_JOURNAL = "conversion.txt"  # which pieces of it are finished
 
 # (bytes written so far, bytes in total)
 Progress = Callable[[int, int], None]
 
 
 def to_orbax(
-    source: str | Path, target: str | Path, format: str = "stored", progress: Progress | None = None
+    source: str | Path,
+    target: str | Path,
+    format: str = "stored",
+    progress: Progress | None = None,
+    *,
+    mtp: bool = True,
 ) -> None:
     """Hugging Face folder -> run folder with an orbax checkpoint of step 0.
 
-    format: "stored" (FP8 stays FP8), "bf16" or "f32".
+    format: "stored" (FP8 stays FP8, and is dequantised by whoever loads it), "bf16" or "f32".
+    mtp: False leaves the MTP modules out.
     Raises ValueError before anything is written: unreadable source, target in use, unknown format.
     """
     if format not in ("stored", "bf16", "f32"):
         raise ValueError(f"format={format!r} is not one of ['stored', 'bf16', 'f32'] for orbax")
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, mtp)
     folder = _FolderSource(checkpoint, format == "stored")
     dtype = {"stored": None, "bf16": DTYPES["BF16"], "f32": DTYPES["F32"]}[format]
     stacks = list(arrays(checkpoint.cfg, folder, dtype))
-    partial, target = _begin(source, target, format)
+    partial, target = _begin(checkpoint.path, target, f"{format}{'' if mtp else ' without MTP'}")
+    if partial is None:
+        return
     step = partial / "checkpoints" / "0"
     count = _Counter(sum(stack.nbytes for stack in stacks), progress)
-    write_tree(step / "state", stacks, count)
+    write_tree(step / "state", stacks, partial / _JOURNAL, count)
     (step / "ema").mkdir(exist_ok=True)  # there is no average to go with published weights
     write_meta(step / "meta", _meta(checkpoint))
     inventory.write(step, ITEMS)
@@ -66,17 +78,20 @@ def to_hf(
     *,
     scale: str = "fp32",
     shard_bytes: int = SHARD_BYTES,
+    mtp: bool = True,
 ) -> None:
     """Run folder (its newest step), checkpoints folder, one step, or a Hugging Face folder -> Hugging Face folder.
 
     format, scale, shard_bytes: as in `hf.save`; a checkpoint that came from Hugging Face and is written as "stored"
-    gets its own files back. Raises ValueError before anything is written.
+    gets its own files back. mtp: False leaves the MTP modules of a Hugging Face folder out.
+    Raises ValueError before anything is written.
     """
     tree: Source
     kept: dict[str, Any] | None = None
     if (Path(source) / "config.json").exists():
-        checkpoint = Checkpoint(source)
-        cfg, tree, root = checkpoint.cfg, _FolderSource(checkpoint, format == "stored"), checkpoint.path
+        checkpoint = Checkpoint(source, mtp)
+        step = root = checkpoint.path
+        cfg, tree = checkpoint.cfg, _FolderSource(checkpoint, format == "stored")
         original: dict[str, Any] | None = checkpoint.hf
     else:
         step, root = _newest_step(Path(source).absolute())
@@ -88,7 +103,10 @@ def to_hf(
     config, tokenizer = _said(original, producer.config(), format, root)
     if kept is not None and format == "stored":
         layout = _restored_layout(kept, producer)
-    partial, target = _begin(source, target, f"{format} {scale} {shard_bytes}")
+    options = f"{format} {scale} {shard_bytes}{'' if mtp else ' without MTP'}"
+    partial, target = _begin(step, target, options)
+    if partial is None:
+        return
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     names = [name for group in layout.files.values() for name in group]
     count = _Counter(sum(_nbytes(producer, [name]) for name in names), progress)
@@ -131,7 +149,7 @@ class _FolderSource(Source):
         return out
 
     def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
-        return np.asarray(self._checkpoint.tensors[leaf.name(index) + SCALE_SUFFIX].read())
+        return self._checkpoint.scales(leaf.name(index))
 
     def bias(self) -> np.ndarray:
         return self._checkpoint.balance_bias()
@@ -146,7 +164,8 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
         seq_len=min(DataConfig.seq_len, model.max_position_embeddings),
     )
     files = {
-        file: {name: checkpoint.tensors[name].dtype for name in names} for file, names in layout.files.items()
+        file: {name: checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors}
+        for file, names in layout.files.items()
     }
     return {
         "config": dataclasses.asdict(Config(model=model, data=data)),
@@ -158,7 +177,7 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
             "config": checkpoint.hf,
             "files": files,
             "metadata": layout.metadata,
-            "index": layout.index_metadata,
+            "index_file": layout.index,
         },
     }
 
@@ -180,11 +199,13 @@ def _newest_step(path: Path) -> tuple[Path, Path]:
 def _restored_layout(kept: dict[str, Any], producer: Producer) -> Layout:
     """The files that the checkpoint came in; tensors come back in the dtype they had there."""
     files = {}
-    for file, names in kept["files"].items():
-        files[file] = [name for name in names if name in producer.specs]
-        for name in files[file]:
-            producer.specs[name] = (DTYPES[names[name]], producer.specs[name][1])
-    return Layout(files, kept["metadata"], kept["index"])
+    for file, dtypes in kept["files"].items():
+        names = [name for name in dtypes if name in producer.specs]
+        if names:
+            files[file] = names
+        for name in names:
+            producer.specs[name] = (DTYPES[dtypes[name]], producer.specs[name][1])
+    return Layout(files, kept["metadata"], kept["index_file"])
 
 
 def _said(
@@ -225,23 +246,34 @@ class _Counter:
             self._progress(self._done, self._total)
 
 
-def _begin(source: str | Path, target: str | Path, options: str) -> tuple[Path, Path]:
-    """(partial output, output): a new one, or one that the same conversion was cut off from."""
-    source, target = Path(source).absolute(), Path(target).absolute()
-    require_free(target)
+def _begin(source: Path, target: str | Path, options: str) -> tuple[Path | None, Path]:
+    """(partial output, output): a new one, or one that the same conversion was cut off from; None: all is done."""
+    target = Path(target).absolute()
     partial = target.with_name(target.name + ".partial")
-    files = sorted(p for p in source.rglob("*") if p.is_file())
-    stamps = [[str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    job = {"source": str(source), "options": options, "files": stamps}
-    if partial.exists():
-        if not (partial / _JOB).exists() or json.loads((partial / _JOB).read_text()) != job:
-            raise ValueError(
-                f"{partial} belongs to another conversion, or its source changed: remove it first"
-            )
-    else:
-        partial.mkdir(parents=True)
-        (partial / _JOB).write_text(json.dumps(job))
+    job = {"source": str(source), "options": options, "files": _stamps(source, (partial, target))}
+    if _job_of(target) == job:  # cut off when only its traces were left to be removed
+        _remove_traces(target)
+        return None, target
+    require_free(target)
+    partial.mkdir(parents=True, exist_ok=True)
+    found = _job_of(partial)
+    if found is None and all(p.name == f"{_JOB}.partial" for p in partial.iterdir()):
+        found = job
+        (partial / f"{_JOB}.partial").write_text(json.dumps(job), encoding="utf-8")
+        os.replace(partial / f"{_JOB}.partial", partial / _JOB)
+    if found != job:
+        raise ValueError(f"{partial} belongs to another conversion, or its source changed: remove it first")
     return partial, target
+
+
+def _stamps(source: Path, outputs: tuple[Path, Path]) -> list[list[Any]]:
+    """Name, size and time of each of the source's files; an output may lie among them."""
+    files = sorted(p for p in source.rglob("*") if p.is_file() and not set(outputs) & {p, *p.parents})
+    return [[str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def _job_of(folder: Path) -> dict[str, Any] | None:
+    return read_object(folder / _JOB) if (folder / _JOB).exists() else None
 
 
 def _finish(root: Path, partial: Path, target: Path, tokenizer: Tokenizer | None = None) -> None:
@@ -250,7 +282,12 @@ def _finish(root: Path, partial: Path, target: Path, tokenizer: Tokenizer | None
         text_files.write(partial, text_files.read(root))
     else:
         tokenizer.save(partial)
-    (partial / _JOB).unlink()
     if target.exists():
         target.rmdir()
     os.replace(partial, target)
+    _remove_traces(target)
+
+
+def _remove_traces(target: Path) -> None:
+    (target / _JOURNAL).unlink(missing_ok=True)
+    (target / _JOB).unlink()

@@ -10,10 +10,10 @@ Dims: o out, i in; both of a checkpoint's [out, in] matrix.
 import ml_dtypes
 import numpy as np
 
-BLOCK = 128
+from pallas_kernels.blocks import BLOCK
+from pallas_kernels.quantize.reference import AMAX_FLOOR, E4M3_MAX
+
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-_MAX = 448.0  # of e4m3
-_AMAX_FLOOR = 1e-4  # so that a block of zeros has a finite scale
 _STRIP = 8  # rows of blocks that are in float32 at once
 
 
@@ -34,8 +34,17 @@ def block_scales(w_oi: np.ndarray, scale: str = "fp32") -> np.ndarray:
         scales[block_row] = np.pad(amax, (0, -len(amax) % BLOCK)).reshape(-1, BLOCK).max(-1)
     if not np.isfinite(scales).all():
         raise ValueError("cannot quantise to FP8: the matrix holds values that are not finite")
-    scales[:] = np.maximum(scales, np.float32(_AMAX_FLOOR)) / np.float32(_MAX)
+    scales[:] = np.maximum(scales, np.float32(AMAX_FLOOR)) / np.float32(E4M3_MAX)
     return scales if scale == "fp32" else _power_of_two_above(scales)
+
+
+def checked_scales(scales: np.ndarray, name: str) -> np.ndarray:
+    """Scales as a checkpoint stores them, in float32. Raises ValueError naming the tensor: NaN, infinite, negative."""
+    scales = np.array(scales, np.float32)
+    wrong = scales[~(np.isfinite(scales) & (scales >= 0))]
+    if wrong.size:
+        raise ValueError(f"{name} is damaged: {wrong.size} of its {scales.size} scales are as {wrong[0]}")
+    return scales
 
 
 def quantise(w_oi: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -44,7 +53,7 @@ def quantise(w_oi: np.ndarray, scales: np.ndarray) -> np.ndarray:
     for block_row, start in enumerate(range(0, w_oi.shape[0], BLOCK)):
         per_col = np.repeat(scales[block_row], BLOCK)[: w_oi.shape[1]]
         ratio = np.asarray(w_oi[start : start + BLOCK], np.float32) / per_col
-        q_oi[start : start + BLOCK] = np.clip(ratio, -_MAX, _MAX).astype(E4M3)
+        q_oi[start : start + BLOCK] = np.clip(ratio, -E4M3_MAX, E4M3_MAX).astype(E4M3)
     return q_oi
 
 

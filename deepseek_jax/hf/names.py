@@ -9,7 +9,8 @@ copies of the embedding and of the output head, which this model shares.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -56,6 +57,8 @@ _MTP = {
 _TWO_INPUT_DIMS = ("wo_hvd",)
 # Matrices that DeepSeek's FP8 layout leaves in BF16, besides the embedding (report section 3.3.1).
 _NEVER_FP8 = ("w_head_dv", "w_gate_de", "w_eh_cd")
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 Index = tuple[int, ...]
 
@@ -172,10 +175,10 @@ def shared_copies(cfg: ModelConfig) -> dict[str, str]:
     return copies
 
 
-def mtp_prefixes(cfg: ModelConfig) -> tuple[str, ...]:
-    """What the names of the MTP modules' tensors start with."""
-    first = cfg.num_hidden_layers
-    return tuple(f"model.layers.{first + k}." for k in range(cfg.num_nextn_predict_layers))
+def mtp_of(cfg: ModelConfig, names: Iterable[str]) -> set[str]:
+    """The names that belong to MTP modules: layers behind those of the main model."""
+    found = ((name, _LAYER.match(name)) for name in names)
+    return {name for name, match in found if match and int(match[1]) >= cfg.num_hidden_layers}
 
 
 def get(tree: Any, path: str) -> Any:
@@ -183,6 +186,14 @@ def get(tree: Any, path: str) -> Any:
     for key in path.split("."):
         tree = tree[key]
     return tree
+
+
+def take(tree: Any, path: str) -> Any:
+    """The leaf of a nested dict at a dotted path, which is then not in it any more."""
+    *parents, last = path.split(".")
+    for key in parents:
+        tree = tree[key]
+    return tree.pop(last)
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:

@@ -6,25 +6,26 @@ the plain zarr format that orbax reads. The result is a step of a run's checkpoi
 `balance_bias` but no optimizer state: what `training.checkpoint.load_params` reads.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from deepseek_jax.checks import plain, require, shown
 from deepseek_jax.config import ModelConfig, build
 from deepseek_jax.hf import fp8
-from deepseek_jax.hf.files import DTYPES
 from deepseek_jax.hf.names import Index, Leaf, leaves
 from deepseek_jax.hf.read import SCALE, Q
+from deepseek_jax.hf.tensors import DTYPES
 from deepseek_jax.hf.write import Source
-from deepseek_jax.training.checkpoint_files import verify
+from deepseek_jax.json_files import read_object
+from deepseek_jax.training.checkpoint_files import read_meta, verify
 
 BIAS = "balance_bias"
 
@@ -76,21 +77,22 @@ def _converted(source: Source, leaf: Leaf, dtype: np.dtype) -> Callable[[Index],
 # --- writing ----------------------------------------------------------------------------------------------
 
 
-def write_tree(directory: Path, stacks: list[Stacked], written: Callable[[int], None]) -> None:
+def write_tree(directory: Path, stacks: list[Stacked], journal: Path, written: Callable[[int], None]) -> None:
     """Writes the arrays as the orbax tree at `directory`; goes on where an earlier call was cut off.
 
-    `written` is called with the number of bytes after each piece, the ones found finished included.
+    `journal` is a file that remembers, from call to call, what is safely on disk: "<array> <layer>" per line. `written`
+    is called with the number of bytes after each piece, the ones found finished included.
     """
     _lay_out(directory, [stack.name for stack in stacks])
-    journal = directory / "finished.txt"  # pieces that are safely on disk, "<array> <layer>" per line
-    finished = set(journal.read_text().splitlines()) if journal.exists() else set()
-    with open(journal, "a", encoding="utf-8") as log:
+    with open(journal, "a+", encoding="utf-8") as log:
+        finished = _finished_lines(log)
         for stack in stacks:
             store = ts.open(_spec(directory / stack.name, stack), create=True, open=True).result()
-            for layer in range(stack.stack[0] if stack.stack else 1):
+            layers = stack.stack[0] if stack.stack else 1
+            for layer in range(layers):
                 line = f"{stack.name} {layer}"
                 if line in finished:
-                    written(stack.nbytes // (stack.stack[0] if stack.stack else 1))
+                    written(stack.nbytes // layers)
                     continue
                 for rest in np.ndindex(*stack.stack[1:]):
                     index = (layer, *rest)[: len(stack.stack)]
@@ -99,7 +101,15 @@ def write_tree(directory: Path, stacks: list[Stacked], written: Callable[[int], 
                     written(piece.nbytes)
                 log.write(line + "\n")
                 log.flush()
-    journal.unlink()
+
+
+def _finished_lines(log: TextIO) -> set[str]:
+    """The whole lines of a journal, which may have been cut off in the middle of one; that one is taken out."""
+    log.seek(0)
+    *lines, rest = log.read().split("\n")
+    if rest:
+        log.truncate(sum(len(line.encode()) + 1 for line in lines))
+    return set(lines)
 
 
 def _lay_out(directory: Path, names: list[str]) -> None:
@@ -162,15 +172,13 @@ class TreeSource(Source):
 
     def __init__(self, step: Path):
         verify(step, ("state", "meta"))
-        self.meta = _read_json(step / "meta" / "metadata")
-        model = self.meta.get("config", {}).get("model")
-        if model is None:
-            raise ValueError(f"{step / 'meta'} names no model config: not a checkpoint of this project")
+        self.meta = read_meta(step)
+        model = self.meta["config"].get("model")
+        require(model is not None, f"{step / 'meta'} names no model config: not a checkpoint of this project")
         self.cfg: ModelConfig = build(ModelConfig, model, "model.")
         self._directory = step / "state"
-        tree = _read_json(self._directory / "_METADATA")
-        self._zarr3, self._ocdbt = bool(tree.get("use_zarr3")), (self._directory / "manifest.ocdbt").exists()
-        names = {".".join(k["key"] for k in v["key_metadata"]) for v in tree["tree_metadata"].values()}
+        names, self._zarr3 = _tree_names(self._directory / "_METADATA")
+        self._ocdbt = (self._directory / "manifest.ocdbt").exists()
         self._blocks: dict[str, tuple[tuple[int, ...], np.ndarray]] = {}
         self._stores: dict[str, Any] = {}
         self.dtypes: dict[str, np.dtype] = {}
@@ -192,7 +200,8 @@ class TreeSource(Source):
         return self._read(f"params.{leaf.path}{suffix}", index)
 
     def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
-        return self._read(f"params.{leaf.path}.{SCALE}", index)
+        name = f"params.{leaf.path}.{SCALE}"
+        return fp8.checked_scales(self._read(name, index), f"{self._directory}: array {name}{list(index)}")
 
     def bias(self) -> np.ndarray:
         return self._read(BIAS, ())
@@ -239,8 +248,28 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; not a checkpoint of this project") from error
+def _mapping(value: Any, file: Path, what: str) -> dict[str, Any]:
+    require(
+        isinstance(value, dict),
+        f"{file}: {what}={shown(value)} should be an object: not a checkpoint of this project",
+    )
+    return value
+
+
+def _tree_names(file: Path) -> tuple[set[str], bool]:
+    """(names of the arrays, whether they are zarr 3) of a tree that orbax wrote."""
+    tree = read_object(file)
+    names = set()
+    for name, entry in _mapping(tree.get("tree_metadata"), file, "tree_metadata").items():
+        keys = entry.get("key_metadata") if isinstance(entry, dict) else None
+        parts = (
+            [k.get("key") if isinstance(k, dict) else None for k in keys]
+            if isinstance(keys, list)
+            else [None]
+        )
+        require(
+            all(isinstance(p, str) for p in parts),
+            f"{file}: tree_metadata.{plain(name)}={shown(entry)} is damaged",
+        )
+        names.add(".".join(parts))
+    return names, bool(tree.get("use_zarr3"))

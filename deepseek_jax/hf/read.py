@@ -16,21 +16,30 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from deepseek_jax.checks import plain
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf import fp8
-from deepseek_jax.hf.files import DTYPES, Tensor, read_config, scan
-from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, mtp_prefixes, shared_copies, unflatten
+from deepseek_jax.hf.files import read_config, scan
+from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, mtp_of, shared_copies, take, unflatten
+from deepseek_jax.hf.tensors import DTYPES, Tensor
 from deepseek_jax.hf_config import from_hf
 
 SCALE_SUFFIX = "_scale_inv"  # of "<name>.weight"
 # A leaf kept in FP8 is a dict of these two: checkpoint layout [stack..., out, in] and [stack..., blocks, blocks].
 Q, SCALE = "fp8", "scale"
+_SCALES = ("F32", "F8_E8M0")
+_WITHOUT_MTP = "to leave out the MTP modules: mtp=False (experiments: --nomtp)"
 _IGNORED = ("rotary_emb.inv_freq",)  # derived from the config; old files carry it
 _FLOATS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def load(
-    path: str | Path, dtype: str | None = None, *, keep_fp8: bool = False, shardings: Any = None
+    path: str | Path,
+    dtype: str | None = None,
+    *,
+    keep_fp8: bool = False,
+    mtp: bool = True,
+    shardings: Any = None,
 ) -> tuple[ModelConfig, Any, jax.Array]:
     """A Hugging Face checkpoint of the family.
 
@@ -40,6 +49,7 @@ def load(
             bfloat16), computing in the `torch_dtype` of config.json.
         keep_fp8: leave FP8 matrices in FP8: {"fp8": float8_e4m3fn [stack..., out, in], "scale": float32
             [stack..., out blocks, in blocks]} in the leaf's place, instead of dequantised.
+        mtp: False leaves the MTP modules out, as if the files had none: for a fine-tune that carries stale ones.
         shardings: tree like the parameters of `jax.sharding.Sharding`; each device reads only its slice.
             None: the default device.
 
@@ -50,7 +60,7 @@ def load(
     Raises:
         ValueError: anything wrong with the folder, naming file and tensor, before data is read.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, mtp)
     if dtype is not None and dtype not in _FLOATS:
         raise ValueError(f"dtype={dtype!r} is not one of {list(_FLOATS)}")
     flat: dict[str, Any] = {}
@@ -72,22 +82,28 @@ def load(
 class Checkpoint:
     """A checked checkpoint folder.
 
-    hf: parsed config.json. cfg: its ModelConfig, without MTP modules if the files have none. tensors: by name.
-    layout: how they are spread over files. leaves: of the parameter tree, by path.
+    hf: parsed config.json. cfg: its ModelConfig, without MTP modules if the files have none or with `mtp` False.
+    tensors: by name. layout: how they are spread over files. leaves: of the parameter tree, by path.
 
     Raises ValueError naming file and tensor.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, mtp: bool = True):
         self.path = Path(path).absolute()
         self.hf = read_config(self.path)
         try:
             cfg = from_hf(self.hf)
         except ValueError as error:
-            raise ValueError(f"{self.path / 'config.json'}: {error}") from error
+            raise ValueError(f"{self.path}/{error}") from error
         self.tensors, self.layout = scan(self.path)
-        if not any(name.startswith(mtp_prefixes(cfg)) for name in self.tensors):
+        modules = mtp_of(cfg, self.tensors)
+        if not (mtp and modules):
             cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+        if not mtp:
+            self.tensors = {name: x for name, x in self.tensors.items() if name not in modules}
+            self.hf = {k: v for k, v in self.hf.items() if k != "num_mtp_layers"} | {
+                "num_nextn_predict_layers": 0
+            }
         self.cfg = cfg
         self.leaves = leaves(cfg)
         self._check()
@@ -112,7 +128,7 @@ class Checkpoint:
         window, rest = leaf.window(piece)
         data = tensor.read()[window]
         if tensor.dtype == "F8_E4M3":
-            scales = np.array(self.tensors[name + SCALE_SUFFIX].read())
+            scales = self.scales(name)
             data = fp8.dequantise(data, scales, out.dtype, window[0].start or 0, window[1].start or 0)
         if leaf.transposed:
             shape = list(leaf.piece_shape)
@@ -121,11 +137,18 @@ class Checkpoint:
             data = data.T.reshape(shape)
         out[...] = data[rest]
 
+    def scales(self, name: str) -> np.ndarray:
+        """float32 scales of an FP8 tensor. Raises ValueError for ones that cannot be."""
+        scale = self.tensors[name + SCALE_SUFFIX]
+        return fp8.checked_scales(scale.read(), f"{scale.file}: tensor {name + SCALE_SUFFIX}")
+
     def balance_bias(self) -> np.ndarray:
-        """float32 [layer, expert]; zeros for softmax gating."""
+        """float32 [layer, expert]; zeros for softmax gating. Raises ValueError where it is not finite."""
         bias = np.zeros(self.cfg.balance_bias_shape, np.float32)
         for row, name in enumerate(bias_names(self.cfg)):
             bias[row] = self.tensors[name].read()
+            if not np.isfinite(bias[row]).all():
+                raise ValueError(f"{self.tensors[name].file}: tensor {name} holds values that are not finite")
         return bias
 
     # --- checks -------------------------------------------------------------------------------------------
@@ -138,21 +161,30 @@ class Checkpoint:
         for name in bias_names(self.cfg):
             expected |= self._check_tensor(name, (self.cfg.n_routed_experts,), False)
         if self.cfg.tie_word_embeddings and "lm_head.weight" in self.tensors:
-            self._check_copy("lm_head.weight", "model.embed_tokens.weight")
+            self._check_copy(
+                "lm_head.weight",
+                "model.embed_tokens.weight",
+                'or set "tie_word_embeddings": false in config.json',
+            )
             expected.add("lm_head.weight")
         for copy, original in shared_copies(self.cfg).items():
             if copy in self.tensors:
-                self._check_copy(copy, original)
+                self._check_copy(copy, original, _WITHOUT_MTP)
                 expected.add(copy)
+        modules = mtp_of(self.cfg, self.tensors)
         for name, tensor in self.tensors.items():
             if name not in expected and not name.endswith(_IGNORED):
-                raise ValueError(f"{tensor.file}: tensor {name} does not belong to the model of config.json")
+                hint = f"; {_WITHOUT_MTP}" if name in modules else ""
+                raise ValueError(
+                    f"{tensor.file}: tensor {plain(name)} does not belong to the model of config.json{hint}"
+                )
 
     def _check_tensor(self, name: str, shape: tuple[int, ...], may_be_fp8: bool) -> set[str]:
         """Checks one tensor, with its scales if it is FP8; returns the names that it accounts for."""
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise ValueError(f"{self.path}: tensor {name} of shape {list(shape)} is missing")
+            hint = f"; {_WITHOUT_MTP}" if mtp_of(self.cfg, [name]) else ""
+            raise ValueError(f"{self.path}: tensor {name} of shape {list(shape)} is missing{hint}")
         allowed = ("F32", "BF16", "F8_E4M3") if may_be_fp8 else ("F32", "BF16")
         _check_one(name, tensor, shape, allowed)
         if tensor.dtype != "F8_E4M3":
@@ -160,11 +192,11 @@ class Checkpoint:
         scale = self.tensors.get(name + SCALE_SUFFIX)
         if scale is None:
             raise ValueError(f"{tensor.file}: FP8 tensor {name} has no {name + SCALE_SUFFIX}")
-        _check_one(name + SCALE_SUFFIX, scale, fp8.scale_shape(shape), ("F32",))
+        _check_one(name + SCALE_SUFFIX, scale, fp8.scale_shape(shape), _SCALES)
         return {name, name + SCALE_SUFFIX}
 
-    def _check_copy(self, copy: str, original: str) -> None:
-        """The MTP modules of this model share embedding and head: copies that differ cannot be represented."""
+    def _check_copy(self, copy: str, original: str, way_out: str) -> None:
+        """This model shares the tensor: a copy that differs cannot be represented."""
         a, b = self.tensors[copy], self.tensors[original]
         _check_one(copy, a, b.shape, (b.dtype,))
         x, y = a.read(), b.read()
@@ -173,7 +205,10 @@ class Checkpoint:
             if not np.array_equal(
                 x[start : start + rows].view(np.uint8), y[start : start + rows].view(np.uint8)
             ):
-                raise ValueError(f"{a.file}: tensor {copy} differs from {original}, which this model shares")
+                raise ValueError(
+                    f"{a.file}: tensor {copy} differs from {original}, with which this model shares it, as a fine-tune "
+                    f"leaves it that trained one of the two: put a copy of {original} in its place; {way_out}"
+                )
 
 
 def _check_one(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
@@ -183,8 +218,38 @@ def _check_one(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[
         )
     if tensor.dtype not in dtypes:
         raise ValueError(
-            f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, expected one of {list(dtypes)}"
+            f"{tensor.file}: tensor {name} has dtype {plain(tensor.dtype)}, expected one of {list(dtypes)}; save the "
+            "checkpoint in one of these first"
         )
+
+
+def dequantised(params: Any, cfg: ModelConfig) -> Any:
+    """Parameters in host memory with leaves kept in FP8 as bfloat16: what `load` makes of the same checkpoint.
+
+    The tree is emptied on the way, leaf by leaf, so that not both forms of the model are in memory. Raises ValueError
+    naming the leaf: missing, of another shape, scales that cannot be.
+    """
+    flat = {}
+    for path, leaf in leaves(cfg).items():
+        try:
+            x = take(params, path)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"params lack {path} of shape {leaf.shape}") from error
+        flat[path] = _dequantised(leaf, x) if isinstance(x, dict) and x.keys() == {Q, SCALE} else x
+        if np.shape(flat[path]) != leaf.shape:
+            raise ValueError(f"params.{path} has shape {np.shape(flat[path])}, the config says {leaf.shape}")
+    return unflatten(flat)
+
+
+def _dequantised(leaf: Leaf, x: dict[str, np.ndarray]) -> np.ndarray:
+    values, blocks = (*leaf.stack, *leaf.hf_shape), (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
+    if x[Q].shape != values or x[SCALE].shape != blocks:
+        raise ValueError(f"params.{leaf.path} in FP8 has shape {x[Q].shape}, the config says {values}")
+    out = np.empty(leaf.shape, DTYPES["BF16"])
+    for index in leaf.indices():
+        scales = fp8.checked_scales(x[SCALE][index], f"params.{leaf.path}{list(index)}")
+        out[index] = leaf.from_hf(fp8.dequantise(x[Q][index], scales, out.dtype))
+    return out
 
 
 # --- arrays -----------------------------------------------------------------------------------------------
@@ -209,19 +274,16 @@ def _filler(leaf: Leaf, read: Callable[[Index, tuple[slice, ...], np.ndarray], N
 def _fp8_parts(checkpoint: Checkpoint, leaf: Leaf) -> dict[str, tuple[tuple[int, ...], np.dtype, Fill]]:
     """Shape, dtype and filler of the two arrays of a leaf kept in FP8."""
 
-    def reader(suffix: str) -> Callable[[Index, tuple[slice, ...], np.ndarray], None]:
-        def read(index: Index, window: tuple[slice, ...], out: np.ndarray) -> None:
-            out[...] = checkpoint.tensors[leaf.name(index) + suffix].read()[window]
+    def values(index: Index, window: tuple[slice, ...], out: np.ndarray) -> None:
+        out[...] = checkpoint.tensors[leaf.name(index)].read()[window]
 
-        return read
+    def scales(index: Index, window: tuple[slice, ...], out: np.ndarray) -> None:
+        out[...] = checkpoint.scales(leaf.name(index))[window]
 
+    blocks = (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
     return {
-        Q: ((*leaf.stack, *leaf.hf_shape), fp8.E4M3, _filler(leaf, reader(""))),
-        SCALE: (
-            (*leaf.stack, *fp8.scale_shape(leaf.hf_shape)),
-            np.dtype(np.float32),
-            _filler(leaf, reader(SCALE_SUFFIX)),
-        ),
+        Q: ((*leaf.stack, *leaf.hf_shape), fp8.E4M3, _filler(leaf, values)),
+        SCALE: (blocks, DTYPES["F32"], _filler(leaf, scales)),
     }
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import fp8
-from deepseek_jax.hf.files import DTYPES, Spec, plan_shards, write_index, write_shard
+from deepseek_jax.hf.files import plan_shards, write_index
 from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, shared_copies
 from deepseek_jax.hf.read import SCALE, SCALE_SUFFIX, Q
+from deepseek_jax.hf.tensors import DTYPES, Spec, write_shard
 from deepseek_jax.hf_config import quantization_config, to_hf
 
 FORMATS = ("bf16", "fp8", "f32", "stored")
@@ -207,7 +208,7 @@ class Producer:
             return self._plain(part.leaf, part.index, self.specs[name][0])
         if stored_fp8:
             read = self._source.piece if part.kind == "fp8" else self._source.scale
-            return read(part.leaf, part.index)
+            return read(part.leaf, part.index).astype(self.specs[name][0], copy=False)
         return self._quantise(part)
 
     def _plain(self, leaf: Leaf, index: Index, dtype: np.dtype) -> np.ndarray:

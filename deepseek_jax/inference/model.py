@@ -197,6 +197,7 @@ def load(
     step: int | None = None,
     ema: bool = False,
     dtype: str | None = None,
+    mtp: bool = True,
     shardings: Any = None,
     mesh: MeshConfig | None = None,
 ) -> Model:
@@ -204,7 +205,7 @@ def load(
 
     Args:
         step, ema: which checkpoint of a training run, and whether its averaged parameters.
-        dtype, shardings: of the parameters of a Hugging Face checkpoint, see `deepseek_jax.hf.load`.
+        dtype, mtp, shardings: of the parameters of a Hugging Face checkpoint, see `deepseek_jax.hf.load`.
         mesh: generate over these devices, which hold the experts among them (`inference/over_mesh.py`); None: on one.
 
     Raises:
@@ -213,18 +214,19 @@ def load(
     if mesh is not None and shardings is not None:
         raise ValueError("a mesh brings its own shardings: give one of mesh and shardings")
     folder = Path(path).expanduser()
-    if (folder / "config.json").is_file():
-        from deepseek_jax import hf
+    from deepseek_jax import hf
 
+    if (folder / "config.json").is_file():
         if mesh is not None:
-            shardings = parameter_shardings(hf.Checkpoint(folder).cfg, mesh)
+            shardings = parameter_shardings(hf.Checkpoint(folder, mtp).cfg, mesh)
         text = _text_side(folder, read_object(folder / "config.json"))
-        return Model(*hf.load(folder, dtype=dtype, shardings=shardings), *text, mesh)
+        return Model(*hf.load(folder, dtype=dtype, mtp=mtp, shardings=shardings), *text, mesh)
     if (folder / "checkpoints").is_dir():
         from deepseek_jax.training.checkpoint import load_params
 
         saved, params, bias, meta = load_params(folder / "checkpoints", step, ema)
         cfg = build(Config, saved).model
+        params = hf.dequantised(params, cfg)  # of a converted checkpoint, which may have stayed in FP8
         where = None if mesh is None else parameter_shardings(cfg, mesh)
         text = _text_side(folder, meta.get("huggingface", {}).get("config", {}))
         return Model(cfg, jax.device_put(params, where), jnp.asarray(bias), *text, mesh)
