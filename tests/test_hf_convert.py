@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 import deepseek_jax
 from deepseek_jax import hf, inventory
 from deepseek_jax.config import Config, DataConfig, ModelConfig, build
+from deepseek_jax.data import text_files
 from deepseek_jax.hf import convert
 from deepseek_jax.training.checkpoint import Checkpointer, load_params
 from tests.oracle.tiny import V3, weights
@@ -128,10 +129,11 @@ def test_a_training_run_becomes_a_folder(tmp_path):
 
 @pytest.fixture
 def without_tokenizer(released, converted, tmp_path):
-    """Copies of both; the tokenizer.json there is none."""
+    """Copies of both; the files of the tokenizer there are none."""
     copies = [shutil.copytree(path, tmp_path / path.name) for path in (released, converted)]
     for path in copies:
-        (path / "tokenizer.json").unlink()
+        for name in text_files.read(path):
+            (path / name).unlink()
     return copies
 
 
