@@ -177,7 +177,7 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
             "config": checkpoint.hf,
             "files": files,
             "metadata": layout.metadata,
-            "index_file": layout.index,
+            "index_file": layout.index_file,
         },
     }
 

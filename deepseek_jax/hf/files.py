@@ -21,7 +21,9 @@ class Layout(NamedTuple):
 
     files: dict[str, list[str]]
     metadata: dict[str, dict[str, str]]
-    index: dict[str, Any] | None  # what the index file has beside its weight_map; None: there is no index
+    index_file: (
+        dict[str, Any] | None
+    )  # what the index file has beside its weight_map; None: there is no index
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -102,8 +104,8 @@ def plan_shards(specs: Mapping[str, Spec], shard_bytes: int) -> Layout:
 
 def write_index(path: Path, layout: Layout) -> None:
     """The index file, unless the layout has none."""
-    if layout.index is None:
+    if layout.index_file is None:
         return
     weight_map = {name: file for file, names in layout.files.items() for name in names}
-    index = layout.index | {"weight_map": dict(sorted(weight_map.items()))}
+    index = layout.index_file | {"weight_map": dict(sorted(weight_map.items()))}
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

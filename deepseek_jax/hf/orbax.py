@@ -263,13 +263,10 @@ def _tree_names(file: Path) -> tuple[set[str], bool]:
     for name, entry in _mapping(tree.get("tree_metadata"), file, "tree_metadata").items():
         keys = entry.get("key_metadata") if isinstance(entry, dict) else None
         parts = (
-            [k.get("key") if isinstance(k, dict) else None for k in keys]
-            if isinstance(keys, list)
-            else [None]
+            [k.get("key") if isinstance(k, dict) else None for k in keys] if isinstance(keys, list) else []
         )
-        require(
-            all(isinstance(p, str) for p in parts),
-            f"{file}: tree_metadata.{plain(name)}={shown(entry)} is damaged",
-        )
-        names.add(".".join(parts))
+        texts = [part for part in parts if isinstance(part, str)]
+        whole = bool(parts) and len(texts) == len(parts)
+        require(whole, f"{file}: tree_metadata.{plain(name)}={shown(entry)} is damaged")
+        names.add(".".join(texts))
     return names, bool(tree.get("use_zarr3"))
