@@ -135,6 +135,32 @@ def control_tokens(added: Iterable[Mapping[str, Any]], always: set[str]) -> set[
     }
 
 
+def without_control(spec: Mapping[str, Any], control: set[str]) -> dict[str, Any]:
+    """The tokenizer.json of a tokenizer with the same ids, which makes no control token of a text.
+
+    They are flagged special, for `encode_special_tokens`, and the model, which may know them as words or pieces, knows
+    them by names that are in no text: neither byte-level nor with a mark for spaces.
+    """
+    model = dict(spec["model"])
+    # The model itself refers to these.
+    kept = {model.get("unk_token")} | {f"<0x{byte:02X}>" for byte in range(256) if model.get("byte_fallback")}
+    hidden = {token: f"\U0010ffff {token}" for token in control - kept}
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {hidden.get(token, token): i for token, i in vocab.items()}
+    else:
+        model["vocab"] = [[hidden.get(token, token), score] for token, score in vocab]
+    if "merges" in model:
+        pairs = (tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"])
+        model["merges"] = [pair for pair in pairs if not hidden.keys() & {*pair, "".join(pair)}]
+    added = [
+        token
+        | {"content": hidden.get(token["content"], token["content"]), "special": token["content"] in control}
+        for token in spec["added_tokens"]
+    ]
+    return {**spec, "model": model, "added_tokens": added, "post_processor": None}
+
+
 def stop_ids(files: Files, config: Mapping[str, Any], eos: int | None) -> tuple[int, ...]:
     """The ids that end a generation.
 

@@ -8,6 +8,7 @@ tested before use: a damaged entry is built anew.
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax.data.cuts import LINES
 from deepseek_jax.data.tokenizer import Tokenizer
 
 BATCH_CHARS = 4 << 20  # encoded at once: bounds the memory of the encoder's own records
@@ -79,7 +81,7 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.
     """Yields int32 ids of each text followed by eos, encoding a few MB at a time in parallel."""
     eos = np.array([tokenizer.eos_id], np.int32)
     parts: list[np.ndarray] = []  # of the document at hand, which may reach over several batches
-    for batch in _piece_batches(texts, tokenizer.cuts_at_line_breaks):
+    for batch in _piece_batches(texts, tokenizer.cuts):
         encoded = tokenizer.encode_batch([piece for piece, _ in batch])
         for ids, (_, is_last) in zip(encoded, batch, strict=True):
             parts.append(np.array(ids, np.int32))
@@ -88,12 +90,12 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.
                 parts = []
 
 
-def _piece_batches(texts: Iterable[str], cut: bool) -> Iterator[list[tuple[str, bool]]]:
-    """Batches of (piece, whether it ends its document), each of about `BATCH_CHARS` characters; uncut, whole texts."""
+def _piece_batches(texts: Iterable[str], cuts: re.Pattern[str] | None) -> Iterator[list[tuple[str, bool]]]:
+    """Batches of (piece, whether it ends its document), each of about `BATCH_CHARS` characters."""
     batch: list[tuple[str, bool]] = []
     size = 0
     for text in texts:
-        *heads, last = split_text(text) if cut else (text,)
+        *heads, last = split_text(text, cuts)
         for piece, is_last in [*((head, False) for head in heads), (last, True)]:
             batch.append((piece, is_last))
             size += len(piece)
@@ -104,22 +106,17 @@ def _piece_batches(texts: Iterable[str], cut: bool) -> Iterator[list[tuple[str, 
         yield batch
 
 
-def split_text(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
-    """Cuts a long text into pieces of about `limit` characters.
+def split_text(text: str, cuts: re.Pattern[str] | None = LINES, limit: int = PIECE_CHARS) -> Iterator[str]:
+    """Cuts a long text into pieces of about `limit` characters that encode as the whole does.
 
-    The cuts go between a line break and a visible character, where DeepSeek's pre-tokenizer always ends a word: the
-    pieces encode as the whole does (`Tokenizer.cuts_at_line_breaks`). A text without such a place is left whole.
+    Args:
+        cuts: `Tokenizer.cuts`; default: that of the tokenizers that we train. A text without such a place is left
+            whole.
     """
-    start, search = 0, limit
-    while search < len(text):
-        cut = text.find("\n", search) + 1
-        if cut == 0 or cut == len(text):
-            break
-        if not text[cut].isspace():
-            yield text[start:cut]
-            start, search = cut, cut + limit
-        else:
-            search = cut
+    start = 0
+    while cuts is not None and (found := cuts.search(text, start + limit)):
+        yield text[start : found.end()]
+        start = found.end()
     yield text[start:]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from deepseek_jax.data import byte_level, special_tokens, text_files
+from deepseek_jax.data import byte_level, cuts, special_tokens, text_files
 from deepseek_jax.data.chat import DEFAULT_TEMPLATE, ChatTemplate
 from deepseek_jax.data.special_tokens import SPECIAL_TOKENS
 from deepseek_jax.json_files import read_object
@@ -41,7 +41,7 @@ class Tokenizer:
         is_byte_level: every id stands for fixed bytes, so any text round-trips exactly.
         names: the named special tokens that there are, as `transformers` names them ("bos_token").
         stop_ids: the ids that end a generation.
-        cuts_at_line_breaks: a text cut between a line break and a visible character gives the same ids.
+        cuts: where a text may be cut so that the pieces have the ids of the whole (cuts.py); None: nowhere.
         bos_id, eos_id, pad_id, fim_hole_id, fim_begin_id, fim_end_id, user_id, assistant_id: ids of special tokens;
             ValueError when the tokenizer has none.
 
@@ -76,11 +76,12 @@ class Tokenizer:
         control = special_tokens.control_tokens(spec["added_tokens"], always)
         self._control_ids = [token["id"] for token in spec["added_tokens"] if token["content"] in control]
         self._ordinary = [token for token in spec["added_tokens"] if token["content"] not in control]
-        self._plain = _without_control(spec, control)
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(special_tokens.without_control(spec, control)))
+        self._plain.encode_special_tokens = True
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.is_byte_level = _has_decoder(spec["decoder"], "ByteLevel")
         self._has_byte_tokens = _has_decoder(spec["decoder"], "ByteFallback")
-        self.cuts_at_line_breaks = byte_level.cuts_at_line_breaks(spec, self._ordinary)
+        self.cuts = cuts.place(spec, self._ordinary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> "Tokenizer":
@@ -258,8 +259,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that decides how a document becomes ids."""
         described = self._full.to_str() + json.dumps(SPECIAL_TOKENS | self._special, sort_keys=True)
-        if self._ordinary or not self.cuts_at_line_breaks:
-            described += f"ordinary added tokens matched; cut: {self.cuts_at_line_breaks}"
+        if self._ordinary or self.cuts is not cuts.LINES:  # once, they were not matched, and all cut at lines
+            described += "ordinary added tokens are matched, cuts change nothing"
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
@@ -274,14 +275,6 @@ def _special_names(
             found.pop(name, None)
             found |= {} if token is None else {name: token.content}
     return found
-
-
-def _without_control(spec: dict[str, Any], control: set[str]) -> tokenizers.Tokenizer:
-    """The same vocabulary, with the control tokens flagged special and special tokens not matched."""
-    added = [token | {"special": token["content"] in control} for token in spec["added_tokens"]]
-    plain = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added, "post_processor": None}))
-    plain.encode_special_tokens = True
-    return plain
 
 
 def _has_decoder(decoder: dict | None, kind: str) -> bool:

@@ -1,6 +1,7 @@
 """Tokenizers of the kinds that there are, as folders in the Hugging Face format, made here from a few texts."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ TEXTS = [
     "  two  spaces\tand a tab \r\n of the <think> of it </think> TOOL",
 ]
 
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHATML = """{%- if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}{{ '<|im_end|>\n' }}{% endif %}
@@ -61,19 +63,21 @@ def _bos_first(backend: Tokenizer, bos: str) -> None:
     )
 
 
-def _byte_level(special: list[str], size: int = 340, **pre: Any) -> Tokenizer:
-    return _trained(
-        models.BPE(),
-        _bpe(size, special, pre_tokenizers.ByteLevel.alphabet()),
-        pre_tokenizer=pre_tokenizers.ByteLevel(**{"add_prefix_space": False} | pre),
-        decoder=decoders.ByteLevel(),
-    )
+def _in_one_pattern(pattern: str) -> pre_tokenizers.PreTokenizer:
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), to_bytes])
+
+
+def _byte_level(special: list[str], pre: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    trainer = _bpe(340, special, pre_tokenizers.ByteLevel.alphabet())
+    return _trained(models.BPE(), trainer, pre_tokenizer=pre, decoder=decoders.ByteLevel())
 
 
 def chat_model(folder: Path) -> None:
-    """Byte-level, as Qwen: two stops of which the tokenizer names one, no bos, ordinary added tokens, a template."""
-    backend = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    backend.add_tokens(["<think>", "</think>", AddedToken("TOOL", single_word=True)])
+    """Byte-level, as GPT-2: two stops of which the tokenizer names one, no bos, ordinary added tokens, a template."""
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = _byte_level(names, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    backend.add_tokens(["<think>", "</think>"])
     _write(folder, backend, {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
     ids = [backend.token_to_id("<|im_end|>"), backend.token_to_id("<|endoftext|>")]
     _json(folder / "generation_config.json", {"eos_token_id": ids, "temperature": 0.7})
@@ -82,12 +86,12 @@ def chat_model(folder: Path) -> None:
 
 def bos_model(folder: Path) -> None:
     """Byte-level, as Llama 3: the post-processor writes the bos; the list of added tokens is in the config."""
-    backend = _byte_level(["<|begin_of_text|>", "<|end_of_text|>"])
+    backend = _byte_level(["<|begin_of_text|>", "<|end_of_text|>"], _in_one_pattern(LLAMA_3))
     _bos_first(backend, "<|begin_of_text|>")
     size = backend.get_vocab_size()
     listed = {
         str(size): {"content": "<|eot_id|>", "special": True, "normalized": False},
-        str(size + 1): {"content": "[keys] ", "special": False, "rstrip": True},
+        str(size + 1): {"content": "[keys]", "special": False},
     }
     named = {
         "bos_token": "<|begin_of_text|>",
@@ -122,6 +126,29 @@ def metaspace(folder: Path) -> None:
         folder / "special_tokens_map.json",
         {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"},
     )
+
+
+def metaspace_words(folder: Path) -> None:
+    """Metaspace that ends words before spaces and puts one before each part between added tokens, too."""
+    unigram = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    pre = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend = _trained(models.Unigram(), unigram, pre_tokenizer=pre, decoder=decoders.Metaspace())
+    backend.add_tokens(["<think>", "TOOL"])
+    _write(folder, backend, {"eos_token": "</s>"})
+
+
+def llama_2(folder: Path) -> None:
+    """Metaspace over whole texts, with a vocabulary in which no token has a space inside."""
+    metaspace(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    model = spec["model"]
+    inside = {token for token in model["vocab"] if re.search("[^▁]▁", token)}
+    model["merges"] = [merge for merge in model["merges"] if not inside & {*merge, "".join(merge)}]
+    unused = iter(range(10**6))
+    model["vocab"] = {f"unused{next(unused)}" if t in inside else t: i for t, i in model["vocab"].items()}
+    _json(folder / "tokenizer.json", spec)
 
 
 def sentencepiece(folder: Path) -> None:
@@ -162,9 +189,8 @@ def deepseek_v2(folder: Path) -> None:
     _write(folder, backend, tokens | {"additional_special_tokens": ["<|EOT|>"]})
 
 
-FAMILY: dict[str, Callable[[Path], None]] = {
-    function.__name__: function for function in (chat_model, bos_model, metaspace, sentencepiece, deepseek_v2)
-}
+_MAKERS = (chat_model, bos_model, metaspace, metaspace_words, llama_2, sentencepiece, deepseek_v2)
+FAMILY: dict[str, Callable[[Path], None]] = {maker.__name__: maker for maker in _MAKERS}
 
 
 def make(name: str, folder: Path) -> Path:

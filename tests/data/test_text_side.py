@@ -1,5 +1,6 @@
 """Everything that says what a text is, against `transformers`, over a family of tokenizers."""
 
+import itertools
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from deepseek_jax.data.cuts import LINES, WORDS
 from deepseek_jax.data.special_tokens import SPECIAL_TOKENS
 from deepseek_jax.data.streaming import StreamDecoder
 from deepseek_jax.data.token_cache import encode_documents, split_text
@@ -53,35 +55,75 @@ def test_ids_of_prompts_and_documents(both):
     # Documents know the ordinary added tokens and not the control tokens.
     for text in [text for text in STRINGS if "<|" not in text and "<img>" not in text]:
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
-    control = {ours._full.token_to_id(token) for token in theirs.all_special_tokens} | {
-        ours._full.token_to_id(token) for token in SPECIAL_TOKENS.values()
-    }
-    assert not control & set(ours.encode(CONTROL)) - {theirs.unk_token_id}
-    assert ours._plain.get_vocab() == ours._full.get_vocab() == theirs.get_vocab()
+    ids = theirs.get_vocab()
+    control = {ids[name] for name in (*theirs.all_special_tokens, *SPECIAL_TOKENS.values()) if name in ids}
+    control |= {i for i, token in theirs.added_tokens_decoder.items() if token.special}
+    assert not (control - {ids.get("<unk>")}) & set(ours.encode(CONTROL))
+    assert ours._full.get_vocab() == ids
+    assert {i for token, i in ours._plain.get_vocab().items() if ids.get(token) != i} <= control
+
+
+HARD_TO_CUT = [
+    *(
+        "a",
+        "1",
+        "(",
+        "/",
+        "\u0301",
+        "日",
+        "<think>",
+        "TOOL",
+        "\x00",
+        ")))",
+        "'re",
+        "'re",
+        "é",
+        "[keys]",
+        "x's",
+        "\x1c",
+    ),
+    *("a b", "a  b", "TOOL b", "a TOOL", "b <think> c", "'re a", "日 a", "a 日 b", "1 a 1", "A' b"),
+]
 
 
 def test_long_documents_have_the_ids_of_the_whole(both):
-    """However often a document would be cut in pieces, and whatever stands at the places."""
+    """However often a document is cut, and whatever stands at the places."""
     ours, theirs, _ = both
-    text = (
-        "".join(
-            f"{word}\n{word} \n  {word}\n\n"
-            for word in ["a", "1", "(", "/", "́", "日", "<think>", "TOOL", "\x00", ")))", "'re"]
-        )
-        * 20
-    )
-    documents = [text, "short", *TEXTS]
+    rng = np.random.default_rng(0)
+    spaces = ["\n", " ", "  ", "\n\n", " \n", "\n ", "\r\n", "\t", " \n \n", "\u3000\n", "\x1c\n", ""]
+    words = [str(rng.choice(HARD_TO_CUT)) + str(rng.choice(spaces)) for _ in range(4000)]
+    documents = ["".join(words), "short", *TEXTS]
     want = [theirs(document, add_special_tokens=False)["input_ids"] for document in documents]
-    for size in (7, 31, 1 << 18):
+    for size in (1, 31, 1 << 18):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(split_text, "__defaults__", (size,))
+            patch.setattr(split_text, "__defaults__", (None, size))
             got = [ids.tolist() for ids in encode_documents(documents, ours)]
+            assert len(list(split_text(documents[0], ours.cuts))) > (100 if ours.cuts and size < 50 else 0)
         assert got == [[*ids, ours.eos_id] for ids in want]
 
 
-def test_which_are_cut(folders):
-    cut = {name: Tokenizer.load(folder).cuts_at_line_breaks for name, folder in folders.items()}
-    assert [name for name in cut if cut[name]] == ["deepseek_v2"]
+def test_which_are_cut_where(folders, tokenizer):
+    found = {name: Tokenizer.load(folder).cuts for name, folder in folders.items()}
+    assert [name for name, cut in found.items() if cut is LINES] == ["bos_model", "deepseek_v2"]
+    assert [name for name, cut in found.items() if cut is WORDS] == [
+        "chat_model",
+        "metaspace_words",
+        "llama_2",
+    ]
+    assert tokenizer.cuts is LINES
+
+
+def test_documents_that_are_cut_elsewhere_change(folders):
+    """The rule matters: at other places pieces have other ids."""
+    for name, cut, text in (
+        ("metaspace", LINES, "the cat\nthe rat"),
+        ("metaspace", WORDS, TEXTS[1]),
+        ("chat_model", LINES, "values\n\nclass"),
+        ("sentencepiece", WORDS, "the cat"),
+    ):
+        tokenizer = Tokenizer.load(folders[name])
+        pieces = tokenizer.encode_batch(list(split_text(text, cut, 1)))
+        assert len(pieces) > 1 and [*itertools.chain(*pieces)] != tokenizer.encode(text)
 
 
 def test_special_tokens(both):
