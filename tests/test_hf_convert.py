@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 import deepseek_jax
 from deepseek_jax import hf, inventory
 from deepseek_jax.config import Config, DataConfig, ModelConfig, build
-from deepseek_jax.data import text_files
+from deepseek_jax.data import Tokenizer, text_files, train_tokenizer
 from deepseek_jax.hf import convert
 from deepseek_jax.training.checkpoint import Checkpointer, load_params
 from tests.oracle.tiny import V3, weights
@@ -210,6 +210,15 @@ def test_an_output_inside_its_source(released, tmp_path):
         convert.to_hf(path, path / "out", "bf16", progress=cut_after(0.5))
     convert.to_hf(path, path / "out", "bf16")
     assert hf.load(path / "out")[0].dtype == "bfloat16"
+
+
+def test_a_folder_written_with_a_tokenizer(tmp_path):
+    tokenizer = train_tokenizer([], 264)
+    hf.save(tmp_path / "hf", V3, *weights(V3), tokenizer=tokenizer)
+    assert Tokenizer.load(tmp_path / "hf").fingerprint == tokenizer.fingerprint
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id == 1
+    config = AutoConfig.from_pretrained(tmp_path / "hf")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 1, 2)
 
 
 class CutError(Exception):

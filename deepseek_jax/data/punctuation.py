@@ -6,6 +6,7 @@ report does not give the proportion.
 """
 
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,16 +19,19 @@ class PunctuationSplitter:
     """Replaces combined tokens by the ids of the punctuation and the ids of the line breaks.
 
     Attributes:
-        combined: int64 [n], the ids that can be split.
+        combined: int64 [n], the ids that can be split; none unless the ids stand for fixed bytes, as DeepSeek's do.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         texts = tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
         heads = [_punctuation_head(text) for text in texts]
-        self.combined = np.flatnonzero(heads)
-        halves = [part for i in self.combined for part in (texts[i][: heads[i]], texts[i][heads[i] :])]
+        found = np.flatnonzero(heads)
+        halves = [part for i in found for part in (texts[i][: heads[i]], texts[i][heads[i] :])]
         encoded = tokenizer.encode_batch(halves) if halves else []
-        pieces = [head + tail for head, tail in zip(encoded[0::2], encoded[1::2], strict=True)]
+        joined = [head + tail for head, tail in zip(encoded[0::2], encoded[1::2], strict=True)]
+        same = [_same_bytes(tokenizer, int(i), piece) for i, piece in zip(found, joined, strict=True)]
+        self.combined = found[np.array(same, bool)]
+        pieces = [piece for piece, is_same in zip(joined, same, strict=True) if is_same]
         # pieces_vp[i, :length_v[i]] replaces id i; other ids stand for themselves.
         width = max((len(piece) for piece in pieces), default=1)
         self._length_v = np.ones(tokenizer.vocab_size, np.int64)
@@ -53,6 +57,12 @@ class PunctuationSplitter:
             here = lengths[at] > offset
             out[starts[here] + offset] = self._pieces_vp[ids[at[here]], offset]
         return out
+
+
+def _same_bytes(tokenizer: Tokenizer, token_id: int, pieces: Sequence[int]) -> bool:
+    """Whether the pieces stand for the token's bytes, wherever they are."""
+    whole, *parts = (tokenizer.token_bytes(int(i)) for i in (token_id, *pieces))
+    return None not in (whole, *parts) and whole == b"".join(part or b"" for part in parts)
 
 
 def _punctuation_head(text: str) -> int:

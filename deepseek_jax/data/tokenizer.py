@@ -238,8 +238,8 @@ class Tokenizer:
         token_id = self._id(name)
         if token_id is None:
             raise ValueError(
-                f"the tokenizer has no {name} token ({SPECIAL_TOKENS[name]!r}): switch off what needs it "
-                "(FIM: fim_rate=0), or use a tokenizer with DeepSeek's special tokens"
+                f"the tokenizer has no {name} token ({SPECIAL_TOKENS[name]!r}): name one in tokenizer_config.json, "
+                "switch off what needs it (FIM: fim_rate=0), or use a tokenizer with DeepSeek's special tokens"
             )
         return token_id
 

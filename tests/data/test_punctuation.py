@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.punctuation import PunctuationSplitter
+from deepseek_jax.data.tokenizer import Tokenizer
+from tests.data.family import make
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,12 @@ def test_rate_is_met_and_drawn_per_seed_epoch_and_document(tokenizer, splitter):
         other = splitter.split(ids, 0.3, *key)
         assert len(other) != len(split) or (other != split).any()
     np.testing.assert_array_equal(splitter.split(ids, 0.0, 0, 0, 0), ids)
+
+
+@pytest.mark.parametrize("name", ["metaspace", "metaspace_words"])
+def test_no_split_where_the_text_would_change(name, tmp_path):
+    """A tokenizer that puts a space before each text would put one before the line break."""
+    tokenizer = Tokenizer.load(make(name, tmp_path / name))
+    splitter = PunctuationSplitter(tokenizer)
+    ids = np.array(tokenizer.encode('Keys:\n "Who?"\n\n'), np.int32)
+    assert len(splitter.combined) == 0 and splitter.split(ids, 1.0, 0, 0, 0) is ids
