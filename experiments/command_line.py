@@ -7,6 +7,7 @@
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -15,6 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import flags, logging
+
+from experiments import compiled
+from experiments.screen import SCREEN
 
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT  # exit statuses
 
@@ -31,10 +35,22 @@ _WRONG_PATH = frozenset(
 
 def run(main: Main) -> NoReturn:
     """Runs a command on the process's arguments and exits with its status."""
-    from experiments import compiled
-
     compiled.keep()
-    sys.exit(status(main, sys.argv[1:]))
+    with _showing():
+        code = status(main, sys.argv[1:])
+    if code == INTERRUPTED:  # at once: a thread may be compiling
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _showing() -> contextlib.AbstractContextManager[None]:
+    """The library's work is named on standard error; of commands that load it."""
+    if "deepseek_jax" not in sys.modules:
+        return contextlib.nullcontext()
+    from deepseek_jax import now
+
+    return now.shown_by(SCREEN.doing)
 
 
 def status(main: Main, argv: Sequence[str]) -> int:
@@ -55,15 +71,14 @@ def status(main: Main, argv: Sequence[str]) -> int:
     except (ValueError, OverflowError, OSError, MemoryError, flags.Error) as error:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK", "0") != "0":
             raise
-        complain(_said(error))
+        complain(" ".join(_said(error).split()))
         if isinstance(error, MemoryError):
             return FAILURE
         return FAILURE if isinstance(error, OSError) and error.errno not in _WRONG_PATH else MISTAKE
 
 
 def complain(message: str) -> None:
-    """One line on standard error."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _said(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from deepseek_jax.parallel import distributed
 from deepseek_jax.parallel.together import is_first, whole_copy
 from experiments import command_line, config_flag
 from experiments.devices import one_device_per_core
+from experiments.screen import SCREEN
 
 _FROM_STEP = flags.DEFINE_integer("from_step", None, "Resume from this checkpoint instead of the newest.")
 _DISCARD_NEWER = flags.DEFINE_bool(
@@ -112,14 +113,16 @@ def run(
 
     # Innermost, `failing_fast` spares a process that lost the others the waiting in `close`.
     failing_fast = distributed.failing_fast
-    with stop_on_signals() as stop, contextlib.ExitStack() as stack:
+    with stop_on_signals(SCREEN.line) as stop, contextlib.ExitStack() as stack:
         with failing_fast(command_line.complain):
             trainer = stack.enter_context(contextlib.closing(Trainer(cfg)))
+            trainer.check()
         with failing_fast(command_line.complain):
             if fresh and trainer.checkpointer.latest() is not None:
                 raise ValueError(
                     f"--fresh: {trainer.checkpointer.directory} holds checkpoints; remove it first"
                 )
+            trainer.compile()
             if trainer.resume(from_step, discard_newer) and is_first():
                 _tell_resumed(trainer)
             if is_first():
@@ -146,15 +149,14 @@ def main(argv: Sequence[str]) -> int:
     join = distributed.find(cfg.distributed, os.environ)
     processes = (join.processes if join else None) or 1
     one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation // processes)
-    logging.set_verbosity(
-        logging.FATAL
-    )  # what orbax would log of a failed write, with traceback, is raised as well
+    logging.set_verbosity(logging.FATAL)  # orbax logs failed writes with a traceback, and raises them as well
     if join is not None:
         try:
             distributed.start(join, cfg.distributed)
         except TimeoutError as error:
             command_line.complain(str(error))
             os._exit(distributed.ABANDONED)  # a thread waits for the others, and would abort the process
+        SCREEN.quiet = not is_first()
     try:
         resuming = _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value, _DISCARD_NEWER.value
         status = run(cfg, *resuming, profile_steps)
@@ -164,9 +166,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         raise ValueError(f"{error} (to go on from there: --from_step={step} --discard_newer)") from error
     distributed.stop()
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C ends what is left, the interpreter's own end, at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the interpreter's own end at once
     return status
 
 

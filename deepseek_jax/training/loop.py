@@ -10,6 +10,7 @@ Several processes run the same loop, each on its rows of every batch; they stop 
 import contextlib
 import functools
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deepseek_jax import data as data_lib
+from deepseek_jax import now
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from deepseek_jax.parallel.together import StopVote, batch_share, is_first, on_host
@@ -25,6 +27,12 @@ from deepseek_jax.training.changes import Changes, config_changes
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
 from deepseek_jax.training.finite import NonFiniteError
+from deepseek_jax.training.preflight import (
+    abstract_batch,
+    check_tokenizer,
+    check_vocabulary,
+    in_background,
+)
 from deepseek_jax.training.profiling import StepProfile
 from deepseek_jax.training.records import Evaluation, Records
 from deepseek_jax.training.run_lock import RunLock
@@ -53,11 +61,12 @@ class Trainer:
     Args:
         cfg: the frozen config. Checkpoints and records go to `cfg.train.out_dir`.
         mesh: default: all devices, by `cfg.mesh`.
-        data: default: `deepseek_jax.data.load(cfg.data)`, with this process's share of every batch.
+        data: default: `deepseek_jax.data.load(cfg.data)`, with this process's share of every batch; read when it
+            is first asked for.
 
     Raises:
-        ValueError: batch, mesh and accumulation do not divide; data that cannot be read; a folder in which another
-            process trains (`run_lock.py`). OSError: a folder that cannot be written.
+        ValueError: batch, mesh and accumulation do not divide; a folder in which another process trains
+            (`run_lock.py`). OSError: a folder that cannot be written. `check` and `data` find the rest.
     """
 
     def __init__(self, cfg: Config, mesh: Mesh | None = None, data: data_lib.Data | None = None):
@@ -67,40 +76,74 @@ class Trainer:
         self.granularity = batch_shards(self.mesh) * cfg.train.grad_accumulation
         self.schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len, self.granularity)
         self.total_steps = self.schedules.num_steps(self.granularity)
-        self.step_fn = make_train_step(cfg, self.mesh)
+        self.step_fn: Any = make_train_step(cfg, self.mesh)
         self.eval_fn = make_eval_step(cfg, self.mesh)
         self.step, self.tokens = 0, 0
         self.changes = Changes([], [])
         self._evaluated: tuple[int, Evaluation] | None = None
         self.records: Records | None = None  # of `run`; takes more until `close`
         self._vote = StopVote(self.mesh)
+        self._compiled: Future | None = None
         self._share = batch_share(self.mesh)
         with contextlib.ExitStack() as failing:
             self._lock = RunLock(self.out_dir) if is_first() else None
             failing.callback(self._unlock)
-            # MTP targets lie inside the window (section 2.2), so windows need only the main model's label.
-            self.data = data or data_lib.load(cfg.data, 0, *self._share)
-            if self.data.tokenizer.vocab_size > cfg.model.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {self.data.tokenizer.vocab_size} ids, model.vocab_size is "
-                    f"{cfg.model.vocab_size}: raise it"
-                )
+            if data is not None:
+                self.data = data
             keep = (cfg.train.keep, cfg.train.keep_every, cfg.train.keep_best)
             self.checkpointer = Checkpointer(self.out_dir / "checkpoints", *keep)
-            if is_first():
-                self.data.tokenizer.save(self.out_dir)
             failing.pop_all()
 
     def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.release()
 
+    @functools.cached_property
+    def data(self) -> data_lib.Data:
+        """Raises ValueError for what cannot be read, or does not fit the model."""
+        with now.doing("reading the data"):
+            # MTP targets lie inside the window (section 2.2), so windows need only the main model's label.
+            data = data_lib.load(self.cfg.data, 0, *self._share)
+        check_vocabulary(self.cfg, data.tokenizer)
+        return data
+
+    # --- the step before it runs --------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _traced(self) -> Any:
+        """The step for a whole batch."""
+        state, batch = abstract_state(self.cfg, self.mesh), abstract_batch(self.cfg, self.mesh)
+        return self.step_fn.trace(state, batch, self.schedules.hyper(0, 0))
+
+    def check(self) -> None:
+        """Raises ValueError for whatever of the config cannot be computed, in seconds: it traces a step.
+
+        Nothing has been read or compiled then.
+        """
+        with now.doing("checking the config"):
+            check_tokenizer(self.cfg)
+            _ = self._traced
+
+    def compile(self) -> None:
+        """Begins to compile the step, in a thread, while the data are read; `run` waits for it."""
+        self._compiled = in_background(self._traced.lower().compile)
+        if jax.process_count() > 1:  # which compile their programs in the same order
+            self._compiled.result()
+
+    def _wait_for_step(self) -> None:
+        if self._compiled is None and self.step < self.total_steps:
+            self.compile()
+        if self._compiled is not None:
+            with now.doing("compiling the training step"):
+                self._compiled.result()
+
     # --- state --------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def state(self) -> TrainState:
         """At the present step. A resumed run never makes the first one, which would lie beside the restored."""
-        return init_state(self.cfg, self.mesh)
+        with now.doing("making the first parameters"):
+            return init_state(self.cfg, self.mesh)
 
     @functools.cached_property
     def ema(self) -> EMA:
@@ -165,7 +208,8 @@ class Trainer:
         """Finish pending writes, stop the threads, give the folder free. Raises OSError if a write failed."""
         with contextlib.ExitStack() as whatever_fails:
             whatever_fails.callback(self._unlock)
-            whatever_fails.callback(self.data.train.close)
+            if "data" in vars(self):
+                whatever_fails.callback(self.data.train.close)
             if "ema" in vars(self):
                 whatever_fails.callback(self.ema.close)
             if self.records is not None:
@@ -190,6 +234,10 @@ class Trainer:
 
     def evaluate(self, params: Any) -> Evaluation:
         """Validation loss of `params` with the present balance bias."""
+        with now.doing("evaluating"):
+            return self._evaluate(params)
+
+    def _evaluate(self, params: Any) -> Evaluation:
         windows = self.data.validation.subset(self.cfg.train.eval_windows)
         nats, size = [], self.granularity * max(1, 16 // self.granularity)
         for start in range(0, len(windows), size):
@@ -221,6 +269,10 @@ class Trainer:
         Raises NonFiniteError after `train.max_bad_steps` skipped steps in a row.
         """
         stop = stop or threading.Event()
+        if is_first():
+            self.data.tokenizer.save(self.out_dir)
+        _ = self.state
+        self._wait_for_step()
         latest, devices = self.checkpointer.latest, self.mesh.size
         records = Records(self.cfg, self.step, self.total_steps, devices, latest, progress_file)
         self.records, profile = records, StepProfile(self.out_dir / "profile", profile_steps, records)
@@ -273,5 +325,6 @@ class Trainer:
     def _finish(self, records: Records) -> Result:
         evaluation = self._evaluate_now(records)
         ema_evaluation = self.evaluate(self.ema.on_devices(self.state.params))
-        self.checkpointer.wait()
+        with now.doing("saving"):
+            self.checkpointer.wait()
         return Result(self.state, self.step, self.tokens, False, evaluation, ema_evaluation)

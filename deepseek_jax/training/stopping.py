@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status
 
@@ -13,8 +13,10 @@ _SAID = b"\nerror: interrupted again: ended without saving; the same command goe
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
+def stop_on_signals(say: Callable[[str], None] | None = None) -> Iterator[threading.Event]:
     """An event that SIGTERM and Ctrl-C set. A second Ctrl-C ends the process at once, with status 130.
+
+    `say` hears of the first at once, in a thread of its own.
 
     At once, whatever any thread does or waits for: a checkpoint is given its name when it is whole, so that one being
     written leaves nothing that counts. Signals are taken from the kernel by a thread of their own, since Python's
@@ -29,7 +31,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
     kernels.setblocking(False)
     previous_fd = signal.set_wakeup_fd(kernels.fileno(), warn_on_full_buffer=False)
     previous = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
-    listener = threading.Thread(target=_listen, args=(ours, stop), name="signals", daemon=True)
+    listener = threading.Thread(target=_listen, args=(ours, stop, say), name="signals", daemon=True)
     listener.start()
     try:
         yield stop
@@ -42,7 +44,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
         ours.close()
 
 
-def _listen(ours: socket.socket, stop: threading.Event) -> None:
+def _listen(ours: socket.socket, stop: threading.Event, say: Callable[[str], None] | None) -> None:
     """One byte per signal, its number, until the other end is closed."""
     while number := ours.recv(1):
         if number[0] == signal.SIGINT and stop.is_set():
@@ -51,3 +53,5 @@ def _listen(ours: socket.socket, stop: threading.Event) -> None:
             os._exit(INTERRUPTED)
         if number[0] in (signal.SIGTERM, signal.SIGINT):
             stop.set()
+            if say is not None:
+                say("stopping after this step, then saving; Ctrl-C again ends at once, without saving")

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training import loop
 from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
 from deepseek_jax.training.metrics import METRICS_FILE, TIMINGS, read_records
@@ -274,7 +275,47 @@ def test_tokenizer_that_does_not_fit_the_model(golden_run, tmp_path):
     cfg = config_in(tmp_path, golden_run)
     small = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=300))
     with pytest.raises(ValueError, match=r"the tokenizer has 384 ids, model\.vocab_size is 300: raise it"):
-        golden.trainer(small)
+        golden.trainer(small).check()
+    with pytest.raises(ValueError, match=r"the tokenizer has 384 ids, model\.vocab_size is 300: raise it"):
+        _ = golden.trainer(small).data
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"batch_size": 3}}, r"train\.batch_size=3 must be a multiple of 2"),
+        ({"data": {"tokenizer": "/nonexistent"}}, "no tokenizer at /nonexistent"),
+        ({"data": {"tokenizer": None, "vocab_size": 263}}, r"data\.vocab_size=263 must be at least 264"),
+        ({"data": {"vocab_size": 383}}, r"the tokenizer has 384 ids, data\.vocab_size is 383: raise it"),
+        ({"mesh": {"pipe": 2}}, r"set config\.mesh\.pipe=1"),
+        ({"mesh": {"overlap": True}}, "mesh.overlap=True, but no tokens travel"),
+        (
+            {"mesh": {"local": 2, "overlap": True}, "train": {"batch_size": 2}},
+            "1 sequences does not divide into 2",
+        ),
+        ({"mesh": {"tensor": 2}, "data": {"seq_len": 31}}, "31"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(loop.data_lib, "load", lambda *_: pytest.fail("data were read"))
+    cfg = golden.golden_config(tmp_path)
+    sections = {name: dataclasses.replace(getattr(cfg, name), **values) for name, values in changes.items()}
+    cfg = dataclasses.replace(cfg, **sections)
+    with pytest.raises(ValueError, match=message):
+        Trainer(cfg, make_mesh(cfg.mesh, jax.devices()[:2])).check()
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_the_checked_program_is_the_one_that_runs(golden_run, tmp_path, caplog):
+    """What `check` traced and `compile` compiled is not compiled again by the first step."""
+    run = golden.trainer(config_in(tmp_path, golden_run))
+    with caplog.at_level("WARNING"), jax.log_compiles(), contextlib.closing(run):
+        run.check()
+        run.compile()
+        run.run(StopAfter(2), io.StringIO())
+    said = [record.getMessage() for record in caplog.records]
+    assert run.step == 2 and sum(text.startswith("Compiling jit(step)") for text in said) == 1
+    assert not any("XLA compilation of jit(step)" in text for text in said)  # in this thread
 
 
 def test_signals_set_the_event_and_handlers_are_restored():

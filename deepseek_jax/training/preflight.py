@@ -1,0 +1,59 @@
+"""Before the first step: what of a config can be known to fail, in seconds; work beside the reading of the data."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deepseek_jax.checks import require
+from deepseek_jax.config import Config
+from deepseek_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
+from deepseek_jax.parallel.mesh import batch_sharding
+
+_FIM_TOKENS = ("fim_begin", "fim_hole", "fim_end")
+
+
+def check_tokenizer(cfg: Config) -> None:
+    """Raises ValueError for a tokenizer that cannot be loaded or trained, or that the model or the data do not fit."""
+    if cfg.data.tokenizer is None:
+        least = f"data.vocab_size={cfg.data.vocab_size} must be at least {MIN_VOCAB_SIZE}: all bytes and special tokens"
+        require(cfg.data.vocab_size >= MIN_VOCAB_SIZE, least)
+        return
+    tokenizer = Tokenizer.load(cfg.data.tokenizer)
+    check_vocabulary(cfg, tokenizer)
+    for name in ("eos", *(_FIM_TOKENS if cfg.data.fim_rate else ())):
+        tokenizer.special_id(name)
+
+
+def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the tokenizer has more ids than the model, or than the data's limit."""
+    for name, size in (("model", cfg.model.vocab_size), ("data", cfg.data.vocab_size)):
+        if tokenizer.vocab_size > size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, {name}.vocab_size is {size}: raise it"
+            )
+
+
+def abstract_batch(cfg: Config, mesh: Mesh) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of a whole batch, as `jax.ShapeDtypeStruct`."""
+    names = ("tokens", "segments", "positions") if cfg.data.segments else ("tokens",)
+    shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
+    return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)))
+
+
+def in_background(f: Callable[[], Any]) -> Future:
+    """Runs `f` in a thread that does not keep the process alive."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(f())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

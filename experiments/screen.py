@@ -1,0 +1,83 @@
+"""What the command does now, with its seconds, on standard error.
+
+On a terminal one line counts the seconds and stays when the work is done, if that took long. Elsewhere, and above a
+progress bar, which has its own line, the work is named once it takes long, and again with its seconds when it is done.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+_LONG = 1.0  # seconds after which work is worth a line
+_REMINDER = 30.0  # seconds between lines where none counts
+
+
+class Screen:
+    """Args: file: default standard error, as it is when something is shown."""
+
+    def __init__(self, file=None):  # type: ignore[no-untyped-def]
+        self._file = file
+        self.quiet = False  # True: show nothing, as all but the first of several processes
+
+    def line(self, text: str) -> None:
+        """Now, whatever is shown; from any thread."""
+        if not self.quiet:
+            file = self._file or sys.stderr
+            _line(text, file, counts=file.isatty() and not tqdm._instances)
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """`deepseek_jax.now.Show`: shows `what` while the block runs."""
+        if self.quiet:
+            yield
+            return
+        file, began, over = self._file or sys.stderr, time.monotonic(), threading.Event()
+        counts = file.isatty() and not tqdm._instances
+        thread = threading.Thread(target=_tell, args=(what, file, counts, over), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            seconds = time.monotonic() - began
+            if seconds >= _LONG:
+                _line(f"{what}: {seconds:.0f} s", file, counts)
+            elif counts:
+                _write("\r\x1b[K", file)
+
+
+def _tell(what: str, file, counts: bool, over: threading.Event) -> None:  # type: ignore[no-untyped-def]
+    """Until `over`."""
+    seconds = 0.0
+    while counts:
+        _write(f"\r\x1b[K{what} ..." + (f" {seconds:.0f} s" if seconds else ""), file)
+        if over.wait(1.0):
+            return
+        seconds += 1.0
+    if not over.wait(_LONG):
+        _line(f"{what} ...", file, counts)
+        while not over.wait(_REMINDER):
+            seconds += _REMINDER
+            _line(f"{what} ... {seconds:.0f} s", file, counts)
+
+
+def _line(text: str, file, counts: bool) -> None:  # type: ignore[no-untyped-def]
+    """A line of its own, above the progress bars."""
+    if counts:
+        _write(f"\r\x1b[K{text}\n", file)
+    else:
+        tqdm.write(text, file=file)
+        file.flush()
+
+
+def _write(text: str, file) -> None:  # type: ignore[no-untyped-def]
+    file.write(text)
+    file.flush()
+
+
+SCREEN = Screen()
