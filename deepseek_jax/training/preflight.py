@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from deepseek_jax.checks import require
 from deepseek_jax.config import Config
-from deepseek_jax.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
+from deepseek_jax.data.bpe_training import MIN_VOCAB_SIZE
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.parallel.mesh import batch_sharding
 
 _FIM_TOKENS = ("fim_begin", "fim_hole", "fim_end")
