@@ -274,10 +274,12 @@ def test_other_data_is_refused(golden_run, tmp_path):
 def test_tokenizer_that_does_not_fit_the_model(golden_run, tmp_path):
     cfg = config_in(tmp_path, golden_run)
     small = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=300))
-    with pytest.raises(ValueError, match=r"the tokenizer has 384 ids, model\.vocab_size is 300: raise it"):
-        golden.trainer(small).check()
-    with pytest.raises(ValueError, match=r"the tokenizer has 384 ids, model\.vocab_size is 300: raise it"):
-        _ = golden.trainer(small).data
+    message = r"the tokenizer has 384 ids, model\.vocab_size is 300: raise it"
+    with contextlib.closing(golden.trainer(small)) as run:
+        with pytest.raises(ValueError, match=message):
+            run.check()
+        with pytest.raises(ValueError, match=message):
+            _ = run.data
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,9 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path, monkeypatch
     sections = {name: dataclasses.replace(getattr(cfg, name), **values) for name, values in changes.items()}
     cfg = dataclasses.replace(cfg, **sections)
     with pytest.raises(ValueError, match=message):
-        Trainer(cfg, make_mesh(cfg.mesh, jax.devices()[:2])).check()
+        mesh = make_mesh(cfg.mesh, jax.devices()[:2])
+        with contextlib.closing(Trainer(cfg, mesh)) as run:
+            run.check()
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -365,8 +369,11 @@ def test_two_runs_do_not_share_a_folder_and_a_run_notices_that_its_folder_is_gon
     run.close()
     small = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=300))
     for _ in range(2):  # one that failed holds no lock
-        with pytest.raises(ValueError, match="the tokenizer has 384 ids"):
-            golden.trainer(small)
+        with (
+            contextlib.closing(golden.trainer(small)) as failing,
+            pytest.raises(ValueError, match="the tokenizer has 384 ids"),
+        ):
+            _ = failing.data
     (tmp_path / "file").write_text("")
     for path, error in (("file", FileExistsError), ("file/below", NotADirectoryError)):
         with pytest.raises(error):
