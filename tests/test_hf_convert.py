@@ -192,6 +192,72 @@ def test_scales_of_one_byte_come_back(released, tmp_path):
     assert files(tmp_path / "back") == files(path)
 
 
+def test_a_bias_in_bfloat16_comes_back(released, tmp_path):
+    path = shutil.copytree(released, tmp_path / "copy")
+    (path / "model.safetensors.index.json").unlink()
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+        file.unlink()
+    for name in [name for name in tensors if name.endswith("correction_bias")]:
+        tensors[name] = tensors[name].bfloat16()
+    safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    convert.to_orbax(path, tmp_path / "run")
+    convert.to_hf(tmp_path / "run", tmp_path / "back")
+    assert files(tmp_path / "back") == files(path)
+
+
+def _edit_meta(folder, change):
+    """Changes what a converted checkpoint remembers of its folder; its inventory is made to fit."""
+    meta = folder / "checkpoints/0/meta/metadata"
+    content = json.loads(meta.read_text())
+    change(content["huggingface"])
+    meta.write_text(json.dumps(content))
+    inventory.write(folder / "checkpoints/0", ("state", "ema", "meta"))
+
+
+FIRST, NORM = "model-00001-of-000003.safetensors", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda kept: kept.update(config=[1]), r"huggingface.config=\[1\] should be an object"),
+        (lambda kept: kept.pop("files"), "huggingface.files=None should be an object"),
+        (lambda kept: kept.update(index_file=3), "huggingface.index_file=3 should be an object"),
+        (
+            lambda kept: kept["files"].update({"../x.safetensors": {}}),
+            r"files: ../x.safetensors is described by",
+        ),
+        (lambda kept: kept["files"].update({"config.json": {}}), r"files: config.json is described by"),
+        (lambda kept: kept["metadata"].pop(FIRST), rf"files: {FIRST} is described by .* and None"),
+        (
+            lambda kept: [kept["files"][f].update({NORM: "F64"}) for f in kept["files"]],
+            f"{NORM} has dtype F64",
+        ),
+        (
+            lambda kept: [kept["files"][f].update({NORM: "F8_E4M3"}) for f in kept["files"]],
+            "cannot be F8_E4M3",
+        ),
+        (
+            lambda kept: [kept["files"][f].pop(NORM, None) for f in kept["files"]],
+            f"{NORM} is in none of the files",
+        ),
+    ],
+)
+def test_what_is_remembered_of_a_folder_is_checked(converted, tmp_path, change, message):
+    copy = shutil.copytree(converted, tmp_path / "copy")
+    _edit_meta(copy, change)
+    with pytest.raises(ValueError, match=message):
+        convert.to_hf(copy, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_mtp_modules_of_a_run_stay(converted, tmp_path):
+    with pytest.raises(ValueError, match="MTP modules of a run cannot be left out"):
+        convert.to_hf(converted, tmp_path / "out", mtp=False)
+
+
 def test_without_mtp_modules(released, tmp_path):
     convert.to_orbax(released, tmp_path / "run", mtp=False)
     convert.to_hf(tmp_path / "run", tmp_path / "back")
@@ -289,6 +355,17 @@ def test_damaged_sources_are_named_before_anything_is_written(released, converte
     with pytest.raises(ValueError, match="exists already"):
         convert.to_orbax(released, converted)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_killed_at_a_file_operation(tmp_path):
+    """The short form: the first and last operations of each direction, where a conversion begins and ends."""
+    command = [sys.executable, "-m", "experiments.kill_conversion", "--every=97"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = [list(map(int, line.split()[1:4:2])) for line in done.stdout.splitlines()]
+    assert len(counts) == 3 and all(kills == equal >= 10 for kills, equal in counts)
 
 
 def test_command(released, tmp_path):

@@ -5,7 +5,6 @@ They are kept as they came, byte by byte, and go wherever the tokenizer goes: wi
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,11 +41,10 @@ def write(folder: Path, files: Files) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; what a kill leaves of it, the next attempt takes away."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

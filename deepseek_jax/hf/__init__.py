@@ -7,6 +7,7 @@ packed.py   experts in one tensor per layer, as transformers 5 can save them
 fp8.py      DeepSeek's FP8 blocks
 read.py     checkpoint -> parameters        write.py    parameters -> checkpoint
 orbax.py    parameters in orbax by pieces   convert.py  streamed conversion between the two
+job.py      a conversion that was cut off goes on       original.py what orbax remembers of a folder
 """
 
 from deepseek_jax.hf import convert

@@ -75,13 +75,14 @@ def _files(index: Path, weight_map: Any) -> dict[str, list[str]]:
         raise ValueError(f"{index} has no weight_map, from tensors to files: it is {shown(weight_map)}")
     by_file: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_file_name(file):
+        if not isinstance(file, str) or not is_file_name(file):
             raise ValueError(f"{index}: tensor {plain(name)} points outside the folder: {shown(file)}")
         by_file.setdefault(file, []).append(name)
     return by_file
 
 
-def _is_file_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
+    """Whether it names a file in a folder, and nothing else."""
     return name.isprintable() and Path(name).name == name != ".." and len(name.encode()) <= _LONGEST_NAME
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,15 @@ class _Part:
     index: Index
 
 
+# By kind of part, the dtypes in which a file may have had it.
+_RESTORABLE = {
+    "plain": ("F32", "BF16"),
+    "bias": ("F32", "BF16"),
+    "fp8": ("F8_E4M3",),
+    "scale": ("F32", "F8_E8M0"),
+}
+
+
 class Producer:
     """Makes the tensors of a checkpoint by name, in a format. `specs` has dtype and shape of each, in order.
 
@@ -189,6 +199,18 @@ class Producer:
         dtype = fp8.E4M3 if as_fp8 else _DTYPE.get(self._format, stored)
         self.specs[name] = (dtype, leaf.hf_shape)
 
+    def needed(self) -> Iterator[str]:
+        """Names of the tensors that no checkpoint can be without: not the MTP modules' copies."""
+        copies = shared_copies(self._cfg)
+        return (name for name in self.specs if name not in copies)
+
+    def restore_dtype(self, name: str, dtype: str) -> None:
+        """Makes a tensor in a dtype, by safetensors' name, in which a file had it. Raises ValueError for another kind."""
+        allowed = _RESTORABLE[self._parts[name].kind]
+        if dtype not in allowed:
+            raise ValueError(f"tensor {name} cannot be {dtype}, only one of {list(allowed)}")
+        self.specs[name] = (DTYPES[dtype], self.specs[name][1])
+
     def config(self) -> dict[str, Any]:
         """config.json for this format."""
         config = to_hf(self._cfg)
@@ -202,7 +224,7 @@ class Producer:
         """The tensor of that name, with the dtype and shape of its spec."""
         part = self._parts[name]
         if part.leaf is None:
-            return np.ascontiguousarray(self._source.bias()[part.index])
+            return np.ascontiguousarray(self._source.bias()[part.index].astype(self.specs[name][0]))
         stored_fp8 = self._source.dtypes[part.leaf.path] == fp8.E4M3
         if part.kind == "plain":
             return self._plain(part.leaf, part.index, self.specs[name][0])

@@ -1,0 +1,84 @@
+"""What an orbax checkpoint remembers of the Hugging Face folder that it came from, so that the way back gives the same.
+
+In the checkpoint's metadata, under `huggingface`: config.json, the dtype of every tensor by file, the files' free-form
+strings, and what the index file had beside its table.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepseek_jax.checks import plain, require, shown
+from deepseek_jax.hf.files import Layout, is_file_name
+from deepseek_jax.hf.read import Checkpoint
+from deepseek_jax.hf.tensors import DTYPES
+from deepseek_jax.hf.write import Producer
+
+
+class Kept(NamedTuple):
+    """`config`: of config.json. `files`: file -> tensor -> dtype. `metadata`: file -> the header's strings."""
+
+    config: dict[str, Any]
+    files: dict[str, dict[str, str]]
+    metadata: dict[str, dict[str, str]]
+    index_file: dict[str, Any] | None
+
+
+def described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What to remember of a folder."""
+    layout = checkpoint.layout
+    files = {
+        file: {name: checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors}
+        for file, names in layout.files.items()
+    }
+    return Kept(checkpoint.hf, files, layout.metadata, layout.index_file)._asdict()
+
+
+def read(meta: Mapping[str, Any], where: Path) -> Kept | None:
+    """What a checkpoint's metadata remembers; None for a training run's.
+
+    Raises ValueError naming the field: of the wrong type, names that are no file's or no dtype's.
+    """
+    kept = meta.get("huggingface")
+    if kept is None:
+        return None
+    name = f"{where / 'meta'}: huggingface"
+    require(isinstance(kept, dict), f"{name}={shown(kept)} should be an object")
+    for key in ("config", "files", "metadata"):
+        require(isinstance(kept.get(key), dict), f"{name}.{key}={shown(kept.get(key))} should be an object")
+    index = kept.get("index_file")
+    require(index is None or isinstance(index, dict), f"{name}.index_file={shown(index)} should be an object")
+    for file, dtypes in kept["files"].items():
+        strings = kept["metadata"].get(file)
+        ok = (
+            is_file_name(file)
+            and file.endswith(".safetensors")
+            and _are_strings(dtypes)
+            and _are_strings(strings)
+        )
+        require(ok, f"{name}.files: {plain(file)} is described by {shown(dtypes)} and {shown(strings)}")
+        for tensor, dtype in dtypes.items():
+            require(dtype in DTYPES, f"{name}.files: tensor {plain(tensor)} has dtype {plain(dtype)}")
+    return Kept(kept["config"], kept["files"], kept["metadata"], index)
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(x, str) for x in value.values())
+
+
+def restored(kept: Kept, producer: Producer) -> Layout:
+    """The files that the checkpoint came in; tensors come back in the dtype that they had there.
+
+    Raises ValueError: a tensor that no file has, or of another kind.
+    """
+    files = {}
+    for file, dtypes in kept.files.items():
+        names = [name for name in dtypes if name in producer.specs]
+        if names:
+            files[file] = names
+        for name in names:
+            producer.restore_dtype(name, dtypes[name])
+    placed = {name for names in files.values() for name in names}
+    for name in producer.needed():
+        require(name in placed, f"tensor {name} is in none of the files that the checkpoint came in")
+    return Layout(files, kept.metadata, kept.index_file)
