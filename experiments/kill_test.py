@@ -46,11 +46,11 @@ class Run:
     def __init__(self, folder: Path, arguments: Sequence[str]):
         self.folder = folder
         cache = folder.parent / "cache"
-        self._command = [
+        self.command = [
             *(sys.executable, "-m", "experiments.train", *arguments),
             *(f"--config.train.out_dir={folder}", f"--config.data.cache_dir={cache / 'data'}"),
         ]
-        self._environment = {
+        self.environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
@@ -59,8 +59,8 @@ class Run:
 
     def start(self) -> subprocess.Popen:
         return subprocess.Popen(
-            self._command,
-            env=self._environment,
+            self.command,
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -131,7 +131,11 @@ def run(
                 result = trainer.run(stop, profile_steps=profile_steps)
             except NonFiniteError as error:  # on all processes at the same step
                 command_line.complain(str(error))
-                return 1
+                return command_line.FAILURE
+            except OSError as error:  # a full disk, often without a name
+                raise OSError(
+                    f"the run in {trainer.out_dir} ended after step {trainer.step}: {error}"
+                ) from error
             if result.stopped:
                 if is_first():
                     print(f"stopped at step {result.step}; the same command goes on from there", flush=True)

@@ -34,6 +34,7 @@ from deepseek_jax.training.checkpoint_files import (
     PyTree,
     check_model,
     choose,
+    first_line,
     guarded,
     offering_older,
     read_meta,
@@ -194,11 +195,10 @@ class Checkpointer:
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             whole = [s for s in self.steps() if s != self._saving]
             last = f"the last whole one is step {max(whole)}" if whole else "there is no older one"
             raise OSError(
-                f"the checkpoint of step {self._saving} could not be written to {self.directory}: {first_line}; {last}"
+                f"the checkpoint of step {self._saving} could not be written to {self.directory}: {first_line(error)}; {last}"
             ) from error
 
     def _require_finite(self, step: int, state: PyTree, latest: int | None) -> None:

@@ -72,10 +72,13 @@ def guarded(path: Path, read: Callable[[], Any]) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # orbax, tensorstore and JSON each have errors of their own
-        first_line = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: {type(error).__name__}: {first_line}"
-        ) from error
+        raise CheckpointError(f"checkpoint {path} is damaged: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Kind and message, without the middle of a long one: tensorstore names the path first and the cause last."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line if len(line) <= 300 else f'{line[:120]} ... {line[-160:]}'}"
 
 
 # --- reading ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -421,3 +422,14 @@ def test_killed_twice_and_terminated_is_bitwise_the_same(tmp_path):
     assert process.returncode in (0, 130) and "Traceback" not in printed, printed
     assert f"resumed from step {run.checkpoint()} in" in run.finish()
     assert differences(run, want) == []
+    assert_a_full_disk_ends_the_run(Run(tmp_path / "full", ARGUMENTS))
+
+
+def assert_a_full_disk_ends_the_run(run):
+    """Files of at most 100 KiB, so that no checkpoint can be written: one line, status 1; nothing half-written counts."""
+    limited = ("bash", "-c", 'ulimit -f 100 && exec "$@"', "bash", *run.command)
+    done = subprocess.run(limited, env=run.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert re.match(r"error: the run in .*/full ended after step \d+: .*File too large", line), line
+    assert run.checkpoints() == []
