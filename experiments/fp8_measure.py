@@ -13,6 +13,7 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.errors import KINDS, Errors, capture, gemm_errors, synthetic
 from deepseek_jax.precision.weights import attach, quantise_weights
+from deepseek_jax.training.drawing import smoothed
 from deepseek_jax.training.loop import Trainer
 from deepseek_jax.training.losses import losses
 from deepseek_jax.training.metrics import read_records
@@ -54,22 +55,13 @@ class Curves(NamedTuple):
     validation: np.ndarray
 
 
-def smoothed(losses: np.ndarray) -> np.ndarray:
-    """Exponential moving average with its start corrected."""
-    out, total, weight = [], 0.0, 0.0
-    for x in losses:
-        total, weight = SMOOTHING * total + x, SMOOTHING * weight + 1
-        out.append(total / weight)
-    return np.array(out)
-
-
 def result_file(cfg: Config) -> Path:
     return Path(cfg.train.out_dir) / "result.json"
 
 
 def _training_loss(cfg: Config) -> np.ndarray:
     records = read_records(Path(cfg.train.out_dir) / "metrics.jsonl")
-    return smoothed(np.array([r["loss"] for r in records if r["kind"] == "train"]))
+    return smoothed(np.array([r["loss"] for r in records if r["kind"] == "train"]), SMOOTHING)
 
 
 def curves(runs: Runs) -> dict[str, Curves]:

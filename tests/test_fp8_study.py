@@ -10,11 +10,6 @@ from experiments import fp8_measure, fp8_report
 from experiments.fp8_measure import Curves, Mean, SameWeights
 
 
-def test_smoothing_has_no_memory_of_a_start_at_zero():
-    np.testing.assert_allclose(fp8_measure.smoothed(np.full(30, 5.0)), 5.0)
-    assert fp8_measure.smoothed(np.array([1.0, 0.0]))[1] == pytest.approx(0.9 / 1.9)
-
-
 def test_standard_error_of_a_mean():
     assert fp8_measure.mean([1.0, 3.0]) == (2.0, pytest.approx(1.0))
 

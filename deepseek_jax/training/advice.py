@@ -164,8 +164,8 @@ def _collapsed(cfg: Config, history: History) -> Advice | None:
         return None
     return Advice(
         "MaxVio",
-        f"MaxVio is at its maximum of {most:.2f} in layer {_several(full)}: all tokens go to the same "
-        f"{cfg.model.num_experts_per_tok} expert(s): {_balance_key(cfg)} and lower optimizer.peak_lr "
+        f"MaxVio is at its maximum of {most:.2f} in layer {_several(full)}: one expert gets every "
+        f"token: {_balance_key(cfg)} and lower optimizer.peak_lr "
         f"({cfg.optimizer.peak_lr:g})",
     )
 

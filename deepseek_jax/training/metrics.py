@@ -8,9 +8,9 @@ uninterrupted run's but for the fields in `TIMINGS`. For that, write the records
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -37,23 +37,29 @@ def max_vio(counts_le: Any) -> np.ndarray:
     return np.where(mean_l > 0, counts_le.max(-1) / np.where(mean_l > 0, mean_l, 1) - 1, 0).astype(np.float32)
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, in order; a last line that a kill cut short is left out.
+def each_record(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, in order, one at a time; a last line that a kill cut short is left out.
 
     Raises:
         ValueError: another line is not a record; names the file and the line.
     """
-    lines = Path(path).read_text().splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            record["kind"], record["step"]
-            records.append(record)
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not a metrics record: {line[:80]!r}") from error
-    return records
+    with Path(path).open() as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                record["kind"], record["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                if file.readline():
+                    raise ValueError(
+                        f"{path}, line {number} is not a metrics record: {line.strip()[:80]!r}"
+                    ) from error
+                return
+            yield record
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """All records of a metrics file. Raises as `each_record` does."""
+    return list(each_record(path))
 
 
 class MetricsFile:
@@ -65,26 +71,31 @@ class MetricsFile:
 
     Attributes:
         path: of the file.
-        kept: the records of before, in a resumed run.
     """
 
     def __init__(self, directory: str | Path, resume_step: int | None = None):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / METRICS_FILE
-        self.kept: list[dict[str, Any]] = []
-        if resume_step is not None and self.path.exists():
-            self.kept = [record for record in read_records(self.path) if record["step"] <= resume_step]
+        self._last: set[tuple[str, int]] = set()  # the records of the checkpoint's step
         # Replaced in one go: a kill here must not lose the records before the checkpoint.
-        self._known = {(record["kind"], record["step"]) for record in self.kept}
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.kept))
+        with temporary.open("w") as file:
+            if resume_step is not None and self.path.exists():
+                self._keep(resume_step, file)
         os.replace(temporary, self.path)
         self._file = self.path.open("a")
 
+    def _keep(self, resume_step: int, file: TextIO) -> None:
+        for record in each_record(self.path):
+            if record["step"] <= resume_step:
+                file.write(json.dumps(record) + "\n")
+            if record["step"] == resume_step:
+                self._last.add((record["kind"], resume_step))
+
     def has(self, kind: str, step: int) -> bool:
         """Whether a resumed run has this record already: the evaluation at the step of its checkpoint."""
-        return (kind, step) in self._known
+        return (kind, step) in self._last
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One record. Values: numbers, text, or arrays (converted here, so pass what has arrived on the host).

@@ -17,7 +17,7 @@ from deepseek_jax.parallel.together import is_first
 from deepseek_jax.training.advice import History, advice
 from deepseek_jax.training.boards import TensorBoard, WeightsAndBiases, Writer
 from deepseek_jax.training.finite import NonFiniteError
-from deepseek_jax.training.metrics import MetricsFile, max_vio
+from deepseek_jax.training.metrics import MetricsFile, each_record, max_vio
 from deepseek_jax.training.progress import Progress
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import Metrics
@@ -29,6 +29,9 @@ class Evaluation(NamedTuple):
 
     loss: float
     bits_per_byte: float
+
+
+_COUNTS = 256  # numbers of `expert_counts` that a record may hold on average
 
 
 class _Step(NamedTuple):
@@ -53,7 +56,7 @@ class Written:
     def __init__(self, cfg: Config, resume_step: int | None = None):
         directory = Path(cfg.train.out_dir)
         self._file = MetricsFile(directory, resume_step)
-        self.history = History(self._file.kept)
+        self.history = History(each_record(self._file.path))
         self._writers: list[Writer] = [self._file, TensorBoard(directory, to_dict(cfg), resume_step)]
         if cfg.train.wandb:
             resumed = resume_step is not None
@@ -102,6 +105,7 @@ class Records:
         self._pending: _Step | None = None
         self._batch_size: int | None = None
         self._said: set[str] = set()
+        self._tokens_per_s: float | None = None
 
     def waiting_for_data(self) -> contextlib.AbstractContextManager[None]:
         """Around what waits for the next batch."""
@@ -130,6 +134,7 @@ class Records:
     def _write(self, done: _Step, host: Metrics, speed: dict[str, float]) -> None:
         if self._written is None or self._progress is None:
             return
+        counted = done.step % max(1, host.counts_le.size // _COUNTS) == 0
         values = {
             "loss": float(host.loss),
             "mtp_loss": float(host.mtp_loss) if self._cfg.model.num_nextn_predict_layers else None,
@@ -141,7 +146,7 @@ class Records:
             "batch_size": done.batch_size,
             "tokens": done.tokens,
             "max_vio": max_vio(host.counts_le),
-            "expert_counts": np.asarray(host.counts_le),
+            "expert_counts": np.asarray(host.counts_le) if counted else None,
             "skipped": int(host.skipped),
             **done.times,
             **speed,
@@ -151,10 +156,9 @@ class Records:
         self._progress.update(done.step, values, self._seconds_left(done, speed))
 
     def _seconds_left(self, done: _Step, speed: dict[str, float]) -> float | None:
-        if not speed:
-            return None
+        self._tokens_per_s = speed.get("tokens_per_s", self._tokens_per_s)
         tokens = (self._total_steps - done.step) * done.batch_size * self._cfg.data.seq_len
-        return tokens / speed["tokens_per_s"]
+        return tokens / self._tokens_per_s if self._tokens_per_s else None
 
     def say(self, text: str) -> None:
         """A line of its own above the progress line."""

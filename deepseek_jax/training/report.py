@@ -5,9 +5,8 @@ Agg canvas directly: no pyplot, no global state, no display.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,12 +17,26 @@ from matplotlib.gridspec import GridSpecBase
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-Records = Sequence[Mapping[str, Any]]
+from deepseek_jax.training.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    LINE,
+    ORANGE,
+    RED,
+    Label,
+    Records,
+    draw_smoothed,
+    label_beside,
+    not_recorded,
+    number,
+    panel,
+    series,
+    tokens_above,
+    trend,
+)
 
 _LOAD_SHARE = 0.1  # the heat map shows the mean over this last share of the training records
-_SMOOTH_SHARE = 0.02  # of a curve, the span over which it is smoothed
-_LINE = 0.19  # inches, of a line of text
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#2166ac", "#e08214", "#1b7837", "#b2182b", "0.45"
 
 
 def write_report(
@@ -55,7 +68,7 @@ def write_report(
     if not train:
         raise ValueError("no record of kind 'train': nothing to draw")
     lines = [line for text in warnings for line in _wrapped(text)]
-    above = (_LINE + 0.03) * len(lines) + 0.3 * bool(lines)
+    above = (LINE + 0.03) * len(lines) + 0.3 * bool(lines)
     figure = Figure(figsize=(13, 11.5 + above), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     FigureCanvasAgg(figure)
     heights = [*([above] if lines else []), 4.6, 2.9, 4.0]
@@ -84,100 +97,6 @@ def _draw_experts(figure: Figure, grid: GridSpecBase, train: Records, layers: Se
     _draw_balance(figure.add_subplot(grid[1]), train, names)
 
 
-# --- curves -------------------------------------------------------------------------------------------------
-
-
-def smoothed(values: np.ndarray, decay: float) -> np.ndarray:
-    """Exponential moving average over the first axis, its start corrected; NaN counts as not there.
-
-    Args:
-        values: [n, ...].
-        decay: weight of the past, in [0, 1).
-    """
-    total, weight = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
-    out = np.empty(values.shape)
-    for i, x in enumerate(values):
-        there = np.isfinite(x)
-        total = np.where(there, decay * total + np.nan_to_num(x), total)
-        weight = np.where(there, decay * weight + 1, weight)
-        out[i] = total / np.where(weight > 0, weight, np.nan)
-    return out
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    span = max(1.0, _SMOOTH_SHARE * len(values))
-    return smoothed(values, 1 - 1 / span)
-
-
-def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the records that have `name`; null (not finite) becomes NaN, a gap in the line."""
-    having = [r for r in records if np.size(r.get(name, ()))]
-    steps = np.array([r["step"] for r in having], np.int64)
-    return steps, np.array([r[name] for r in having], np.float64)
-
-
-class _Label(NamedTuple):
-    """What stands beside a curve that ends at height y."""
-
-    y: float
-    text: str
-    colour: str
-
-
-def _label_beside(axes: Axes, labels: Sequence[_Label]) -> None:
-    """Writes the labels right of the panel, at the height of their curves' ends, or nearby where they would overlap."""
-    bottom, top = axes.get_ylim()
-    to_height = np.log if axes.get_yscale() == "log" else np.asarray
-    low, high = to_height(bottom), to_height(top)
-    shown = sorted((label for label in labels if np.isfinite(label.y)), key=lambda label: label.y)
-    heights = [float(np.clip((to_height(label.y) - low) / (high - low), 0, 1)) for label in shown]
-    line = _LINE / (axes.bbox.height / axes.figure.dpi)
-    half = [0.5 * line * (label.text.count("\n") + 1) for label in shown]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + half[i - 1] + half[i])
-    for i in reversed(range(len(heights))):
-        above = heights[i + 1] - half[i + 1] if i + 1 < len(heights) else 1 + half[i]
-        heights[i] = min(heights[i], above - half[i])
-    for label, height in zip(shown, heights, strict=True):
-        axes.text(
-            1.012,
-            height,
-            label.text,
-            color=label.colour,
-            va="center",
-            transform=axes.transAxes,
-            fontweight="bold",
-        )
-
-
-def _panel(axes: Axes, title: str, **labels: str) -> None:
-    axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
-    axes.set(**labels)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-
-
-def _not_recorded(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "not recorded", color=_GREY, ha="center", va="center", transform=axes.transAxes)
-
-
-def _draw_smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> np.ndarray:
-    """The curve as measured, pale, and smoothed; gives the latter."""
-    smooth = _smooth(values)
-    axes.plot(steps, values, color=colour, alpha=0.28, linewidth=0.8)
-    axes.plot(steps, smooth, color=colour, linewidth=1.8, marker="." if len(steps) == 1 else None)
-    return smooth
-
-
-def _number(x: float, _position: int = 0) -> str:
-    """1234567 -> 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(x) >= size:
-            return f"{x / size:.3g}{letter}"
-    return f"{x:.3g}"
-
-
 # --- panels -------------------------------------------------------------------------------------------------
 
 
@@ -192,106 +111,82 @@ def _draw_warnings(axes: Axes, lines: Sequence[str]) -> None:
 
 
 def _draw_loss(axes: Axes, train: Records, evals: Records, unigram_loss: float | None) -> None:
-    _panel(axes, "Loss", xlabel="step", ylabel="nats per token")
+    panel(axes, "Loss", xlabel="step", ylabel="nats per token")
     labels, shown = [], []
-    for name, text, colour in (("loss", "training", _BLUE), ("mtp_loss", "training, MTP", _ORANGE)):
-        steps, values = _series(train, name)
+    for name, text, colour in (("loss", "training", BLUE), ("mtp_loss", "training, MTP", ORANGE)):
+        steps, values = series(train, name)
         if steps.size:
-            smooth = _draw_smoothed(axes, steps, values, colour)
-            labels.append(_Label(smooth[-1], f"{text} {smooth[-1]:.3f}", colour))
+            smooth = draw_smoothed(axes, steps, values, colour)
+            labels.append(Label(smooth[-1], f"{text} {smooth[-1]:.3f}", colour))
             shown += [np.nanpercentile(values, 99.5), np.nanmin(values)] if np.isfinite(values).any() else []
-    steps, values = _series(evals, "loss")
+    steps, values = series(evals, "loss")
     if steps.size:
-        axes.plot(steps, values, "o-", color=_GREEN, linewidth=1.5, markersize=5)
+        axes.plot(steps, values, "o-", color=GREEN, linewidth=1.5, markersize=5)
         bits = evals[-1].get("bits_per_byte")
         more = f"\n{bits:.3f} bits per byte" if bits is not None else ""
-        labels.append(_Label(values[-1], f"validation {values[-1]:.3f}{more}", _GREEN))
+        labels.append(Label(values[-1], f"validation {values[-1]:.3f}{more}", GREEN))
         shown += [np.nanmax(values), np.nanmin(values)]
     if unigram_loss is not None:
-        axes.axhline(unigram_loss, color=_GREY, linestyle="--", linewidth=1.2)
-        labels.append(_Label(unigram_loss, f"unigram model {unigram_loss:.3f}", _GREY))
+        axes.axhline(unigram_loss, color=GREY, linestyle="--", linewidth=1.2)
+        labels.append(Label(unigram_loss, f"unigram model {unigram_loss:.3f}", GREY))
         shown.append(unigram_loss)
     if shown:
         low, high = min(shown), max(shown)
         axes.set_ylim(low - 0.04 * (high - low) - 1e-6, high + 0.04 * (high - low) + 1e-6)
-    _tokens_above(axes, train)
-    _label_beside(axes, labels)
-
-
-def _tokens_above(axes: Axes, train: Records) -> None:
-    """A second axis: tokens instead of steps, which the ramp of the batch makes unequal."""
-    steps, tokens = _series(train, "tokens")
-    if steps.size < 2:
-        return
-    steps, tokens = np.concatenate([[0], steps]), np.concatenate([[0], tokens])
-    last = (tokens[-1] - tokens[-2]) / (steps[-1] - steps[-2])  # per step, beyond the last one
-
-    def forward(x):
-        return (
-            np.interp(x, steps, tokens) + np.maximum(np.asarray(x) - steps[-1], 0) * last + np.minimum(x, 0)
-        )
-
-    def backward(y):
-        return (
-            np.interp(y, tokens, steps) + np.maximum(np.asarray(y) - tokens[-1], 0) / last + np.minimum(y, 0)
-        )
-
-    axes.set_xlim(0, steps[-1] * 1.005)
-    second = axes.secondary_xaxis("top", functions=(forward, backward))
-    second.xaxis.set_major_formatter(FuncFormatter(_number))
-    second.set_xlabel("tokens")
+    tokens_above(axes, train)
+    label_beside(axes, labels)
 
 
 def _draw_schedule(axes: Axes, train: Records) -> None:
-    _panel(axes, "Learning rate", xlabel="step")
-    steps, values = _series(train, "lr")
+    panel(axes, "Learning rate", xlabel="step")
+    steps, values = series(train, "lr")
     if not steps.size:
-        return _not_recorded(axes)
-    axes.plot(steps, values, color=_BLUE, linewidth=1.8)
+        return not_recorded(axes)
+    axes.plot(steps, values, color=BLUE, linewidth=1.8)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
-    steps, sizes = _series(train, "batch_size")
+    steps, sizes = series(train, "batch_size")
     if steps.size and sizes.min() < sizes.max():
         axes.set_title("Learning rate, batch size", fontsize=11, fontweight="bold", loc="left")
         second = axes.twinx()
-        second.step(steps, sizes, color=_ORANGE, linewidth=1.2, where="post")
+        second.step(steps, sizes, color=ORANGE, linewidth=1.2, where="post")
         second.set_ylim(bottom=0)
         second.spines[["top"]].set_visible(False)
-        second.set_ylabel("sequences per step", color=_ORANGE)
-        second.tick_params(axis="y", colors=_ORANGE)
+        second.set_ylabel("sequences per step", color=ORANGE)
+        second.tick_params(axis="y", colors=ORANGE)
     return None
 
 
 def _draw_gradient(axes: Axes, train: Records) -> None:
-    _panel(axes, "Gradient norm", xlabel="step")
-    steps, values = _series(train, "grad_norm")
+    panel(axes, "Gradient norm", xlabel="step")
+    steps, values = series(train, "grad_norm")
     if not np.isfinite(values).any():
-        return _not_recorded(axes)
+        return not_recorded(axes)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    smooth = _draw_smoothed(axes, steps, values, _BLUE)
-    _label_beside(axes, [_Label(smooth[-1], f"{smooth[-1]:.2g}", _BLUE)])
+    smooth = draw_smoothed(axes, steps, values, BLUE)
+    label_beside(axes, [Label(smooth[-1], f"{smooth[-1]:.2g}", BLUE)])
     return None
 
 
 def _draw_speed(axes: Axes, train: Records) -> None:
-    _panel(axes, "Tokens per second", xlabel="step")
-    steps, values = _series(train, "tokens_per_s")
+    panel(axes, "Tokens per second", xlabel="step")
+    steps, values = series(train, "tokens_per_s")
     if not steps.size:
-        return _not_recorded(axes)
-    axes.plot(steps, values, color=_BLUE, linewidth=1.4, marker="." if len(steps) == 1 else None)
+        return not_recorded(axes)
+    axes.plot(steps, values, color=BLUE, linewidth=1.4, marker="." if len(steps) == 1 else None)
     axes.set_ylim(0, 1.15 * float(np.max(values)))
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
-    notes = [f"MFU {np.median(_series(train, 'mfu')[1]):.1%}"] if _series(train, "mfu")[0].size else []
-    step_seconds = _series(train, "step_seconds")[1].sum()
+    axes.yaxis.set_major_formatter(FuncFormatter(number))
+    notes = [f"MFU {np.median(series(train, 'mfu')[1]):.1%}"] if series(train, "mfu")[0].size else []
+    step_seconds = series(train, "step_seconds")[1].sum()
     if step_seconds:
         waiting = sum(r["data_seconds"] for r in train if "step_seconds" in r) / step_seconds
-        notes.append(f"{waiting:.1%} of the time: waiting for data")
+        notes.append(f"{waiting:.1%} waiting for data")
     if notes:
-        axes.text(0.03, 0.06, "\n".join(notes), color=_GREY, transform=axes.transAxes)
-    _label_beside(axes, [_Label(values[-1], _number(values[-1]), _BLUE)])
+        axes.set_title(", ".join(notes), fontsize=9, color=GREY, loc="right")
+    label_beside(axes, [Label(values[-1], number(values[-1]), BLUE)])
     return None
 
 
@@ -302,7 +197,7 @@ def _draw_load(figure: Figure, axes: Axes, train: Records, names: Sequence[str])
     axes.set_title(f"Expert load{steps}", fontsize=11, fontweight="bold", loc="left")
     axes.set(xlabel="routed expert", ylabel="MoE layer")
     if not last:
-        return _not_recorded(axes)
+        return not_recorded(axes)
     counts_le = np.mean([np.array(r["expert_counts"], np.float64) for r in last], axis=0)
     load_le = counts_le / np.maximum(counts_le.mean(-1, keepdims=True), np.finfo(np.float64).tiny)
     norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, float(load_le.max())))
@@ -318,18 +213,18 @@ def _draw_load(figure: Figure, axes: Axes, train: Records, names: Sequence[str])
 
 
 def _draw_balance(axes: Axes, train: Records, names: Sequence[str]) -> None:
-    _panel(axes, "Load balance, each layer", xlabel="step", ylabel="MaxVio (max load / mean load - 1)")
-    steps, max_vio_nl = _series(train, "max_vio")
+    panel(axes, "Load balance, each layer", xlabel="step", ylabel="MaxVio (max load / mean load - 1)")
+    steps, max_vio_nl = series(train, "max_vio")
     if not steps.size:
-        return _not_recorded(axes)
-    smooth_nl = _smooth(max_vio_nl)
+        return not_recorded(axes)
+    smooth_nl = trend(max_vio_nl)
     mean_n, worst = smooth_nl.mean(-1), int(np.argmax(smooth_nl[-1]))
-    axes.plot(steps, smooth_nl, color=_BLUE, alpha=0.35, linewidth=0.9)
-    axes.plot(steps, smooth_nl[:, worst], color=_RED, linewidth=1.3)
-    axes.plot(steps, mean_n, color=_BLUE, linewidth=2.2, marker="." if len(steps) == 1 else None)
+    axes.plot(steps, smooth_nl, color=BLUE, alpha=0.35, linewidth=0.9)
+    axes.plot(steps, smooth_nl[:, worst], color=RED, linewidth=1.3)
+    axes.plot(steps, mean_n, color=BLUE, linewidth=2.2, marker="." if len(steps) == 1 else None)
     axes.set_ylim(bottom=0)
-    labels = [_Label(mean_n[-1], f"mean {mean_n[-1]:.2f}", _BLUE)]
+    labels = [Label(mean_n[-1], f"mean {mean_n[-1]:.2f}", BLUE)]
     if smooth_nl.shape[1] > 1:
-        labels.append(_Label(smooth_nl[-1, worst], f"layer {names[worst]} {smooth_nl[-1, worst]:.2f}", _RED))
-    _label_beside(axes, labels)
+        labels.append(Label(smooth_nl[-1, worst], f"layer {names[worst]} {smooth_nl[-1, worst]:.2f}", RED))
+    label_beside(axes, labels)
     return None

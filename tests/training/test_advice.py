@@ -78,11 +78,11 @@ def test_the_key_is_that_of_the_way_of_balancing(changes, key):
 
 def test_max_vio_at_its_maximum():
     counts = EVEN.copy()
-    counts[1] = [128, 128, 0, 0, 0, 0, 0, 0]
+    counts[1] = [128, 60, 20, 20, 10, 10, 4, 4]
     assert max_vio(counts)[1] == 3.0  # 8 / 2 - 1
     text = said(run(counts))["MaxVio"]
     assert text == (
-        "MaxVio is at its maximum of 3.00 in layer MTP 1: all tokens go to the same 2 expert(s): "
+        "MaxVio is at its maximum of 3.00 in layer MTP 1: one expert gets every token: "
         "raise optimizer.gamma (0.01) and lower optimizer.peak_lr (0.003)"
     )
     counts[1] = [100, 100, 20, 20, 16, 0, 0, 0]

@@ -47,7 +47,6 @@ def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path):
 def test_what_a_resumed_file_has_is_known(tmp_path):
     write(tmp_path, range(1, 7))
     file = MetricsFile(tmp_path, 4)
-    assert [record["step"] for record in file.kept if record["kind"] == "eval"] == [2, 4]
     assert file.has("eval", 4) and not file.has("eval", 6) and not file.has("samples", 4)
     file.close()
 

@@ -99,3 +99,13 @@ def test_a_warning_is_said_once(run):
 def test_samples_are_recorded(run, tmp_path):
     run.records.samples(20, {"middle": "a>>b<<c"})
     assert read_records(tmp_path / "metrics.jsonl") == [{"kind": "samples", "step": 20, "middle": "a>>b<<c"}]
+
+
+def test_many_experts_are_counted_now_and_then(run, tmp_path):
+    """At full size, the counts of every step would make a file of 19 GB."""
+    metrics = METRICS._replace(counts_le=np.full((4, 256), 32))
+    for step in range(1, 11):
+        run.records.add(step, step, 4, Hyper(*np.float32([1, 0, 0])), metrics)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if "expert_counts" in r] == [4, 8]
+    assert all(len(r["max_vio"]) == 4 for r in records)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from deepseek_jax.training.drawing import smoothed
 from deepseek_jax.training.metrics import MetricsFile, max_vio, read_records
-from deepseek_jax.training.report import smoothed, write_report
+from deepseek_jax.training.report import write_report
 
 
 def make_records(directory, steps=60, layers=3, experts=16, moe=True):
@@ -97,3 +98,4 @@ def test_smoothing():
     np.testing.assert_allclose(got[2, 1], (weights * values[:, 1]).sum() / weights.sum())
     np.testing.assert_allclose(got[:, 0], [4.0, 4.0, (0.5 * 4 + 1) / 1.5])  # the gap is no value
     np.testing.assert_array_equal(smoothed(values[:, 1], 0.0), values[:, 1])
+    np.testing.assert_allclose(smoothed(np.full(30, 5.0), 0.9), 5.0)  # no memory of a start at zero

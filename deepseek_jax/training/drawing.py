@@ -1,0 +1,129 @@
+"""How the picture of a run draws a curve: as measured and smoothed, what it is beside it, tokens above the steps."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+Records = Sequence[Mapping[str, Any]]
+
+LINE = 0.19  # inches, of a line of text
+BLUE, ORANGE, GREEN, RED, GREY = "#2166ac", "#e08214", "#1b7837", "#b2182b", "0.45"
+_SMOOTH_SHARE = 0.02  # of a curve, the span over which it is smoothed
+
+
+def smoothed(values: np.ndarray, decay: float) -> np.ndarray:
+    """Exponential moving average over the first axis, its start corrected; NaN counts as not there.
+
+    Args:
+        values: [n, ...].
+        decay: weight of the past, in [0, 1).
+    """
+    total, weight = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
+    out = np.empty(values.shape)
+    for i, x in enumerate(values):
+        there = np.isfinite(x)
+        total = np.where(there, decay * total + np.nan_to_num(x), total)
+        weight = np.where(there, decay * weight + 1, weight)
+        out[i] = total / np.where(weight > 0, weight, np.nan)
+    return out
+
+
+def trend(values: np.ndarray) -> np.ndarray:
+    span = max(1.0, _SMOOTH_SHARE * len(values))
+    return smoothed(values, 1 - 1 / span)
+
+
+def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the records that have `name`; null (not finite) becomes NaN, a gap in the line."""
+    having = [r for r in records if np.size(r.get(name, ()))]
+    steps = np.array([r["step"] for r in having], np.int64)
+    return steps, np.array([r[name] for r in having], np.float64)
+
+
+class Label(NamedTuple):
+    """What stands beside a curve that ends at height y."""
+
+    y: float
+    text: str
+    colour: str
+
+
+def label_beside(axes: Axes, labels: Sequence[Label]) -> None:
+    """Writes the labels right of the panel, at the height of their curves' ends, or nearby where they would overlap."""
+    bottom, top = axes.get_ylim()
+    to_height = np.log if axes.get_yscale() == "log" else np.asarray
+    low, high = to_height(bottom), to_height(top)
+    shown = sorted((label for label in labels if np.isfinite(label.y)), key=lambda label: label.y)
+    heights = [float(np.clip((to_height(label.y) - low) / (high - low), 0, 1)) for label in shown]
+    line = LINE / (axes.bbox.height / axes.figure.dpi)
+    half = [0.5 * line * (label.text.count("\n") + 1) for label in shown]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + half[i - 1] + half[i])
+    for i in reversed(range(len(heights))):
+        above = heights[i + 1] - half[i + 1] if i + 1 < len(heights) else 1 + half[i]
+        heights[i] = min(heights[i], above - half[i])
+    for label, height in zip(shown, heights, strict=True):
+        axes.text(
+            1.012,
+            height,
+            label.text,
+            color=label.colour,
+            va="center",
+            transform=axes.transAxes,
+            fontweight="bold",
+        )
+
+
+def panel(axes: Axes, title: str, **labels: str) -> None:
+    axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
+    axes.set(**labels)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def not_recorded(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "not recorded", color=GREY, ha="center", va="center", transform=axes.transAxes)
+
+
+def draw_smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> np.ndarray:
+    """The curve as measured, pale, and smoothed; gives the latter."""
+    smooth = trend(values)
+    axes.plot(steps, values, color=colour, alpha=0.28, linewidth=0.8)
+    axes.plot(steps, smooth, color=colour, linewidth=1.8, marker="." if len(steps) == 1 else None)
+    return smooth
+
+
+def number(x: float, _position: int = 0) -> str:
+    """1234567 -> 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(x) >= size:
+            return f"{x / size:.3g}{letter}"
+    return f"{x:.3g}"
+
+
+def tokens_above(axes: Axes, train: Records) -> None:
+    """A second axis: tokens instead of steps, which the ramp of the batch makes unequal."""
+    steps, tokens = series(train, "tokens")
+    if steps.size < 2:
+        return
+    steps, tokens = np.concatenate([[0], steps]), np.concatenate([[0], tokens])
+    last = (tokens[-1] - tokens[-2]) / (steps[-1] - steps[-2])  # per step, beyond the last one
+
+    def forward(x):
+        return (
+            np.interp(x, steps, tokens) + np.maximum(np.asarray(x) - steps[-1], 0) * last + np.minimum(x, 0)
+        )
+
+    def backward(y):
+        return (
+            np.interp(y, tokens, steps) + np.maximum(np.asarray(y) - tokens[-1], 0) / last + np.minimum(y, 0)
+        )
+
+    axes.set_xlim(0, steps[-1] * 1.005)
+    second = axes.secondary_xaxis("top", functions=(forward, backward))
+    second.xaxis.set_major_formatter(FuncFormatter(number))
+    second.set_xlabel("tokens")
