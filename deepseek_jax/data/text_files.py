@@ -63,6 +63,11 @@ def from_object(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def has_template(files: Files) -> bool:
+    """Whether there is a file of a chat template."""
+    return any(name == TEMPLATE or name.startswith(f"{TEMPLATES}/") for name in files)
+
+
 def templates(files: Files) -> dict[str, str]:
     """Chat templates by name, "default" among them; {} where there is none.
 

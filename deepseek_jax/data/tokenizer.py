@@ -118,19 +118,18 @@ class Tokenizer:
         """
         target = Path(path)
         files = {text_files.TOKENIZER: self._full.to_str().encode()} | self._files
-        if target.suffix == ".json":
+        if target.suffix == ".json" and not target.is_dir():
             text_files.write_file(target, files[text_files.TOKENIZER])
             return
         made = {text_files.CONFIG: self._config(), text_files.GENERATION: self.generation_ids()}
-        text_files.write(
-            target, {name: text_files.from_object(value) for name, value in made.items()} | files
-        )
+        made_files = {name: text_files.from_object(value) for name, value in made.items()}
+        text_files.write(target, made_files | files)
 
     def _config(self) -> dict[str, Any]:
-        """A tokenizer_config.json."""
+        """A tokenizer_config.json for a tokenizer that came without one."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        templates = self._templates
-        return config | self.names | ({"chat_template": templates["default"]} if templates else {})
+        own = self._has_turns and not text_files.has_template(self._files)
+        return config | self.names | ({"chat_template": DEFAULT_TEMPLATE} if own else {})
 
     def generation_ids(self) -> dict[str, Any]:
         """bos, eos (all stops) and pad for generation_config.json and config.json; None for what there is not."""
@@ -172,16 +171,18 @@ class Tokenizer:
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate:
-        """How it writes a chat. Raises ValueError: its files have no template, or one that is no text."""
-        if not self._templates:
-            raise ValueError("the tokenizer has no chat template: put a chat_template.jinja beside it")
-        return ChatTemplate(self._templates, self.names)
+        """How it writes a chat: by its files, else DeepSeek's turns if it has the tokens for them.
 
-    @functools.cached_property
-    def _templates(self) -> dict[str, str]:
-        """By name; DeepSeek's turns if there are none and the tokenizer has the tokens for them."""
-        turns = "user" in self._special and "assistant" in self._special
-        return text_files.templates(self._files) or ({"default": DEFAULT_TEMPLATE} if turns else {})
+        Raises ValueError: neither, or a template that is no text.
+        """
+        templates = text_files.templates(self._files)
+        if not templates and not self._has_turns:
+            raise ValueError("the tokenizer has no chat template: put a chat_template.jinja beside it")
+        return ChatTemplate(templates or DEFAULT_TEMPLATE, self.names)
+
+    @property
+    def _has_turns(self) -> bool:
+        return "user" in self._special and "assistant" in self._special
 
     # --- ids to text --------------------------------------------------------------------------------------
 
@@ -259,8 +260,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that decides how a document becomes ids."""
         described = self._full.to_str() + json.dumps(SPECIAL_TOKENS | self._special, sort_keys=True)
-        if self._ordinary or self.cuts is not cuts.LINES:  # once, they were not matched, and all cut at lines
-            described += "ordinary added tokens are matched, cuts change nothing"
+        if self._ordinary or self.cuts is not cuts.LINES:  # once, none were matched, and all was cut at lines
+            described += json.dumps(["cut", *(token["content"] for token in self._ordinary)])
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

@@ -260,6 +260,14 @@ def test_a_template_that_is_no_jinja_stops_only_chats(folders, tmp_path):
             tokenizer.encode_chat([QUESTION])
         tokenizer.save(tmp_path / "saved")
         assert (tmp_path / "saved" / "chat_template.jinja").read_text() == template
+    for left in ("tokenizer_config.json", "tokenizer.json"):  # with its other files, and without
+        (folder / "chat_template.jinja").write_bytes(b"\xff")
+        tokenizer = Tokenizer.load(folder)
+        tokenizer.save(tmp_path / left)
+        assert (tmp_path / left / "chat_template.jinja").read_bytes() == b"\xff"
+        with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 text"):
+            tokenizer.encode_chat([QUESTION])
+        (folder / "tokenizer_config.json").unlink(missing_ok=True)
     plain = Tokenizer.load(folders["metaspace"])
     with pytest.raises(ValueError, match=r"no chat template: put a chat_template\.jinja beside it"):
         plain.encode_chat([QUESTION])
