@@ -6,7 +6,11 @@ are too small to be split well, and everything else would run on one core.
 
 import os
 
+from deepseek_jax.config import Config
+from deepseek_jax.parallel.mesh import named_devices
+
 _COUNT = "--xla_force_host_platform_device_count"
+_MOST = 1024  # of one process
 _SINGLE = "--xla_cpu_multi_thread_eigen=false"
 
 
@@ -30,9 +34,24 @@ def one_device_per_core(divides: int, at_most: int = 0) -> int:
     return count
 
 
+def devices_of_run(cfg: Config, processes: int = 1) -> int:
+    """Ask XLA for the CPU devices of this process of a run; returns how many.
+
+    Those that config.mesh names; where it leaves `data` open, as many more as there are cores for and as divide the
+    sequences of a micro-batch.
+    """
+    mesh, sequences = cfg.mesh, cfg.train.batch_size // cfg.train.grad_accumulation
+    named, shards = named_devices(mesh), mesh.node * mesh.local
+    counts = [1] if mesh.data else range(1, max(1, processes * cores() // named) + 1)
+    fitting = [n for n in counts if sequences % (n * shards) == 0 and named * n % processes == 0]
+    count = max(1, named * max(fitting, default=1) // processes)
+    cpu_devices(count)
+    return count
+
+
 def cpu_devices(count: int) -> None:
-    """`force_devices`, unless an XLA_FLAGS already sets the device count."""
-    if _COUNT not in os.environ.get("XLA_FLAGS", ""):
+    """`force_devices`, unless an XLA_FLAGS already sets the device count; or it is more than XLA can make."""
+    if _COUNT not in os.environ.get("XLA_FLAGS", "") and count <= _MOST:
         force_devices(count)
 
 

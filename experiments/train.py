@@ -19,8 +19,8 @@ from absl import flags, logging
 from deepseek_jax.config import Config
 from deepseek_jax.parallel import distributed
 from deepseek_jax.parallel.together import is_first, whole_copy
-from experiments import command_line, config_flag
-from experiments.devices import one_device_per_core
+from experiments import command_line, config_flag, dry_run
+from experiments.devices import devices_of_run
 from experiments.screen import SCREEN
 
 _FROM_STEP = flags.DEFINE_integer("from_step", None, "Resume from this checkpoint instead of the newest.")
@@ -33,18 +33,19 @@ _STOPPED_STATUS = flags.DEFINE_integer(
     "Exit status after SIGTERM or Ctrl-C, for supervisors that take 0 as the end of the run.",
 )
 _FRESH = flags.DEFINE_bool("fresh", False, "Refuse to resume: the output folder must hold no checkpoint.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run",
+    False,
+    "Check the config, say what the run would be (parameters, memory, steps, tokens), and end.",
+)
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST: a profile of these steps is written into the run's folder."
 )
 
 
 def _describe(cfg: Config, trainer) -> None:
-    model, data = cfg.model, trainer.data
-    print(
-        f"model: {model.num_params():,} parameters, {model.num_active_params():,} active per token "
-        f"(without the embedding), {model.num_mtp_params():,} more in MTP modules"
-    )
-    print(f"data: {data.report.summary()}")
+    print(dry_run.model_line(cfg))
+    print(f"data: {trainer.data.report.summary()}")
     tokens = trainer.schedules.total_tokens
     print(
         f"run: {trainer.total_steps:,} steps, {tokens:,} tokens on {trainer.mesh.size} device(s) of "
@@ -149,10 +150,14 @@ def run(
 
 def main(argv: Sequence[str]) -> int:
     cfg = config_flag.parse(argv, default="configs/tiny.py")
+    if _DRY_RUN.value:
+        devices_of_run(cfg)
+        print(dry_run.report(cfg))
+        return 0
     profile_steps = _first_and_last(_PROFILE_STEPS.value)
     join = distributed.find(cfg.distributed, os.environ)
     processes = (join.processes if join else None) or 1
-    one_device_per_core(cfg.train.batch_size // cfg.train.grad_accumulation // processes)
+    devices_of_run(cfg, processes)
     logging.set_verbosity(logging.FATAL)  # orbax logs failed writes with a traceback, and raises them as well
     if join is not None:
         try:

@@ -65,7 +65,7 @@ def abstract_mesh(cfg: MeshConfig, devices: int) -> AbstractMesh:
     return AbstractMesh(_sizes(cfg, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is divided."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 

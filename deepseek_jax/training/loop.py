@@ -21,17 +21,18 @@ from jax.sharding import Mesh
 from deepseek_jax import data as data_lib
 from deepseek_jax import now
 from deepseek_jax.config import Config, to_dict
-from deepseek_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
 from deepseek_jax.parallel.together import StopVote, batch_share, is_first, on_host
 from deepseek_jax.training.changes import Changes, config_changes
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
 from deepseek_jax.training.finite import NonFiniteError
 from deepseek_jax.training.preflight import (
-    abstract_batch,
     check_tokenizer,
     check_vocabulary,
+    granularity,
     in_background,
+    trace_step,
 )
 from deepseek_jax.training.profiling import StepProfile
 from deepseek_jax.training.records import Evaluation, Records
@@ -73,7 +74,7 @@ class Trainer:
         self.cfg = cfg
         self.mesh = make_mesh(cfg.mesh) if mesh is None else mesh
         self.out_dir = Path(cfg.train.out_dir)
-        self.granularity = batch_shards(self.mesh) * cfg.train.grad_accumulation
+        self.granularity = granularity(cfg, self.mesh)
         self.schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len, self.granularity)
         self.total_steps = self.schedules.num_steps(self.granularity)
         self.step_fn: Any = make_train_step(cfg, self.mesh)
@@ -112,8 +113,7 @@ class Trainer:
     @functools.cached_property
     def _traced(self) -> Any:
         """The step for a whole batch."""
-        state, batch = abstract_state(self.cfg, self.mesh), abstract_batch(self.cfg, self.mesh)
-        return self.step_fn.trace(state, batch, self.schedules.hyper(0, 0))
+        return trace_step(self.step_fn, self.cfg, self.mesh, self.schedules)
 
     def check(self) -> None:
         """Raises ValueError for whatever of the config cannot be computed, in seconds: it traces a step.

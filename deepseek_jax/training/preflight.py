@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.checks import require
 from deepseek_jax.config import Config
 from deepseek_jax.data.bpe_training import MIN_VOCAB_SIZE
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.parallel.mesh import batch_sharding
+from deepseek_jax.parallel.mesh import batch_sharding, batch_shards
+from deepseek_jax.training.schedules import Schedules
+from deepseek_jax.training.step import abstract_state
 
 _FIM_TOKENS = ("fim_begin", "fim_hole", "fim_end")
 
@@ -44,6 +46,22 @@ def abstract_batch(cfg: Config, mesh: Mesh) -> dict[str, Any]:
     names = ("tokens", "segments", "positions") if cfg.data.segments else ("tokens",)
     shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
     return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)))
+
+
+def granularity(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
+    """Sequences that a batch is a multiple of. Raises ValueError if `batch_size` is none."""
+    size = batch_shards(mesh) * cfg.train.grad_accumulation
+    if cfg.train.batch_size % size:
+        raise ValueError(
+            f"train.batch_size={cfg.train.batch_size} must be a multiple of {size}: {batch_shards(mesh)} devices of the "
+            f"batch axes x train.grad_accumulation={cfg.train.grad_accumulation}"
+        )
+    return size
+
+
+def trace_step(step_fn: Any, cfg: Config, mesh: Mesh, schedules: Schedules) -> Any:
+    """The step for a whole batch, before compilation. Raises ValueError for what cannot be computed."""
+    return step_fn.trace(abstract_state(cfg, mesh), abstract_batch(cfg, mesh), schedules.hyper(0, 0))
 
 
 def in_background(f: Callable[[], Any]) -> Future:

@@ -1,0 +1,54 @@
+"""`python -m experiments.train --dry_run`: what a run would be, checked as far as this machine can; nothing is read."""
+
+import jax
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh, named_devices
+from deepseek_jax.training.memory import state_memory
+from deepseek_jax.training.preflight import check_tokenizer, granularity, trace_step
+from deepseek_jax.training.schedules import Schedules
+from deepseek_jax.training.step import make_train_step
+from experiments import plan_memory
+
+
+def model_line(cfg: Config) -> str:
+    model = cfg.model
+    return (
+        f"model: {model.num_params():,} parameters, {model.num_active_params():,} active per token "
+        f"(without the embedding), {model.num_mtp_params():,} more in MTP modules"
+    )
+
+
+def report(cfg: Config) -> str:
+    """Several lines. Raises ValueError for what a run would refuse before it reads its data.
+
+    Where fewer devices are at hand than config.mesh names, the step is not traced.
+    """
+    at_hand, named = jax.device_count(), named_devices(cfg.mesh)
+    mesh = abstract_mesh(cfg.mesh, max(at_hand, named))
+    size = granularity(cfg, mesh)
+    schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len, size)
+    check_tokenizer(cfg)
+    if named <= at_hand:
+        real = make_mesh(cfg.mesh)
+        trace_step(make_train_step(cfg, real), cfg, real, schedules)
+    return "\n".join((model_line(cfg), *_run(cfg, schedules, size), *_memory(cfg, mesh, at_hand)))
+
+
+def _run(cfg: Config, schedules: Schedules, size: int) -> tuple[str, ...]:
+    first, steps, length = schedules.batch_size(0, size), schedules.num_steps(size), cfg.data.seq_len
+    batch = f"{first} to {cfg.train.batch_size}" if first < cfg.train.batch_size else f"{first}"
+    flops = cfg.model.flops_per_token(length) * schedules.total_tokens
+    return (
+        f"run: {steps:,} steps of {batch} x {length:,} tokens, {schedules.total_tokens:,} in all, {flops:.2e} FLOPs",
+        f"output: {cfg.train.out_dir}; checkpoints every {cfg.train.checkpoint_every} steps",
+    )
+
+
+def _memory(cfg: Config, mesh: jax.sharding.AbstractMesh, at_hand: int) -> tuple[str, ...]:
+    missing = "" if mesh.size <= at_hand else f"; {at_hand} are at hand, so that the step was not traced"
+    return (
+        f"memory on each of {mesh.size} device(s){missing}:",
+        plan_memory.report(state_memory(cfg, mesh)),
+        "  without activations, buffers of the exchange and temporary copies",
+    )
