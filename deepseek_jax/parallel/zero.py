@@ -3,8 +3,9 @@
 Between steps the float32 master weights and the moments are divided over all axes that divide tokens: dense parameters
 over data, node, local and tensor, experts, which the last three divide already, over data, and the attention's heads,
 which tensor divides, over the other three. Once per step, for all its micro-batches, `gather` puts the compute copy
-together and `scatter` sums the gradients to the devices that own them. Master weights are cast before they travel, to
-what the forward pass reads: `read_dtype`.
+together and `scatter` sums the gradients to the devices that own them. What travels is what the forward pass reads:
+master weights are cast before (`read_dtype`), and under an FP8 policy those of linear layers are quantised, each device
+its part, with scales agreed on where a block lies on several.
 
 The rule: of a matrix, the first dim that divides by the devices is divided, the layer dim included. Norm scales
 stay whole everywhere; a matrix without such a dim is an error, not a copy that nobody asked for.
@@ -13,6 +14,7 @@ Legend: "axis" is of the mesh, "dim" of a tensor; w parameter, g gradient, all `
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -21,8 +23,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from deepseek_jax.model.params import Param, tree_map_with_name
+from deepseek_jax.model.params import Param, tree_map, tree_map_with_name
 from deepseek_jax.parallel.mesh import TOKEN_AXES, Rules, param_spec, param_specs, spec_axes
+from deepseek_jax.precision.linear import quantise_weight
+from deepseek_jax.precision.operands import Format, Operand, quantise, quantise_part, transpose
+from deepseek_jax.precision.policy import Policy
+from deepseek_jax.precision.weights import as_matrices, leading_dims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,7 @@ def read_dtype(param: Param, dtype: Any, quantised: bool) -> Any:
     """What the forward pass makes of a master weight where it uses it; cast to it before, nothing changes.
 
     Linear layers, embedding and head: the compute dtype. Gate and norms: float32. `quantised`: the weights of linear
-    layers are quantised from float32, after they are gathered, because blocks straddle the shards.
+    layers are quantised from float32, in which their gradients are.
     """
     if param.n_in is not None:
         return jnp.dtype(jnp.float32 if quantised else dtype)
@@ -105,15 +111,73 @@ def held_specs(tree: Any) -> Any:
 # --- inside shard_map -----------------------------------------------------------------------------------------
 
 
-def gather(params: Any, tree: Any) -> Any:
-    """Master weights as held -> what the forward pass reads: cast, then all-gathered."""
+def gather(params: Any, tree: Any, declared: Any, policy: Policy | None) -> tuple[Any, Any]:
+    """Master weights as held -> what the forward pass reads, for `precision.weights.attach`.
 
-    def one(w: jax.Array, share: Share) -> jax.Array:
+    Returns (parameters, quantised operands as of `quantise_weights`). The parameters are cast and all-gathered; of a
+    weight whose operands are there instead, which is only differentiated, they are zeros.
+    """
+
+    def parameter(p: Param, w: jax.Array, share: Share) -> jax.Array:
         if not share.axes:
             return w
-        return lax.all_gather(w.astype(share.dtype), share.axes, axis=share.dim, tiled=True)
+        if policy is None or p.n_in is None:
+            return _all_gathered(w.astype(share.dtype), share, share.dim)
+        return jnp.zeros(_whole(w, share), share.dtype)
 
-    return jax.tree.map(one, params, tree)
+    def operands(p: Param, w: jax.Array, share: Share) -> Any:
+        return None if policy is None or p.n_in is None else _quantised(p, w, share, policy)
+
+    return tree_map(parameter, declared, params, tree), tree_map(operands, declared, params, tree)
+
+
+def _all_gathered(x: jax.Array, share: Share, dim: int) -> jax.Array:
+    return lax.all_gather(x, share.axes, axis=dim, tiled=True)
+
+
+def _whole(w: jax.Array, share: Share) -> tuple[int, ...]:
+    """Shape of what is gathered from parts like `w`."""
+    parts = lax.axis_size(share.axes)
+    return tuple(n * parts if dim == share.dim else n for dim, n in enumerate(w.shape))
+
+
+def _quantised(p: Param, w: jax.Array, share: Share, policy: Policy) -> tuple[Operand, Operand]:
+    """`quantise_weight` of a whole weight, bit for bit, from the part of it that is held: E4M3 and scales travel."""
+    matrices = as_matrices(p, w)
+    if not share.axes:
+        return quantise_weight(matrices, policy)
+    lead, whole = leading_dims(p), _whole(w, share)
+
+    def bytes_gathered(q: jax.Array) -> jax.Array:
+        values = lax.bitcast_convert_type(q.reshape(w.shape), jnp.uint8)
+        return as_matrices(p, lax.bitcast_convert_type(_all_gathered(values, share, share.dim), q.dtype))
+
+    def whole_matrices(x: jax.Array, fmt: Format) -> Operand:
+        q, scale = quantise(x, fmt)
+        return Operand(bytes_gathered(q), _all_gathered(scale, share, share.dim))
+
+    def divided_matrices(x: jax.Array, fmt: Format) -> Operand:
+        assert p.n_in is not None
+        by_input = share.dim - lead < p.n_in
+        dims = slice(lead, lead + p.n_in) if by_input else slice(lead + p.n_in, None)
+        rows = _own_part(whole[dims], share, share.dim - dims.start)
+        largest = functools.partial(lax.pmax, axis_name=share.axes)
+        if by_input:
+            part = quantise_part(x, fmt, rows, math.prod(whole[dims]), largest)
+        else:
+            x = jnp.swapaxes(x, -1, -2)
+            part = transpose(quantise_part(x, fmt.transposed, rows, math.prod(whole[dims]), largest))
+        return Operand(bytes_gathered(part.q), part.scale)
+
+    return quantise_weight(matrices, policy, whole_matrices if share.dim < lead else divided_matrices)
+
+
+def _own_part(dims: tuple[int, ...], share: Share, dim: int) -> jax.Array:
+    """Which elements this device holds of `dims` flattened, where `dim` is divided: int32."""
+    index = jnp.arange(math.prod(dims), dtype=jnp.int32).reshape(dims)
+    own = dims[dim] // lax.axis_size(share.axes)
+    start = lax.axis_index(share.axes) * own
+    return lax.dynamic_slice_in_dim(index, start, own, dim).reshape(-1)
 
 
 def scatter(grads: Any, tree: Any) -> Any:

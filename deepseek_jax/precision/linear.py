@@ -10,6 +10,7 @@ Dims: m token, k input channel, n output channel, f FFN inner.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -58,13 +59,14 @@ class Weight:
         return _linear(self.policy, flat, matrix(self, n_in)).reshape(*batch, *out)
 
 
-def quantise_weight(w: jax.Array, policy: Policy) -> tuple[Operand, Operand]:
-    """w [..., in, out] -> operands of fprop and dgrad."""
+def quantise_weight(
+    w: jax.Array, policy: Policy, quantise: Callable[[jax.Array, Format], Operand] = quantise
+) -> tuple[Operand, Operand]:
+    """w [..., in, out] -> operands of fprop and dgrad. `quantise`: of a part of w, if that is what there is."""
     fprop, dgrad = policy.fprop[1], policy.dgrad[1]
     in_out = quantise(w, dgrad)
-    if fprop == dgrad and fprop.square:
-        return transpose(in_out), in_out
-    return quantise_transposed(w, fprop), in_out
+    same = fprop == dgrad and fprop.square
+    return transpose(in_out if same else quantise(w, fprop.transposed)), in_out
 
 
 # --- the three GEMMs --------------------------------------------------------------------------------------

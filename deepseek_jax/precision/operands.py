@@ -6,14 +6,16 @@ promoted to float32 every 128; coarse formats scale the finished product.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.blocks import BLOCK
+from pallas_kernels.blocks import BLOCK, cdiv, expand_scale, split_blocks
 from pallas_kernels.fp8_gemm.ops import fp8_gemm
+from pallas_kernels.quantize.fallback import scale_from_amax
 from pallas_kernels.quantize.ops import dequantize, quantize, quantize_transposed, requantize_transposed
 from pallas_kernels.quantize.reference import divide
 
@@ -38,6 +40,11 @@ class Format:
         """The transposed operand has the transposed blocks: one quantisation serves both."""
         return self.rows == self.depth
 
+    @property
+    def transposed(self) -> "Format":
+        """The blocks of the transposed operand."""
+        return Format(self.depth, self.rows, self.scale)
+
 
 TILE = Format(1, BLOCK)  # activations and gradients
 SQUARE = Format(BLOCK, BLOCK)  # weights
@@ -61,18 +68,45 @@ def _block(fmt: Format, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _quantize_coarse(x: jax.Array, fmt: Format) -> Operand:
-    """One scale per row, or one in all: the scale that the fine-grained quantiser gives the largest magnitude."""
+    """One scale per row or column, or one in all: what the fine-grained quantiser makes of the largest magnitude."""
     axes = tuple(axis for axis, size in ((-2, fmt.rows), (-1, fmt.depth)) if size is None)
     x = x.astype(jnp.float32)
-    _, scale = quantize(jnp.max(jnp.abs(x), axis=axes, keepdims=True), (1, BLOCK), fmt.scale)
+    scale = scale_from_amax(jnp.max(jnp.abs(x), axis=axes, keepdims=True), fmt.scale)
     return Operand(divide(x, scale).astype(jnp.float8_e4m3fn), scale)
 
 
 def quantise(x: jax.Array, fmt: Format) -> Operand:
     """x [..., rows, depth] -> Operand; a non-finite element dequantises to NaN."""
-    if not fmt.fine:
+    if fmt.rows is None or fmt.depth is None:
         return _quantize_coarse(x, fmt)
     return Operand(*quantize(x, _block(fmt, x.shape), fmt.scale))
+
+
+def quantise_part(
+    x: jax.Array,
+    fmt: Format,
+    rows: jax.Array,
+    total: int,
+    largest: Callable[[jax.Array], jax.Array],
+) -> Operand:
+    """Some rows of an operand, with the scales that the whole operand's elements give.
+
+    Args:
+      x: [..., n, depth], this device's rows.
+      rows: int32 [n], which rows of the whole they are; blocks may have rows elsewhere.
+      total: rows of the whole.
+      largest: maximum over the devices that have the other rows.
+
+    Returns:
+      Operand of q [..., n, depth] and the scales of the whole: bit for bit what `quantise` makes of it.
+    """
+    height, width = fmt.rows or total, fmt.depth or x.shape[-1]
+    x, block = x.astype(jnp.float32), rows // height
+    amax = jnp.max(jnp.abs(split_blocks(x, (1, width))), axis=(-3, -1))
+    blocks = jnp.zeros((*amax.shape[:-2], cdiv(total, height), amax.shape[-1]), amax.dtype)
+    scale = scale_from_amax(largest(blocks.at[..., block, :].max(amax)), fmt.scale)
+    per_element = expand_scale(scale[..., block, :], (1, width), x.shape)
+    return Operand(divide(x, per_element).astype(jnp.float8_e4m3fn), scale)
 
 
 def quantise_transposed(x: jax.Array, fmt: Format) -> Operand:

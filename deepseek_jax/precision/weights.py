@@ -13,10 +13,15 @@ from deepseek_jax.precision.policy import Policy
 _LEADING = ("layer", "expert")
 
 
-def _as_matrices(p: Param, w: jax.Array) -> jax.Array:
+def leading_dims(p: Param) -> int:
+    """How many dims come before a weight's input: layer and expert."""
+    return sum(axis in _LEADING for axis in p.axes)
+
+
+def as_matrices(p: Param, w: jax.Array) -> jax.Array:
     """w, of which a device may hold a part -> [layer and expert dims, input width, output width]."""
     assert p.n_in is not None
-    lead = sum(axis in _LEADING for axis in p.axes)
+    lead = leading_dims(p)
     return w.reshape(*w.shape[:lead], math.prod(w.shape[lead : lead + p.n_in]), -1)
 
 
@@ -29,7 +34,7 @@ def quantise_weights(params: Any, declared: Any, policy: Policy | None) -> Any:
     def one(p: Param, w: jax.Array) -> Any:
         if policy is None or p.n_in is None:
             return None
-        return quantise_weight(_as_matrices(p, lax.stop_gradient(w)), policy)
+        return quantise_weight(as_matrices(p, lax.stop_gradient(w)), policy)
 
     return tree_map(one, declared, params)
 

@@ -21,9 +21,9 @@ from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.sequence import WHOLE, Whole
-from deepseek_jax.model.transformer import Stack, forward, model_params, stack
+from deepseek_jax.model.transformer import Stack, forward, stack
 from deepseek_jax.precision import preset
-from deepseek_jax.precision.weights import attach, quantise_weights
+from deepseek_jax.precision.weights import attach
 
 Batch = Mapping[str, jax.Array]  # "tokens" int32 [b, w], and with packing masks "segments" and "positions"
 
@@ -111,6 +111,7 @@ def losses(
 
 def gradients(
     params: Any,
+    quantised: Any,
     cfg: Config,
     batch: Batch,
     balance_bias: jax.Array,
@@ -122,13 +123,12 @@ def gradients(
 ) -> tuple[Any, Losses]:
     """Float32 gradients and losses of this device's tokens, in `grad_accumulation` micro-batches.
 
-    Under an FP8 policy the weights are quantised here, once for all micro-batches, and the backward pass runs on the
-    losses times a power of two near the global token count: gradients of a mean over a large batch would lie below
-    the quantiser's smallest scale, and vanish. Of parameters that come in the compute dtype, a micro-batch's gradient
-    is rounded to it, as products are; sums are float32.
+    Under an FP8 policy the weights' operands, `quantised` (`precision.weights`), serve all micro-batches, and the
+    backward pass runs on the losses times a power of two near the global token count: gradients of a mean over a large
+    batch would lie below the quantiser's smallest scale, and vanish. Of parameters that come in the compute dtype, a
+    micro-batch's gradient is rounded to it, as products are; sums are float32.
     """
     policy = preset(cfg.precision)
-    quantised = quantise_weights(params, model_params(cfg.model), policy)
     scale = 1.0 if policy is None else 2.0 ** math.ceil(math.log2(sequences * cfg.data.seq_len))
 
     def objective(params, micro):

@@ -27,7 +27,7 @@ from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, rep
 from deepseek_jax.parallel.tensor import sequence_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
-from deepseek_jax.precision.weights import attach, quantise_weights
+from deepseek_jax.precision.weights import attach
 from deepseek_jax.training.losses import Batch, gradients, targets
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
 from deepseek_jax.training.sharding import experts_over, moe_stack_over, parameter_shares, state_shardings
@@ -107,6 +107,7 @@ def make_train_step(
     _check_axes(mesh)
     optimizer = adamw(cfg.optimizer)
     everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
+    declared, policy = model_params(cfg.model), preset(cfg.precision)
     held, experts = held_specs(shares), experts_over(cfg, mesh)
     moe_stack, sequence = moe_stack_over(cfg, mesh, experts), sequence_over(mesh, cfg.data.seq_len)
 
@@ -114,8 +115,8 @@ def make_train_step(
         n = _sequences(cfg, mesh, batch)
 
         def local(params, bias, batch, mtp_lambda):
-            params = gather(params, shares)
-            grads, parts = gradients(params, cfg, batch, bias, mtp_lambda, n, experts, moe_stack, sequence)
+            read = gather(params, shares, declared, policy)
+            grads, parts = gradients(*read, cfg, batch, bias, mtp_lambda, n, experts, moe_stack, sequence)
             return scatter(grads, shares), lax.psum(parts, TOKEN_AXES)
 
         grads, parts = jax.shard_map(
@@ -167,8 +168,7 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch],
     sequence = sequence_over(mesh, t)
 
     def local(params, bias, batch):
-        params = gather(params, shares)
-        params = attach(params, quantise_weights(params, model_params(model), policy), policy)
+        params = attach(*gather(params, shares, model_params(model), policy), policy)
         context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
         h_btd, _ = forward(
             params,

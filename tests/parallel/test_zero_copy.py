@@ -1,5 +1,7 @@
 """ZeRO-1: what is gathered is what the forward pass reads, to the bit; and the rule of what is divided."""
 
+import collections
+import functools
 import re
 
 import jax
@@ -10,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.transformer import model_params
-from deepseek_jax.parallel.zero import read_dtype, share_of
+from deepseek_jax.parallel.zero import gather, held_specs, read_dtype, share_of
+from deepseek_jax.precision import preset
+from deepseek_jax.precision.weights import quantise_weights
 from deepseek_jax.training.losses import losses
 from deepseek_jax.training.sharding import parameter_shares
 from deepseek_jax.training.step import make_eval_step
@@ -31,7 +35,8 @@ def evaluation(zero, dtype, precision):
 
 @pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "bf16"), ("bfloat16", "deepseek_fp8")])
 def test_evaluation_is_bitwise_the_same(dtype, precision):
-    """Weights cast before they are gathered are those cast where they are used; quantised from float32 all the same."""
+    """Weights cast, or quantised, before they are gathered are those cast or quantised where they are used. In FP8 their
+    bytes travel, once for both operands, and scales; in float32 the gate, which reads it."""
     (got, text), (want, _) = (evaluation(zero, dtype, precision) for zero in (True, False))
     np.testing.assert_array_equal(got, want)
     assert np.isfinite(got).all() and np.ptp(got) > 0
@@ -40,8 +45,12 @@ def test_evaluation_is_bitwise_the_same(dtype, precision):
         p for p in jax.tree.leaves(model_params(config(zero=True).model), is_leaf=is_param) if not_norm(p)
     ]
     linear = sum(p.n_in is not None for p in names)
-    half = linear + 2 if precision == "bf16" else 2  # embedding and head
-    assert gathered.count("bf16") == half and gathered.count("f32") == len(names) - half
+    travel = [linear, "bf16"] if precision == "bf16" else [linear, "ui8"]
+    assert len(names) == linear + 3  # embedding, head and gate
+    scales = 3 if precision != "bf16" else 0  # of the experts, of which a device has some whole
+    assert collections.Counter(gathered) == collections.Counter({travel[1]: travel[0], "f32": 1 + scales}) + (
+        collections.Counter({"bf16": 2})
+    )
 
 
 def is_param(x):
@@ -50,6 +59,39 @@ def is_param(x):
 
 def not_norm(p):
     return p.init == "normal"
+
+
+DIVIDED = {  # name -> parameter and, on eight devices, what its first dim that divides is
+    "layers": Param((8, 20, 12), ("layer", "embed", None), n_in=1),
+    "experts": Param((3, 8, 20, 12), ("layer", "expert", "embed", None), n_in=1),
+    "inputs": Param(
+        (2, 320, 300), ("layer", "embed", None), n_in=1
+    ),  # 40 rows each: blocks lie on four devices
+    "outputs": Param((2, 150, 1048), ("layer", "embed", None), n_in=1),  # 131 columns each
+    "heads and values": Param((3, 3, 136, 130), ("layer", "heads", None, "embed"), n_in=2),  # rows with gaps
+    "whole blocks": Param((3, 1024, 130), ("layer", "embed", None), n_in=1),
+}
+
+
+@pytest.mark.parametrize("policy", ["deepseek_fp8_ue8m0", "per_token_channel", "per_tensor"])
+def test_parts_quantised_and_gathered_are_the_whole_quantised(policy):
+    """To the bit, values and scales of both operands, whatever is divided; one device's part of a block may have its
+    largest element, or another's."""
+    cfg = config((2, 2, 2), zero=True)
+    mesh, policy = mesh_of(cfg), preset(policy)
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal(p.shape, np.float32) for name, p in DIVIDED.items()}
+    tree = {name: share_of(name, p, mesh, {}, jnp.float32) for name, p in DIVIDED.items()}
+    assert [share.dim for share in tree.values()] == [0, 1, 1, 2, 2, 1]
+    local = functools.partial(gather, tree=tree, declared=DIVIDED, policy=policy)
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(held_specs(tree),), out_specs=P(), check_vma=False)
+    zeros, got = jax.jit(spread)(params)
+    want = jax.jit(lambda w: quantise_weights(w, DIVIDED, policy))(params)
+    for name, w in params.items():
+        assert zeros[name].shape == w.shape and not zeros[name].any()
+        for x, y in zip(*map(jax.tree.leaves, (got[name], want[name])), strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32), err_msg=name)
 
 
 def test_gradients_of_cast_weights():

@@ -107,8 +107,9 @@ def test_gradients_do_not_depend_on_how_large_the_global_batch_is():
 
     @functools.partial(jax.jit, static_argnums=0)
     def of_batch(sequences):
+        params = state.params, quantise_weights(state.params, model_params(cfg.model), POLICY)
         return gradients(
-            state.params, cfg, batch, state.balance_bias, jnp.float32(0.3), sequences, routed_experts
+            *params, cfg, batch, state.balance_bias, jnp.float32(0.3), sequences, routed_experts
         )[0]
 
     small_batch, large_batch = of_batch(cfg.train.batch_size), of_batch(n)
