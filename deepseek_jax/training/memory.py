@@ -1,7 +1,6 @@
 """Bytes per device of parameters, moments and gradients, from the specs that training uses; no device is needed.
 
-Activations, the exchange's buffers and temporary copies (a gradient while it is cast and scattered, a weight while it
-is gathered to be quantised) are not counted.
+Activations, the exchange's buffers and temporary copies (a gradient while it is cast and scattered) are not counted.
 """
 
 import math

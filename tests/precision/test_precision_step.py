@@ -10,8 +10,9 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import linear
 from deepseek_jax.model.transformer import model_params
+from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.precision import PRESETS, weights
+from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.linear import Weight, quantise_weight
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.losses import gradients, losses
@@ -62,7 +63,7 @@ def test_only_linear_layers_are_quantised():
 def test_weights_are_quantised_once_for_all_micro_batches(monkeypatch):
     cfg, seen = small(grad_accumulation=2), []
     monkeypatch.setattr(
-        weights, "quantise_weight", lambda w, policy: seen.append(w) or quantise_weight(w, policy)
+        zero, "quantise_weight", lambda w, policy: seen.append(w) or quantise_weight(w, policy)
     )
     jax.eval_shape(make_train_step(cfg, one_device()), fresh_state(cfg), {"tokens": tokens(cfg)}, HYPER)
     declared = jax.tree.leaves(model_params(cfg.model), is_leaf=lambda p: hasattr(p, "n_in"))
