@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status
 
+_STOPPING = "stopping after this step, then saving; Ctrl-C again ends at once, without saving"
 _SAID = b"\nerror: interrupted again: ended without saving; the same command goes on from the last whole checkpoint\n"
 
 
@@ -54,4 +55,5 @@ def _listen(ours: socket.socket, stop: threading.Event, say: Callable[[str], Non
         if number[0] in (signal.SIGTERM, signal.SIGINT):
             stop.set()
             if say is not None:
-                say("stopping after this step, then saving; Ctrl-C again ends at once, without saving")
+                # which may wait for a screen that somebody holds; the next signal must not
+                threading.Thread(target=say, args=(_STOPPING,), name="say", daemon=True).start()
