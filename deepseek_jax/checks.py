@@ -85,10 +85,19 @@ def build(cls: Any, values: Mapping[str, Any], path: str = "") -> Any:
         nested = section_of(hints[key])
         if nested is not None and isinstance(value, Mapping):
             value = build(nested, value, f"{path}{key}.")
+        elif typing.get_origin(hints[key]) is tuple:
+            value = _strings(f"{path}{key}", value)
         else:
             _check_type(f"{path}{key}", value, hints[key])
         kwargs[key] = value
     return cls(**kwargs)
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    """A tuple of strings, or JSON's list of them, as a tuple."""
+    ok = isinstance(value, tuple | list) and all(isinstance(entry, str) for entry in value)
+    require(ok, f"config key {name}={shown(value)} should be a tuple of strings")
+    return tuple(value)
 
 
 def _check_key(cls: Any, key: Any, path: str) -> None:

@@ -34,7 +34,10 @@ _MANY, _LONG = 1 << 31, 1e18
 class DataConfig:
     """Where text comes from and how it becomes windows of tokens (report section 4.1)."""
 
-    source: str = "stdlib"  # "stdlib": the interpreter's own library sources; else a glob
+    source: str = "stdlib"  # "stdlib": the interpreter's own library sources; else a glob, a folder or a file
+    sources: tuple[
+        str, ...
+    ] = ()  # instead of `source`, several: ("web/*.jsonl=0.7", "code/*.py=0.3"), by weight
     validation: str | None = None  # a glob; None: hold out `validation_fraction` of the documents
     validation_fraction: float = 0.05  # of the documents, where `validation` is None
     text_field: str = "text"  # field of JSON lines, column of Parquet files
@@ -55,6 +58,17 @@ class DataConfig:
         for name in ("fim_rate", "split_punctuation_rate", "validation_fraction"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"data.{name}={value} must lie in [0, 1]")
+        self.weighted_sources()
+
+    def weighted_sources(self) -> list[tuple[str, float]]:
+        """(source, weight) of each source: of `sources`, or `source` alone."""
+        found = []
+        for entry in self.sources:
+            source, _, weight = entry.rpartition("=")
+            ok = bool(source) and weight.replace(".", "", 1).isdecimal() and float(weight) > 0
+            require(ok, f'data.sources entry {shown(entry)} should be "SOURCE=WEIGHT" with a positive weight')
+            found.append((source, float(weight)))
+        return found or [(self.source, 1.0)]
 
 
 @dataclasses.dataclass(frozen=True)

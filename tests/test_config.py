@@ -6,6 +6,8 @@ import math
 
 import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs.defaults import defaults
 from deepseek_jax.config import (
@@ -183,3 +185,22 @@ def test_cache_bytes():
     assert V3.kv_cache_bytes_per_token("float32") == 3 * 4 * per_layer
     with pytest.raises(ValueError, match="dtype='float8_e4m3' is not one of"):
         V3.kv_cache_bytes_per_token("float8_e4m3")
+
+
+def test_sources_with_weights_from_the_command_line_and_from_json():
+    values = {"data": {"sources": ["web/*.jsonl=0.75", "a=b/*.py=3"]}}
+    cfg = from_config_dict(values)
+    assert cfg.data.sources == tuple(values["data"]["sources"]), "JSON has lists"
+    assert cfg.data.weighted_sources() == [("web/*.jsonl", 0.75), ("a=b/*.py", 3.0)]
+    assert build(Config, json.loads(json.dumps(to_dict(cfg)))) == cfg
+    assert DataConfig(source="x").weighted_sources() == [("x", 1.0)]
+    argv = ["prog", "--config.data.sources=('web/*.jsonl=0.75', 'a=b/*.py=3')"]
+    holder = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", defaults(), flag_values=holder, sys_argv=argv)
+    holder(argv)
+    assert from_config_dict(holder.config).data == cfg.data
+    for bad in ("web/*.jsonl", "web=x", "web=0", "web=-1", "=1", "web=inf"):
+        with pytest.raises(ValueError, match=r"data.sources entry .* should be \"SOURCE=WEIGHT\""):
+            DataConfig(sources=(bad,))
+    with pytest.raises(ValueError, match=r"data\.sources='web=1' should be a tuple of strings"):
+        from_config_dict({"data": {"sources": "web=1"}})

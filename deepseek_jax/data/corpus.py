@@ -1,198 +1,197 @@
 """The documents to train on: the interpreter's own standard library, or the user's files.
 
 `source="stdlib"` needs no download: every Python installation carries about 10 MB of readable, documented
-source code. Any other source is a glob or a folder (see readers.py for the formats).
+source code. Any other source is a glob, a folder or a file (see readers.py for the formats).
 
-Documents are read again for each pass and never held together in memory, so a corpus may be larger than it.
+A corpus is a list of files until it is read, as a stream, once. Of its documents, memory holds the one at hand.
 """
 
 import dataclasses
-import glob
+import functools
 import hashlib
-import os
-import sysconfig
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from deepseek_jax.data.files import STDLIB, SourceFile, find_files, spells_out, stdlib_folder
+from deepseek_jax.data.readers import read_file
+from deepseek_jax.data.report import CorpusReport, Document
 
-from deepseek_jax.data.readers import CorpusReport, Document, read_file
-
-STDLIB = "stdlib"
 TRAIN, VALIDATION = "train", "validation"
 
-# Installed packages are not the standard library; tests would double its size; encodings and pydoc_data are
-# generated tables and help texts, each a large and unlike share of whichever split it falls into.
-_LEFT_OUT_FOLDERS = frozenset(
-    ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data")
-)
 
+@dataclasses.dataclass
+class Reading:
+    """What a pass over the documents leaves behind: a few hashes, however many documents there were.
 
-@dataclasses.dataclass(frozen=True)
-class _Scan:
-    """What one pass over the source found: a digest of each document and its side of the split."""
+    Attributes:
+        report: what was read and skipped.
+        files: of each file in order, the hash of its documents; None without documents.
+    """
 
-    digests: list[bytes]
-    is_validation_n: np.ndarray
+    report: CorpusReport = dataclasses.field(default_factory=CorpusReport)
+    files: list[str | None] = dataclasses.field(default_factory=list)
+    splits: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {split: hashlib.sha256() for split in (TRAIN, VALIDATION)}
+    )
+
+    def fingerprint(self, split: str) -> str:
+        """Hash of the texts of `split` in order; independent of where the files lie."""
+        return self.splits[split].hexdigest()[:16]
 
 
 class Corpus:
     """Named documents in two disjoint splits, the same in every process that sees the same files.
 
-    The standard library splits by file (hash of the relative path). The user's documents split by hash of
-    their content, so that a duplicate never sits on both sides; or `validation` names a second glob. Where a
-    hash split would leave a side empty the nearest document moves over, and a lone document is cut in two at
-    a line break.
+    The standard library splits by file (hash of the relative path). The user's documents split by hash of their
+    content, so that a duplicate never sits on both sides. Where a hash split would leave a side empty, the nearest
+    document moves over, and a lone document is cut in two at a line break.
 
     Args:
-        source: "stdlib", a glob (`**` allowed) or a folder.
-        validation: glob or folder of the validation documents; its files are left out of training.
+        source: "stdlib", a glob (`**` allowed), a folder or a file.
         text_field: field of JSON lines and column of Parquet files.
-        validation_fraction: expected share of documents in the validation split; unused with `validation`.
+        validation_fraction: expected share of documents in the validation split; None: all are for training.
+        left_out: glob or folder of files of `source` that do not belong to this corpus.
 
     Raises:
-        ValueError: nothing matches, nothing is readable, or the fraction is not inside (0, 1).
+        ValueError: nothing matches, or the fraction is not inside (0, 1).
     """
 
     def __init__(
         self,
         source: str = STDLIB,
-        validation: str | None = None,
         text_field: str = "text",
-        validation_fraction: float = 0.05,
+        validation_fraction: float | None = 0.05,
+        left_out: str | None = None,
     ):
-        if not 0 < validation_fraction < 1:
+        if validation_fraction is not None and not 0 < validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie inside (0, 1), got {validation_fraction}")
-        self.source, self.validation, self.text_field = source, validation, text_field
-        self.validation_fraction = validation_fraction
-        self.report = CorpusReport()
-        self._lone = False
-        held_out = find_files(validation) if validation else []
-        self._files = {TRAIN: find_files(source, left_out=held_out), VALIDATION: held_out}
-        self._scan = self._scan_source()
+        self.source, self.text_field = source, text_field
+        self.validation_fraction, self.left_out = validation_fraction, left_out
+        self._named = spells_out(source)
+        self._find_report = CorpusReport()
+        self.files = self._find(self._find_report)
 
-    def documents(self, split: str) -> Iterator[Document]:
-        """Yields the documents of `split` ("train" or "validation") in a fixed order.
+    def files_now(self) -> list[SourceFile]:
+        """The files as they are at this moment: where this differs from `files`, something changed since."""
+        return self._find(CorpusReport())
+
+    def _find(self, report: CorpusReport) -> list[SourceFile]:
+        left_out = find_files(self.left_out, CorpusReport()) if self.left_out else []
+        return find_files(self.source, report, left_out)
+
+    def read(self, reading: Reading) -> Iterator[tuple[str, Document]]:
+        """Yields (split, document) of all documents, in a fixed order, in one pass that `reading` takes notes of.
 
         Raises:
-            ValueError: a file changed since the corpus was opened.
+            ValueError: there is no document, or there are too few to split.
         """
-        want = {TRAIN: False, VALIDATION: True}[split]
-        scan, index = self._scan, -1
-        for index, document in enumerate(self._read(CorpusReport())):
-            if index >= len(scan.digests) or _digest(document.text) != scan.digests[index]:
-                raise ValueError(f"{document.name} changed while the corpus was being read: start again")
-            if scan.is_validation_n[index] == want:
-                yield document
-        if index + 1 != len(scan.digests):
-            raise ValueError(
-                f"files of {self.source!r} vanished while the corpus was being read: start again"
-            )
+        edge = self._edge
+        reading.report.add(self._find_report)
+        for file in self.files:
+            digest = None
+            for document in self._read_file(file, reading.report):
+                digest = digest or hashlib.sha256()
+                digest.update(_digest(document.text))
+                for split, part in self._sides(file, document, edge):
+                    reading.splits[split].update(_digest(part.text))
+                    yield split, part
+            reading.files.append(None if digest is None else digest.hexdigest()[:32])
 
-    def fingerprint(self, split: str) -> str:
-        """Hash of the texts of `split` in order; independent of where the files lie."""
-        want = {TRAIN: False, VALIDATION: True}[split]
-        digest = hashlib.sha256()
-        for index in np.flatnonzero(self._scan.is_validation_n == want):
-            digest.update(self._scan.digests[index])
-        return digest.hexdigest()[:16]
+    def sample(self, max_chars: int) -> Iterator[str]:
+        """Training texts of up to about `max_chars` characters, from the start of each file by its share of bytes."""
+        edge, taken, passed = self._edge, 0, 0
+        total = sum(file.size for file in self.files)
+        for file in self.files:
+            passed += file.size
+            allowed = max_chars * passed // max(1, total)
+            if taken >= allowed:
+                continue
+            for document in self._read_file(file, CorpusReport()):
+                texts = [part.text for split, part in self._sides(file, document, edge) if split == TRAIN]
+                yield from texts
+                taken += sum(map(len, texts))
+                if taken >= allowed:
+                    break
 
-    def _read(self, report: CorpusReport) -> Iterator[Document]:
-        for path in self._files[TRAIN] + self._files[VALIDATION]:
-            for document in read_file(path, self.text_field, report):
-                yield from self._cut(document) if self._lone else (document,)
+    def digests_if_same(
+        self, files: Iterable[SourceFile], digests: Iterable[str | None]
+    ) -> list[str | None] | None:
+        """The digests of the present files, if `files`, which had `digests`, held the same documents; else None.
 
-    def _cut(self, document: Document) -> Iterator[Document]:
-        text = document.text
-        middle = int(len(text) * (1 - self.validation_fraction))
+        Only files that differ in name, size or time are read, up to the first that differs in content.
+        """
+        known = dict(zip(files, digests, strict=True))
+        before, now = filter(None, known.values()), []
+        for file in self.files:
+            now.append(known[file] if file in known else self._file_digest(file))
+            if now[-1] is not None and now[-1] != next(before, None):
+                return None
+        return now if next(before, None) is None else None
+
+    def _file_digest(self, file: SourceFile) -> str | None:
+        digest = None
+        for document in self._read_file(file, CorpusReport()):
+            digest = digest or hashlib.sha256()
+            digest.update(_digest(document.text))
+        return None if digest is None else digest.hexdigest()[:32]
+
+    def _read_file(self, file: SourceFile, report: CorpusReport) -> Iterator[Document]:
+        return read_file(file.path, self.text_field, report, self._named)
+
+    def _sides(self, file: SourceFile, document: Document, edge: float) -> Iterator[tuple[str, Document]]:
+        if math.isnan(edge):
+            head, tail = self._halves(document)
+            yield TRAIN, Document(f"{document.name} (head)", head)
+            yield VALIDATION, Document(f"{document.name} (tail)", tail)
+        else:
+            yield (VALIDATION if self._share(file, document) < edge else TRAIN), document
+
+    def _halves(self, document: Document) -> tuple[str, str]:
+        text, fraction = document.text, self.validation_fraction or 0.0
+        middle = int(len(text) * (1 - fraction))
         middle = text.find("\n", middle, len(text) - 1) + 1 or middle
-        yield Document(f"{document.name} (head)", text[:middle])
-        yield Document(f"{document.name} (tail)", text[middle:])
+        return text[:middle], text[middle:]
 
-    def _scan_source(self) -> _Scan:
-        digests: list[bytes] = []
-        shares: list[float] = []
-        counts: dict[str, int] = {}
-        for split in (TRAIN, VALIDATION):
-            for path in self._files[split]:
-                for document in read_file(path, self.text_field, self.report):
-                    digests.append(_digest(document.text))
-                    shares.append(_share(self._split_key(path, digests[-1])))
-            counts[split] = len(digests) - sum(counts.values())
-            if counts[split] == 0 and (split == TRAIN or self.validation):
-                raise ValueError(self._nothing_readable(self.source if split == TRAIN else self.validation))
-        if self.validation:
-            return _Scan(digests, np.repeat([False, True], [counts[TRAIN], counts[VALIDATION]]))
-        if len(digests) == 1:
-            self._lone = True
-            halves = [document.text for document in self._read(CorpusReport())]
-            if not all(halves):
+    def _share(self, file: SourceFile, document: Document) -> float:
+        """A number in [0, 1) that depends on the text alone; in the standard library, on the file's name."""
+        if self.source == STDLIB:
+            key = Path(file.path).relative_to(stdlib_folder()).as_posix().encode()
+        else:
+            key = _digest(document.text)
+        return int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / 2**48
+
+    @functools.cached_property
+    def _edge(self) -> float:
+        """Documents with a share below it are for validation; NaN: the lone document is cut.
+
+        Reads until both sides have a document, which is soon, or to the end of a corpus too small for that.
+        """
+        fraction, report = self.validation_fraction, CorpusReport()
+        report.add(self._find_report)
+        lowest, highest, lone = 1.0, -1.0, None
+        for file in self.files:
+            for document in self._read_file(file, report):
+                share = self._share(file, document)
+                lowest, highest, lone = min(lowest, share), max(highest, share), document
+                if fraction is None or lowest < fraction <= highest:
+                    return fraction or 0.0
+        if lone is None or fraction is None:
+            raise ValueError(f"nothing readable in {self.source!r} ({report.files} files){report.reasons()}")
+        if report.documents == 1:
+            if not all(self._halves(lone)):
                 raise ValueError(
-                    f"{self.source!r} holds one document of {len(halves[0])} characters: too short"
+                    f"{self.source!r} holds one document of {len(lone.text)} characters: too short"
                 )
-            return _Scan([_digest(text) for text in halves], np.array([False, True]))
-        share_n = np.array(shares)
-        is_validation_n = share_n < self.validation_fraction
-        if not is_validation_n.any() or is_validation_n.all():
-            edge = np.argmin(share_n) if not is_validation_n.any() else np.argmax(share_n)
-            is_validation_n[edge] ^= True
-        return _Scan(digests, is_validation_n)
-
-    def _split_key(self, path: str, digest: bytes) -> bytes:
-        if self.source != STDLIB:
-            return digest
-        return Path(path).relative_to(_stdlib_folder()).as_posix().encode()
-
-    def _nothing_readable(self, source: str | None) -> str:
-        files = sorted(self._files[TRAIN] + self._files[VALIDATION])
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.report.examples)
-        return f"nothing readable in {source!r} ({len(files)} files matched): {reasons}"
-
-
-def find_files(source: str, left_out: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """Sorted files of "stdlib", a glob or a folder, less those in `left_out`.
-
-    Raises:
-        ValueError: no file matches.
-    """
-    if source == STDLIB:
-        return list(_stdlib_files())
-    pattern = os.path.expanduser(source)
-    if os.path.isdir(pattern):
-        pattern = os.path.join(glob.escape(pattern), "**", "*")
-    refused = {os.path.realpath(path) for path in left_out}
-    matches = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    files = sorted(path for path in matches if os.path.realpath(path) not in refused)
-    if not files:
-        why = "no file matches" if not matches else "the validation glob takes every file that matches"
-        raise ValueError(f"{why} {source!r} (looked from {os.getcwd()})")
-    return files
-
-
-def _stdlib_folder() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _stdlib_files() -> Iterator[str]:
-    root = _stdlib_folder()
-    found = False
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if name not in _LEFT_OUT_FOLDERS)
-        for name in sorted(names):
-            # _sysconfigdata holds the build paths of this one machine.
-            if name.endswith(".py") and not name.startswith(("_sysconfigdata", "test_")):
-                found = True
-                yield os.path.join(folder, name)
-    if not found:
-        raise ValueError(
-            f"this Python has no .py sources in {root}: set source to a glob of your own text files"
-        )
+            return math.nan
+        if lowest == highest:
+            raise ValueError(
+                f"{self.source!r} holds one text {report.documents} times: no other is left for validation; "
+                "give more text, or a validation glob"
+            )
+        return math.nextafter(lowest, 1.0) if lowest >= fraction else highest
 
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
-
-
-def _share(key: bytes) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    return int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / 2**48

@@ -12,9 +12,9 @@ from deepseek_jax.data.tokenizer import Tokenizer
 _CHOICE, _CUTS = 101, 102  # keep the random streams of one epoch apart
 
 
-def choose_documents(num_documents: int, rate: float, seed: int, epoch: int) -> np.ndarray:
-    """Indices int64 [n] of the documents that take FIM form in this epoch; each with probability `rate`."""
-    rng = np.random.default_rng((_CHOICE, seed, epoch))
+def choose_documents(num_documents: int, rate: float, seed: int, epoch: int, block: int = 0) -> np.ndarray:
+    """Places int64 [n] in a block of an epoch whose documents take FIM form; each with probability `rate`."""
+    rng = np.random.default_rng((_CHOICE, seed, epoch, block))
     return np.flatnonzero(rng.random(num_documents) < rate)
 
 

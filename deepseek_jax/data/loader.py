@@ -1,33 +1,42 @@
-"""The stream of training batches: random access through grain, so that its state is a handful of numbers.
+"""The stream of training batches: random access, so that its state is a handful of numbers.
 
-An epoch is a grain MapDataset over the windows of a packed stream, shuffled with a seed of its own. Sequence
-number p of epoch e can be read at any time in any process; a stream is therefore no more than (e, p) and:
+Each source hands out its epochs block by block (packing.py), the windows of a block shuffled. A stream is therefore no
+more than (epoch, block, position) per source, and:
 - the batch may change size from step to step (the report's batch-size ramp, §4.2), across epoch borders too;
 - a restored stream goes on with exactly the sequences an uninterrupted one would have handed out;
 - each host reads only its own rows of the global batch, whatever the number of hosts.
+
+Several sources take turns by their weights: the next sequence is of the source that is furthest behind its share, so
+that after any number of sequences each has given its share to within a sequence or so.
 """
 
 import concurrent.futures
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
-from deepseek_jax.data.packing import EpochPacker
+from deepseek_jax.data.packing import EpochPacker, PackedStream
+from deepseek_jax.data.shuffle import permuted
 
 Batch = dict[str, np.ndarray]
 
-_SHUFFLE = 105  # keeps the shuffle of windows apart from the random streams inside an epoch
+_SHUFFLE = 105  # keeps the shuffle of windows apart from the random streams inside a block
+_BLOCKS_KEPT = 2  # per source: the present one, and its neighbour while a batch reaches over the border
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cursor:
-    """The next sequence: `position` in the shuffled `epoch`; `sequences` were handed out before it."""
+class _Place:
+    """The next sequence of a source: `position` in the shuffled `block`; `sequences` were handed out before it."""
 
     epoch: int = 0
+    block: int = 0
     position: int = 0
     sequences: int = 0
+
+
+_Cursor = tuple[_Place, ...]  # one place per source
 
 
 class BatchStream:
@@ -37,34 +46,45 @@ class BatchStream:
     has handed out, never to what was read ahead.
 
     Args:
-        packer: builds the packed stream of each epoch.
+        packers: of each source, builds the blocks.
+        weights: of each source, its share of the sequences; they need not add up to 1.
         fingerprint: JSON-serialisable facts about the data; a state with other facts is refused.
         process_index, process_count: this host among all hosts.
 
     Raises:
-        ValueError: `process_index` outside [0, process_count).
+        ValueError: `process_index` outside [0, process_count), or weights that are none.
     """
 
     def __init__(
-        self, packer: EpochPacker, fingerprint: dict[str, Any], process_index: int = 0, process_count: int = 1
+        self,
+        packers: Sequence[EpochPacker],
+        weights: Sequence[float],
+        fingerprint: dict[str, Any],
+        process_index: int = 0,
+        process_count: int = 1,
     ):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is outside [0, process_count {process_count})")
-        self._packer, self._fingerprint = packer, dict(fingerprint)
+        if len(weights) != len(packers) or not all(0 < w < np.inf for w in weights):
+            raise ValueError(f"{len(packers)} sources need as many positive weights, got {list(weights)}")
+        self._packers, self._fingerprint = tuple(packers), dict(fingerprint)
+        self._shares = [w / sum(weights) for w in weights]
         self._process_index, self._process_count = process_index, process_count
-        self._cursor = _Cursor()
-        # One worker: epochs and their datasets are touched by no other thread.
+        self._cursor: _Cursor = tuple(_Place() for _ in packers)
+        # One worker: blocks are touched by no other thread.
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batch-stream")
         self._ahead: tuple[_Cursor, int, concurrent.futures.Future] | None = None
-        self._epochs: dict[int, grain.MapDataset] = {}
+        self._open: tuple[dict[tuple[int, int], tuple[PackedStream, np.ndarray]], ...] = tuple(
+            {} for _ in packers
+        )
 
     def take(self, num_sequences: int) -> Batch:
         """The next global batch of `num_sequences`, this host's rows of it.
 
         Returns:
-            "tokens" int32 [num_sequences / process_count, seq_len + 1 + mtp_depth]; with `segments` also
-            "segments" and "positions" of that shape. The hosts' rows, in order of process index, are the rows
-            that a single host would get.
+            "tokens" int32 [num_sequences / process_count, seq_len + 1]; with `segments` also "segments" and
+            "positions" of that shape. The hosts' rows, in order of process index, are the rows that a single host
+            would get.
 
         Raises:
             ValueError: `num_sequences` is not a positive multiple of the process count.
@@ -83,8 +103,12 @@ class BatchStream:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable state: the next sequence, and what data it belongs to. The same on every host."""
-        return {**dataclasses.asdict(self._cursor), "data": dict(self._fingerprint)}
+        """JSON-serialisable state: each source's next sequence, and what data it is of. The same on every host."""
+        return {
+            "sequences": sum(place.sequences for place in self._cursor),
+            "sources": [dataclasses.asdict(place) for place in self._cursor],
+            "data": dict(self._fingerprint),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken; the number of hosts may differ.
@@ -92,10 +116,11 @@ class BatchStream:
         Raises:
             ValueError: the state is malformed, or belongs to other data, tokens or packing.
         """
+        names = [field.name for field in dataclasses.fields(_Place)]
         try:
-            cursor = _Cursor(*(int(state[field.name]) for field in dataclasses.fields(_Cursor)))
+            cursor = tuple(_Place(*(int(source[name]) for name in names)) for source in state["sources"])
             data = dict(state["data"])
-            if min(cursor.epoch, cursor.position, cursor.sequences) < 0:
+            if min(min(dataclasses.astuple(place)) for place in cursor) < 0:
                 raise ValueError("negative position")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a state of the data stream: {state!r}") from error
@@ -106,6 +131,10 @@ class BatchStream:
                 if data.get(name) != self._fingerprint.get(name)
             ]
             raise ValueError("the saved data state belongs to other data: " + "; ".join(differing))
+        if len(cursor) != len(self._packers):
+            raise ValueError(
+                f"not a state of the data stream: {len(cursor)} places for {len(self._packers)} sources"
+            )
         self._cursor, self._ahead = cursor, None
 
     def close(self) -> None:
@@ -119,19 +148,45 @@ class BatchStream:
         """This host's rows of the batch at `cursor`, and the cursor after it; changes nothing."""
         local = num_sequences // self._process_count
         mine = range(self._process_index * local, (self._process_index + 1) * local)
-        epoch, position, rows = cursor.epoch, cursor.position, []
+        places, rows = list(cursor), []
         for row in range(num_sequences):
-            if position >= len(self._epoch(epoch)):
-                epoch, position = epoch + 1, 0
+            source = self._next_source(places)
+            place = self._next_place(source, places[source])
             if row in mine:
-                rows.append(self._epoch(epoch)[position])
-            position += 1
+                stream, order = self._block(source, place)
+                rows.append(stream[order[place.position]])
+            places[source] = dataclasses.replace(
+                place, position=place.position + 1, sequences=place.sequences + 1
+            )
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return batch, _Cursor(epoch, position, cursor.sequences + num_sequences)
+        return batch, tuple(places)
 
-    def _epoch(self, epoch: int) -> grain.MapDataset:
-        if epoch not in self._epochs:
-            self._epochs = {e: dataset for e, dataset in self._epochs.items() if e == epoch - 1}
-            seed = np.random.SeedSequence((_SHUFFLE, self._packer.seed, epoch)).generate_state(1)[0]
-            self._epochs[epoch] = grain.MapDataset.source(self._packer.epoch(epoch)).seed(int(seed)).shuffle()
-        return self._epochs[epoch]
+    def _next_source(self, places: Sequence[_Place]) -> int:
+        """The source furthest behind its share of the sequences, the next one counted; of equals, the first."""
+        total = sum(place.sequences for place in places) + 1
+        behind = [share * total - place.sequences for share, place in zip(self._shares, places, strict=True)]
+        return behind.index(max(behind))
+
+    def _next_place(self, source: int, place: _Place) -> _Place:
+        """`place`, or the first of a later block or epoch if its block ends before it."""
+        num_blocks = self._packers[source].num_blocks
+        for _ in range(num_blocks + 1):
+            stream, order = self._block(source, place)
+            if place.position < len(order):
+                return place
+            epoch, block = divmod(place.block + 1, num_blocks)
+            place = _Place(place.epoch + epoch, block, 0, place.sequences)
+        stream.require_a_window()
+        raise AssertionError("an epoch has a window")
+
+    def _block(self, source: int, place: _Place) -> tuple[PackedStream, np.ndarray]:
+        """The windows of the block of `place`, and the order, int64, in which they are handed out."""
+        blocks, name = self._open[source], (place.epoch, place.block)
+        if name not in blocks:
+            packer = self._packers[source]
+            stream = packer.block(*name)
+            order = permuted(np.arange(len(stream)), len(stream), (_SHUFFLE, packer.seed, *name))
+            blocks[name] = stream, order
+            while len(blocks) > _BLOCKS_KEPT:
+                blocks.pop(next(iter(blocks)))
+        return blocks[name]

@@ -1,92 +1,127 @@
 """Reads documents out of files: plain text, JSON lines and Parquet, plain or compressed.
 
-Real folders hold broken things. A bad line, an empty file, a wrong encoding or a truncated archive is
-counted and named in a `CorpusReport` and skipped; everything readable around it is kept.
+Real folders hold broken things. A bad line, an empty file, a wrong encoding, a truncated archive or a file of no
+known format is counted and named in a `CorpusReport` and skipped; everything readable around it is kept.
+
+Memory is bounded, whatever the files: a line, row or field beyond `MAX_DOCUMENT_BYTES` is skipped and named; a longer
+plain text becomes several documents, cut after a line break.
 """
 
-import dataclasses
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from deepseek_jax.data.files import COMPRESSED, suffix_of
+from deepseek_jax.data.report import CorpusReport, Document
+
 CHUNK_BYTES = 1 << 20
-MAX_EXAMPLES = 8
+MAX_DOCUMENT_BYTES = 1 << 24
+_ZSTD_BYTES = 512  # read at once: so much can unpack to 16 MiB, a block of 128 KiB from every 4 bytes
+_PARQUET_ROWS = 64  # decoded at once
+
+# Suffixes that stand for text on their own. Anything else is text only where the source spells it out.
+_TEXT = frozenset(
+    [
+        ".txt",
+        ".text",
+        ".md",
+        ".markdown",
+        ".rst",
+        ".tex",
+        ".org",
+        ".adoc",
+        ".srt",
+        ".py",
+        ".pyi",
+        ".pyx",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".cxx",
+        ".hh",
+        ".hpp",
+        ".cu",
+        ".cuh",
+        ".java",
+        ".kt",
+        ".scala",
+        ".groovy",
+        ".go",
+        ".rs",
+        ".zig",
+        ".swift",
+        ".m",
+        ".mm",
+        ".js",
+        ".jsx",
+        ".mjs",
+        ".ts",
+        ".tsx",
+        ".rb",
+        ".php",
+        ".pl",
+        ".pm",
+        ".lua",
+        ".r",
+        ".jl",
+        ".cs",
+        ".fs",
+        ".vb",
+        ".dart",
+        ".hs",
+        ".ml",
+        ".mli",
+        ".elm",
+        ".el",
+        ".lisp",
+        ".clj",
+        ".scm",
+        ".ex",
+        ".exs",
+        ".erl",
+        ".nim",
+        ".d",
+        ".pas",
+        ".ada",
+        ".f",
+        ".f90",
+        ".f95",
+        ".asm",
+        ".s",
+        ".v",
+        ".sv",
+        ".vhd",
+        ".sh",
+        ".bash",
+        ".ps1",
+        ".sql",
+        ".lean",
+        ".agda",
+        ".idr",
+    ]
+)
+_ABOUT = frozenset(("readme", "license", "licence", "copying", "notice", "authors", "changelog"))
+_UNKNOWN = "not of a known format"
 
 
-class Document(NamedTuple):
-    """One text with the name it is reported under: a path, or `path:line` / `path:row`."""
+def read_file(path: str, text_field: str, report: CorpusReport, named: bool = False) -> Iterator[Document]:
+    """Yields the documents of one file, `.gz` and `.zst` unpacked.
 
-    name: str
-    text: str
-
-
-@dataclasses.dataclass
-class CorpusReport:
-    """What was read and what was skipped.
-
-    Attributes:
-        files: files opened.
-        documents: documents kept.
-        num_bytes: UTF-8 bytes of the documents kept.
-        skipped: number of skipped files, lines or rows by kind of fault.
-        examples: the first few faults as (name, reason).
-    """
-
-    files: int = 0
-    documents: int = 0
-    num_bytes: int = 0
-    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
-    examples: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-
-    @property
-    def num_skipped(self) -> int:
-        return sum(self.skipped.values())
-
-    def keep(self, document: Document) -> None:
-        self.documents += 1
-        self.num_bytes += len(document.text.encode())
-
-    def skip(self, name: str, kind: str, detail: str = "") -> None:
-        """Counts a fault of `kind` (a short fixed phrase) and remembers the first few in full."""
-        self.skipped[kind] = self.skipped.get(kind, 0) + 1
-        if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append((name, f"{kind}: {detail}" if detail else kind))
-
-    def summary(self) -> str:
-        """One line for a log, plus one line for each remembered fault."""
-        head = f"{self.documents} documents, {self.num_bytes / 1e6:.2f} MB from {self.files} files"
-        if not self.skipped:
-            return head
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items()))
-        faults = [f"  {name}: {reason}" for name, reason in self.examples]
-        if self.num_skipped > len(faults):
-            faults.append(f"  ... and {self.num_skipped - len(faults)} more")
-        return "\n".join([f"{head}; skipped {self.num_skipped} ({kinds}):", *faults])
-
-
-def read_file(path: str, text_field: str, report: CorpusReport) -> Iterator[Document]:
-    """Yields the documents of one file; the kind follows from the name (`.gz` and `.zst` are unpacked first).
-
-    `.jsonl`, `.ndjson`: one document per line, the string under `text_field`. `.parquet`: one per row, the
-    column `text_field`. Anything else is one UTF-8 document. Faults go to `report`, never raise.
+    Parquet and JSON lines (`.jsonl`, `.ndjson`, or any file whose first line is a JSON object with the string
+    `text_field`): one document per row or line, of the column or field `text_field`. Text: one document, of a file
+    whose suffix says so. A README or licence, which is about the corpus, and any other file is skipped, unless
+    `named`: the source spells its suffix out. Faults go to `report`, never raise.
     """
     report.files += 1
-    inner = path.lower().removesuffix(".gz").removesuffix(".zst")
-    if inner.endswith(".parquet"):
-        documents = _parquet_documents(path, text_field, report)
-    elif inner.endswith((".jsonl", ".ndjson")):
-        documents = _json_documents(path, text_field, report)
-    else:
-        documents = _text_document(path, report)
     try:
-        for document in documents:
+        for document in _documents(path, text_field, report, named):
             if fault := _text_fault(document.text):
                 report.skip(document.name, fault)
             else:
@@ -95,7 +130,36 @@ def read_file(path: str, text_field: str, report: CorpusReport) -> Iterator[Docu
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         report.skip(path, "damaged or truncated archive", str(error))
     except (OSError, pyarrow.ArrowException) as error:
-        report.skip(path, "unreadable file", str(error).splitlines()[0])
+        report.skip(path, "unreadable file", str(error).partition("\n")[0])
+
+
+def _documents(path: str, text_field: str, report: CorpusReport, named: bool) -> Iterator[Document]:
+    suffix = suffix_of(path)
+    if suffix == ".parquet":
+        return _parquet_documents(path, text_field, report)
+    if suffix in (".jsonl", ".ndjson"):
+        return _json_documents(path, text_field, report)
+    if not named and Path(path).name.lower().partition(".")[0] in _ABOUT:
+        report.skip(path, _UNKNOWN, "a text about the others")
+        return iter(())
+    head = next((line for line in _lines(_chunks(path)) if line is None or line.strip()), b"")
+    if _is_record(head, text_field):
+        return _json_documents(path, text_field, report)
+    if head and head.startswith(b"PAR1"):
+        return _parquet_documents(path, text_field, report)
+    if suffix in _TEXT or (named and suffix != ".json"):
+        return _text_documents(path, report)
+    report.skip(path, _UNKNOWN)
+    return iter(())
+
+
+def _is_record(line: bytes | None, text_field: str) -> bool:
+    if not line or not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(line.decode("utf-8-sig"))[text_field], str)
+    except (ValueError, KeyError, RecursionError):
+        return False
 
 
 def _text_fault(text: str) -> str | None:
@@ -108,82 +172,140 @@ def _text_fault(text: str) -> str | None:
     return None
 
 
-def _text_document(path: str, report: CorpusReport) -> Iterator[Document]:
-    data = b"".join(_chunks(path))
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        report.skip(path, "not UTF-8", f"byte {data[error.start]:#04x} at offset {error.start}")
-        return
-    # ASCII in UTF-16 or UTF-32 is valid UTF-8 full of NULs; no text file of ours has one.
-    if "\0" in text:
-        report.skip(path, "not UTF-8", f"NUL byte at offset {data.index(0)}")
-        return
-    yield Document(path, text)
+def _text_documents(path: str, report: CorpusReport) -> Iterator[Document]:
+    offset = 0
+    for number, data in enumerate(_parts(_chunks(path)), start=1):
+        name = path if number == 1 else f"{path} (part {number})"
+        try:
+            text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            report.skip(name, "not UTF-8", f"byte {data[error.start]:#04x} at offset {offset + error.start}")
+        else:
+            # ASCII in UTF-16 or UTF-32 is valid UTF-8 full of NULs; no text file of ours has one.
+            if "\0" in text:
+                report.skip(name, "not UTF-8", f"NUL byte at offset {offset + data.index(0)}")
+            else:
+                yield Document(name, text)
+        offset += len(data)
 
 
 def _json_documents(path: str, text_field: str, report: CorpusReport) -> Iterator[Document]:
     number = 0
     for number, line in enumerate(_lines(_chunks(path)), start=1):
-        if not line.strip():
-            continue
         name = f"{path}:{number}"
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            report.skip(
-                name, "not UTF-8", f"byte {line[error.start]:#04x} at offset {error.start} of the line"
-            )
-            continue
-        except (ValueError, RecursionError) as error:
-            report.skip(name, "not JSON", str(error))
-            continue
-        if not isinstance(record, dict):
-            report.skip(name, "not a JSON object", f"the line holds a {type(record).__name__}")
-        elif text_field not in record:
-            report.skip(name, f"no field {text_field!r}", f"fields: {', '.join(sorted(record)[:8])}")
-        elif not isinstance(record[text_field], str):
-            report.skip(name, f"field {text_field!r} is not a string", type(record[text_field]).__name__)
-        else:
-            yield Document(name, record[text_field])
+        if line is None:
+            report.skip(name, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+        elif line.strip() and (text := _json_text(name, line, text_field, report)) is not None:
+            yield Document(name, text)
     if number == 0:
         report.skip(path, "empty")
 
 
+def _json_text(name: str, line: bytes, text_field: str, report: CorpusReport) -> str | None:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        report.skip(name, "not UTF-8", f"byte {line[error.start]:#04x} at offset {error.start} of the line")
+        return None
+    except (ValueError, RecursionError) as error:
+        report.skip(name, "not JSON", str(error))
+        return None
+    if not isinstance(record, dict):
+        report.skip(name, "not a JSON object", f"the line holds a {type(record).__name__}")
+    elif text_field not in record:
+        report.skip(name, f"no field {text_field!r}", f"fields: {', '.join(sorted(record)[:8])}")
+    elif not isinstance(record[text_field], str):
+        report.skip(name, f"field {text_field!r} is not a string", type(record[text_field]).__name__)
+    else:
+        return record[text_field]
+    return None
+
+
 def _parquet_documents(path: str, text_field: str, report: CorpusReport) -> Iterator[Document]:
-    if not path.lower().endswith(".parquet"):
+    if path.lower().endswith(COMPRESSED):
         report.skip(path, "unreadable file", "Parquet compresses by itself: unpack the .gz or .zst around it")
         return
-    with pyarrow.parquet.ParquetFile(path) as file:
-        columns = file.schema_arrow.names
+    with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES) as file:
+        columns, rows = file.schema_arrow.names, file.metadata.num_rows
         if text_field not in columns:
             report.skip(path, f"no column {text_field!r}", f"columns: {', '.join(columns[:8])}")
             return
-        row = -1
-        for batch in file.iter_batches(columns=[text_field], batch_size=1024):
-            for value in batch.column(0):
-                row += 1
-                text, name = value.as_py(), f"{path}:{row}"
-                if isinstance(text, str):
-                    yield Document(name, text)
-                else:
-                    report.skip(name, f"column {text_field!r} is not a string", type(text).__name__)
-        if row < 0:
+        if rows == 0:
             report.skip(path, "empty")
+        kind = file.schema_arrow.field(columns.index(text_field)).type
+        if not _holds_text(kind):
+            report.skip(path, f"column {text_field!r} is not a string", str(kind), count=rows)
+            return
+        row = 0
+        for batch in file.iter_batches(columns=[text_field], batch_size=_PARQUET_ROWS):
+            for value in batch.column(0):
+                name, row = f"{path}:{row}", row + 1
+                if (text := _parquet_text(name, value, text_field, report)) is not None:
+                    yield Document(name, text)
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Whole lines only: when `chunks` raises, the unfinished line is dropped with it."""
-    rest = b""
+def _holds_text(kind: pyarrow.DataType) -> bool:
+    """Whether a column is of strings, or of bytes, as which some writers declare strings."""
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pyarrow.types, f"is_{test}")(kind) for test in tests)
+
+
+def _parquet_text(name: str, value: pyarrow.Scalar, text_field: str, report: CorpusReport) -> str | None:
+    value = value.value if isinstance(value, pyarrow.DictionaryScalar) else value
+    data = value.as_buffer()
+    if data is None:
+        report.skip(name, f"column {text_field!r} is not a string", "NoneType")
+    elif data.size > MAX_DOCUMENT_BYTES:
+        report.skip(name, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+    else:
+        try:
+            return data.to_pybytes().decode()
+        except UnicodeDecodeError as error:
+            report.skip(name, "not UTF-8", str(error))
+    return None
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
+    """Whole lines; None for one beyond the limit. When `chunks` raises, the unfinished line is dropped with it."""
+    rest, too_long = bytearray(), False
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
+        *lines, tail = chunk.split(b"\n")
+        for line in lines:
+            too_long |= len(rest) + len(line) > MAX_DOCUMENT_BYTES
+            yield None if too_long else bytes(rest) + line
+            rest, too_long = bytearray(), False
+        too_long |= len(rest) + len(tail) > MAX_DOCUMENT_BYTES
+        if too_long:
+            rest = bytearray()
+        else:
+            rest += tail
+    if rest or too_long:
+        yield None if too_long else bytes(rest)
+
+
+def _parts(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The bytes in pieces of at most the limit, cut after a line break, or at least between characters."""
+    rest, number = bytearray(), 0
+    for chunk in chunks:
+        rest += chunk
+        while len(rest) > MAX_DOCUMENT_BYTES:
+            cut = rest.rfind(b"\n", 0, MAX_DOCUMENT_BYTES) + 1 or _between_characters(rest)
+            yield bytes(rest[:cut])
+            del rest[:cut]
+            number += 1
+    if rest or number == 0:
+        yield bytes(rest)
+
+
+def _between_characters(data: bytearray) -> int:
+    """The last place up to the limit before which no UTF-8 character is torn apart."""
+    back = range(MAX_DOCUMENT_BYTES, MAX_DOCUMENT_BYTES - 4, -1)
+    return next((place for place in back if data[place] & 0xC0 != 0x80), MAX_DOCUMENT_BYTES)
 
 
 def _chunks(path: str) -> Iterator[bytes]:
-    """The (decompressed) bytes of a file; an archive that ends early raises EOFError."""
+    """The (decompressed) bytes of a file, a bounded number at a time; an archive that ends early raises EOFError."""
     if path.lower().endswith(".zst"):
         yield from _zstd_chunks(path)
         return
@@ -194,14 +316,15 @@ def _chunks(path: str) -> Iterator[bytes]:
 
 def _zstd_chunks(path: str) -> Iterator[bytes]:
     # zstandard's own stream reader takes a truncated frame for a normal end, so frames are followed here.
-    decompressor, in_frame = zstandard.ZstdDecompressor().decompressobj(), False
-    with Path(path).open("rb") as file:
-        while block := file.read(CHUNK_BYTES):
+    unpack = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # zstd --long=31
+    decompressor, in_frame = unpack.decompressobj(), False
+    with Path(path).open("rb", buffering=CHUNK_BYTES) as file:
+        while block := file.read(_ZSTD_BYTES):
             while block:
                 chunk = decompressor.decompress(block)
                 block, in_frame = decompressor.unused_data, not decompressor.eof
                 if decompressor.eof:
-                    decompressor = zstandard.ZstdDecompressor().decompressobj()
+                    decompressor = unpack.decompressobj()
                 yield chunk
     if in_frame:
         raise EOFError("the zstd frame ends before its end marker")

@@ -1,28 +1,44 @@
-"""Token ids of all documents, encoded once and kept on disk.
+"""Token ids of all documents of a corpus, encoded once, in one pass over the files, and kept on disk.
 
-Encoding is the slow part of a start; a resumed run maps the finished ids into memory instead. A cache entry
-is a folder named after the documents and the tokenizer; it appears whole or not at all, and its checksum is
-tested before use: a damaged entry is built anew.
+Encoding is the slow part of a first start; every later one maps the finished ids into memory instead and reads
+neither texts nor ids: it takes as long for a large corpus as for a small one. An entry of the cache (cache.py) holds,
+for each side of the split:
+
+    train.ids      uint16 or int32 [num_tokens], documents end to end, each ending with eos
+    train.starts   int64 [num_documents + 1], where each document begins; the last entry is num_tokens
+    train.counts   int64 [vocab_size], how often each id occurs
 """
 
+import collections
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
+from deepseek_jax.data import cache, readers
+from deepseek_jax.data.corpus import TRAIN, VALIDATION, Corpus, Reading
 from deepseek_jax.data.cuts import LINES
+from deepseek_jax.data.files import STDLIB
+from deepseek_jax.data.report import CorpusReport
 from deepseek_jax.data.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
+FORMAT = 1  # of an entry; another one is made anew
 BATCH_CHARS = 4 << 20  # encoded at once: bounds the memory of the encoder's own records
 PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces, in parallel, if that changes nothing
-_BLOCK_TOKENS = 1 << 24
+CHECKED_BYTES = 1 << 26  # of ids: so many are checked whole at every start, of more only the number
+PROGRESS_SECONDS = 30
+_BLOCK_TOKENS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +47,13 @@ class TokenizedDocuments:
 
     Attributes:
         ids: uint16 or int32 [num_tokens], mapped from disk.
-        starts: int64 [num_documents + 1], where each document begins; the last entry is num_tokens.
+        starts: int64 [num_documents + 1], mapped from disk: where each document begins; the last is num_tokens.
+        counts_v: int64 [vocab_size], how often each id occurs.
     """
 
     ids: np.ndarray
     starts: np.ndarray
+    counts_v: np.ndarray
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -43,38 +61,46 @@ class TokenizedDocuments:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.ids[self.starts[index] : self.starts[index + 1]]
 
-    def counts(self, vocab_size: int) -> np.ndarray:
-        """int64 [vocab_size]: how often each id occurs."""
-        total_v = np.zeros(vocab_size, np.int64)
-        for start in range(0, len(self.ids), _BLOCK_TOKENS):
-            total_v += np.bincount(self.ids[start : start + _BLOCK_TOKENS], minlength=vocab_size)
-        return total_v
 
+@dataclasses.dataclass(frozen=True)
+class EncodedCorpus:
+    """Both sides of a corpus as token ids, and what was found when it was read.
 
-def tokenize(texts: Iterable[str], tokenizer: Tokenizer, cache_dir: Path, name: str) -> TokenizedDocuments:
-    """Returns the ids of `texts`, from the entry `name` of `cache_dir` where it is whole.
-
-    `name` must identify the texts; the tokenizer's fingerprint is added here. `texts` is read only on a miss.
+    Attributes:
+        fingerprint: hash of the training texts in order, wherever they lie.
+        report: what was read and skipped.
     """
-    entry = cache_dir / f"tokens-{name}-{tokenizer.fingerprint}"
-    documents = _read_entry(entry)
-    if documents is None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(entry, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(dir=cache_dir, prefix=f"{entry.name}."))
-        try:
-            _write_entry(building, texts, tokenizer)
-            try:
-                os.rename(building, entry)
-            except OSError:  # another process has just finished the same entry
-                if _read_entry(entry) is None:
-                    raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-        documents = _read_entry(entry)
-    if documents is None:
-        raise OSError(f"{entry} was written but does not read back: is the disk full or failing?")
-    return documents
+
+    train: TokenizedDocuments
+    validation: TokenizedDocuments
+    fingerprint: str
+    report: CorpusReport
+
+
+def encode_corpus(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> EncodedCorpus:
+    """The ids of `corpus`, from `cache_dir` where its files have not changed since they were encoded."""
+    return cache.open_entry(
+        cache_dir / f"tokens-{corpus_key(corpus, tokenizer.fingerprint)}",
+        corpus.files_now,
+        what=f"tokenize {corpus.source}",
+        load=lambda folder, meta: _load(folder, meta, tokenizer.vocab_size),
+        renewed=functools.partial(_renewed, corpus),
+        make=lambda folder: _make(folder, corpus, tokenizer),
+    )
+
+
+def corpus_key(corpus: Corpus, *more: Any) -> str:
+    """A name for what is made of a corpus: it depends on its settings, not on its files."""
+    source = corpus.source
+    place = source if source == STDLIB else os.path.abspath(os.path.expanduser(source))
+    settings = [
+        place,
+        corpus.text_field,
+        corpus.validation_fraction,
+        corpus.left_out,
+        readers.MAX_DOCUMENT_BYTES,
+    ]
+    return hashlib.sha256(json.dumps([FORMAT, settings, more]).encode()).hexdigest()[:16]
 
 
 def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -120,45 +146,120 @@ def split_text(text: str, cuts: re.Pattern[str] | None = LINES, limit: int = PIE
     yield text[start:]
 
 
-def _write_entry(folder: Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-    starts, checksum = [0], 0
-    with (folder / "ids.bin").open("wb") as file:
-        for ids in encode_documents(texts, tokenizer):
-            data = ids.astype(dtype).tobytes()
-            checksum = zlib.crc32(data, checksum)
-            file.write(data)
-            starts.append(starts[-1] + len(ids))
-    np.save(folder / "starts.npy", np.array(starts, np.int64))
-    described = {
-        "dtype": dtype.name,
-        "num_tokens": starts[-1],
-        "num_documents": len(starts) - 1,
-        "crc32": checksum,
-    }
-    (folder / "meta.json").write_text(json.dumps(described))
+class _Writer:
+    """Writes one side of the split, a block of ids at a time."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int):
+        self._ids = (folder / f"{split}.ids").open("wb")
+        self._starts = (folder / f"{split}.starts").open("wb")
+        self._dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+        self._counts_v, self._counts_file = np.zeros(vocab_size, np.int64), folder / f"{split}.counts"
+        self._waiting: list[np.ndarray] = []
+        self._num_waiting, self._num_tokens, self._num_documents, self._crc32 = 0, 0, 0, 0
+        self._starts.write(np.int64(0).tobytes())
+
+    def add(self, ids: np.ndarray) -> None:
+        self._waiting.append(ids)
+        self._num_waiting += len(ids)
+        if self._num_waiting >= _BLOCK_TOKENS:
+            self._write()
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        ids = np.concatenate(self._waiting)
+        data = ids.astype(self._dtype).tobytes()
+        ends = self._num_tokens + np.cumsum([len(document) for document in self._waiting], dtype=np.int64)
+        self._ids.write(data)
+        self._starts.write(ends.tobytes())
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self._counts_v += np.bincount(ids, minlength=len(self._counts_v))
+        self._num_tokens, self._num_documents = int(ends[-1]), self._num_documents + len(ends)
+        self._waiting, self._num_waiting = [], 0
+
+    def finish(self) -> dict[str, Any]:
+        """What the meta says of this side."""
+        self._write()
+        self._counts_file.write_bytes(self._counts_v.tobytes())
+        return {
+            "dtype": self._dtype.name,
+            "num_tokens": self._num_tokens,
+            "num_documents": self._num_documents,
+            "crc32": self._crc32,
+        }
+
+    def close(self) -> None:
+        self._ids.close()
+        self._starts.close()
 
 
-def _read_entry(folder: Path) -> TokenizedDocuments | None:
-    """The entry, or None when it is absent or damaged."""
+def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> cache.Meta:
+    reading, sides = Reading(), collections.deque[str]()
+
+    def texts() -> Iterator[str]:
+        for split, document in _telling(corpus.read(reading), corpus, reading):
+            sides.append(split)
+            yield document.text
+
+    writers = {split: _Writer(folder, split, tokenizer.vocab_size) for split in (TRAIN, VALIDATION)}
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        ids = np.memmap(folder / "ids.bin", dtype=meta["dtype"], mode="r")
-        starts = np.load(folder / "starts.npy")
-        whole = (
-            starts.shape == (meta["num_documents"] + 1,)
-            and starts[0] == 0
-            and starts[-1] == len(ids) == meta["num_tokens"]
-            and bool((np.diff(starts) > 0).all())
-            and _checksum(ids) == meta["crc32"]
-        )
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        for ids in encode_documents(texts(), tokenizer):
+            writers[sides.popleft()].add(ids)
+        described = {split: writer.finish() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return described | {
+        "digests": reading.files,
+        "fingerprint": reading.fingerprint(TRAIN),
+        "report": reading.report.to_json(),
+    }
+
+
+def _telling(documents: Iterator[T], corpus: Corpus, reading: Reading) -> Iterator[T]:
+    """`documents`; now and then the log hears how far a long pass is."""
+    last = time.monotonic()
+    for document in documents:
+        if time.monotonic() - last > PROGRESS_SECONDS:
+            last = time.monotonic()
+            report = reading.report
+            cache.log.info(
+                "tokenizing %s: file %d of %d, %d documents, %.0f MB so far",
+                corpus.source,
+                report.files,
+                len(corpus.files),
+                report.documents,
+                report.num_bytes / 1e6,
+            )
+        yield document
+
+
+def _renewed(corpus: Corpus, files: cache.Files, meta: cache.Meta) -> cache.Meta | None:
+    digests = corpus.digests_if_same(files, meta["digests"])
+    return None if digests is None else meta | {"digests": digests}
+
+
+def _load(folder: Path, meta: cache.Meta, vocab_size: int) -> EncodedCorpus | None:
+    """The entry, or None when it is damaged."""
+    train, validation = (_load_side(folder, split, meta[split], vocab_size) for split in (TRAIN, VALIDATION))
+    if train is None or validation is None:
         return None
-    return TokenizedDocuments(ids, starts) if whole else None
+    return EncodedCorpus(train, validation, meta["fingerprint"], CorpusReport.from_json(meta["report"]))
 
 
-def _checksum(ids: np.ndarray) -> int:
-    checksum = 0
-    for start in range(0, len(ids), _BLOCK_TOKENS):
-        checksum = zlib.crc32(ids[start : start + _BLOCK_TOKENS].data, checksum)
-    return checksum
+def _load_side(folder: Path, split: str, meta: dict[str, Any], vocab_size: int) -> TokenizedDocuments | None:
+    ids = _mapped(folder / f"{split}.ids", meta["dtype"], meta["num_tokens"])
+    starts = _mapped(folder / f"{split}.starts", "int64", meta["num_documents"] + 1)
+    counts_v = np.fromfile(folder / f"{split}.counts", np.int64)
+    whole = len(counts_v) == vocab_size and starts[0] == 0 and starts[-1] == len(ids)
+    if whole and ids.nbytes <= CHECKED_BYTES:
+        whole = zlib.crc32(ids.data) == meta["crc32"] and bool((np.diff(starts) > 0).all())
+    return TokenizedDocuments(ids, starts, counts_v) if whole else None
+
+
+def _mapped(path: Path, dtype: str, length: int) -> np.ndarray:
+    """The array in a file. Raises ValueError for a file of another size."""
+    size = path.stat().st_size
+    if size != length * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path} has {size} bytes, not {length} x {dtype}")
+    return np.memmap(path, dtype, "r") if length else np.empty(0, dtype)

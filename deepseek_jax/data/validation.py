@@ -1,0 +1,75 @@
+"""Fixed windows of the held-out documents."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from deepseek_jax.data.packing import PackedStream
+from deepseek_jax.data.tokenizer import Tokenizer
+
+# Validation windows are held in memory; of a larger split, windows spread evenly over it.
+MAX_VALIDATION_TOKENS = 1 << 23
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """Fixed windows of the validation documents: plain text in order, no FIM, nothing random.
+
+    All windows of a split up to `MAX_VALIDATION_TOKENS`, else that many tokens, spread evenly over it.
+
+    Attributes:
+        batch: "tokens" int32 [n, seq_len + 1]; with segments also "segments" and "positions".
+        bytes_n: int64 [n], UTF-8 bytes of the seq_len tokens that the main model predicts in each window,
+            `tokens[:, 1:]`; special tokens count none.
+    """
+
+    batch: dict[str, np.ndarray]
+    bytes_n: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.bytes_n)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.batch["tokens"]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int32 [n, seq_len]: what the main model predicts."""
+        return self.tokens[:, 1:]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.bytes_n.sum())
+
+    def subset(self, max_windows: int) -> "Validation":
+        """At most `max_windows` windows, spread evenly over all: the same ones every time."""
+        if max_windows >= len(self):
+            return self
+        if max_windows < 1:
+            raise ValueError(f"max_windows must be at least 1, got {max_windows}")
+        chosen = np.arange(max_windows) * len(self) // max_windows
+        batch = {name: array[chosen] for name, array in self.batch.items()}
+        return Validation(batch, self.bytes_n[chosen])
+
+
+def validation_windows(streams: Sequence[PackedStream], tokenizer: Tokenizer, seq_len: int) -> Validation:
+    """Windows of all `streams`, one after the other.
+
+    Raises:
+        ValueError: no stream has a window.
+    """
+    if not any(len(stream) for stream in streams):
+        streams[0].require_a_window()
+    starts = np.cumsum([0, *map(len, streams)], dtype=np.int64)
+    total = int(starts[-1])
+    num_windows = min(total, max(1, MAX_VALIDATION_TOKENS // seq_len))
+    windows = []
+    for i in range(num_windows):
+        place = i * total // num_windows
+        source = int(np.searchsorted(starts, place, side="right")) - 1
+        windows.append(streams[source][place - int(starts[source])])
+    batch = {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+    bytes_n = tokenizer.byte_lengths()[batch["tokens"][:, 1:]].sum(axis=1, dtype=np.int64)
+    return Validation(batch, bytes_n)
