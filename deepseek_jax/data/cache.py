@@ -7,20 +7,18 @@ those differ it decides by content whether it still is. Whoever comes while it i
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deepseek_jax import now
 from deepseek_jax.data.files import SourceFile
 
 T = TypeVar("T")
 Meta = dict[str, Any]
 Files = list[SourceFile]
-
-log = logging.getLogger(__name__)
 
 
 def open_entry(
@@ -36,7 +34,7 @@ def open_entry(
 
     Args:
         files: the files that the entry is made of, as they are now.
-        what: what making it means, for messages: "tokenize data/*.jsonl".
+        what: what making it means, for whoever shows it: "tokenizing data/*.jsonl".
         load: from the folder and its meta; None where it is damaged.
         renewed: of an entry of these other files, what its meta is with the present ones; None: it is outdated.
         make: fills an empty folder; what it returns is in the meta, which takes JSON.
@@ -50,12 +48,13 @@ def open_entry(
     if found is not None and found[1] == files():
         return found[0]
     with _alone(folder, what):
-        found, now = _open(folder, load), files()
-        meta = renewed(*found[1:]) if found and found[1] != now else None
+        found, present = _open(folder, load), files()
+        meta = renewed(*found[1:]) if found and found[1] != present else None
         if meta is not None:
-            _write_meta(folder, now, meta)
-        elif found is None or found[1] != now:
-            _make(folder, files, make)
+            _write_meta(folder, present, meta)
+        elif found is None or found[1] != present:
+            with now.doing(what):
+                _make(folder, files, make)
         found = _open(folder, load)
     if found is None:
         raise OSError(f"{folder} was written but does not read back: is the disk full or failing?")
@@ -103,8 +102,8 @@ def _alone(folder: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.warning("another process is at work to %s: waiting for it (%s)", what, file.name)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with now.doing(f"waiting for another process that is {what}"):
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise ValueError(
                 f"cache_dir: files in {folder.parent} cannot be locked ({error.strerror}); give a folder on a disk "

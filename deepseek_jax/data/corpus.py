@@ -73,6 +73,11 @@ class Corpus:
         self._find_report = CorpusReport()
         self.files = self._find(self._find_report)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all files, as they lie on disk."""
+        return sum(file.size for file in self.files)
+
     def files_now(self) -> list[SourceFile]:
         """The files as they are at this moment: where this differs from `files`, something changed since."""
         return self._find(CorpusReport())
@@ -102,10 +107,9 @@ class Corpus:
     def sample(self, max_chars: int) -> Iterator[str]:
         """Training texts of up to about `max_chars` characters, from the start of each file by its share of bytes."""
         edge, taken, passed = self._edge, 0, 0
-        total = sum(file.size for file in self.files)
         for file in self.files:
             passed += file.size
-            allowed = max_chars * passed // max(1, total)
+            allowed = max_chars * passed // max(1, self.num_bytes)
             if taken >= allowed:
                 continue
             for document in self._read_file(file, CorpusReport()):

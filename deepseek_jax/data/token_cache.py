@@ -16,11 +16,10 @@ import hashlib
 import json
 import os
 import re
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -31,13 +30,10 @@ from deepseek_jax.data.files import STDLIB
 from deepseek_jax.data.report import CorpusReport
 from deepseek_jax.data.tokenizer import Tokenizer
 
-T = TypeVar("T")
-
 FORMAT = 1  # of an entry; another one is made anew
 BATCH_CHARS = 4 << 20  # encoded at once: bounds the memory of the encoder's own records
 PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces, in parallel, if that changes nothing
 CHECKED_BYTES = 1 << 26  # of ids: so many are checked whole at every start, of more only the number
-PROGRESS_SECONDS = 30
 _BLOCK_TOKENS = 1 << 20
 
 
@@ -82,7 +78,7 @@ def encode_corpus(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Enco
     return cache.open_entry(
         cache_dir / f"tokens-{corpus_key(corpus, tokenizer.fingerprint)}",
         corpus.files_now,
-        what=f"tokenize {corpus.source}",
+        what=f"tokenizing {corpus.source} ({corpus.num_bytes / 1e6:,.0f} MB of files)",
         load=lambda folder, meta: _load(folder, meta, tokenizer.vocab_size),
         renewed=functools.partial(_renewed, corpus),
         make=lambda folder: _make(folder, corpus, tokenizer),
@@ -197,7 +193,7 @@ def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> cache.Meta:
     reading, sides = Reading(), collections.deque[str]()
 
     def texts() -> Iterator[str]:
-        for split, document in _telling(corpus.read(reading), corpus, reading):
+        for split, document in corpus.read(reading):
             sides.append(split)
             yield document.text
 
@@ -214,24 +210,6 @@ def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> cache.Meta:
         "fingerprint": reading.fingerprint(TRAIN),
         "report": reading.report.to_json(),
     }
-
-
-def _telling(documents: Iterator[T], corpus: Corpus, reading: Reading) -> Iterator[T]:
-    """`documents`; now and then the log hears how far a long pass is."""
-    last = time.monotonic()
-    for document in documents:
-        if time.monotonic() - last > PROGRESS_SECONDS:
-            last = time.monotonic()
-            report = reading.report
-            cache.log.info(
-                "tokenizing %s: file %d of %d, %d documents, %.0f MB so far",
-                corpus.source,
-                report.files,
-                len(corpus.files),
-                report.documents,
-                report.num_bytes / 1e6,
-            )
-        yield document
 
 
 def _renewed(corpus: Corpus, files: cache.Files, meta: cache.Meta) -> cache.Meta | None:

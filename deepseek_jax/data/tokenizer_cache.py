@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.data import cache
+from deepseek_jax.data.bpe_training import train_tokenizer
 from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.token_cache import corpus_key, split_text
-from deepseek_jax.data.bpe_training import train_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
 
 SAMPLE_CHARS = 1 << 28  # about so many characters are trained on
@@ -37,7 +37,7 @@ def trained_tokenizer(
     return cache.open_entry(
         cache_dir / f"tokenizer-{name}-{vocab_size}",
         lambda: [file for corpus in corpora for file in corpus.files_now()],
-        what=f"train a tokenizer on {', '.join(corpus.source for corpus in corpora)}",
+        what=f"training a tokenizer on {', '.join(corpus.source for corpus in corpora)}",
         load=lambda folder, _: Tokenizer.load(folder / "tokenizer.json"),
         renewed=renewed,
         make=make,

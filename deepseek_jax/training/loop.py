@@ -102,8 +102,7 @@ class Trainer:
     @functools.cached_property
     def data(self) -> data_lib.Data:
         """Raises ValueError for what cannot be read, or does not fit the model."""
-        with now.doing("reading the data"):
-            data = data_lib.load(self.cfg.data, *self._share)
+        data = data_lib.load(self.cfg.data, *self._share)
         check_vocabulary(self.cfg, data.tokenizer)
         return data
 

@@ -1,5 +1,5 @@
+import contextlib
 import json
-import logging
 import multiprocessing
 import os
 import threading
@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from deepseek_jax import now
 from deepseek_jax.data import cache, token_cache
 from deepseek_jax.data.corpus import TRAIN, VALIDATION, Corpus, Reading
 from deepseek_jax.data.token_cache import encode_corpus, encode_documents, split_text
@@ -162,36 +163,38 @@ def test_a_file_that_changes_while_it_is_read(folder, encode, monkeypatch):
         encode()
 
 
-def test_others_wait_for_the_one_that_builds_and_say_so(encode, reads, tmp_path, caplog):
-    """As processes do: each opens the lock file for itself."""
+def test_others_wait_for_the_one_that_builds_and_say_so(encode, tmp_path):
     encode()
     entry = entry_of(tmp_path)
-    hold, release = threading.Event(), threading.Event()
+    hold, release, waits = threading.Event(), threading.Event(), threading.Event()
+    said, found = [], []
 
-    def holder():
-        with cache._alone(entry, "hold it"):
+    @contextlib.contextmanager
+    def show(what):
+        said.append(what)
+        waits.set()
+        yield
+
+    def holder():  # opens the lock file for itself, as another process does
+        with cache._alone(entry, "holding it"):
             hold.set()
             release.wait(60)
 
     def waiter():
-        lose_the_meta(entry)
-        found.append(encode())
+        with now.shown_by(show):
+            found.append(encode())
 
-    found = []
     threads = [threading.Thread(target=holder), threading.Thread(target=waiter)]
-    with caplog.at_level(logging.WARNING, "deepseek_jax"):
-        threads[0].start()
-        assert hold.wait(60)
-        threads[1].start()
-        while not caplog.records:
-            threads[1].join(0.01)
-        assert threads[1].is_alive() and not found
-        release.set()
-        for thread in threads:
-            thread.join(60)
-    assert len(found) == 1
-    (record,) = caplog.records
-    assert "another process is at work to tokenize" in record.getMessage()
+    threads[0].start()
+    assert hold.wait(60)
+    lose_the_meta(entry)
+    threads[1].start()
+    assert waits.wait(60) and not found
+    assert len(said) == 1 and said[0].startswith("waiting for another process that is tokenizing ")
+    release.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 1 and len(said) == 2 and said[1].startswith("tokenizing ")
 
 
 def _encode_in_process(folder, tokenizer_file, cache_dir, counts):
