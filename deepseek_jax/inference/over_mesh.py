@@ -14,30 +14,22 @@ Dims: b sequence, t prompt token, s cache slot, n new token, v vocabulary.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig, ModelConfig
-from deepseek_jax.inference.generate import (
-    BUCKET,
-    Prompts,
-    check_request,
-    decode_loop,
-    pad_prompts,
-    prefill,
-    slots_for,
-    stop_array,
-    until_stop,
-)
+from deepseek_jax.inference.batch import Batch, Prompts, Request
+from deepseek_jax.inference.driver import Method, State, complete, grown, steps
+from deepseek_jax.inference.generate import prefill, step
 from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
 from deepseek_jax.model.experts import decode_experts
+from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.exchange import AS_IT_IS
@@ -76,27 +68,58 @@ def parameter_shardings(cfg: ModelConfig, mesh: MeshConfig) -> Any:
     )
 
 
-# --- the two programs ---------------------------------------------------------------------------------------------
+def _prepare(params: Any, cfg: ModelConfig) -> Any:
+    """Parameters for decoding; no MTP module drafts over a mesh."""
+    return prepare({name: p for name, p in params.items() if name != "mtp"}, cfg)
+
+
+def _ready_specs(cfg: ModelConfig, specs: Any) -> Any:
+    """Of `_prepare`'s result: experts are spread as in `specs`, everything else is whole."""
+    ready = jax.eval_shape(lambda params: _prepare(params, cfg), abstract(model_params(cfg)))
+    if not cfg.num_moe_layers:
+        return jax.tree.map(lambda _: WHOLE, ready)
+    of_experts = specs["moe_layers"]["ffn"]["experts"]["w_up_edf"]  # [layer, expert, ...]
+
+    def spec(path: Any, x: Any) -> PartitionSpec:
+        if "experts" not in [getattr(key, "key", None) for key in path]:
+            return WHOLE
+        return of_experts if x.ndim == 4 else PartitionSpec(*of_experts[1:])
+
+    return jax.tree_util.tree_map_with_path(spec, ready)
+
+
+# --- the programs -------------------------------------------------------------------------------------------------
 
 
 class Programs(NamedTuple):
     """Jitted, over global arrays.
 
-    prefill: (params, prompts, bias, slots) -> (logits [b, v], cache); loop: as `generate.decode_loop`, from the logits.
+    prepare: parameters for decoding; prefill: (params, prompts, batch, bias) -> state; grow: (state, slots) -> state;
+    advance: (ready, batch, bias, state, at_most) -> state, see `driver.Method`.
     """
 
-    prefill: Callable[..., Any]
-    loop: Callable[..., Any]
+    prepare: Callable[..., Any]
+    prefill: Callable[..., State]
+    grow: Callable[..., State]
+    advance: Callable[..., State]
+
+
+BATCH = Batch(pad_b=ROWS, length=WHOLE, limit_b=ROWS, stop_s=WHOLE, num_ids=WHOLE, sampling=ROWS)  # type: ignore[arg-type]
+BY_LAYER = PartitionSpec(None, TOKEN_AXES)
 
 
 def _anyone(going_b: jax.Array) -> jax.Array:
     return lax.psum(going_b.any().astype(jnp.int32), TOKEN_AXES) > 0
 
 
+def _state_specs(cache: PartitionSpec) -> Any:
+    return State(out=ROWS, token_b=ROWS, cache=cache, extra=ROWS, steps=WHOLE)  # type: ignore[arg-type]
+
+
 @functools.cache
 def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
-    """Of a model over a mesh; compiled once per bucket of lengths."""
-    devices = generation_mesh(cfg, mesh)
+    """Of a model over a mesh; compiled once per size of prompts, and of the cache."""
+    devices, decoding = generation_mesh(cfg, mesh), decoding_config(cfg)
     specs, options = _specs(cfg, mesh, devices), compiler_options(mesh, devices)
     many = experts_over(cfg, mesh, devices)
     wire = named_wire(mesh, AS_IT_IS)
@@ -105,43 +128,57 @@ def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
         if isinstance(many, MeshExperts)
         else decode_experts
     )
+    ready_specs = _ready_specs(decoding, specs)
+    prefilled, decoded = _state_specs(BY_LAYER), _state_specs(ROWS if unrolled(decoding) else BY_LAYER)
+    over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
+    compiled = functools.partial(jax.jit, compiler_options=options)
 
-    def over_devices(local: Any, in_specs: Any, out_specs: Any) -> Any:
-        return jax.shard_map(local, mesh=devices, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    @compiled
+    @functools.partial(over_devices, in_specs=(specs,), out_specs=ready_specs)
+    def run_prepare(params: Any) -> Any:
+        return _prepare(params, decoding)
 
-    @functools.partial(jax.jit, static_argnames="slots", compiler_options=options)
-    def run_prefill(params: Any, prompts: Prompts, bias_le: Any, slots: int) -> tuple[jax.Array, Any]:
-        def local(params, prompts, bias_le):  # type: ignore[no-untyped-def]
-            sequence = sequence_over(devices, prompts.tokens_bt.shape[1])
-            params = sequence.own_heads(params, model_params(cfg))
-            return prefill(params, cfg, prompts, bias_le, slots, many, sequence)
+    prompts_specs = Prompts(PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES), ROWS)  # type: ignore[arg-type]
 
-        in_specs = (specs, PartitionSpec(BATCH_AXES), WHOLE)
-        return over_devices(local, in_specs, (ROWS, PartitionSpec(None, TOKEN_AXES)))(
-            params, prompts, bias_le
-        )
+    @compiled
+    @functools.partial(over_devices, in_specs=(specs, prompts_specs, BATCH, WHOLE), out_specs=prefilled)
+    def run_prefill(params: Any, prompts: Prompts, batch: Batch, bias_le: Any) -> State:
+        sequence = sequence_over(devices, prompts.tokens_bt.shape[1])
+        params = sequence.own_heads(params, model_params(cfg))
+        return prefill(params, cfg, prompts, batch, bias_le, many, sequence)
 
-    @functools.partial(
-        jax.jit, static_argnames=("sampling", "new_tokens", "num_ids"), compiler_options=options
-    )
-    def run_loop(params, rows, start, bias_le, stop_ids, key, sampling, new_tokens, num_ids):  # type: ignore[no-untyped-def]
-        def local(params, rows, cache, start, bias_le, stop_ids, key):  # type: ignore[no-untyped-def]
-            first_bv, pad_b, absent_b = rows
-            key = jax.random.fold_in(key, lax.axis_index(TOKEN_AXES))
-            state = (first_bv, cache, pad_b, start, bias_le, stop_ids, key)
-            rest = (sampling, new_tokens, num_ids, few, absent_b, _anyone)
-            return decode_loop(params, cfg, *state, *rest)
+    @functools.partial(compiled, static_argnames="slots")
+    def run_grow(state: State, slots: int) -> State:
+        local = functools.partial(grown, cfg=decoding, slots=slots)
+        return over_devices(local, in_specs=(prefilled,), out_specs=decoded)(state)
 
-        (first_bv, cache, pad_b, absent_b), by_row = rows, PartitionSpec(None, TOKEN_AXES)
-        in_specs = (specs, ROWS, by_row, WHOLE, WHOLE, WHOLE, WHOLE)
-        return over_devices(local, in_specs, (ROWS, WHOLE))(
-            params, (first_bv, pad_b, absent_b), cache, start, bias_le, stop_ids, key
-        )
+    @functools.partial(compiled, donate_argnames="state")
+    @functools.partial(over_devices, in_specs=(ready_specs, BATCH, WHOLE, decoded, WHOLE), out_specs=decoded)
+    def run_advance(ready: Any, batch: Batch, bias_le: Any, state: State, at_most: jax.Array) -> State:
+        one = functools.partial(step, ready, decoding, batch, bias_le, experts=few)
+        return steps(one, state, at_most, _anyone)
 
-    return Programs(run_prefill, run_loop)
+    return Programs(run_prepare, run_prefill, run_grow, run_advance)
 
 
 # --- generation ---------------------------------------------------------------------------------------------------
+
+
+def over_mesh(
+    params: Any, cfg: ModelConfig, mesh: MeshConfig, balance_bias: Any = None, ready: Any = None
+) -> Method:
+    """As `generate.plain`, over the devices of `mesh`. `params`: laid out by `parameter_shardings`; what lies elsewhere
+    is moved there first. `ready`: as `programs(cfg, mesh).prepare` makes them of `params`, made here if None."""
+    run = programs(cfg, mesh)
+    params = jax.device_put(params, parameter_shardings(cfg, mesh))
+    ready = run.prepare(params) if ready is None else ready
+    return Method(
+        prefill=lambda prompts, batch: run.prefill(params, prompts, batch, balance_bias),
+        grow=run.grow,
+        advance=lambda batch, state, n: run.advance(ready, batch, balance_bias, state, n),
+        rows=make_mesh(mesh).size,
+        tokens=mesh.tensor,
+    )
 
 
 def generate_over_mesh(
@@ -154,7 +191,7 @@ def generate_over_mesh(
     balance_bias: Any = None,
     sampling: Sampling = Sampling(),
     stop_ids: Sequence[int] = (),
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     num_ids: int | None = None,
 ) -> list[list[int]]:
     """As `generate.generate`, over the devices of `mesh`; greedy, the same tokens.
@@ -163,29 +200,11 @@ def generate_over_mesh(
         params: laid out by `parameter_shardings`; what lies elsewhere is moved there first.
         prompts: any number; rows that only fill the batch make it divide over the devices.
         mesh: `data`, `node`, `local`, `tensor`; `experts`, `dispatch`, `combine` and `receive` as in training.
-        seed: of each device's own stream of random numbers.
 
     Raises:
         ValueError: as `generate`, or a mesh that does not fit the devices or the model.
     """
-    check_request(cfg, prompts, max_new_tokens)
-    run = programs(cfg, mesh)
-    params = jax.device_put(params, parameter_shardings(cfg, mesh))
-    fill = -len(prompts) % make_mesh(mesh).size
-    padded = pad_prompts([*prompts, *[[0]] * fill], math.lcm(BUCKET, mesh.tensor))
-    length = padded.tokens_bt.shape[1]
-    first_bv, cache = run.prefill(params, padded, balance_bias, slots_for(length, max_new_tokens))
-    absent_b = jnp.arange(len(padded.pad_b)) >= len(prompts)
-    out_bn, steps = run.loop(
-        params,
-        (first_bv, cache, padded.pad_b, absent_b),
-        jnp.int32(length),
-        balance_bias,
-        stop_array(stop_ids),
-        jax.random.key(seed),
-        sampling,
-        max_new_tokens,
-        num_ids or cfg.vocab_size,
-    )
-    rows = np.asarray(out_bn)[: len(prompts), : int(steps)].tolist()
-    return [until_stop(row, stop_ids) for row in rows]
+    request = Request(prompts, max_new_tokens, sampling, stop_ids, seed, num_ids)
+    request.check(cfg)
+    rows, _ = complete(over_mesh(params, cfg, mesh, balance_bias), cfg, request)
+    return [row.tokens for row in rows]

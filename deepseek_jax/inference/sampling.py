@@ -1,14 +1,26 @@
-"""Choosing the next token: greedy, temperature, top-p.
+"""Choosing the next token: repetition penalty, temperature, top-k, top-p, min-p, in this order (`transformers`' order).
 
-Dims: b batch, v vocabulary.
+Settings are arrays, one value per row of a batch, so that one compiled program serves them all. A greedy row is a
+distribution at one point. A row draws its n-th token with a key made of its own seed and n: what it draws depends
+neither on the other rows nor on where a loop was cut.
+
+Dims: b batch row, v vocabulary.
 """
 
 import dataclasses
+import functools
 import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+Array = jax.Array | np.ndarray
 
 _SMALLEST = float(np.finfo(np.float32).tiny)  # of the temperatures, and of their reciprocals
 # Sums of float32 probabilities are this far off: a nucleus that reaches top_p up to rounding reaches it.
@@ -17,46 +29,141 @@ _ROUNDING = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_p 1 keeps the whole distribution."""
+    """The defaults are greedy and change nothing.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: the smallest set of most likely tokens with this probability together; 1 keeps all.
+        top_k: the k most likely tokens, and what ties with the last of them; 0 keeps all.
+        min_p: tokens at least this times as likely as the most likely one; 0 keeps all.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the prompt or
+            the continuation has already; 1 is none.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature={self.temperature} must be finite and >= 0 (0 is greedy)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if not (isinstance(self.top_k, numbers.Integral) and 0 <= self.top_k < 2**31):
+            raise ValueError(f"top_k={self.top_k} must be a whole number >= 0 (0 keeps all)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
+        penalty = self.repetition_penalty
+        if not (penalty > 0 and math.isfinite(penalty)):
+            raise ValueError(f"repetition_penalty={penalty} must be finite and > 0 (1 is none)")
 
-    @property
-    def greedy(self) -> bool:
-        """Also a temperature that float32 does not hold, whose distribution is the most likely token's alone."""
-        return self.temperature < _SMALLEST
+
+class RowSampling(NamedTuple):
+    """`Sampling` of each row [b]; key_b: its stream of random numbers."""
+
+    temperature_b: Array
+    top_p_b: Array
+    top_k_b: Array
+    min_p_b: Array
+    penalty_b: Array
+    key_b: jax.Array
 
 
-def filtered_logits(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits of the distribution that is sampled: scaled by temperature, -inf outside the nucleus.
+@jax.jit
+def _keys(seed_b: jax.Array, row_b: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seed_b, row_b)
+
+
+def row_sampling(sampling: Sampling, seed: int | Sequence[int], rows: int) -> RowSampling:
+    """The same settings for all rows.
+
+    `seed` is one for all, of which each row has a stream of its own, the first row the first; or one per row, which
+    then draws what it would draw as the first row under that seed. Raises ValueError for another number of seeds.
+    """
+    one = np.ndim(seed) == 0
+    seeds = [seed] * rows if one else list(seed)  # type: ignore[arg-type]
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} prompts: give one seed, or one for each")
+    seed_b = np.array([operator.index(s) % 2**32 for s in seeds], np.uint32)
+    row_b = np.arange(rows, dtype=np.uint32) * one
+
+    def of_all(value: float, dtype: type = np.float32) -> np.ndarray:
+        return np.full(rows, value, dtype)
+
+    return RowSampling(
+        temperature_b=of_all(min(sampling.temperature, 1 / _SMALLEST)),
+        top_p_b=of_all(sampling.top_p),
+        top_k_b=of_all(sampling.top_k, np.int32),
+        min_p_b=of_all(sampling.min_p),
+        penalty_b=of_all(sampling.repetition_penalty),
+        key_b=_keys(seed_b, row_b),
+    )
+
+
+def penalised(logits_bv: jax.Array, seen_bv: jax.Array, rows: RowSampling) -> jax.Array:
+    """Logits after the repetition penalty; seen_bv: whether the row has the token already."""
+    penalty = rows.penalty_b[:, None]
+    changed = jnp.where(logits_bv > 0, logits_bv / penalty, logits_bv * penalty)
+    return jnp.where(seen_bv, changed, logits_bv)
+
+
+def _outside(scaled_bv: jax.Array, rows: RowSampling) -> jax.Array:
+    """Whether a token is outside of top-k, top-p or min-p; the largest of the logits is 0."""
+    v = scaled_bv.shape[-1]
+    descending = jnp.sort(scaled_bv, axis=-1)[..., ::-1]
+    k = jnp.where(rows.top_k_b > 0, jnp.minimum(rows.top_k_b, v), v)[:, None]
+    kth = jnp.take_along_axis(descending, k - 1, axis=-1)
+    prob = jax.nn.softmax(jnp.where(descending >= kth, descending, -jnp.inf), axis=-1)
+    before = jnp.cumsum(prob, axis=-1) - prob
+    share = jnp.where(rows.top_p_b < 1, rows.top_p_b * (1 - _ROUNDING), jnp.inf)[:, None]
+    inside = (before < share) & (descending >= kth)
+    size = jnp.maximum(jnp.sum(inside, axis=-1, keepdims=True), 1)
+    last = jnp.take_along_axis(descending, size - 1, axis=-1)
+    above, equal = scaled_bv > last, scaled_bv == last
+    room = size - jnp.sum(above, axis=-1, keepdims=True)
+    kept = above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+    return ~kept | (jnp.exp(scaled_bv) < rows.min_p_b[:, None] * (1 - _ROUNDING))
+
+
+def filtered_logits(logits_bv: jax.Array, rows: RowSampling) -> jax.Array:
+    """Logits of the distribution that is sampled: scaled by temperature, -inf outside of top-k, top-p and min-p.
 
     The nucleus is the smallest set of most likely tokens with probability >= top_p together; of equally likely
-    ones, those with the lower ids come first. The largest logit is 0, so that no temperature overflows. `sampling`
-    must not be greedy.
+    ones, those with the lower ids come first. The largest logit is 0, so that no temperature overflows. All of a
+    greedy row but its most likely token is -inf; so is a row whose temperature float32 does not hold.
     """
+    greedy = (rows.temperature_b < _SMALLEST)[:, None]
     highest = jnp.max(logits_bv, axis=-1, keepdims=True)
-    logits_bv = (logits_bv - highest) / min(sampling.temperature, 1 / _SMALLEST)
-    if sampling.top_p >= 1.0:
-        return logits_bv
-    descending = jnp.sort(logits_bv, axis=-1)[..., ::-1]
-    prob = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(prob, axis=-1) - prob
-    size = jnp.sum(before < sampling.top_p * (1 - _ROUNDING), axis=-1, keepdims=True)
-    last = jnp.take_along_axis(descending, jnp.maximum(size, 1) - 1, axis=-1)
-    above, equal = logits_bv > last, logits_bv == last
-    room = jnp.maximum(size, 1) - jnp.sum(above, axis=-1, keepdims=True)
-    return jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits_bv, -jnp.inf)
+    scaled = (logits_bv - highest) / jnp.where(greedy, 1.0, rows.temperature_b[:, None])
+    filters = (rows.top_k_b > 0) | (rows.top_p_b < 1) | (rows.min_p_b > 0)
+    outside = functools.partial(_outside, rows=rows)
+    out = lax.cond(filters.any(), outside, lambda x: jnp.zeros(x.shape, bool), scaled)
+    best = jnp.arange(logits_bv.shape[-1]) == jnp.argmax(logits_bv, axis=-1)[:, None]
+    return jnp.where(jnp.where(greedy, ~best, out), -jnp.inf, scaled)
 
 
-def sample(key: jax.Array, logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token per row, int32 [b]."""
-    if sampling.greedy:
-        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, filtered_logits(logits_bv, sampling)).astype(jnp.int32)
+def keys_at(rows: RowSampling, n_b: jax.Array, use: int = 0) -> jax.Array:
+    """Keys [b] of the rows' n-th tokens; `use` tells apart what else is drawn for the same token."""
+    return jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, n), use))(rows.key_b, n_b)
+
+
+def log_prob(logits_bv: jax.Array, token_b: jax.Array) -> jax.Array:
+    """Log-probability (nats) of one token per row, float32 [b]."""
+    chosen = jnp.take_along_axis(logits_bv, token_b[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits_bv, axis=-1)
+
+
+def sample(key_b: jax.Array, logits_bv: jax.Array, rows: RowSampling) -> tuple[jax.Array, jax.Array]:
+    """One token per row, int32 [b], and its log-probability under `filtered_logits`, float32 [b]."""
+
+    def drawn(logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        filtered = filtered_logits(logits_bv, rows)
+        token_b = jax.vmap(jax.random.categorical)(key_b, filtered).astype(jnp.int32)
+        return token_b, log_prob(filtered, token_b)
+
+    def best(logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), jnp.zeros(len(logits_bv), jnp.float32)
+
+    return lax.cond((rows.temperature_b >= _SMALLEST).any(), drawn, best, logits_bv)

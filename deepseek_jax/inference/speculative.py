@@ -16,28 +16,38 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.cache import extend
-from deepseek_jax.inference.generate import (
-    BUCKET,
+from deepseek_jax.inference.batch import (
+    Batch,
+    Choice,
+    Completion,
     Prompts,
+    Request,
     allowed,
-    check_request,
+    emit,
+    empty_output,
     is_stop,
-    pad_prompts,
-    stop_array,
-    until_stop,
 )
-from deepseek_jax.inference.sampling import Sampling, filtered_logits, sample
-from deepseek_jax.model.decoding import decode, mtp_decode, prepare, prepare_cache
+from deepseek_jax.inference.driver import Method, State, complete, grown, steps
+from deepseek_jax.inference.generate import choose, prompt_forward
+from deepseek_jax.inference.sampling import (
+    RowSampling,
+    Sampling,
+    filtered_logits,
+    keys_at,
+    log_prob,
+    sample,
+)
+from deepseek_jax.model.decoding import View, decode, decoding_config, mtp_decode, prepare
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import embed, logits
 from deepseek_jax.model.mla import LatentCache
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.model.transformer import Context, forward, mtp_module
+from deepseek_jax.model.transformer import Context, mtp_module
+
+# What a row draws for one token, apart from the token itself (0): the draft, its acceptance, its replacement.
+DRAFT, ACCEPT, REPLACE = 1, 2, 3
 
 
 class Stats(NamedTuple):
@@ -57,144 +67,135 @@ class Stats(NamedTuple):
         return 1.0 + self.acceptance
 
 
-class _State(NamedTuple):
-    out_bn: jax.Array
-    count_b: jax.Array  # tokens emitted
-    token_b: jax.Array  # the last of them, not yet seen by the main model
-    draft_bv: jax.Array  # logits of the MTP module for the token after it
-    done_b: jax.Array
-    cache: Any
-    mtp_cache: LatentCache
-    key: jax.Array
+def stats(state: State) -> Stats:
+    """Of a generation that ended with this state."""
+    return Stats(int(state.extra.drafted), int(state.extra.accepted))
+
+
+class Draft(NamedTuple):
+    """logits_bv: of the MTP module for the token after the last; cache: the module's, [b, s, ...]."""
+
+    logits_bv: jax.Array
+    cache: LatentCache
     drafted: jax.Array
     accepted: jax.Array
 
 
 def verify(
-    key: jax.Array, target_bv: jax.Array, draft_bv: jax.Array, token_b: jax.Array, sampling: Sampling
+    accept_key_b: jax.Array,
+    replace_key_b: jax.Array,
+    target_bv: jax.Array,
+    draft_bv: jax.Array,
+    token_b: jax.Array,
+    sampling: RowSampling,
 ) -> tuple[jax.Array, jax.Array]:
-    """(accepted bool [b], token int32 [b]): `token_b`, drawn from the draft's logits, or its replacement."""
-    if sampling.greedy:
-        choice = jnp.argmax(target_bv, axis=-1).astype(jnp.int32)
-        return choice == token_b, choice
+    """(accepted bool [b], token int32 [b]): `token_b`, drawn from the draft's logits, or its replacement.
+
+    A greedy row is a distribution at one point: its draft is accepted if it is the main model's choice.
+    """
     p = jax.nn.softmax(filtered_logits(target_bv, sampling), axis=-1)
     q = jax.nn.softmax(filtered_logits(draft_bv, sampling), axis=-1)
     at = lambda prob: jnp.take_along_axis(prob, token_b[:, None], axis=-1)[:, 0]  # noqa: E731
-    accept_key, residual_key = jax.random.split(key)
-    accepted = jax.random.uniform(accept_key, token_b.shape) * at(q) < at(p)
-    residual = jnp.maximum(p - q, 0.0)
-    other = jax.random.categorical(residual_key, jnp.log(residual)).astype(jnp.int32)
+    accepted = jax.vmap(jax.random.uniform)(accept_key_b) * at(q) < at(p)
+    residual = jnp.log(jnp.maximum(p - q, 0.0))
+    other = jax.vmap(jax.random.categorical)(replace_key_b, residual).astype(jnp.int32)
     return accepted, jnp.where(accepted, token_b, other)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "slots", "sampling", "num_ids"))
-def _prefill(
-    params: Any,
-    cfg: ModelConfig,
-    prompts: Prompts,
-    bias_le: Any,
-    key: jax.Array,
-    slots: int,
-    sampling: Sampling,
-    num_ids: int,
-) -> tuple[jax.Array, jax.Array, LatentCache, LatentCache]:
-    """First token [b], the draft's logits for the next [b, v], both caches."""
-    tokens_bt, pad_b = prompts
-    slot_bt = jnp.arange(tokens_bt.shape[1])[None] - pad_b[:, None]
-    segments, positions = (slot_bt >= 0).astype(jnp.int32), jnp.maximum(slot_bt, 0)
-    h_btd, aux = forward(params, cfg, tokens_bt, bias_le, positions, segments, mtp=False, with_cache=True)
-    assert aux.cache is not None
-    first_b = sample(key, allowed(logits(params, h_btd[:, -1]), num_ids), sampling)
-    following = jnp.concatenate([tokens_bt[:, 1:], first_b[:, None]], axis=1)
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _prefill(params: Any, cfg: ModelConfig, prompts: Prompts, batch: Batch, bias_le: Any) -> State:
+    h_btd, aux, positions, segments = prompt_forward(params, cfg, prompts, bias_le, routed_experts)
+    out = empty_output(batch)
+    choice = choose(logits(params, h_btd[:, -1]), jnp.asarray(prompts.seen_bv), out, batch)
+    following = jnp.concatenate([jnp.asarray(prompts.tokens_bt)[:, 1:], choice.token_bk], axis=1)
     p = jax.tree.map(lambda x: x[0], params["mtp"])
     bias_e = None if bias_le is None else bias_le[cfg.num_moe_layers]
     ctx = Context(rope_table(cfg, positions), segments, "none", routed_experts, True)
-    e_btd = embed(params["embed"], cfg, following)
-    _, out_btd, _, latent = mtp_module(p, cfg, h_btd, e_btd, bias_e, ctx)
-    mtp_cache = extend(jax.tree.map(lambda x: x[None], latent), slots)
-    draft_bv = allowed(logits(params, out_btd[:, -1]), num_ids)
-    return first_b, draft_bv, extend(aux.cache, slots), jax.tree.map(lambda x: x[0], mtp_cache)
+    _, out_btd, _, latent = mtp_module(p, cfg, h_btd, embed(params["embed"], cfg, following), bias_e, ctx)
+    draft = Draft(logits(params, out_btd[:, -1]), latent, jnp.int32(0), jnp.int32(0))
+    token_b, zero = choice.token_bk[:, 0], jnp.int32(0)
+    assert aux.cache is not None
+    return State(emit(out, batch, choice, jnp.ones_like(token_b)), token_b, aux.cache, draft, zero)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "new_tokens", "num_ids"))
-def _loop(
-    params: Any,
-    cfg: ModelConfig,
-    first_b: jax.Array,
-    draft_bv: jax.Array,
-    cache: LatentCache,
-    mtp_cache: LatentCache,
-    pad_b: jax.Array,
-    start: jax.Array,
-    bias_le: Any,
-    stop_ids: jax.Array,
-    key: jax.Array,
-    sampling: Sampling,
-    new_tokens: int,
-    num_ids: int,
-) -> _State:
-    slots = jnp.arange(cache.c_bsc.shape[2])
-    two = jnp.arange(2)
-    ready = prepare(params, cfg)
+def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State) -> State:
+    """One token more of each row, or two."""
+    draft, sampling, count_b = state.extra, batch.sampling, state.out.count_b
+    slots, slot_b = jnp.arange(draft.cache.c_bsc.shape[1]), batch.length + count_b - 1
+    slot_bt = slot_b[:, None] + jnp.arange(2)
+    mask = (slots <= slot_bt[..., None]) & (slots >= batch.pad_b[:, None, None])
+    view = View(state.cache, slot_b, slot_bt - batch.pad_b[:, None], mask)
 
-    def body(s: _State) -> _State:
-        key, draft_key, verify_key, next_key = jax.random.split(s.key, 4)
-        draft_b = sample(draft_key, s.draft_bv, sampling)
-        slot_b = start + s.count_b - 1
-        slot_bt = slot_b[:, None] + two
-        mask = (slots <= slot_bt[..., None]) & (slots >= pad_b[:, None, None])
-        positions = slot_bt - pad_b[:, None]
-        tokens = jnp.stack([s.token_b, draft_b], axis=1)
-        h_btd, cache = decode(ready, cfg, tokens, s.cache, slot_b, positions, mask, bias_le)
-        target_btv = allowed(logits(params, h_btd), num_ids)
-        accepted, one = verify(verify_key, target_btv[:, 0], s.draft_bv, draft_b, sampling)
-        both = accepted & ~is_stop(one, stop_ids)
-        second = sample(next_key, target_btv[:, 1], sampling)
-        out = jax.vmap(lambda o, x, i: lax.dynamic_update_slice(o, x, (i,)))(
-            s.out_bn, jnp.stack([one, second], axis=1), s.count_b
-        )
-        following = jnp.stack([one, second], axis=1)
-        h_mtp, mtp_cache = mtp_decode(
-            ready, cfg, h_btd, following, s.mtp_cache, slot_b, positions, mask, bias_le
-        )
-        last = jnp.where(both, 1, 0)
-        draft_bv = allowed(
-            logits(params, jnp.take_along_axis(h_mtp, last[:, None, None], axis=1)[:, 0]), num_ids
-        )
-        token = jnp.where(both, second, one)
-        running = ~s.done_b
-        count = s.count_b + jnp.where(running, 1 + last, 0)
-        done = s.done_b | is_stop(token, stop_ids) | (count >= new_tokens)
-        return _State(
-            jnp.where(running[:, None], out, s.out_bn),
-            count,
-            jnp.where(running, token, s.token_b),
-            draft_bv,
-            done,
-            cache,
-            mtp_cache,
-            key,
-            s.drafted + running.sum(),
-            s.accepted + (running & accepted).sum(),
-        )
+    guess_bv = allowed(draft.logits_bv, batch.num_ids)
+    guess_b, _ = sample(keys_at(sampling, count_b, DRAFT), guess_bv, sampling)
+    h_btd, cache = decode(ready, cfg, jnp.stack([state.token_b, guess_b], axis=1), view, bias_le)
+    raw_btv = logits(ready, h_btd)
+    target_btv = allowed(raw_btv, batch.num_ids)
 
-    b = first_b.shape[0]
-    zero = jnp.int32(0)
-    out = jnp.zeros((b, new_tokens + 2), jnp.int32).at[:, 0].set(first_b)
-    done = is_stop(first_b, stop_ids) | (new_tokens <= 1)
-    init = _State(
-        out,
-        jnp.ones((b,), jnp.int32),
-        first_b,
-        draft_bv,
-        done,
-        prepare_cache(cache, cfg),
-        mtp_cache,
-        key,
-        zero,
-        zero,
+    keys = [keys_at(sampling, count_b, use) for use in (ACCEPT, REPLACE)]
+    accepted, one = verify(*keys, target_btv[:, 0], guess_bv, guess_b, sampling)
+    second, sampled_b = sample(keys_at(sampling, count_b + 1), target_btv[:, 1], sampling)
+    both = accepted & ~is_stop(one, batch)
+    following = jnp.stack([one, second], axis=1)
+    choice = Choice(
+        following,
+        jax.vmap(log_prob, 1, 1)(raw_btv, following),
+        jnp.stack([log_prob(filtered_logits(target_btv[:, 0], sampling), one), sampled_b], axis=1),
     )
-    return lax.while_loop(lambda s: ~s.done_b.all(), body, init)
+
+    h_mtp, mtp_cache = mtp_decode(ready, cfg, h_btd, following, view._replace(cache=draft.cache), bias_le)
+    last = both.astype(jnp.int32)
+    h_last = jnp.take_along_axis(h_mtp, last[:, None, None], axis=1)[:, 0]
+    running = ~state.out.done_b
+    draft = Draft(
+        logits(ready, h_last),
+        mtp_cache,
+        draft.drafted + running.sum(),
+        draft.accepted + (running & accepted).sum(),
+    )
+    out = emit(state.out, batch, choice, 1 + last)
+    token_b = jnp.where(running, jnp.where(both, second, one), state.token_b)
+    return state._replace(out=out, token_b=token_b, cache=cache, extra=draft)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
+def _grow(state: State, cfg: ModelConfig, slots: int) -> State:
+    draft = state.extra
+    cache = jax.tree.map(lambda x: x.astype(cfg.dtype), draft.cache)
+    return grown(state._replace(extra=draft._replace(cache=cache)), cfg, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def _advance(
+    ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State, at_most: jax.Array
+) -> State:
+    return steps(functools.partial(step, ready, cfg, batch, bias_le), state, at_most)
+
+
+def speculative(params: Any, cfg: ModelConfig, balance_bias: Any = None, ready: Any = None) -> Method:
+    """As `generate.plain`, with drafts from the MTP module: one token per step, or two.
+
+    Raises ValueError for a model without MTP module.
+    """
+    if not cfg.num_nextn_predict_layers:
+        raise ValueError("speculative decoding drafts with the MTP module: num_nextn_predict_layers is 0")
+    decoding = decoding_config(cfg)
+    ready = prepare(params, decoding) if ready is None else ready
+    return Method(
+        prefill=lambda prompts, batch: _prefill(params, cfg, prompts, batch, balance_bias),
+        grow=lambda state, slots: _grow(state, decoding, slots),
+        advance=lambda batch, state, n: _advance(ready, decoding, batch, balance_bias, state, n),
+        spare=2,
+    )
+
+
+def check_speculative(sampling: Sampling) -> None:
+    """Raises ValueError for what drafts do not go with."""
+    if sampling.repetition_penalty != 1:
+        raise ValueError(
+            f"repetition_penalty={sampling.repetition_penalty} does not go with speculative decoding, whose second token "
+            "depends on the first: leave out one of them"
+        )
 
 
 def generate_speculative(
@@ -206,40 +207,16 @@ def generate_speculative(
     balance_bias: Any = None,
     sampling: Sampling = Sampling(),
     stop_ids: Sequence[int] = (),
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     num_ids: int | None = None,
 ) -> tuple[list[list[int]], Stats]:
     """As `generate`, with drafts from the MTP module. Greedy output is the same as without.
 
-    Raises ValueError as `generate`, and for a model without MTP module.
+    Raises ValueError as `generate`, for a model without MTP module, and for a repetition penalty.
     """
-    if not cfg.num_nextn_predict_layers:
-        raise ValueError("speculative decoding drafts with the MTP module: num_nextn_predict_layers is 0")
-    check_request(cfg, prompts, max_new_tokens)
-    padded = pad_prompts(prompts)
-    length = padded.tokens_bt.shape[1]
-    room = -(-(max_new_tokens + 2) // BUCKET) * BUCKET
-    first_key, loop_key = jax.random.split(jax.random.key(seed))
-    ids = num_ids or cfg.vocab_size
-    first_b, draft_bv, cache, mtp_cache = _prefill(
-        params, cfg, padded, balance_bias, first_key, length + room, sampling, ids
-    )
-    state = _loop(
-        params,
-        cfg,
-        first_b,
-        draft_bv,
-        cache,
-        mtp_cache,
-        padded.pad_b,
-        jnp.int32(length),
-        balance_bias,
-        stop_array(stop_ids),
-        loop_key,
-        sampling,
-        max_new_tokens,
-        ids,
-    )
-    out, count = np.asarray(state.out_bn), np.minimum(np.asarray(state.count_b), max_new_tokens)
-    rows = [until_stop(row[:n].tolist(), stop_ids) for row, n in zip(out, count, strict=True)]
-    return rows, Stats(int(state.drafted), int(state.accepted))
+    method = speculative(params, cfg, balance_bias)
+    check_speculative(sampling)
+    request = Request(prompts, max_new_tokens, sampling, stop_ids, seed, num_ids)
+    rows: list[Completion]
+    rows, state = complete(method, cfg, request)
+    return [row.tokens for row in rows], stats(state)

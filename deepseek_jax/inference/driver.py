@@ -1,0 +1,143 @@
+"""The one loop of generation, for plain and speculative decoding, on one device and over a mesh.
+
+A method brings three compiled programs: the prefill, which chooses each row's first token; the cache's growth; and the
+decoding loop, which runs some steps and hands its state back. Between these the host looks: it shows what came out,
+ends rows at stop strings, and notices Ctrl-C. Where the loop is cut changes no token.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.batch import (
+    Batch,
+    Completion,
+    Output,
+    Prompts,
+    Request,
+    completions,
+    make_batch,
+    pad_prompts,
+    size_for,
+)
+from deepseek_jax.model.decoding import Cache, prepare_cache
+from deepseek_jax.model.mla import LatentCache
+
+PATIENCE = 0.1  # seconds between two looks of the host, about
+
+
+class State(NamedTuple):
+    """What a step changes. token_b: the row's last token, not yet in the cache; extra: the method's own."""
+
+    out: Output
+    token_b: jax.Array
+    cache: Cache
+    extra: Any
+    steps: jax.Array  # int32 []: steps run
+
+
+class Method(NamedTuple):
+    """Programs over a model's parameters; `advance` and `grow` consume the state that they are given.
+
+    prefill: the state after each row's first token, with room for no other one.
+    grow: the same with so many slots in the cache, and in the output.
+    advance: at most so many steps more, fewer if all rows are done.
+    rows, tokens: the numbers of rows, and of tokens of a padded prompt, are multiples of these.
+    spare: slots that a row may write behind its last token.
+    """
+
+    prefill: Callable[[Prompts, Batch], State]
+    grow: Callable[[State, int], State]
+    advance: Callable[[Batch, State, int], State]
+    rows: int = 1
+    tokens: int = 1
+    spare: int = 0
+
+
+# --- parts of the programs ----------------------------------------------------------------------------------------
+
+
+def _longer(cache: LatentCache, slots: int) -> LatentCache:
+    def padded(x: jax.Array) -> jax.Array:  # [..., s, values]
+        return jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, slots - x.shape[-2]), (0, 0)))
+
+    return jax.tree.map(padded, cache)
+
+
+def grown(state: State, cfg: ModelConfig, slots: int) -> State:
+    """The state of a prefill with room for `slots` slots and tokens, its cache as decoding reads it."""
+    columns = state.out.tokens_bn.shape[1]
+    arrays = [jnp.pad(x, ((0, 0), (0, slots - columns))) for x in state.out[:3]]
+    is_cache = lambda x: isinstance(x, LatentCache)  # noqa: E731
+    extra = jax.tree.map(lambda x: _longer(x, slots) if is_cache(x) else x, state.extra, is_leaf=is_cache)
+    assert isinstance(state.cache, LatentCache)
+    cache = prepare_cache(_longer(state.cache, slots), cfg)
+    return state._replace(out=Output(*arrays, *state.out[3:]), cache=cache, extra=extra)
+
+
+def steps(
+    step: Callable[[State], State],
+    state: State,
+    at_most: jax.Array,
+    anyone: Callable[[jax.Array], jax.Array] = jnp.any,
+) -> State:
+    """Runs `step` while a row is not done, at most so often.
+
+    Over a mesh, `anyone` tells all devices whether any of them has a row to go on with: those that are done serve the
+    others' experts.
+    """
+    end = state.steps + at_most
+
+    def more(carry: tuple[State, jax.Array]) -> jax.Array:
+        state, going = carry
+        return going & (state.steps < end)
+
+    def body(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state = step(carry[0])
+        return state._replace(steps=state.steps + 1), anyone(~state.out.done_b)
+
+    return lax.while_loop(more, body, (state, anyone(~state.out.done_b)))[0]
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------
+
+
+def stream(method: Method, cfg: ModelConfig, request: Request, first: int = 1) -> Iterator[State]:
+    """States as generation goes on, of which the last is the end. Read one before asking for the next, which consumes it.
+
+    One comes after the prefill, the second after `first` steps, the others when about PATIENCE has passed. Send rows
+    (bool [b]) that have ended for a reason of the caller's own.
+
+    Raises:
+        ValueError: see `Request.check`; another number of seeds than prompts.
+    """
+    request.check(cfg)
+    fill = -len(request.prompts) % method.rows
+    prompts = pad_prompts([*request.prompts, *[[0]] * fill], cfg.vocab_size, method.tokens)
+    batch = make_batch(request, cfg, prompts)
+    slots = size_for(prompts.tokens_bt.shape[1] + request.max_new_tokens + method.spare)
+    state, at_most = method.grow(method.prefill(prompts, batch), slots), first
+    while True:
+        ended = yield state
+        if ended is not None:
+            done = state.out.done_b | jax.device_put(np.asarray(ended), state.out.done_b.sharding)
+            state = state._replace(out=state.out._replace(done_b=done))
+        if np.asarray(state.out.done_b).all():
+            return
+        began = time.monotonic()
+        state = jax.block_until_ready(method.advance(batch, state, at_most))
+        took = time.monotonic() - began
+        at_most = max(1, min(2 * at_most, int(at_most * PATIENCE / max(took, 1e-6))))
+
+
+def complete(method: Method, cfg: ModelConfig, request: Request) -> tuple[list[Completion], State]:
+    """All that `request` asks for, and the last state."""
+    for state in stream(method, cfg, request, first=8):
+        last = state
+    return completions(last.out, request), last

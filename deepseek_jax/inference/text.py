@@ -1,0 +1,66 @@
+"""The text of a row while it is generated, up to the first stop string."""
+
+from collections.abc import Iterable, Sequence
+
+from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
+
+
+def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Stop strings as a tuple. Raises ValueError for an empty one, which would stop at once."""
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(f"stop={strings!r}: stop strings must be text of at least one character")
+    return strings
+
+
+class TextRow:
+    """Decodes tokens as they come and looks for stop strings, also where these span several tokens.
+
+    Of several, the one that is complete first ends the row, however the text is cut into tokens. What may be the
+    beginning of one is held back until it is decided.
+
+    Attributes:
+        text: so far, without what is held back, nor a stop string.
+        ended: whether a stop string came.
+        count: tokens read; if it ended, up to the one that completed the stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._decoder, self._stop = StreamDecoder(tokenizer, skip_special=True), stop
+        self._held = ""
+        self.text, self.ended, self.count = "", False, 0
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """Text to show after these tokens more."""
+        before = len(self.text)
+        for token in tokens:
+            if self.ended:
+                break
+            self.count += 1
+            self._read(self._decoder.push(token))
+        return self.text[before:]
+
+    def close(self) -> str:
+        """Text that was held back, at the end of the row."""
+        before = len(self.text)
+        if not self.ended:
+            self._read(self._decoder.flush())
+        if not self.ended:
+            self.text, self._held = self.text + self._held, ""
+        return self.text[before:]
+
+    def _read(self, piece: str) -> None:
+        for character in piece:
+            self._held += character
+            whole = [len(stop) for stop in self._stop if self._held.endswith(stop)]
+            if whole:
+                self.text, self._held, self.ended = self.text + self._held[: -max(whole)], "", True
+                return
+            free = len(self._held) - self._begun()
+            self.text, self._held = self.text + self._held[:free], self._held[free:]
+
+    def _begun(self) -> int:
+        """Characters at the end of what is held that may begin a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        sizes = range(min(longest, len(self._held)), 0, -1)
+        return next((n for n in sizes if any(s.startswith(self._held[-n:]) for s in self._stop)), 0)
