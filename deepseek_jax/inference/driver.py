@@ -125,8 +125,8 @@ def stream(method: Method, cfg: ModelConfig, request: Request, first: int = 1) -
     state, at_most = method.grow(method.prefill(prompts, batch), slots), first
     while True:
         ended = yield state
-        if ended is not None:
-            done = state.out.done_b | jax.device_put(np.asarray(ended), state.out.done_b.sharding)
+        if ended is not None and ended.any():
+            done = state.out.done_b | jax.device_put(ended, state.out.done_b.sharding)
             state = state._replace(out=state.out._replace(done_b=done))
         if np.asarray(state.out.done_b).all():
             return

@@ -228,7 +228,11 @@ class Model:
             chat_template_kwargs: the template's switches, as {"enable_thinking": False}.
             kwargs: as for `generate`.
         """
-        return "".join(self.stream_chat(messages, max_new_tokens, tools=tools, chat_template_kwargs=chat_template_kwargs, **kwargs))
+        return "".join(
+            self.stream_chat(
+                messages, max_new_tokens, tools=tools, chat_template_kwargs=chat_template_kwargs, **kwargs
+            )
+        )
 
     def stream_chat(
         self,
@@ -280,25 +284,31 @@ class Model:
     ) -> Generator[list[str], None, list[Completion]]:
         """Yields the text that each row has got, if it is to be shown; returns what came out."""
         stops = check_stop(stop)
-        texts = []
-        if show or stops or self.tokenizer is not None:
-            texts = [TextRow(self._tokenizer(), stops) for _ in request.prompts]
         method = self._method(request, drafts)
+        texts = [TextRow(self._tokenizer(), stops) for _ in request.prompts] if show or stops else []
         states, ended = stream(method, self.config, request, first=1 if show else 8), None
         with contextlib.suppress(StopIteration):
             while True:
                 state = states.send(ended)
-                rows = completions(state.out, request)
-                new = [text.push(row.tokens[text.count :]) for text, row in zip(texts, rows, strict=False)]
-                ends = [text.ended for text in texts]
-                ended = np.pad(np.array(ends), (0, len(state.token_b) - len(ends))) if any(ends) else None
+                if texts:
+                    rows = completions(state.out, request)
+                    new = [text.push(row.tokens[text.count :]) for text, row in zip(texts, rows, strict=True)]
+                    ended = np.zeros(len(state.token_b), bool)
+                    ended[: len(texts)] = [text.ended for text in texts]
                 if show:
                     yield new
-        self.last_stats = stats(state) if drafts else None
+        if drafts:
+            self.last_stats = stats(state)
         rest = [text.close() for text in texts]
         if show:
             yield rest
-        return [_cut(row, text) for row, text in zip(rows, texts, strict=True)] if texts else rows
+        rows = completions(state.out, request)
+        if texts:
+            return [_cut(row, text) for row, text in zip(rows, texts, strict=True)]
+        return rows if self.tokenizer is None else [self._with_text(row) for row in rows]
+
+    def _with_text(self, row: Completion) -> Completion:
+        return dataclasses.replace(row, text=self._tokenizer().decode(row.tokens, skip_special=True))
 
 
 def _cut(row: Completion, text: TextRow) -> Completion:

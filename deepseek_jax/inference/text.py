@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
+from deepseek_jax.data.streaming import StreamDecoder
+from deepseek_jax.data.tokenizer import Tokenizer
 
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def _layer(x: Any, i: int) -> jax.Array:
     (device, *others) = x.devices()
     if others or device.platform != "cpu":
         return x[i]
-    return jax.device_put(np.asarray(x)[i], device, may_alias=True)
+    return jax.device_put(np.asarray(x)[i], device if x.committed else None, may_alias=True)
 
 
 def _split(tree: Any, n: int) -> list[Any]:

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.inference.cache import extend
-from deepseek_jax.inference.generate import BUCKET, generate, pad_prompts
+from deepseek_jax.inference import generate as plain_file
+from deepseek_jax.inference.batch import SMALLEST, Request, pad_prompts, size_for
+from deepseek_jax.inference.driver import complete, stream
+from deepseek_jax.inference.generate import generate, plain
 from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.model import decoding
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import DeepSeekV3, forward, model_params
 from tests.oracle.tiny import V2, V3, weights
@@ -96,12 +99,22 @@ def test_sampled_tokens_stay_in_the_nucleus():
             assert prob[prob > prob[token] * (1 + 1e-4)].sum() < NUCLEUS.top_p
 
 
-def test_padding_is_on_the_left_to_a_bucket():
-    padded = pad_prompts([[7, 8, 9], [5]])
-    assert padded.tokens_bt.shape == (2, BUCKET)
-    assert np.asarray(padded.tokens_bt)[:, -3:].tolist() == [[7, 8, 9], [0, 0, 5]]
-    assert np.asarray(padded.pad_b).tolist() == [BUCKET - 3, BUCKET - 1]
-    assert pad_prompts([[1] * (BUCKET + 1)]).tokens_bt.shape == (1, 2 * BUCKET)
+def test_padding_is_on_the_left_to_a_size():
+    padded = pad_prompts([[7, 8, 9], [5]], 10)
+    assert padded.tokens_bt.shape == (2, SMALLEST)
+    assert padded.tokens_bt[:, -3:].tolist() == [[7, 8, 9], [0, 0, 5]]
+    assert padded.pad_b.tolist() == [SMALLEST - 3, SMALLEST - 1]
+    assert [np.flatnonzero(row).tolist() for row in padded.seen_bv] == [[7, 8, 9], [5]]
+    assert pad_prompts([[1] * (SMALLEST + 1)], 10, divides=5).tokens_bt.shape == (1, 100)
+
+
+def test_sizes_are_few_and_not_much_larger_than_asked():
+    assert [size_for(n) for n in (1, 64, 65, 96, 97, 128, 129, 4096, 4097)] == [
+        *(64, 64, 96, 96, 128, 128, 192, 4096, 6144)
+    ]
+    sizes = [size_for(n) for n in range(1, 16385)]
+    assert len(set(sizes)) == 17 and sizes == sorted(sizes)
+    assert all(n <= size <= max(64, 1.5 * n) for n, size in enumerate(sizes, start=1))
 
 
 def test_cache_holds_latents_and_nothing_per_head():
@@ -110,10 +123,134 @@ def test_cache_holds_latents_and_nothing_per_head():
     cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux.cache)
     assert cache.c_bsc.shape == (3, 2, 5, V3.kv_lora_rank) and cache.c_bsc.dtype == V3.dtype
     assert sum(x.size for x in jax.tree.leaves(cache)) == 3 * 2 * 5 * (V3.kv_lora_rank + V3.qk_rope_head_dim)
-    longer = extend(jax.tree.map(lambda x: x + 1, cache), 8)
-    assert longer.c_bsc.shape[2] == 8
-    np.testing.assert_array_equal(longer.c_bsc[:, :, :5], 1)
-    np.testing.assert_array_equal(longer.c_bsc[:, :, 5:], 0)
+
+
+def test_what_changes_from_call_to_call_compiles_nothing():
+    """Settings, seeds, stops, lengths up to a size, and where the loop is cut are all arrays."""
+    programs = (plain_file._prefill, plain_file._grow, plain_file._advance)
+    for program in programs:
+        program.clear_cache()
+    run("v3")
+    assert [program._cache_size() for program in programs] == [1, 1, 1]
+    run("v3", new=1)
+    run("v3", prompts=[[1] * 30, [2], [3]], new=32)
+    run("v3", sampling=Sampling(0.7, 0.9, 5, 0.01, 1.1), seed=[4, 5, 2**33], stop_ids=range(3), num_ids=60)
+    assert [program._cache_size() for program in programs] == [1, 1, 1]
+
+
+def test_the_loop_may_be_cut_anywhere():
+    """Bitwise the same tokens and log-probabilities, whatever the number of steps between two looks."""
+    cfg, params, bias, _ = case("v3")
+    request = Request(PROMPTS, NEW, Sampling(1.0, top_k=20, repetition_penalty=1.2), seed=3)
+    method = plain(params, cfg, bias)
+
+    def cut(size: int):
+        pieces = method._replace(advance=lambda batch, state, n: method.advance(batch, state, size))
+        states = [jax.tree.map(np.asarray, state.out) for state in stream(pieces, cfg, request)]
+        return len(states), states[-1]
+
+    (looks, want), *others = cut(100), cut(1), cut(7)
+    assert looks == 2 and [n for n, _ in others] == [NEW, 4]
+    for _, got in others:
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_rows_end_where_the_caller_says():
+    cfg, params, bias, _ = case("v3")
+    request = Request(PROMPTS, NEW)
+    states, counts = stream(plain(params, cfg, bias), cfg, request), []
+    state = next(states)
+    with pytest.raises(StopIteration):
+        while True:
+            counts.append(np.asarray(state.out.count_b).tolist())
+            state = states.send(np.array([True, len(counts) > 1, len(counts) > 2]))
+    assert counts[-1][0] == 1 and counts[-1][0] < counts[-1][1] < counts[-1][2] < NEW
+
+
+def log_softmax(x_nv):
+    shifted = x_nv - x_nv.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_log_probabilities_are_the_models_and_the_samplers():
+    """The model's own before any setting; the sampler's after penalty, temperature and top-k: in float64, from the logits
+    of the full forward pass, which differ from the cache's by float32 rounding (1e-5 of them)."""
+    cfg, params, bias, logits = case("v3")
+    request = Request(PROMPTS, NEW, Sampling(0.6, top_k=4, repetition_penalty=1.5), seed=1)
+    for prompt, row in zip(PROMPTS, complete(plain(params, cfg, bias), cfg, request)[0], strict=True):
+        text = np.zeros((1, 32), np.int32)
+        text[0, : len(prompt) + NEW] = prompt + row.tokens
+        x_nv = logits(text)[0, len(prompt) - 1 : len(prompt) + NEW - 1].astype(np.float64)
+        at = np.arange(NEW), row.tokens
+        np.testing.assert_allclose(row.logprobs, log_softmax(x_nv)[at], atol=1e-4)
+        for i in range(NEW):
+            seen = [*prompt, *row.tokens[:i]]
+            x_nv[i, seen] = np.where(x_nv[i, seen] > 0, x_nv[i, seen] / 1.5, x_nv[i, seen] * 1.5)
+        x_nv /= 0.6
+        x_nv[x_nv < np.sort(x_nv)[:, -4:-3]] = -np.inf
+        np.testing.assert_allclose(row.sampled_logprobs, log_softmax(x_nv)[at], atol=3e-4)
+        assert row.finish_reason == "length" and min(row.sampled_logprobs) < -0.01
+
+
+def test_greedy_with_a_penalty_by_the_full_forward():
+    """As `transformers`: tokens of the prompt count, and greedy choices are penalised, too."""
+    _, _, _, logits = case("v3")
+    got = run("v3", sampling=Sampling(repetition_penalty=3.0))
+    for prompt, row in zip(PROMPTS, got, strict=True):
+        tokens = list(prompt)
+        for token in row:
+            padded = np.zeros((1, 32), np.int32)
+            padded[0, : len(tokens)] = tokens
+            x = logits(padded)[0, len(tokens) - 1].copy()
+            x[tokens] = np.where(x[tokens] > 0, x[tokens] / 3, x[tokens] * 3)
+            assert x.argmax() == token
+            tokens.append(token)
+    assert got != run("v3")
+
+
+def test_finish_reasons():
+    cfg, params, bias, _ = case("v3")
+    first = run("v3")
+    stop = next(t for t in first[0] if any(t not in row for row in first[1:]))
+    rows, _ = complete(plain(params, cfg, bias), cfg, Request(PROMPTS, NEW, stop_ids=[stop]))
+    assert [row.finish_reason for row in rows] == ["stop" if stop in row else "length" for row in first]
+    assert [len(row.logprobs) for row in rows] == [len(row.tokens) for row in rows]
+
+
+def test_deep_models_scan_or_unroll_alike(monkeypatch):
+    """On CPU layers lie apart; elsewhere deep models scan stacks of layers, and of caches."""
+    cfg, params, bias, _ = case("v3")
+    cfg = dataclasses.replace(cfg, n_shared_experts=2)
+    want = run("v3")
+    monkeypatch.setattr(decoding, "unrolled", lambda cfg: False)
+    jax.clear_caches()
+    got = generate(params, cfg, PROMPTS, NEW, balance_bias=bias)
+    jax.clear_caches()
+    assert got == want
+
+
+def test_layers_apart_are_the_same_memory():
+    """`prepare` copies no weight of a CPU but the absorbed ones, and those that do not lie on 64 bytes."""
+    cfg = dataclasses.replace(case("v3")[0], hidden_size=32, moe_intermediate_size=16, num_hidden_layers=3)
+    params = jax.tree.map(jnp.asarray, weights(cfg)[0])
+    ready = decoding.prepare(params, cfg)
+    whole = params["moe_layers"]["ffn"]["experts"]["w_up_edf"]
+    for i, layer in enumerate(ready["moe_layers"]):
+        part = layer["ffn"]["experts"]["w_up_edf"]
+        assert part.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + i * part.nbytes
+        np.testing.assert_array_equal(part, whole[i])
+
+
+def test_a_bfloat16_model_decodes_in_float32_on_cpu():
+    """Its weights' values, without a conversion at each call; the prefill keeps the compute dtype."""
+    cfg, params, bias, _ = case("v3")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    ready = decoding.prepare(half, decoding.decoding_config(dataclasses.replace(cfg, dtype="bfloat16")))
+    assert {x.dtype.name for x in jax.tree.leaves(ready["moe_layers"][0]["ffn"])} == {"float32"}
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    low = generate(half, dataclasses.replace(cfg, dtype="bfloat16"), PROMPTS, 3, balance_bias=bias)
+    high = generate(exact, cfg, PROMPTS, 3, balance_bias=bias)
+    assert sum(x == y for x, y in zip(low, high, strict=True)) >= 2  # a prompt's latents are rounded
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,16 @@ from tokenizers.processors import TemplateProcessing
 import deepseek_jax
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.inference import model as model_file
-from deepseek_jax.inference.generate import BUCKET, generate
+from deepseek_jax.inference.batch import SMALLEST
+from deepseek_jax.inference.generate import generate
+from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.model.decoding import prepare
 from deepseek_jax.model.transformer import DeepSeekV3
 from tests.inference.checkpoint import CFG, save_checkpoint, save_run, tokenizer
 from tests.oracle.tiny import weights
 
 NEW = 4
-IDS = np.random.default_rng(5).integers(0, CFG.vocab_size, 40).tolist()
+IDS = np.random.default_rng(5).integers(0, CFG.vocab_size, 80).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +42,14 @@ def equal(a, b) -> bool:
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
 
 
-def test_one_compilation_per_bucket(model):
+def test_one_compilation_per_size(model):
     """Comes first, so that the tests below find these programs compiled."""
     model_file._logits.clear_cache()
-    for length in (2, 7, BUCKET):
+    for length in (2, 7, SMALLEST):
         model.logits(IDS[:length])
         model.score(IDS[:length])
     assert model_file._logits._cache_size() == 1
-    for length in (BUCKET + 2, 40):
+    for length in (SMALLEST + 2, 80):
         model.score(IDS[:length])
         model.logits(IDS[:length])
     assert model_file._logits._cache_size() == 2
@@ -87,12 +90,12 @@ def test_logits_are_the_modules(model):
         {"params": model.params}, tokens, balance_bias=model.balance_bias
     )
     got = model.logits(IDS)
-    assert got.dtype == np.float32 and got.shape == (40, CFG.vocab_size)
+    assert got.dtype == np.float32 and got.shape == (80, CFG.vocab_size)
     # Padding changes the shapes of the matrix products, so the order of sums: float32 rounding, no more.
     np.testing.assert_allclose(got, want[0], atol=2e-5 * np.abs(want).max(), rtol=0)
 
 
-@pytest.mark.parametrize("length", [2, BUCKET, BUCKET + 1, 40])
+@pytest.mark.parametrize("length", [2, SMALLEST, SMALLEST + 1, 80])
 def test_score_is_log_softmax_of_the_logits(model, length):
     ids = IDS[:length]
     logits = model.logits(ids).astype(np.float64)[:-1]
@@ -137,6 +140,101 @@ def test_generate_stops_and_samples(model):
     )
     hot = {tuple(model.generate(ids, NEW, temperature=5.0, top_p=0.9, seed=seed)) for seed in (0, 0, 1)}
     assert len(hot) == 2
+
+
+def test_lists_of_texts(model):
+    texts = ["the keys", IDS[:5], "the rest of it"]
+    for ask in (model.score, model.logits):
+        for got, text in zip(ask(texts), texts, strict=True):
+            np.testing.assert_array_equal(got, ask(text))
+    assert [len(row) for row in model.score([np.array(IDS[:3]), IDS])] == [2, len(IDS) - 1]
+
+
+def test_what_a_model_says_of_itself(model):
+    assert repr(model) == (
+        f"Model(2 layers (1 with 8 experts); {CFG.num_params() / 1e3:.3g}k parameters, "
+        f"{CFG.num_active_params() / 1e3:.3g}k active; float32; 128 positions; "
+        f"tokenizer of {tokenizer().vocab_size} ids)"
+    )
+    over = deepseek_jax.Model(CFG, model.params, mesh=deepseek_jax.MeshConfig(data=1, node=2, local=4))
+    assert repr(over).endswith("; no tokenizer; over data=1, node=2, local=4, tensor=1)")
+
+
+def test_parameters_are_prepared_once(folder, monkeypatch):
+    model, made = deepseek_jax.load(folder), []
+    monkeypatch.setattr(model_file, "prepare", lambda *args: made.append(args) or prepare(*args))
+    first = model.generate(IDS[:3], NEW)
+    model.generate(IDS[:3], NEW, speculative=True)
+    "".join(model.stream("the keys", NEW))
+    assert len(made) == 1
+    model.params = jax.tree.map(lambda x: -x, model.params)
+    assert model.generate(IDS[:3], NEW) != first and len(made) == 2
+
+
+def test_settings_reach_the_sampler(model):
+    """Each changes the text of a seed as `generate` over ids does."""
+    hot = {"temperature": 3.0}
+    choices = [
+        hot,
+        hot | {"top_k": 2},
+        hot | {"top_p": 0.3},
+        hot | {"min_p": 0.9},
+        {"repetition_penalty": 5.0},
+    ]
+    for options in choices:
+        rows = generate(
+            *(model.params, CFG, [IDS[:3]], 12),
+            balance_bias=model.balance_bias,
+            sampling=Sampling(**options),
+            stop_ids=model.stop_ids,
+            num_ids=tokenizer().vocab_size,
+            seed=4,
+        )
+        assert model.generate(IDS[:3], 12, seed=4, **options) == rows[0]
+        choices[choices.index(options)] = tuple(rows[0])
+    assert len(set(choices)) == len(choices)
+
+
+def test_completions_with_log_probabilities(model):
+    """They are those of `score`; the reason is the stop token or the length."""
+    done = model.generate(["the keys", "the rest"], NEW, logprobs=True)
+    for prompt, row in zip(("the keys", "the rest"), done, strict=True):
+        ids = [*tokenizer().encode(prompt), *row.tokens]
+        np.testing.assert_allclose(row.logprobs, model.score(ids)[-len(row.tokens) :], atol=1e-4)
+        assert row.text == model.generate(prompt, NEW) and row.sampled_logprobs == [0.0] * len(row.tokens)
+    (length,) = model.generate([IDS[:3]], NEW, stop_ids=(), logprobs=True)
+    assert (len(length.tokens), length.finish_reason) == (NEW, "length")
+    stopped = model.generate(IDS[:3], NEW, stop_ids=[length.tokens[1]], logprobs=True)
+    assert (stopped.tokens, stopped.finish_reason) == (length.tokens[:1], "stop")
+
+
+def test_pieces_are_the_text(model):
+    options = {"temperature": 2.0, "seed": 3, "stop_ids": ()}
+    pieces = list(model.stream("the keys", 40, **options))
+    assert "".join(pieces) == model.generate("the keys", 40, **options) and len(pieces) > 3
+    messages = [{"role": "user", "content": "the keys"}]
+    assert "".join(model.stream_chat(messages, 40, **options)) == model.chat(messages, 40, **options)
+
+
+def test_stop_strings_end_their_row_only(model):
+    """Also across tokens, in a batch, streamed, and with drafts; the others go on."""
+    options = {"temperature": 2.0, "seed": 3, "stop_ids": ()}
+    free = model.generate(["the keys", "the rest"], 40, **options)
+    three = (free[0][i : i + 3] for i in range(8, len(free[0])))
+    stop = next(text for text in three if text.isascii() and text not in free[1])
+    want = [free[0][: free[0].index(stop)], free[1]]
+    assert model.generate(["the keys", "the rest"], 40, stop=stop, **options) == want
+    assert "".join(model.stream("the keys", 40, stop=["\0", stop], **options)) == want[0]
+    row = model.generate("the keys", 40, stop=[stop], logprobs=True, **options)
+    assert (row.text, row.finish_reason) == (want[0], "stop")
+    assert len(row.logprobs) == len(row.tokens) < 40
+    assert stop in tokenizer().decode(row.tokens) and stop not in tokenizer().decode(row.tokens[:-1])
+    greedy = model.generate("the keys", 40, stop_ids=())
+    stop = greedy[5:8]
+    assert (
+        model.generate("the keys", 40, stop_ids=(), stop=stop, speculative=True)
+        == greedy[: greedy.index(stop)]
+    )
 
 
 def test_speculative_generation_and_its_stats(folder):
@@ -239,6 +337,11 @@ def test_without_a_tokenizer(model):
         (lambda m: m.logits([1] * 129), "129 tokens exceed max_position_embeddings=128"),
         (lambda m: m.generate([]), "at least one prompt"),
         (lambda m: m.generate(["the", ""], NEW), "at least one token"),
+        (lambda m: m.generate("the", NEW, stop=""), "stop strings must be text of at least one character"),
+        (lambda m: m.generate(["the", "a"], NEW, seed=[1]), "1 seeds for 2 prompts"),
+        (lambda m: m.generate("the", NEW, top_k=-1), "top_k=-1 must be"),
+        (lambda m: m.generate("the", NEW, repetition_penalty=2.0, speculative=True), "does not go with speculative"),
+        (lambda m: next(deepseek_jax.Model(CFG, m.params).stream([1], NEW)), r"no tokenizer\.json"),
     ],
 )  # fmt: skip
 def test_bad_input(model, call, text):

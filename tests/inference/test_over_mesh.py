@@ -14,18 +14,20 @@ import deepseek_jax
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.inference import generate as one_device
 from deepseek_jax.inference import model as model_file
-from deepseek_jax.inference.generate import generate, pad_prompts, stop_array
+from deepseek_jax.inference.batch import Request, make_batch, pad_prompts
+from deepseek_jax.inference.driver import complete
+from deepseek_jax.inference.generate import generate, plain
 from deepseek_jax.inference.over_mesh import (
     generate_over_mesh,
     generation_mesh,
+    over_mesh,
     parameter_shardings,
     programs,
 )
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.model.decoding import decode, prepare, prepare_cache
+from deepseek_jax.model.decoding import View, decode, prepare
 from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layers import logits
-from deepseek_jax.model.mla import LatentCache
 from deepseek_jax.parallel.low_latency import low_latency_experts
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from experiments.generate import parse_mesh
@@ -68,51 +70,53 @@ def test_greedy_tokens_are_those_of_one_device(name):
 
 
 def prefilled(name):
-    """Logits and cache of the prompts, and of what fills the batch, over a mesh; of the prompts on one device."""
+    """Latents, and log-probabilities of the chosen tokens, over a mesh; of the prompts on one device."""
     params, bias = model()
-    fill = [[0]] * (-len(PROMPTS) % 8)
-    padded, padded_1 = pad_prompts([*PROMPTS, *fill]), pad_prompts(PROMPTS)
-    slots = one_device.slots_for(padded.tokens_bt.shape[1], NEW)
-    put = jax.device_put(params, parameter_shardings(CFG, MESHES[name]))
-    got = programs(CFG, MESHES[name]).prefill(put, padded, bias, slots)
-    return got, one_device._prefill(params, CFG, padded_1, bias, slots)
+    request, fill = Request(PROMPTS, NEW), [[0]] * (-len(PROMPTS) % 8)
+    padded, padded_1 = (pad_prompts([*PROMPTS, *more], CFG.vocab_size) for more in (fill, []))
+    put, run = jax.device_put(params, parameter_shardings(CFG, MESHES[name])), programs(CFG, MESHES[name])
+    got = run.prefill(put, padded, make_batch(request, CFG, padded), bias)
+    want = one_device._prefill(params, CFG, padded_1, make_batch(request, CFG, padded_1), bias)
+    return got, want
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_logits_of_the_prefill_are_those_of_one_device(name):
     """Float32, the same operations summed in another order: see `test_experts_mesh` for the bound."""
-    (logits_bv, cache), (want_bv, want) = prefilled(name)
+    got, want = prefilled(name)
     n = len(PROMPTS)
-    assert difference(logits_bv[:n], want_bv) < BOUND
-    for x, y in zip(cache, want, strict=True):
+    np.testing.assert_array_equal(got.token_b[:n], want.token_b)
+    assert difference(got.out.logprob_bn[:n], want.out.logprob_bn) < BOUND
+    for x, y in zip(got.cache, want.cache, strict=True):
         assert difference(x[:, :n], y) < BOUND
 
 
 def test_logits_of_a_decoding_step_are_those_of_one_device():
     """By the low-latency exchange, from a cache that the tensor parallel prefill made."""
     params, bias = model()
-    (_, cache), (_, cache_1) = prefilled("tensor")
-    devices, specs = generation_mesh(CFG, MESHES["tensor"]), parameter_shardings(CFG, MESHES["tensor"])
+    got, want = prefilled("tensor")
+    run, slots, at = programs(CFG, MESHES["tensor"]), 96, 64
+    put = jax.device_put(params, parameter_shardings(CFG, MESHES["tensor"]))
 
-    def step(params, cache, token_b, experts):
-        ready, slots = prepare(params, CFG), jnp.arange(cache.c_bsc.shape[2])
-        at = jnp.full((len(token_b), 1), 32)
-        mask = jnp.broadcast_to(slots <= 32, (len(token_b), 1, len(slots)))
-        cache = prepare_cache(cache, CFG)
-        h_btd, _ = decode(ready, CFG, token_b[:, None], cache, 32, at, mask, bias, experts)
-        return logits(params, h_btd[:, 0])
+    def step(ready, cache, token_b, experts):
+        b = len(token_b)
+        mask = jnp.broadcast_to(jnp.arange(slots) <= at, (b, 1, slots))
+        view = View(cache, at, jnp.full((b, 1), at), mask)
+        h_btd, _ = decode(ready, CFG, token_b[:, None], view, bias, experts)
+        return logits(ready, h_btd[:, 0])
 
+    ready = run.prepare(put)
     spread = jax.shard_map(
         lambda *args: step(*args, low_latency_experts()),
-        mesh=devices,
-        in_specs=(jax.tree.map(lambda s: s.spec, specs), P(None, TOKEN_AXES), P(TOKEN_AXES)),
+        mesh=generation_mesh(CFG, MESHES["tensor"]),
+        in_specs=(jax.tree.map(lambda x: x.sharding.spec, ready), P(TOKEN_AXES), P(TOKEN_AXES)),
         out_specs=P(TOKEN_AXES),
         check_vma=False,
     )
-    tokens = jnp.arange(16, dtype=jnp.int32)
-    got = jax.jit(spread)(params, cache, tokens)
-    n = len(PROMPTS)
-    want = jax.jit(lambda *args: step(*args, decode_experts))(params, cache_1, tokens[:n])
+    tokens, n = jnp.arange(16, dtype=jnp.int32), len(PROMPTS)
+    got = jax.jit(spread)(ready, run.grow(got, slots).cache, tokens)
+    alone = jax.jit(lambda *args: step(*args, decode_experts))
+    want = alone(prepare(params, CFG), one_device._grow(want, CFG, slots).cache, tokens[:n])
     assert difference(got[:n], want) < BOUND
 
 
@@ -124,19 +128,31 @@ def test_a_row_that_ends_does_not_stop_the_others():
     assert over("tensor", stop_ids=first) == [[]] * len(PROMPTS)
 
 
+def test_draws_are_those_of_one_device():
+    """A row's stream is its own, wherever it is decoded; log-probabilities and reasons come along."""
+    params, bias = model()
+    request = Request(PROMPTS, NEW, Sampling(1.0, top_k=50, repetition_penalty=1.1), seed=5)
+    want = complete(plain(params, CFG, bias), CFG, request)[0]
+    got = complete(over_mesh(params, CFG, MESHES["two hops"], bias), CFG, request)[0]
+    for x, y in zip(got, want, strict=True):
+        assert (x.tokens, x.finish_reason) == (y.tokens, y.finish_reason)
+        np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-4)
+        np.testing.assert_allclose(x.sampled_logprobs, y.sampled_logprobs, atol=1e-4)
+
+
 def test_nothing_but_counts_is_gathered_while_decoding():
     params, bias = model()
-    b, v = 16, CFG.vocab_size
-    rows = (
-        jnp.zeros((b, v)),
-        LatentCache(*(jnp.zeros((2, b, 64, n)) for n in (CFG.kv_lora_rank, CFG.qk_rope_head_dim))),
-        jnp.zeros((b,), jnp.int32),
-        jnp.zeros((b,), bool),
+    run = programs(CFG, MESHES["tensor"])
+    request, put = (
+        Request([[0]] * 16, NEW),
+        jax.device_put(params, parameter_shardings(CFG, MESHES["tensor"])),
     )
-    loop = programs(CFG, MESHES["tensor"]).loop
-    text = loop.lower(
-        params, rows, jnp.int32(32), bias, stop_array(()), jax.random.key(0), Sampling(), NEW, v
-    ).as_text()
+    prompts = pad_prompts(request.prompts, CFG.vocab_size)
+    batch = make_batch(request, CFG, prompts)
+    ready = jax.eval_shape(run.prepare, put)
+    state = jax.eval_shape(run.prefill, put, prompts, batch, bias)
+    state = jax.eval_shape(functools.partial(run.grow, slots=96), state)
+    text = run.advance.lower(ready, batch, bias, state, 1).as_text()
     gathered = re.findall(r'"stablehlo.all_gather".*?-> tensor<([\dxa-z]+)>', text, re.DOTALL)
     assert gathered == [f"8x{CFG.n_routed_experts}xi32"]  # how many tokens each device has for each expert
     assert "all_to_all" in text
@@ -162,10 +178,9 @@ def test_a_checkpoint_is_loaded_onto_its_mesh(kind, folders, monkeypatch):
     assert jax.tree.map(lambda x: x.sharding, loaded.params) == parameter_shardings(loaded.config, mesh)
     w = loaded.params["moe_layers"]["ffn"]["experts"]["w_up_edf"]
     assert {shard.data.shape[1] for shard in w.addressable_shards} == {1}
-    monkeypatch.setattr(
-        model_file, "generate_over_mesh", lambda *args, **kwargs: seen.append(args[4]) or [[5]]
-    )
-    assert loaded.generate([[1, 2]], 1) == [[5]] and seen == [mesh]
+    monkeypatch.setattr(model_file, "over_mesh", lambda *args: seen.append(args[2]) or over_mesh(*args))
+    one = deepseek_jax.load(folders[kind])
+    assert loaded.generate([[1, 2]], 3) == one.generate([[1, 2]], 3) and seen == [mesh]
     with pytest.raises(ValueError, match=r"speculative decoding runs on one device"):
         loaded.generate([[1, 2]], 1, speculative=True)
     with pytest.raises(ValueError, match=r"give one of mesh and shardings"):
@@ -189,7 +204,7 @@ def test_the_flag_names_axes_and_formats():
         ("node", r"--mesh=node: 'node' should be KEY=VALUE, as node=2,local=4"),
         ("nodes=2", r"unknown config key mesh.nodes; did you mean mesh.node\?"),
         ("node=two", r"config key mesh.node='two' should be .*int"),
-        ("local=0", r"mesh.local=0 must be >= 1"),
+        ("local=0", r"mesh.local=0 must be positive"),
     ],
 )
 def test_mistakes_in_the_flag(text, message):

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import softmax
 
 from deepseek_jax.inference import speculative
+from deepseek_jax.inference.batch import Request
+from deepseek_jax.inference.driver import complete
 from deepseek_jax.inference.generate import generate
-from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inference.sampling import Sampling, keys_at, row_sampling
 from deepseek_jax.inference.speculative import Stats, generate_speculative, verify
 from deepseek_jax.model.transformer import DeepSeekV3
 from tests.oracle.tiny import V3, weights
@@ -163,20 +166,23 @@ SMALL = dataclasses.replace(
 )
 IDS = 5  # of the 7; the others must never come out
 PROMPT, DEPTH, ROWS = [1, 4, 2], 4, 2048
-HOT, NUCLEUS = Sampling(1.0), Sampling(1.3, 0.9)
+HOT, NUCLEUS, BEST = Sampling(1.0), Sampling(1.3, 0.9), Sampling(1.2, top_k=4, min_p=0.3)
 # A correct sampler fails one seed in a thousand; the seed is fixed, so a pass stays a pass.
 P_VALUE = 1e-3
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """What `sampling` draws from, in float64: temperature, then the smallest set that reaches top_p."""
+    """What `sampling` draws from, in float64: temperature, top-k, the smallest set that reaches top_p, min-p."""
     scaled = logits.astype(np.float64)[..., :IDS] / sampling.temperature
     p = np.exp(scaled - scaled.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
+    if sampling.top_k:
+        p = np.where(p >= np.sort(p, -1)[..., -sampling.top_k, None], p, 0)
+    p = p / p.sum(-1, keepdims=True)
     order = np.argsort(-p, axis=-1)
     sorted_p = np.take_along_axis(p, order, -1)
     kept = np.cumsum(sorted_p, -1) - sorted_p < sampling.top_p
     p = p * np.take_along_axis(kept, np.argsort(order, axis=-1), -1)
+    p = np.where(p >= sampling.min_p * p.max(-1, keepdims=True), p, 0)
     return p / p.sum(-1, keepdims=True)
 
 
@@ -213,11 +219,11 @@ def p_value(counts: np.ndarray, prob: np.ndarray) -> float:
     return float(stats.chisquare(counts[cells], expected[cells]).pvalue)
 
 
-def sampled(small) -> np.ndarray:
+def sampled(small, sampling=NUCLEUS) -> np.ndarray:
     """Counts of the texts that speculative sampling gives in one call, [IDS] * DEPTH."""
     params, bias, _ = small
     rows, got = generate_speculative(
-        params, SMALL, [PROMPT] * ROWS, DEPTH, balance_bias=bias, sampling=NUCLEUS, num_ids=IDS
+        params, SMALL, [PROMPT] * ROWS, DEPTH, balance_bias=bias, sampling=sampling, num_ids=IDS
     )
     assert got.drafted >= ROWS * DEPTH // 2 and got.acceptance > 0.1
     counts = np.zeros([SMALL.vocab_size] * DEPTH, np.int64)
@@ -227,27 +233,58 @@ def sampled(small) -> np.ndarray:
     return known
 
 
-def test_sampling_follows_the_main_model(small):
-    want = joint(small[2], NUCLEUS)
+@pytest.mark.parametrize("sampling", [NUCLEUS, BEST], ids=["nucleus", "top_k and min_p"])
+def test_sampling_follows_the_main_model(small, sampling):
+    want = joint(small[2], sampling)
     assert abs(want.sum() - 1) < 1e-12 and (want == 0).any()
-    assert p_value(sampled(small), want) > P_VALUE
+    assert p_value(sampled(small, sampling), want) > P_VALUE
 
 
-def _accept_always(key, target_bv, draft_bv, token_b, sampling):
+def test_log_probabilities_are_those_of_plain_generation(small):
+    """Of the tokens that came out, under the model and under what was sampled, drafts or not."""
+    params, bias, logits = small
+    request = Request([PROMPT] * 16, DEPTH, BEST, seed=2, num_ids=IDS)
+    for row in complete(speculative.speculative(params, SMALL, bias), SMALL, request)[0]:
+        assert row.finish_reason == "length" and len(row.tokens) == DEPTH
+        x = np.stack([logits[(*row.tokens[:i], *[0] * (DEPTH - 1 - i))][i] for i in range(DEPTH)])
+        at = np.arange(DEPTH), row.tokens
+        own = np.log(softmax(x.astype(np.float64), axis=-1))
+        # Float32 logits of the cache against those of the full pass, 1e-5 of them.
+        np.testing.assert_allclose(row.logprobs, own[at], atol=1e-4)
+        np.testing.assert_allclose(row.sampled_logprobs, np.log(distribution(x, BEST)[at]), atol=2e-4)
+
+
+def test_a_repetition_penalty_is_refused(small):
+    with pytest.raises(ValueError, match=r"repetition_penalty=1.1 does not go with speculative decoding"):
+        generate_speculative(*small[:1], SMALL, [PROMPT], 2, sampling=Sampling(repetition_penalty=1.1))
+
+
+def test_greedy_and_sampled_settings_share_a_program(small):
+    params, bias, _ = small
+    options = {"balance_bias": bias, "num_ids": IDS}
+    generate_speculative(params, SMALL, [PROMPT] * 3, DEPTH, **options)
+    before = speculative._advance._cache_size()
+    generate_speculative(
+        params, SMALL, [PROMPT] * 3, 2, sampling=BEST, seed=[1, 2, 3], stop_ids=[4], **options
+    )
+    assert speculative._advance._cache_size() == before
+
+
+def _accept_always(accept_keys, replace_keys, target_bv, draft_bv, token_b, sampling):
     return jnp.ones(token_b.shape, bool), token_b
 
 
-def _replace_from_target(key, target_bv, draft_bv, token_b, sampling):
-    accepted, _ = verify(key, target_bv, draft_bv, token_b, sampling)
-    other = jax.random.categorical(jax.random.fold_in(key, 1), target_bv).astype(jnp.int32)
+def _replace_from_target(accept_keys, replace_keys, target_bv, draft_bv, token_b, sampling):
+    accepted, _ = verify(accept_keys, replace_keys, target_bv, draft_bv, token_b, sampling)
+    other = jax.vmap(jax.random.categorical)(replace_keys, target_bv).astype(jnp.int32)
     return accepted, jnp.where(accepted, token_b, other)
 
 
 def test_the_chi_square_sees_a_verification_that_accepts_always(small, monkeypatch):
     monkeypatch.setattr(speculative, "verify", _accept_always)
-    speculative._loop.clear_cache()
+    speculative._advance.clear_cache()
     assert p_value(sampled(small), joint(small[2], NUCLEUS)) < 1e-9
-    speculative._loop.clear_cache()
+    speculative._advance.clear_cache()
 
 
 # --- verification alone ------------------------------------------------------------------------------------
@@ -263,8 +300,10 @@ def _logits(p: np.ndarray, n: int) -> jax.Array:
 
 def _verify(p, q, drafts, sampling=HOT, seed=0, function=verify):
     n = len(drafts)
-    accepted, token = jax.jit(function, static_argnums=4)(
-        jax.random.key(seed), _logits(p, n), _logits(q, n), jnp.asarray(drafts, jnp.int32), sampling
+    rows = row_sampling(sampling, seed, n)
+    keys = [keys_at(rows, jnp.zeros(n, jnp.int32), use) for use in (1, 2)]
+    accepted, token = jax.jit(function)(
+        *keys, _logits(p, n), _logits(q, n), jnp.asarray(drafts, jnp.int32), rows
     )
     return np.asarray(accepted), np.asarray(token)
 
