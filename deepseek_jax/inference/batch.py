@@ -8,7 +8,7 @@ Dims: b row of the batch, t prompt token, s cache slot, n new token, v vocabular
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.sampling import RowSampling, Sampling, row_sampling
 
-Array = jax.Array | np.ndarray
+Array = Any  # jax.Array in programs, NumPy's on the host
 
 SMALLEST = 64  # of the sizes
 STOPS = 8  # stop ids are filled up to a multiple of this
@@ -167,7 +167,7 @@ def emit(out: Output, batch: Batch, choice: Choice, n_b: jax.Array) -> Output:
     column_bk = jnp.where(taken_bk, out.count_b[:, None] + jnp.arange(k), out.tokens_bn.shape[1])
     row_bk = jnp.arange(b)[:, None]
     arrays = zip(out[:3], choice, strict=True)
-    tokens, logprob, sampled = (x.at[row_bk, column_bk].set(new, mode="drop") for x, new in arrays)  # type: ignore[union-attr]
+    tokens, logprob, sampled = (x.at[row_bk, column_bk].set(new, mode="drop") for x, new in arrays)
     count_b = out.count_b + n_b
     stopped = (is_stop(choice.token_bk, batch) & taken_bk).any(-1)
     return Output(tokens, logprob, sampled, count_b, out.done_b | stopped | (count_b >= batch.limit_b))

@@ -6,7 +6,7 @@ ends rows at stop strings, and notices Ctrl-C. Where the loop is cut changes no 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -72,13 +72,14 @@ def _longer(cache: LatentCache, slots: int) -> LatentCache:
 
 def grown(state: State, cfg: ModelConfig, slots: int) -> State:
     """The state of a prefill with room for `slots` slots and tokens, its cache as decoding reads it."""
-    columns = state.out.tokens_bn.shape[1]
-    arrays = [jnp.pad(x, ((0, 0), (0, slots - columns))) for x in state.out[:3]]
+    room = ((0, 0), (0, slots - state.out.tokens_bn.shape[1]))
+    tokens, logprob, sampled = (jnp.pad(x, room) for x in state.out[:3])
+    out = Output(tokens, logprob, sampled, state.out.count_b, state.out.done_b)
     is_cache = lambda x: isinstance(x, LatentCache)  # noqa: E731
     extra = jax.tree.map(lambda x: _longer(x, slots) if is_cache(x) else x, state.extra, is_leaf=is_cache)
     assert isinstance(state.cache, LatentCache)
     cache = prepare_cache(_longer(state.cache, slots), cfg)
-    return state._replace(out=Output(*arrays, *state.out[3:]), cache=cache, extra=extra)
+    return state._replace(out=out, cache=cache, extra=extra)
 
 
 def steps(
@@ -108,7 +109,9 @@ def steps(
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
-def stream(method: Method, cfg: ModelConfig, request: Request, first: int = 1) -> Iterator[State]:
+def stream(
+    method: Method, cfg: ModelConfig, request: Request, first: int = 1
+) -> Generator[State, np.ndarray | None, None]:
     """States as generation goes on, of which the last is the end. Read one before asking for the next, which consumes it.
 
     One comes after the prefill, the second after `first` steps, the others when about PATIENCE has passed. Send rows

@@ -13,14 +13,14 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Array = jax.Array | np.ndarray
+Array = Any  # jax.Array in programs, NumPy's on the host
 
 _SMALLEST = float(np.finfo(np.float32).tiny)  # of the temperatures, and of their reciprocals
 # Sums of float32 probabilities are this far off: a nucleus that reaches top_p up to rounding reaches it.
@@ -83,7 +83,7 @@ def row_sampling(sampling: Sampling, seed: int | Sequence[int], rows: int) -> Ro
     then draws what it would draw as the first row under that seed. Raises ValueError for another number of seeds.
     """
     one = np.ndim(seed) == 0
-    seeds = [seed] * rows if one else list(seed)  # type: ignore[arg-type]
+    seeds: list[Any] = [seed] * rows if one else list(seed)  # type: ignore[arg-type]
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} prompts: give one seed, or one for each")
     seed_b = np.array([operator.index(s) % 2**32 for s in seeds], np.uint32)

@@ -132,8 +132,8 @@ def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State)
     raw_btv = logits(ready, h_btd)
     target_btv = allowed(raw_btv, batch.num_ids)
 
-    keys = [keys_at(sampling, count_b, use) for use in (ACCEPT, REPLACE)]
-    accepted, one = verify(*keys, target_btv[:, 0], guess_bv, guess_b, sampling)
+    accept_key, replace_key = (keys_at(sampling, count_b, use) for use in (ACCEPT, REPLACE))
+    accepted, one = verify(accept_key, replace_key, target_btv[:, 0], guess_bv, guess_b, sampling)
     second, sampled_b = sample(keys_at(sampling, count_b + 1), target_btv[:, 1], sampling)
     both = accepted & ~is_stop(one, batch)
     following = jnp.stack([one, second], axis=1)
