@@ -11,6 +11,7 @@ import runpy
 import sys
 import traceback
 import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +134,8 @@ def _as(option: Any, text: str) -> Any:
         return option(text)
     if option is types.NoneType:
         raise ValueError
+    if typing.get_origin(option) is tuple and not text.startswith(("(", "[")):
+        return tuple(text.split(",")) if text else ()
     return ast.literal_eval(text)
 
 

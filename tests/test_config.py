@@ -7,7 +7,6 @@ import math
 import ml_collections
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 from configs.defaults import defaults
 from deepseek_jax.config import (
@@ -25,6 +24,7 @@ from deepseek_jax.config import (
 )
 from deepseek_jax.model.params import count
 from deepseek_jax.model.transformer import model_params
+from experiments import config_flag
 from tests.oracle.tiny import V2, V3, YARN
 
 
@@ -194,11 +194,9 @@ def test_sources_with_weights_from_the_command_line_and_from_json():
     assert cfg.data.weighted_sources() == [("web/*.jsonl", 0.75), ("a=b/*.py", 3.0)]
     assert build(Config, json.loads(json.dumps(to_dict(cfg)))) == cfg
     assert DataConfig(source="x").weighted_sources() == [("x", 1.0)]
-    argv = ["prog", "--config.data.sources=('web/*.jsonl=0.75', 'a=b/*.py=3')"]
-    holder = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", defaults(), flag_values=holder, sys_argv=argv)
-    holder(argv)
-    assert from_config_dict(holder.config).data == cfg.data
+    for text in ("('web/*.jsonl=0.75', 'a=b/*.py=3')", "web/*.jsonl=0.75,a=b/*.py=3"):
+        argv = [f"--config.data.sources={text}"]
+        assert config_flag.parse(argv, "configs/tiny.py", flags.FlagValues()).data.sources == cfg.data.sources
     for bad in ("web/*.jsonl", "web=x", "web=0", "web=-1", "=1", "web=inf"):
         with pytest.raises(ValueError, match=r"data.sources entry .* should be \"SOURCE=WEIGHT\""):
             DataConfig(sources=(bad,))

@@ -23,7 +23,7 @@ from deepseek_jax.data.report import CorpusReport, Document
 CHUNK_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 24
 _ZSTD_BYTES = 512  # read at once: so much can unpack to 16 MiB, a block of 128 KiB from every 4 bytes
-_PARQUET_ROWS = 64  # decoded at once
+_PARQUET_ROWS = 1024  # decoded at once, at most; of large texts fewer
 
 # Suffixes that stand for text on their own. Anything else is text only where the source spells it out.
 _TEXT = frozenset(
@@ -232,16 +232,24 @@ def _parquet_documents(path: str, text_field: str, report: CorpusReport) -> Iter
             return
         if rows == 0:
             report.skip(path, "empty")
+            return
         kind = file.schema_arrow.field(columns.index(text_field)).type
         if not _holds_text(kind):
             report.skip(path, f"column {text_field!r} is not a string", str(kind), count=rows)
             return
         row = 0
-        for batch in file.iter_batches(columns=[text_field], batch_size=_PARQUET_ROWS):
+        for batch in file.iter_batches(columns=[text_field], batch_size=_rows_at_once(file.metadata)):
             for value in batch.column(0):
                 name, row = f"{path}:{row}", row + 1
                 if (text := _parquet_text(name, value, text_field, report)) is not None:
                     yield Document(name, text)
+
+
+def _rows_at_once(metadata: pyarrow.parquet.FileMetaData) -> int:
+    """As many rows as make about a document of the largest size, by the mean of the largest row group."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    mean = max(group.total_byte_size // max(1, group.num_rows) for group in groups)
+    return max(1, min(_PARQUET_ROWS, MAX_DOCUMENT_BYTES // max(1, mean)))
 
 
 def _holds_text(kind: pyarrow.DataType) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 from deepseek_jax.data import cache
 from deepseek_jax.data.bpe_training import train_tokenizer
 from deepseek_jax.data.corpus import Corpus
-from deepseek_jax.data.token_cache import corpus_key, split_text
+from deepseek_jax.data.encoding import split_text
+from deepseek_jax.data.token_cache import corpus_key
 from deepseek_jax.data.tokenizer import Tokenizer
 
 SAMPLE_CHARS = 1 << 28  # about so many characters are trained on

@@ -3,8 +3,9 @@ import pytest
 import tokenizers
 
 from deepseek_jax.data import packing
+from deepseek_jax.data.encoding import encode_documents
 from deepseek_jax.data.packing import EpochPacker, PackedStream
-from deepseek_jax.data.token_cache import TokenizedDocuments, encode_documents
+from deepseek_jax.data.token_cache import TokenizedDocuments
 from deepseek_jax.data.tokenizer import Tokenizer
 
 SEQ_LEN = 32

@@ -241,6 +241,7 @@ def test_long_lines_are_named_and_long_texts_cut(tmp_path, monkeypatch):
         assert report.skipped == {"longer than 1 MiB": 3} and report.examples[0][0] == f"{path}:2"
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["first", big, "last"]}), path)
+    assert readers._rows_at_once(pyarrow.parquet.read_metadata(path)) == 1
     texts, report = read(path)
     assert texts == ["first", "last"] and report.skipped == {"longer than 1 MiB": 1}
     # A text is cut after a line, else between characters, and every character is in one of the parts.

@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from deepseek_jax.data.cuts import LINES, WORDS
+from deepseek_jax.data.encoding import encode_documents, split_text
 from deepseek_jax.data.special_tokens import SPECIAL_TOKENS
 from deepseek_jax.data.streaming import StreamDecoder
-from deepseek_jax.data.token_cache import encode_documents, split_text
 from deepseek_jax.data.tokenizer import Tokenizer
 from tests.data.family import FAMILY, TEXTS, make
 

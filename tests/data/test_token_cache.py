@@ -10,7 +10,8 @@ import pytest
 from deepseek_jax import now
 from deepseek_jax.data import cache, token_cache
 from deepseek_jax.data.corpus import TRAIN, VALIDATION, Corpus, Reading
-from deepseek_jax.data.token_cache import encode_corpus, encode_documents, split_text
+from deepseek_jax.data.encoding import encode_documents, split_text
+from deepseek_jax.data.token_cache import encode_corpus
 
 
 @pytest.fixture
@@ -244,5 +245,5 @@ def test_batches_do_not_change_the_result(texts, tokenizer, monkeypatch):
     assert len(list(split_text(texts[-2]))) > 1, "one document must reach over several batches"
     whole = [ids.tolist() for ids in encode_documents(texts, tokenizer)]
     assert whole == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    monkeypatch.setattr("deepseek_jax.data.token_cache.BATCH_CHARS", 5000)
+    monkeypatch.setattr("deepseek_jax.data.encoding.BATCH_CHARS", 5000)
     assert [ids.tolist() for ids in encode_documents(texts, tokenizer)] == whole
