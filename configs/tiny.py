@@ -45,6 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
             "peak_lr": 3e-3,
             "mid_lr": 3e-4,
             "final_lr": 1e-4,
+            "warmup_steps": 20,
             "gamma": 0.003,
         }
     )

@@ -178,7 +178,7 @@ class Records:
             )
 
     def evaluation(self, step: int, evaluation: Evaluation, unigram_loss: float | None = None) -> None:
-        """Writes and shows it, and says what is wrong with the run, each thing once."""
+        """Writes and shows it, and says what is wrong with a run that goes on, each thing once."""
         self.pause()
         if self._written is None:
             return
@@ -187,7 +187,7 @@ class Records:
             f"step {step}: validation loss {evaluation.loss:.3f}, {evaluation.bits_per_byte:.3f} bits per byte"
         )
         for one in advice(self._cfg, self._written.history, unigram_loss):
-            if one.about not in self._said:
+            if one.about not in self._said and step < self._total_steps:
                 self._said.add(one.about)
                 self.say(f"warning: {one.text}")
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax import now
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training import loop
 from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
@@ -119,6 +120,22 @@ def test_profile_of_steps(golden_run, tmp_path):
     assert sum(name.endswith(" _one_step") for name in names) == 2 and "PjitFunction(step)" in names
 
 
+def test_words_while_a_step_of_a_new_size_is_compiled(golden_run, tmp_path):
+    said: list[str] = []
+
+    def show(what):
+        said.append(what)
+        return contextlib.nullcontext()
+
+    with contextlib.closing(trainer(config_in(tmp_path, golden_run))) as run, now.shown_by(show):
+        run.run(StopAfter(3), io.StringIO())
+        for size in (8, 8, 4):
+            with run._compiling(size):
+                pass
+    sizes = [what.split()[-2] for what in said if what.startswith("compiling the training step for")]
+    assert sizes == ["4", "8", "4"]  # each time that it changes, not at every step
+
+
 def test_profile_of_steps_that_are_not_taken(golden_run, tmp_path):
     shown = io.StringIO()
     with contextlib.closing(trainer(config_in(tmp_path, golden_run))) as run:
@@ -162,7 +179,7 @@ def test_what_differs_from_the_checkpoint_is_said(golden_run, tmp_path):
         config_in(tmp_path, golden_run, steps=40, keep=9),
         optimizer=dataclasses.replace(cfg.optimizer, peak_lr=0.5),
     )
-    for now, schedule, other in (
+    for changed, schedule, other in (
         (cfg, [], []),
         (
             longer,
@@ -170,7 +187,7 @@ def test_what_differs_from_the_checkpoint_is_said(golden_run, tmp_path):
             ["train.keep was 3, is 9"],
         ),
     ):
-        with contextlib.closing(trainer(now)) as run:
+        with contextlib.closing(trainer(changed)) as run:
             assert run.resume() and run.changes == (schedule, other)
 
 
