@@ -5,6 +5,7 @@ They are kept as they came, byte by byte, and go wherever the tokenizer goes: wi
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,11 @@ def write(folder: Path, files: Files) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; what a kill leaves of it, the next attempt takes away."""
+    """Writes a file whole or not at all, whoever else does so at the same time. A kill can leave a `*.partial`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_bytes(content)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
     os.replace(temporary, path)
 
 

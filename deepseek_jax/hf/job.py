@@ -66,6 +66,8 @@ def _job_of(folder: Path) -> dict[str, Any] | None:
 
 def finish(root: Path, partial: Path, target: Path, tokenizer: Tokenizer | None = None) -> None:
     """Completes an output with the text files: those of `root` as they are, or all that a run's tokenizer says."""
+    for left in partial.rglob("*.partial"):  # by an attempt that was killed here
+        left.unlink()
     if tokenizer is None:
         text_files.write(partial, text_files.read(root))
     else:

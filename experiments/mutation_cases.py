@@ -1,0 +1,439 @@
+"""What `experiments.mutations` damages, and how each reading is compared with an independent one."""
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.kill_conversion import MODEL
+from experiments.mutations import Case, WorkBegins
+from experiments.mutators import mutate_arguments, mutate_bytes, mutate_json, mutate_value
+
+Read = Callable[[], str | None]
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+def prepare(kind: str, folder: Path) -> Case:
+    """The cases of one kind; what they damage is made in `folder`."""
+    if kind.startswith("command-"):
+        return _commands(kind.removeprefix("command-"), folder)
+    makers = {
+        "config": _configs,
+        "build": _mappings,
+        "index": _indices,
+        "header": _headers,
+        "converted": _converted,
+        "checkpoint": _checkpoints,
+    }
+    return makers[kind](folder)
+
+
+def _weights(seed: int = 0) -> tuple[Any, np.ndarray]:
+    from deepseek_jax.hf.names import leaves, unflatten
+
+    rng = np.random.default_rng(seed)
+    flat = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in leaves(MODEL).items()}
+    return unflatten(flat), rng.standard_normal(MODEL.balance_bias_shape, np.float32)
+
+
+def _linked(source: Path, target: Path) -> Path:
+    """A copy that costs no bytes; a file of it is replaced by unlinking it first."""
+    shutil.rmtree(target, ignore_errors=True)
+    return shutil.copytree(source, target, copy_function=os.link)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    file.unlink()
+    file.write_bytes(content)
+
+
+def _differing(got: Any, want: Any) -> str | None:
+    """The first array that is not bit for bit equal."""
+    import jax
+
+    if jax.tree.structure(got) != jax.tree.structure(want):
+        return "the parameter tree has other leaves"
+    named = jax.tree_util.tree_flatten_with_path(got)[0]
+    for (path, a), b in zip(named, jax.tree.leaves(want), strict=True):
+        x, y = np.asarray(a), np.asarray(b)
+        if x.dtype != y.dtype or x.tobytes() != y.tobytes():
+            return f"array {jax.tree_util.keystr(path)} differs"
+    return None
+
+
+# --- config.json and the config of a run ------------------------------------------------------------------
+
+
+def _configs(folder: Path) -> Case:
+    from deepseek_jax import hf
+
+    source = folder / "source"
+    hf.save(source, MODEL, *_weights(), format="f32")
+    want = hf.load(source)[1:]
+    plain = json.loads((source / "config.json").read_text())
+    rope = {"rope_theta": plain["rope_theta"], "rope_type": "default"}
+    new = {k: v for k, v in plain.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    forms = [
+        plain,
+        plain | {"rope_scaling": YARN},
+        new | {"rope_parameters": rope, "dtype": "float32", "head_dim": MODEL.qk_rope_head_dim},
+        new | {"rope_parameters": YARN | rope | {"rope_type": "yarn"}, "dtype": "bfloat16"},
+        plain | {"quantization_config": FP8},
+    ]
+
+    def case(rng: random.Random) -> tuple[str, Read]:
+        path = _linked(source, folder / "case")
+        content, what = mutate_json(json.dumps(rng.choice(forms)).encode(), rng)
+        _replace(path / "config.json", content)
+
+        def read() -> str | None:
+            cfg, *got = hf.load(path)
+            return _disagreement(cfg, json.loads(content)) or _differing(got, want)
+
+        return what, read
+
+    return case
+
+
+def _disagreement(cfg: Any, said: Mapping[str, Any]) -> str | None:
+    """Where a ModelConfig is not what config.json says, read field by field."""
+    for field in dataclasses.fields(cfg):
+        value = said.get(field.name)
+        if value is None or field.name in ("rope_scaling", "rope_theta", "dtype"):
+            continue
+        if getattr(cfg, field.name) != value or isinstance(value, bool) != isinstance(
+            getattr(cfg, field.name), bool
+        ):
+            return f"{field.name} is {getattr(cfg, field.name)!r}, the file says {value!r}"
+    yarn = {} if cfg.rope_scaling is None else dataclasses.asdict(cfg.rope_scaling)
+    for name in ("rope_scaling", "rope_parameters"):
+        for key, value in (said.get(name) or {}).items():
+            own = {"rope_theta": cfg.rope_theta, "type": "yarn", "rope_type": "yarn"} | yarn
+            if value is not None and value != "default" and own.get(key, value) != value:
+                return f"{name}.{key} is {own.get(key)!r}, the file says {value!r}"
+            if value == "yarn" and not yarn:
+                return f"{name}.{key} is dropped"
+    for name in ("torch_dtype", "dtype"):
+        if said.get(name) not in (None, cfg.dtype):
+            return f"{name} is {cfg.dtype!r}, the file says {said[name]!r}"
+    return None
+
+
+def _mappings(folder: Path) -> Case:
+    del folder
+    from deepseek_jax.config import Config, from_config_dict, to_dict
+    from deepseek_jax.model_config import YarnConfig
+
+    model = dataclasses.replace(MODEL, rope_scaling=YarnConfig(factor=2.0), max_position_embeddings=512)
+    whole = to_dict(Config(model=dataclasses.replace(model, vocab_size=4096)))
+
+    def case(rng: random.Random) -> tuple[str, Read]:
+        values = copy.deepcopy(whole)
+        what = mutate_value(values, rng)
+
+        def read() -> str | None:
+            got = to_dict(from_config_dict(values))
+            return _not_within(values, got, "")
+
+        return what, read
+
+    return case
+
+
+def _not_within(given: Any, got: Any, path: str) -> str | None:
+    if isinstance(given, dict) and isinstance(got, dict):
+        found = (_not_within(value, got.get(key), f"{path}.{key}") for key, value in given.items())
+        return next((x for x in found if x), None)
+    return None if given == got else f"{path[1:]} is {got!r}, {given!r} was given"
+
+
+# --- files of a Hugging Face folder -----------------------------------------------------------------------
+
+
+def _sharded(folder: Path) -> Path:
+    from deepseek_jax import hf
+
+    hf.save(folder / "source", MODEL, *_weights(), format="f32", shard_bytes=1500)
+    return folder / "source"
+
+
+def _indices(folder: Path) -> Case:
+    from deepseek_jax import hf
+
+    source = _sharded(folder)
+    want = hf.load(source)[1:]
+    name = "model.safetensors.index.json"
+
+    def case(rng: random.Random) -> tuple[str, Read]:
+        path = _linked(source, folder / "case")
+        content, what = mutate_json((source / name).read_bytes(), rng)
+        _replace(path / name, content)
+        return what, lambda: _differing(hf.load(path)[1:], want)
+
+    return case
+
+
+def _headers(folder: Path) -> Case:
+    from deepseek_jax import hf
+
+    source = _sharded(folder)
+
+    def case(rng: random.Random) -> tuple[str, Read]:
+        path = _linked(source, folder / "case")
+        file = rng.choice(sorted(path.glob("*.safetensors")))
+        raw = file.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        if rng.random() < 0.15:  # the length itself, or the whole file
+            changed, what = (
+                mutate_bytes(raw, rng) if rng.random() < 0.5 else (rng.randbytes(8) + raw[8:], "length")
+            )
+        else:
+            header, what = mutate_json(raw[8 : 8 + length], rng)
+            changed = len(header).to_bytes(8, "little") + header + raw[8 + length :]
+        _replace(file, changed)
+        return f"{what} of {file.name}", lambda: _unlike_the_library(path, *hf.load(path)[:2])
+
+    return case
+
+
+def _unlike_the_library(path: Path, cfg: Any, params: Any) -> str | None:
+    """Compares every parameter with what the safetensors library reads."""
+    import safetensors.numpy
+
+    from deepseek_jax.hf.names import get, leaves
+
+    tensors: dict[str, np.ndarray] = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= safetensors.numpy.load_file(file)
+    for leaf in leaves(cfg).values():
+        array = np.asarray(get(params, leaf.path))
+        for index in leaf.indices():
+            if (
+                leaf.to_hf(array[index]).tobytes()
+                != np.ascontiguousarray(tensors[leaf.name(index)]).tobytes()
+            ):
+                return f"tensor {leaf.name(index)} differs"
+    return None
+
+
+# --- checkpoints in orbax ---------------------------------------------------------------------------------
+
+
+def _damage_step(step: Path, rng: random.Random) -> str:
+    """Changes one file of a checkpoint; half of the time its inventory is made to fit."""
+    from deepseek_jax import inventory
+
+    files = sorted(p for p in step.rglob("*") if p.is_file())
+    described = [
+        p for p in files if p.name in ("files.json", "metadata", "_METADATA", ".zarray", ".zmetadata")
+    ]
+    file = rng.choice(described if rng.random() < 0.7 else files)
+    raw = file.read_bytes()
+    try:
+        json.loads(raw)
+        content, what = mutate_json(raw, rng)
+    except ValueError:
+        content, what = mutate_bytes(raw, rng)
+    _replace(file, content)
+    if file.name != "files.json" and rng.random() < 0.5:
+        (step / "files.json").unlink()
+        inventory.write(step, ("state", "ema", "meta"))
+        what += ", inventory made to fit"
+    return f"{what} of {file.relative_to(step)}"
+
+
+def _converted(folder: Path) -> Case:
+    import deepseek_jax
+    from deepseek_jax import hf
+
+    hf.save(folder / "source", MODEL, *_weights(), format="fp8", shard_bytes=1500)
+    hf.convert.to_orbax(folder / "source", folder / "run")
+    want = hf.load(folder / "source")[1:]
+
+    def case(rng: random.Random) -> tuple[str, Read]:
+        path = _linked(folder / "run", folder / "case")
+        what = _damage_step(path / "checkpoints" / "0", rng)
+        back = rng.random() < 0.5
+
+        def read() -> str | None:
+            if not back:
+                model = deepseek_jax.load(path)
+                return _differing([model.params, model.balance_bias], list(want))
+            shutil.rmtree(folder / "back", ignore_errors=True)
+            shutil.rmtree(folder / "back.partial", ignore_errors=True)
+            hf.convert.to_hf(path, folder / "back")
+            return _differing(hf.load(folder / "back")[1:], want)
+
+        return f"{what}, {'converted back' if back else 'loaded'}", read
+
+    return case
+
+
+def _checkpoints(folder: Path) -> Case:
+    import jax
+
+    import deepseek_jax
+    from deepseek_jax.config import Config, DataConfig, to_dict
+    from deepseek_jax.training.checkpoint import Checkpointer
+
+    params, bias = _weights()
+    config = Config(model=MODEL, data=DataConfig(vocab_size=8, seq_len=8))
+    state = {"params": params, "balance_bias": bias, "step": np.int32(2)}
+    ema = {"params": params, "updates": np.int32(1)}
+    checkpointer = Checkpointer(folder / "run" / "checkpoints")
+    checkpointer.save(2, state, ema, {"config": to_dict(config), "data": {}, "tokens": 5})
+    checkpointer.close()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), state)
+
+    def case(rng: random.Random) -> tuple[str, Read]:
+        path = _linked(folder / "run", folder / "case")
+        what = _damage_step(path / "checkpoints" / "2", rng)
+        resume = rng.random() < 0.5
+
+        def read() -> str | None:
+            if not resume:
+                model = deepseek_jax.load(path)
+                return _differing([model.params, model.balance_bias], [params, bias])
+            reader = Checkpointer(path / "checkpoints")
+            try:
+                restored = reader.restore(abstract, to_dict(MODEL))
+                return _differing(restored.state, state) or _differing(restored.ema["params"], params)
+            finally:
+                reader.close()
+
+        return f"{what}, {'resumed' if resume else 'loaded'}", read
+
+    return case
+
+
+# --- command lines ----------------------------------------------------------------------------------------
+
+
+def _commands(name: str, folder: Path) -> Case:
+    """Up to where the work begins, which is `begins` of the command's module."""
+    lines, begins = {
+        "train": (_TRAIN, "run"),
+        "generate": (_GENERATE, "run"),
+        "convert": (_CONVERT, "convert"),
+        "plan": (_PLAN, "sample_rows"),
+        "launch": (_LAUNCH, "launch"),
+    }[name]
+    module = importlib.import_module(f"experiments.{name}")
+    setattr(module, begins, _Begun())
+    folder.joinpath("here").mkdir()
+    os.chdir(Path(__file__).parents[1])
+
+    def case(rng: random.Random) -> tuple[str, Read]:
+        arguments, what = mutate_arguments(rng.choice(lines), rng)
+        return f"{what}: {arguments!r}"[:300], lambda: _begin(module, arguments)
+
+    return case
+
+
+_TRAIN = (
+    ["--config=configs/tiny.py", "--config.train.steps=7", "--config.model.hidden_size=64", "--from_step=3"],
+    ["--config=configs/tiny.py", "--config.optimizer.peak_lr=1e-3", "--fresh", "--config.data.segments=True"],
+    [
+        "--config=configs/tiny.py",
+        "--config.mesh.experts=flat",
+        "--config.data.validation=None",
+        "--stopped_status=5",
+    ],
+    [
+        "--config.distributed.coordinator=127.0.0.1:99",
+        "--config.distributed.processes=1",
+        "--config.precision=bf16",
+    ],
+)
+_GENERATE = (
+    [
+        "--checkpoint=runs/tiny",
+        "--prompt=a",
+        "--max_new_tokens=5",
+        "--temperature=0.5",
+        "--top_p=0.9",
+        "--seed=1",
+    ],
+    [
+        "--checkpoint=runs/tiny",
+        "--prompt=a",
+        "--prompt=b",
+        "--mesh=node=2,local=4",
+        "--step=3",
+        "--speculative",
+    ],
+)
+_CONVERT = (
+    [
+        "--from=hf",
+        "--to=orbax",
+        "--input=/nonexistent/a",
+        "--output=/nonexistent/b",
+        "--format=bf16",
+        "--nomtp",
+    ],
+    ["--from=orbax", "--to=hf", "--input=/nonexistent/a", "--output=/nonexistent/b", "--scale=ue8m0"],
+)
+_PLAN = (
+    ["exchange", "--experts=16", "--topk=2", "--tokens=32", "--hidden=64"],
+    ["memory", "--config=configs/tiny.py", "--config.mesh.local=2", "--config.train.batch_size=8"],
+)
+_LAUNCH = (["--processes=2", "--restarts=1", "--grace=3.5", "--", "python", "-m", "experiments.train"],)
+
+
+class _Begun:
+    """Stands where the work would begin: called, or asked for anything, it ends the command."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise WorkBegins
+
+    def __getattr__(self, name: str) -> Any:
+        raise WorkBegins
+
+
+def _begin(module: Any, arguments: list[str]) -> str | None:
+    from experiments import command_line
+
+    with _as_before(), contextlib.suppress(WorkBegins):
+        status = command_line.status(module.main, arguments)
+        return None if status == 0 else f"ended with status {status} without an error"
+    return None
+
+
+@contextlib.contextmanager
+def _as_before() -> Iterator[None]:
+    """Output is dropped, flags and signal handlers are restored."""
+    from absl.testing import flagsaver
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    with (
+        flagsaver.flagsaver(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        try:
+            yield
+        except SystemExit as end:
+            if end.code not in (0, None):  # 0: --help
+                raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

@@ -1,0 +1,252 @@
+"""Damages what the library reads, a thousand times by seed: each must end in the right result or in one deliberate line.
+
+    python -m experiments.mutations [--count=1000] [--seed=0] [--kind=config]
+
+Kinds: `config` (config.json), `build` (the mapping of a run's config), `index`, `header` (of safetensors), `converted` (a
+checkpoint converted to orbax), `checkpoint` (a training run's), `command-*` (command lines, up to where work begins).
+Right is what an independent reading of the damaged file says, or the undamaged result where the damage changes nothing.
+A deliberate error is raised by a `raise` of this project, as ValueError of one line; of a command, whatever it turns
+into one. Neither may take more than 20 seconds or 4 GiB. Each kind runs in a process of its own, so that one that hangs
+can be ended. Exit status 0 if all was right.
+"""
+
+import contextlib
+import dis
+import json
+import os
+import random
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+from experiments import command_line
+
+# How many of a thousand are of each kind.
+SHARES = {
+    "config": 150,
+    "build": 150,
+    "index": 100,
+    "header": 150,
+    "converted": 120,
+    "checkpoint": 130,
+    "command-train": 60,
+    "command-generate": 40,
+    "command-convert": 40,
+    "command-plan": 30,
+    "command-launch": 30,
+}
+SECONDS, MEMORY = 20, 4 << 30
+_ROOT = str(Path(__file__).parents[1])
+_LONGEST = 1000  # characters of a line that somebody reads
+
+
+class Verdict(NamedTuple):
+    """`outcome`: "right", "error" (a deliberate one) or "unexpected"; `said`: the error, or what was not right."""
+
+    kind: str
+    seed: int
+    outcome: str
+    what: str
+    said: str
+    seconds: float = 0.0
+    megabytes: int = 0
+
+
+class WorkBegins(BaseException):
+    """Raised in a command where its work would begin."""
+
+
+class TooSlow(BaseException):
+    """Raised by the clock."""
+
+
+Case = Callable[[random.Random], tuple[str, Callable[[], str | None]]]
+"""Damages something; (what was done, what reads it and says what is not right, or None)."""
+
+
+def judge(kind: str, seed: int, case: Case) -> Verdict:
+    """Runs one case within the limits."""
+    what, read = case(random.Random(f"{kind} {seed}"))
+    began = time.monotonic()
+    outcome, said = "right", ""
+    try:
+        with _limits():
+            wrong = read()
+        if wrong:
+            outcome, said = "unexpected", wrong
+    except TooSlow:
+        outcome, said = "unexpected", f"more than {SECONDS} s"
+    except (Exception, SystemExit) as error:
+        outcome, said = ("error", str(error)) if deliberate(error) else ("unexpected", _described(error))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return Verdict(kind, seed, outcome, what, said, time.monotonic() - began, peak)
+
+
+def deliberate(error: BaseException) -> bool:
+    """Whether this project raised the error on purpose, with a message that fits a line."""
+    message = str(error)
+    if not message or not message.isprintable() or len(message) > _LONGEST:
+        return False
+    if isinstance(error, flags.Error):  # commands say it as it is
+        return True
+    if isinstance(error, OSError):  # likewise, with the name of the file
+        return error.filename is not None
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if not isinstance(error, ValueError) or place is None:
+        return False
+    code = place.tb_frame.f_code
+    raised = code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and code.co_filename.startswith(_ROOT) and ".venv" not in code.co_filename
+
+
+def _described(error: BaseException) -> str:
+    frames = []
+    place = error.__traceback__
+    while place is not None:
+        file = place.tb_frame.f_code.co_filename
+        frames.append(f"{file.removeprefix(_ROOT + '/')}:{place.tb_lineno}")
+        place = place.tb_next
+    own = [f for f in frames if not f.startswith("/")]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (at {', '.join({*own[-1:], frames[-1]})})"
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    """At most so many seconds, and so much more address space than there is."""
+
+    def on_alarm(signum: int, frame: object) -> None:
+        raise TooSlow
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else None
+    previous = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        if pages is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+# --- one process per kind ---------------------------------------------------------------------------------
+
+
+def work(kind: str) -> None:
+    """Answers each seed on standard input with a verdict on the standard output that this process began with."""
+    from experiments import mutation_cases
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with tempfile.TemporaryDirectory() as folder:
+        case = mutation_cases.prepare(kind, Path(folder))
+        print("ready", file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(judge(kind, int(line), case)), file=answers, flush=True)
+
+
+class Worker:
+    """A process that judges cases of one kind."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.mutations", f"--worker={kind}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "DEEPSEEK_JAX_TRACEBACK": "1"},
+        )
+        self._buffer = b""
+        if self._answer(600) != "ready":
+            raise RuntimeError(f"the process for {kind} did not start")
+
+    def judge(self, seed: int) -> Verdict | None:
+        """None if the process hung or died; it is useless then."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{seed}\n".encode())
+        self._process.stdin.flush()
+        answer = self._answer(2 * SECONDS)
+        return Verdict(*json.loads(answer)) if answer else None
+
+    def _answer(self, seconds: float) -> str:
+        assert self._process.stdout is not None
+        end = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([self._process.stdout], [], [], max(0, end - time.monotonic()))
+            chunk = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
+            if not chunk:
+                return ""
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line.decode()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def run(kind: str, seeds: Sequence[int]) -> list[Verdict]:
+    """The verdicts of one kind."""
+    verdicts: list[Verdict] = []
+    worker = Worker(kind)
+    try:
+        for seed in seeds:
+            verdict = worker.judge(seed)
+            if verdict is None:
+                worker.close()
+                worker = Worker(kind)
+                verdict = Verdict(kind, seed, "unexpected", "", "the process hung or died")
+            verdicts.append(verdict)
+    finally:
+        worker.close()
+    return verdicts
+
+
+def summary(kind: str, verdicts: Sequence[Verdict]) -> str:
+    outcomes = Counter(v.outcome for v in verdicts)
+    slowest, largest = max(v.seconds for v in verdicts), max(v.megabytes for v in verdicts)
+    return (
+        f"{kind:17} {len(verdicts):4} cases: {outcomes['right']:4} right, {outcomes['error']:4} deliberate errors, "
+        f"{outcomes['unexpected']:3} unexpected; at most {slowest:.1f} s, {largest} MiB"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = command_line.Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=1000, help="cases of all kinds together")
+    parser.add_argument("--seed", type=int, default=0, help="of the first case; each has its own")
+    parser.add_argument("--kind", choices=tuple(SHARES), help="this kind alone")
+    parser.add_argument("--worker", help="for this program itself")
+    args = parser.parse_args(argv)
+    if args.worker:
+        work(args.worker)
+        return 0
+    if args.count < 1:
+        raise ValueError(f"--count={args.count} must be at least 1")
+    unexpected: list[Verdict] = []
+    for kind, share in SHARES.items() if args.kind is None else [(args.kind, 1000)]:
+        verdicts = run(kind, range(args.seed, args.seed + max(1, args.count * share // 1000)))
+        print(summary(kind, verdicts), flush=True)
+        unexpected += [v for v in verdicts if v.outcome == "unexpected"]
+    for v in unexpected:
+        print(f"{v.kind} {v.seed} ({v.what}): {v.said}")
+    return command_line.FAILURE if unexpected else 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)
