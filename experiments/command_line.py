@@ -13,13 +13,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
 from experiments import compiled
 from experiments.screen import SCREEN
 
+_LONGEST = 700  # characters
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT  # exit statuses
 
 Main = Callable[[Sequence[str]], int]
@@ -71,7 +72,7 @@ def status(main: Main, argv: Sequence[str]) -> int:
     except (ValueError, OverflowError, OSError, MemoryError, flags.Error) as error:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK", "0") != "0":
             raise
-        complain(" ".join(_said(error).split()))
+        complain(one_line(_said(error)))
         if isinstance(error, MemoryError):
             return FAILURE
         return FAILURE if isinstance(error, OSError) and error.errno not in _WRONG_PATH else MISTAKE
@@ -79,6 +80,12 @@ def status(main: Main, argv: Sequence[str]) -> int:
 
 def complain(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def one_line(message: str) -> str:
+    """A message as a line that can be read; what somebody typed may be endless."""
+    line = " ".join(message.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
 def _said(error: BaseException) -> str:
@@ -100,6 +107,15 @@ def _check_text(argv: Sequence[str]) -> None:
 
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are ValueErrors, for `run`."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, which takes the "--" of "--name=--" for the end of the options and leaves a list as the value."""
+        for argument in args or ():
+            if argument == "--":
+                break
+            if argument.startswith("-") and argument.endswith("=--"):
+                self.error(f"argument {argument.removesuffix('=--')}: expected a value, not '--'")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see --help)")

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.kill_conversion import MODEL
+from experiments import kill_conversion
 from experiments.mutations import Case, WorkBegins
 from experiments.mutators import mutate_arguments, mutate_bytes, mutate_json, mutate_value
 
 Read = Callable[[], str | None]
+MODEL = dataclasses.replace(kill_conversion.MODEL, vocab_size=300)
 YARN = {
     "type": "yarn",
     "factor": 4.0,
@@ -46,10 +47,10 @@ def prepare(kind: str, folder: Path) -> Case:
     return makers[kind](folder)
 
 
-def _weights(seed: int = 0) -> tuple[Any, np.ndarray]:
+def _weights() -> tuple[Any, np.ndarray]:
     from deepseek_jax.hf.names import leaves, unflatten
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     flat = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in leaves(MODEL).items()}
     return unflatten(flat), rng.standard_normal(MODEL.balance_bias_shape, np.float32)
 
@@ -106,7 +107,7 @@ def _configs(folder: Path) -> Case:
 
         def read() -> str | None:
             cfg, *got = hf.load(path)
-            return _disagreement(cfg, json.loads(content)) or _differing(got, want)
+            return _disagreement(cfg, json.loads(content)) or _differing(tuple(got), want)
 
         return what, read
 
@@ -238,7 +239,7 @@ def _unlike_the_library(path: Path, cfg: Any, params: Any) -> str | None:
 
 
 def _damage_step(step: Path, rng: random.Random) -> str:
-    """Changes one file of a checkpoint; half of the time its inventory is made to fit."""
+    """Changes one file of a checkpoint; half of the time, of one that is read as JSON, the inventory is made to fit."""
     from deepseek_jax import inventory
 
     files = sorted(p for p in step.rglob("*") if p.is_file())
@@ -247,13 +248,9 @@ def _damage_step(step: Path, rng: random.Random) -> str:
     ]
     file = rng.choice(described if rng.random() < 0.7 else files)
     raw = file.read_bytes()
-    try:
-        json.loads(raw)
-        content, what = mutate_json(raw, rng)
-    except ValueError:
-        content, what = mutate_bytes(raw, rng)
+    content, what = mutate_json(raw, rng) if file in described else mutate_bytes(raw, rng)
     _replace(file, content)
-    if file.name != "files.json" and rng.random() < 0.5:
+    if file in described and file.name != "files.json" and rng.random() < 0.5:
         (step / "files.json").unlink()
         inventory.write(step, ("state", "ema", "meta"))
         what += ", inventory made to fit"
@@ -326,28 +323,6 @@ def _checkpoints(folder: Path) -> Case:
 
 # --- command lines ----------------------------------------------------------------------------------------
 
-
-def _commands(name: str, folder: Path) -> Case:
-    """Up to where the work begins, which is `begins` of the command's module."""
-    lines, begins = {
-        "train": (_TRAIN, "run"),
-        "generate": (_GENERATE, "run"),
-        "convert": (_CONVERT, "convert"),
-        "plan": (_PLAN, "sample_rows"),
-        "launch": (_LAUNCH, "launch"),
-    }[name]
-    module = importlib.import_module(f"experiments.{name}")
-    setattr(module, begins, _Begun())
-    folder.joinpath("here").mkdir()
-    os.chdir(Path(__file__).parents[1])
-
-    def case(rng: random.Random) -> tuple[str, Read]:
-        arguments, what = mutate_arguments(rng.choice(lines), rng)
-        return f"{what}: {arguments!r}"[:300], lambda: _begin(module, arguments)
-
-    return case
-
-
 _TRAIN = (
     ["--config=configs/tiny.py", "--config.train.steps=7", "--config.model.hidden_size=64", "--from_step=3"],
     ["--config=configs/tiny.py", "--config.optimizer.peak_lr=1e-3", "--fresh", "--config.data.segments=True"],
@@ -364,33 +339,14 @@ _TRAIN = (
     ],
 )
 _GENERATE = (
-    [
-        "--checkpoint=runs/tiny",
-        "--prompt=a",
-        "--max_new_tokens=5",
-        "--temperature=0.5",
-        "--top_p=0.9",
-        "--seed=1",
-    ],
-    [
-        "--checkpoint=runs/tiny",
-        "--prompt=a",
-        "--prompt=b",
-        "--mesh=node=2,local=4",
-        "--step=3",
-        "--speculative",
-    ],
+    ["--checkpoint=run", "--prompt=a", "--max_new_tokens=5", "--temperature=0.5", "--top_p=0.9", "--seed=1"],
+    ["--checkpoint=source", "--prompt=a", "--prompt=b", "--max_new_tokens=5", "--step=0", "--nomtp"],
+    ["--checkpoint=source", "--prompt=a", "--mesh=node=2,local=4,experts=flat"],
 )
 _CONVERT = (
-    [
-        "--from=hf",
-        "--to=orbax",
-        "--input=/nonexistent/a",
-        "--output=/nonexistent/b",
-        "--format=bf16",
-        "--nomtp",
-    ],
-    ["--from=orbax", "--to=hf", "--input=/nonexistent/a", "--output=/nonexistent/b", "--scale=ue8m0"],
+    ["--from=hf", "--to=orbax", "--input=source", "--output=out", "--format=bf16", "--nomtp"],
+    ["--from=orbax", "--to=hf", "--input=run", "--output=out", "--scale=ue8m0"],
+    ["--from=hf", "--to=hf", "--input=source", "--output=out", "--format=fp8"],
 )
 _PLAN = (
     ["exchange", "--experts=16", "--topk=2", "--tokens=32", "--hidden=64"],
@@ -399,14 +355,44 @@ _PLAN = (
 _LAUNCH = (["--processes=2", "--restarts=1", "--grace=3.5", "--", "python", "-m", "experiments.train"],)
 
 
-class _Begun:
-    """Stands where the work would begin: called, or asked for anything, it ends the command."""
+def _commands(name: str, folder: Path) -> Case:
+    """Up to where the work begins; that of `convert` and, on one device, of `generate` is small enough to be done."""
+    lines, begins = {
+        "train": (_TRAIN, ("experiments.train", "run")),
+        "generate": (_GENERATE, ("experiments.generate", "cpu_devices")),
+        "convert": (_CONVERT, None),
+        "plan": (_PLAN, ("experiments.plan", "sample_rows")),
+        "launch": (_LAUNCH, ("experiments.launch", "launch")),
+    }[name]
+    module = importlib.import_module(f"experiments.{name}")
+    if begins is not None:
+        setattr(importlib.import_module(begins[0]), begins[1], _work_begins)
+    here = folder / "here"
+    if name in ("generate", "convert"):
+        _both_folders(folder / "made")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise WorkBegins
+    def case(rng: random.Random) -> tuple[str, Read]:
+        shutil.rmtree(here, ignore_errors=True)
+        _linked(folder / "made", here) if name in ("generate", "convert") else here.mkdir()
+        os.chdir(here)
+        arguments, what = mutate_arguments(rng.choice(lines), rng)
+        return f"{what}: {arguments!r}"[:300], lambda: _begin(module, arguments)
 
-    def __getattr__(self, name: str) -> Any:
-        raise WorkBegins
+    return case
+
+
+def _both_folders(folder: Path) -> None:
+    """`source` of Hugging Face's format and `run`, the same converted."""
+    from deepseek_jax import hf
+    from deepseek_jax.data import train_tokenizer
+
+    hf.save(folder / "source", MODEL, *_weights(), format="bf16")
+    train_tokenizer(["a b c"], 300).save(folder / "source" / "tokenizer.json")
+    hf.convert.to_orbax(folder / "source", folder / "run")
+
+
+def _work_begins(*args: Any, **kwargs: Any) -> Any:
+    raise WorkBegins
 
 
 def _begin(module: Any, arguments: list[str]) -> str | None:

@@ -87,14 +87,18 @@ def judge(kind: str, seed: int, case: Case) -> Verdict:
     except TooSlow:
         outcome, said = "unexpected", f"more than {SECONDS} s"
     except (Exception, SystemExit) as error:
-        outcome, said = ("error", str(error)) if deliberate(error) else ("unexpected", _described(error))
+        message = (
+            " ".join(str(error).split()) if kind.startswith("command-") else str(error)
+        )  # as commands say it
+        outcome, said = (
+            ("error", message) if deliberate(error, message) else ("unexpected", _described(error))
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     return Verdict(kind, seed, outcome, what, said, time.monotonic() - began, peak)
 
 
-def deliberate(error: BaseException) -> bool:
+def deliberate(error: BaseException, message: str) -> bool:
     """Whether this project raised the error on purpose, with a message that fits a line."""
-    message = str(error)
     if not message or not message.isprintable() or len(message) > _LONGEST:
         return False
     if isinstance(error, flags.Error):  # commands say it as it is

@@ -50,13 +50,20 @@ def test_mistakes(module, arguments, message):
         (launch, ["--processes=1000000", "--", "true"], "--processes=1000000 must lie in [1, 1024]"),
         (launch, ["--processes=1", "--grace=nan", "--", "true"], "--grace=nan must be at least 0 and finite"),
         (launch, ["--processes=x"], "argument --processes: invalid int value: 'x'"),
+        (
+            launch,
+            ["--processes=1", "--grace=--", "--", "true"],
+            "argument --grace: expected a value, not '--'",
+        ),
         (plan, ["exchnge"], "invalid choice: 'exchnge'"),
+        (plan, ["x" * 10_000], "invalid choice: 'xxx"),
         (plan, ["memory", "--config=nope.py"], "No such file or directory: 'nope.py'"),
     ],
 )
 def test_mistakes_in_this_process(command, arguments, message, capsys):
     assert command_line.status(command.main, arguments) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
+    assert len(line) < 800
     assert line.startswith("error: ") and message in line
 
 
