@@ -87,12 +87,9 @@ def judge(kind: str, seed: int, case: Case) -> Verdict:
     except TooSlow:
         outcome, said = "unexpected", f"more than {SECONDS} s"
     except (Exception, SystemExit) as error:
-        message = (
-            " ".join(str(error).split()) if kind.startswith("command-") else str(error)
-        )  # as commands say it
-        outcome, said = (
-            ("error", message) if deliberate(error, message) else ("unexpected", _described(error))
-        )
+        message = command_line.one_line(str(error)) if kind.startswith("command-") else str(error)
+        kept = deliberate(error, message)
+        outcome, said = ("error", message) if kept else ("unexpected", _described(error))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     return Verdict(kind, seed, outcome, what, said, time.monotonic() - began, peak)
 
