@@ -24,7 +24,7 @@ def validation(tokenizer):
     ids = [i for text in TEXTS for i in [*tokenizer.encode(text), tokenizer.eos_id]]
     windows = [ids[i : i + 65] for i in range(0, len(ids) - 64, 64)]
     assert len(windows) > 4
-    return Validation({"tokens": np.array(windows, np.int32)}, np.full(len(windows), 200), 64)
+    return Validation({"tokens": np.array(windows, np.int32)}, np.full(len(windows), 200))
 
 
 def test_documents_are_found_from_their_beginning(tokenizer, validation):

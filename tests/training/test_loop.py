@@ -25,6 +25,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training import loop
 from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
 from deepseek_jax.training.metrics import METRICS_FILE, TIMINGS, read_records
+from experiments import train
 from experiments.kill_test import Run, Timing, differences, kill_at_random
 from tests.golden import run as golden
 from tests.golden.run import StopAfter
@@ -118,6 +119,22 @@ def test_profile_of_steps(golden_run, tmp_path):
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = [event.get("name", "") for event in events]
     assert sum(name.endswith(" _one_step") for name in names) == 2 and "PjitFunction(step)" in names
+
+
+def test_the_command_ends_with_samples_advice_and_a_picture(golden_run, tmp_path, capsys, monkeypatch):
+    """A finished run, started again: what is said at the end, and what of it is recorded."""
+    monkeypatch.setattr(loop, "Trainer", trainer)  # on one device, like the run
+    shutil.copytree(golden_run.cfg.train.out_dir, tmp_path / "run")
+    assert train.run(config_in(tmp_path / "run", golden_run)) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "--- held-out document, continuation_1, " in printed and "--- held-out document, middle, " in printed
+    )
+    assert "warning: validation loss " in printed and "is no better than a unigram model's" in printed
+    assert f"picture: {tmp_path / 'run' / 'report.png'}" in printed
+    assert (tmp_path / "run" / "report.png").stat().st_size > 50_000
+    [record] = [r for r in records(tmp_path / "run") if r["kind"] == "samples"]
+    assert record["step"] == 20 and record["continuation_1"] in printed and record["middle"] in printed
 
 
 def test_words_while_a_step_of_a_new_size_is_compiled(golden_run, tmp_path):
