@@ -5,7 +5,8 @@
 Hardware: one node of 8 GPUs of 80 GB, or several. ZeRO-1: 15 GiB of state per GPU, 38 GiB in a step with gradients
 and the compute copy, activations not counted (`python -m experiments.plan memory --config=configs/v2_lite_16b.py`).
 Not run: there is no expected loss.
-Figures of the published config.json of deepseek-ai/DeepSeek-V2-Lite.
+Figures of the published config.json of deepseek-ai/DeepSeek-V2-Lite, without YaRN, which came after pre-training.
+Batch 4608 sequences, in micro-batches of 64.
 """
 
 import ml_collections
@@ -24,10 +25,6 @@ def get_config() -> ml_collections.ConfigDict:
             "intermediate_size": 10944,
             "num_attention_heads": 16,
             "q_lora_rank": None,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
             "moe_intermediate_size": 1408,
             "n_routed_experts": 64,
             "n_shared_experts": 2,
@@ -38,15 +35,6 @@ def get_config() -> ml_collections.ConfigDict:
             "norm_topk_prob": False,
             "routed_scaling_factor": 1.0,
             "num_nextn_predict_layers": 0,
-            "rope_scaling": {
-                "factor": 40.0,
-                "original_max_position_embeddings": 4096,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale": 0.707,
-                "mscale_all_dim": 0.707,
-            },
-            "max_position_embeddings": 163840,
             "dtype": "bfloat16",
         }
     )
@@ -62,16 +50,15 @@ def get_config() -> ml_collections.ConfigDict:
             "peak_lr": 0.00042,
             "mid_lr": 4.2e-05,
             "final_lr": 1.4e-05,
-            "batch_start": 4608,
-            "batch_ramp_tokens": 0.0,
+            "batch_start": 0,
         }
     )
-    config.mesh.update({"local": 8, "zero": True})
+    config.mesh.update({"local": 8, "zero": True, "receive": 8.0})
     config.train.update(
         {
             "steps": 301000,
             "batch_size": 4608,
-            "grad_accumulation": 4,
+            "grad_accumulation": 72,
             "remat": "deepseek",
             "loss_chunk": 4096,
             "eval_every": 500,

@@ -207,6 +207,9 @@ class TrainConfig:
     remat: str = (
         "none"  # what the backward pass recomputes: "deepseek": norms, MLA up-projections; "full": all
     )
+    deterministic: bool = (
+        False  # on GPUs: sums in a fixed order, so that resuming is bitwise there too; slower
+    )
     loss_chunk: int = 1024  # tokens whose logits are in memory at once
     ema_decay: float = 0.999  # of the average of the parameters, per update
     ema_every: int = 10  # steps between updates of the host-side average

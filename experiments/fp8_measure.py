@@ -15,7 +15,7 @@ from deepseek_jax.precision.errors import KINDS, Errors, capture, gemm_errors, s
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.drawing import smoothed
 from deepseek_jax.training.loop import Trainer
-from deepseek_jax.training.losses import losses
+from deepseek_jax.training.losses import losses, totals
 from deepseek_jax.training.metrics import read_records
 
 SHAPE = (256, 1024, 512)  # m, k, n of the synthetic GEMMs
@@ -120,7 +120,8 @@ def captured(trained: Trained) -> dict[str, Any]:
     cfg, b = trained.cfg, 2
 
     def loss(params):
-        return losses(params, cfg, _windows(trained, 0, b), trained.bias, b).main * b * cfg.data.seq_len
+        windows = _windows(trained, 0, b)
+        return losses(params, cfg, windows, trained.bias, totals(cfg, windows, b)).main * b * cfg.data.seq_len
 
     return capture(loss, trained.params, WATCHED, b * cfg.data.seq_len)
 
@@ -147,7 +148,8 @@ def same_weights(trained: Trained) -> dict[str, SameWeights]:
 
             def loss(params):
                 with_policy = attach(params, quantised, policy)
-                return losses(with_policy, cfg, batch, trained.bias, WINDOWS).main * scale
+                total = totals(cfg, batch, WINDOWS)
+                return losses(with_policy, cfg, batch, trained.bias, total).main * scale
 
             return jax.value_and_grad(loss)(params)
 

@@ -3,12 +3,18 @@
 import importlib
 import pkgutil
 
+import jax
 import ml_collections
+import numpy as np
 import pytest
 
 import configs
 from deepseek_jax.config import Config, ModelConfig, from_config_dict
+from deepseek_jax.parallel.mesh import abstract_mesh, batch_sharding
+from deepseek_jax.training.state import Hyper
+from deepseek_jax.training.step import abstract_state, make_train_step
 
+HYPER = Hyper(np.float32(1e-4), np.float32(1e-3), np.float32(0.3), np.int32(1))
 NAMES = sorted(m.name for m in pkgutil.iter_modules(configs.__path__) if m.name != "defaults")
 
 
@@ -29,6 +35,24 @@ def test_config_builds_and_says_how_to_run_it(name):
     assert isinstance(cfg, Config) and cfg.train.out_dir == f"runs/{name}"
     assert "python -m experiments." in module.__doc__
     assert cfg.model.vocab_size >= cfg.data.vocab_size
+
+
+LARGE = {"small_1b": 1, "v2_lite_16b": 8, "v2_236b": 256, "v3_671b": 512}
+
+
+@pytest.mark.parametrize(("name", "devices"), LARGE.items())
+def test_the_step_of_a_large_config_can_be_traced(name, devices):
+    """The whole training step, on as many devices as its text says; no array is made and nothing compiled."""
+    cfg = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    mesh = abstract_mesh(cfg.mesh, devices)
+    shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))}
+    state = abstract_state(cfg, mesh)
+    after, metrics = jax.eval_shape(make_train_step(cfg, mesh), state, batch, HYPER)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics.counts_le.shape == cfg.model.balance_bias_shape
 
 
 def test_v3_671b():

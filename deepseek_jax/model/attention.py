@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.layers import linear
+from deepseek_jax.model.sums import precision
 
 # A query chunk is a dense product; below this many rows its overhead shows, above it masked work does.
 MIN_CHUNK = 64
@@ -38,7 +39,7 @@ def _seen(segments_bt: jax.Array | None, start: int, end: int) -> jax.Array:
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(spec, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def attention_forward(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.rows import ALIGNMENT, Rows
+from deepseek_jax.model.sums import precision
 from deepseek_jax.model.swiglu import swiglu, swiglu_gradients
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
 from pallas_kernels.groups import aligned_sizes
@@ -64,6 +65,11 @@ def _put(x: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, 0)
 
 
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b, float32."""
+    return jnp.matmul(a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
+
+
 def _add_at(acc: jax.Array, i: jax.Array, value: jax.Array) -> jax.Array:
     old = lax.dynamic_index_in_dim(acc, i, keepdims=False)
     return lax.dynamic_update_index_in_dim(acc, old + value, i, 0)
@@ -80,8 +86,8 @@ def blockwise_forward(x_nd: jax.Array, rows: Rows, w: Weights) -> tuple[jax.Arra
         y, gate, up = carry
         e, start = blocks.expert[i], blocks.start[i]
         x = x_nd[_window(rows.token_m, start, size)]
-        g, u = x @ w_gate[e].astype(dtype), x @ w_up[e].astype(dtype)
-        out = (swiglu(g, u) * _window(gain_m, start, size)[:, None]) @ w_down[e].astype(dtype)
+        g, u = (_dot(x, part[e].astype(dtype)).astype(dtype) for part in (w_gate, w_up))
+        out = _dot(swiglu(g, u) * _window(gain_m, start, size)[:, None], w_down[e].astype(dtype))
         return _put(y, out, start), _put(gate, g, start), _put(up, u, start)
 
     def empty(width):
@@ -108,15 +114,15 @@ def blockwise_backward(
         x, dy = x_nd[token], jnp.where(live, dy_nd[token], 0)
         g, u = _window(gate_mf, start, size), _window(up_mf, start, size)
         gain = _window(gain_m, start, size)[:, None]
-        dact = dy @ w_down[e].astype(dtype).T
+        dact = _dot(dy, w_down[e].astype(dtype).T).astype(dtype)
         act, dg, du = swiglu_gradients(g, u, dact * gain)
-        dx_block = dg @ w_gate[e].astype(dtype).T + du @ w_up[e].astype(dtype).T
+        dx_block = _dot(dg, w_gate[e].astype(dtype).T) + _dot(du, w_up[e].astype(dtype).T)
         return (
             _put(dx, dx_block, start),
-            _put(dgain, (dact * act).sum(-1), start),
-            _add_at(dw_gate, e, x.T @ dg),
-            _add_at(dw_up, e, x.T @ du),
-            _add_at(dw_down, e, (act * gain).T @ dy),
+            _put(dgain, (dact.astype(jnp.float32) * act).sum(-1), start),
+            _add_at(dw_gate, e, _dot(x.T, dg)),
+            _add_at(dw_up, e, _dot(x.T, du)),
+            _add_at(dw_down, e, _dot((act * gain).T, dy)),
         )
 
     init = (
@@ -152,8 +158,8 @@ def grouped_backward(
     dy_md = jnp.where(rows.real_m1, dy_nd[rows.token_m], 0)
     x_md, gain_m1 = x_nd[rows.token_m], rows.gain_m[:, None].astype(x_nd.dtype)
 
-    def product(a, b):
-        return grouped_gemm(a, b, rows.group_m, transpose_b=True, alignment=ALIGNMENT)
+    def product(a, b, out_dtype=None):
+        return grouped_gemm(a, b, rows.group_m, transpose_b=True, out_dtype=out_dtype, alignment=ALIGNMENT)
 
     def wgrad(a, b):
         return grouped_wgrad(a, b, aligned_sizes(rows.sizes_e, ALIGNMENT), alignment=ALIGNMENT)
@@ -162,8 +168,9 @@ def grouped_backward(
     act, dg, du = swiglu_gradients(gate_mf, up_mf, dact * gain_m1)
     dg, du = (jnp.where(rows.real_m1, x, 0) for x in (dg, du))
     dw = (wgrad(x_md, dg), wgrad(x_md, du), wgrad(act * gain_m1, dy_md))
-    dgain = (dact * act).astype(rows.gain_m.dtype).sum(-1)
-    return product(dg, w_gate) + product(du, w_up), dgain, dw
+    dgain = (dact.astype(jnp.float32) * act).sum(-1)
+    dx_md = product(dg, w_gate, jnp.float32) + product(du, w_up, jnp.float32)
+    return dx_md.astype(x_nd.dtype), dgain, dw
 
 
 # --- by platform ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from deepseek_jax.model import expert_ffn
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.rows import sort_rows, sum_pairs
+from deepseek_jax.model.sums import precision
 from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.precision import experts as quantised
 from deepseek_jax.precision.linear import Weight
@@ -59,13 +60,17 @@ def _ffn_bwd(saved, dy_nd):  # type: ignore[no-untyped-def]
 _ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, precision=precision(a.dtype))
+
+
 def _gathered(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
     """One copy of each selected expert's weights per pair: for fewer pairs than experts (decoding)."""
     w_gate, w_up, w_down = (
         p[name][experts_nk].astype(x_nd.dtype) for name in ("w_gate_edf", "w_up_edf", "w_down_efd")
     )
-    act = swiglu(jnp.einsum("nd,nkdf->nkf", x_nd, w_gate), jnp.einsum("nd,nkdf->nkf", x_nd, w_up))
-    return jnp.einsum("nkf,nkfd->nd", act * weights_nk[..., None].astype(x_nd.dtype), w_down)
+    act = swiglu(_dot("nd,nkdf->nkf", x_nd, w_gate), _dot("nd,nkdf->nkf", x_nd, w_up))
+    return _dot("nkf,nkfd->nd", act * weights_nk[..., None].astype(x_nd.dtype), w_down)
 
 
 def _by_pairs(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
@@ -96,8 +101,8 @@ def _dense(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Ar
         jax.nn.one_hot(experts_nk, e, dtype=x_nd.dtype) * weights_nk[..., None].astype(x_nd.dtype)
     ).sum(1)
     x_end = jnp.broadcast_to(x_nd, (e, *x_nd.shape))
-    act = swiglu(jnp.einsum("end,edf->enf", x_end, w_gate), jnp.einsum("end,edf->enf", x_end, w_up))
-    return jnp.einsum("enf,efd->end", act * gate_ne.T[..., None], w_down).sum(0)
+    act = swiglu(_dot("end,edf->enf", x_end, w_gate), _dot("end,edf->enf", x_end, w_up))
+    return _dot("enf,efd->end", act * gate_ne.T[..., None], w_down).sum(0)
 
 
 class Travelled(NamedTuple):

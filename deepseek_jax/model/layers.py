@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.params import Param
+from deepseek_jax.model.sums import precision
 from deepseek_jax.model.swiglu import SWIGLU_INPUTS, swiglu
 from deepseek_jax.precision import linear as quantised
 
@@ -68,7 +69,8 @@ def linear(x: jax.Array, w: Any, n_in: int = 1, dtype: Any = None) -> jax.Array:
 def _linear(x: jax.Array, w: jax.Array, n_in: int, dtype: Any) -> jax.Array:
     """Saves its arguments as they are: cast or reshaped, a layer's weight would be saved a second time."""
     x_mi, w_io = _matrices(x, w, n_in, dtype)
-    return (x_mi @ w_io).reshape(*x.shape[: x.ndim - n_in], *w.shape[n_in:])
+    y_mo = jnp.matmul(x_mi, w_io, precision=precision(dtype))
+    return y_mo.reshape(*x.shape[: x.ndim - n_in], *w.shape[n_in:])
 
 
 def _matrices(x: jax.Array, w: jax.Array, n_in: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -81,8 +83,11 @@ def _linear_bwd(n_in, dtype, saved, g):  # type: ignore[no-untyped-def]
     x, w = saved
     x_mi, w_io = _matrices(x, w, n_in, dtype)
     g_mo = g.reshape(-1, w_io.shape[1])
-    dw_io = lax.dot_general(x_mi, g_mo, (((0,), (0,)), ((), ())))
-    return (g_mo @ w_io.T).reshape(x.shape).astype(x.dtype), dw_io.reshape(w.shape).astype(w.dtype)
+    exact = precision(dtype)
+    dx_mi = jnp.matmul(g_mo, w_io.T, precision=exact)
+    tokens = (((0,), (0,)), ((), ()))
+    dw_io = lax.dot_general(x_mi, g_mo, tokens, precision=exact, preferred_element_type=jnp.float32)
+    return dx_mi.reshape(x.shape).astype(x.dtype), dw_io.reshape(w.shape).astype(w.dtype)
 
 
 _linear.defvjp(lambda x, w, n_in, dtype: (_linear(x, w, n_in, dtype), (x, w)), _linear_bwd)
@@ -111,7 +116,25 @@ def embed_params(cfg: ModelConfig) -> dict[str, Param]:
 
 def embed(p: Params, cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
     """Token ids int32 [...] -> embeddings [..., d] in the compute dtype."""
-    return p["w_embed_vd"].astype(cfg.dtype)[tokens]
+    return _embed(p["w_embed_vd"], tokens, cfg.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _embed(w_vd: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Backward, the gradients of an id's occurrences are added up in float32: in BF16, the sum of 4,096 ones is 256.
+
+    On GPUs the additions of a scatter come in any order, unless `train.deterministic` is set.
+    """
+    return w_vd[tokens].astype(dtype)
+
+
+def _embed_bwd(dtype, saved, g):  # type: ignore[no-untyped-def]
+    w_vd, tokens = saved
+    dw_vd = jnp.zeros(w_vd.shape, jnp.float32).at[tokens].add(g.astype(jnp.float32))
+    return dw_vd.astype(w_vd.dtype), None
+
+
+_embed.defvjp(lambda w_vd, tokens, dtype: (_embed(w_vd, tokens, dtype), (w_vd, tokens)), _embed_bwd)
 
 
 def head_params(cfg: ModelConfig) -> dict[str, Param]:
@@ -130,4 +153,5 @@ def head_weight(params: Params) -> jax.Array:
 def logits(params: Params, h: jax.Array) -> jax.Array:
     """Hidden states after the final norm [..., d] -> float32 logits [..., v]."""
     w_dv = head_weight(params).astype(h.dtype)
-    return jnp.einsum("...d,dv->...v", h, w_dv, preferred_element_type=jnp.float32)
+    exact = precision(h.dtype)
+    return jnp.einsum("...d,dv->...v", h, w_dv, precision=exact, preferred_element_type=jnp.float32)

@@ -23,6 +23,7 @@ from deepseek_jax.model.attention import CoreInputs, core_inputs
 from deepseek_jax.model.layers import Params, linear, rms_norm
 from deepseek_jax.model.params import Param, declare
 from deepseek_jax.model.rope import apply_rope, rope_table, softmax_scale
+from deepseek_jax.model.sums import precision
 from deepseek_jax.precision import attention as quantised
 from deepseek_jax.precision.linear import Weight
 
@@ -97,7 +98,9 @@ def expand(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> tuple[CoreInput
     latent = latents(p, cfg, low, rope)
     q_nope, q_rope = _queries(p, cfg, low, rope)
     k_nope, v_bthv = jnp.split(linear(latent.c_bsc, p["wkv_b_chm"]), [cfg.qk_nope_head_dim], axis=-1)
-    k_rope = jnp.broadcast_to(latent.r_bsr[:, :, None], q_rope.shape)
+    # Over float32, so that backward the heads' gradients of the shared key are added up in it.
+    shared = latent.r_bsr[:, :, None].astype(jnp.float32)
+    k_rope = jnp.broadcast_to(shared, q_rope.shape).astype(q_rope.dtype)
     q_bthk = jnp.concatenate([q_nope, q_rope], axis=-1)
     k_bthk = jnp.concatenate([k_nope, k_rope], axis=-1)
     return core_inputs(q_bthk, k_bthk, v_bthv, softmax_scale(cfg)), latent
@@ -210,15 +213,16 @@ def mla_decode(
 
     `p` comes from `absorb`. `mask_bts` is True where query t may see cache slot s. Scores and softmax are in float32.
     """
-    dtype = x_btd.dtype
+    dtype, exact = x_btd.dtype, precision(x_btd.dtype)
+    score_as: Any = {"precision": exact, "preferred_element_type": jnp.float32}
     q_nope, q_rope = _queries(p, cfg, down(p, cfg, x_btd), rope)
-    q_bthc = jnp.einsum("bthn,hnc->bthc", q_nope, p["wk_hnc"].astype(dtype))
-    score = jnp.einsum("bthc,bsc->bhts", q_bthc, cache.c_bsc, preferred_element_type=jnp.float32)
-    score += jnp.einsum("bthr,bsr->bhts", q_rope, cache.r_bsr, preferred_element_type=jnp.float32)
+    q_bthc = jnp.einsum("bthn,hnc->bthc", q_nope, p["wk_hnc"].astype(dtype), precision=exact)
+    score = jnp.einsum("bthc,bsc->bhts", q_bthc, cache.c_bsc, **score_as)
+    score += jnp.einsum("bthr,bsr->bhts", q_rope, cache.r_bsr, **score_as)
     score = jnp.where(mask_bts[:, None], score * softmax_scale(cfg), -jnp.inf)
     prob = jax.nn.softmax(score, axis=-1).astype(dtype)
-    o_bthc = jnp.einsum("bhts,bsc->bthc", prob, cache.c_bsc)
-    o_bthv = jnp.einsum("bthc,hcv->bthv", o_bthc, p["wv_hcv"].astype(dtype))
+    o_bthc = jnp.einsum("bhts,bsc->bthc", prob, cache.c_bsc, precision=exact)
+    o_bthv = jnp.einsum("bthc,hcv->bthv", o_bthc, p["wv_hcv"].astype(dtype), precision=exact)
     return linear(o_bthv, p["wo_hvd"], n_in=2)
 
 

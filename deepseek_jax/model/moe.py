@@ -17,7 +17,14 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import expert_params, routed_experts
 from deepseek_jax.model.layers import Params, mlp, mlp_params
 from deepseek_jax.model.params import declare
-from deepseek_jax.model.router import BalanceStats, affinities, balance_stats, gate_params, route
+from deepseek_jax.model.router import (
+    BalanceStats,
+    affinities,
+    balance_stats,
+    gate_params,
+    only_counted,
+    route,
+)
 from deepseek_jax.model.sequence import WHOLE, Whole
 
 # (expert params, x [n, d], expert ids [n, k], weights [n, k]) -> [n, d]
@@ -51,15 +58,16 @@ def with_routed(
     bias_e: jax.Array | None,
     experts: Experts,
     sequence: Whole,
+    counted_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, BalanceStats]:
-    """Results of `moe`, from `at_source`."""
-    routing = route(cfg, at.s_bte, bias_e)
+    """Results of `moe`, from `at_source`. Tokens that do not count (`counted_bt` False) go to no routed expert."""
+    routing = only_counted(cfg, route(cfg, at.s_bte, bias_e), counted_bt)
     ids_nk, weights_nk = (x.reshape(-1, x.shape[-1]) for x in routing)
     y = experts(p["experts"], at.x_btd.reshape(-1, at.x_btd.shape[-1]), ids_nk, weights_nk)
     y_btd = y.reshape(at.x_btd.shape)
     if at.shared_btd is not None:
         y_btd = y_btd + at.shared_btd
-    return y_btd, balance_stats(cfg, at.s_bte, routing, sequence)
+    return y_btd, balance_stats(cfg, at.s_bte, routing, sequence, counted_bt)
 
 
 def moe(

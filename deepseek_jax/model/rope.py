@@ -36,7 +36,7 @@ def inverse_frequencies(cfg: ModelConfig) -> np.ndarray:
     if yarn is None:
         return freqs
     low, high = _correction_range(yarn, dim, theta)
-    width = high - low if high > low else 0.001
+    width = (high - low) or 0.001  # of an empty ramp alone: where high < low, it falls, as in the reference
     interpolated = np.clip((np.arange(dim // 2) - low) / width, 0.0, 1.0)
     return freqs * (1 - interpolated) + freqs / yarn.factor * interpolated
 

@@ -78,31 +78,52 @@ def expert_counts(experts: jax.Array, n_experts: int) -> jax.Array:
     return jnp.zeros((n_experts,), jnp.int32).at[experts.reshape(-1)].add(1, mode="drop")
 
 
+def only_counted(cfg: ModelConfig, routing: Routing, counted_bt: jax.Array | None) -> Routing:
+    """The routing of tokens that count; the experts of others are absent (id n_routed_experts). None: all count."""
+    if counted_bt is None:
+        return routing
+    present = jnp.where(counted_bt[..., None], routing.experts_btk, cfg.n_routed_experts)
+    return routing._replace(experts_btk=present)
+
+
 def balance_stats(
-    cfg: ModelConfig, s_bte: jax.Array, routing: Routing, sequence: Whole = WHOLE
+    cfg: ModelConfig,
+    s_bte: jax.Array,
+    routing: Routing,
+    sequence: Whole = WHOLE,
+    counted_bt: jax.Array | None = None,
 ) -> BalanceStats:
     """Load and balance losses of one layer; of divided sequences, what this device's tokens add to each.
 
     The sequence-wise loss (equations 17-20) is per sequence, then averaged over b; its f uses the plain
     top-k of the unbiased affinities, as equation 18 says. The classic loss takes the experts really
-    selected, over all b x t tokens at hand. Both are 1 under perfect balance.
+    selected, over all b x t tokens at hand. Both are 1 under perfect balance. `counted_bt` (bool): tokens that are
+    part of no load and no loss have False.
     """
-    b, own, e = s_bte.shape
-    k, t, parts = cfg.num_experts_per_tok, own * sequence.parts, sequence.parts
+    (b, own, e), k = s_bte.shape, cfg.num_experts_per_tok
     share_bte = s_bte / (s_bte.sum(-1, keepdims=True) + 1e-20)
     _, top = jax.lax.top_k(jax.lax.stop_gradient(s_bte), k)
+    t_b1 = jnp.full((b, 1), own * sequence.parts, jnp.float32)  # tokens of each sequence
+    if counted_bt is not None:
+        share_bte = jnp.where(counted_bt[..., None], share_bte, 0.0)
+        top = jnp.where(counted_bt[..., None], top, e)
+        t_b1 = jnp.maximum(sequence.total(counted_bt.sum(1, keepdims=True)), 1).astype(jnp.float32)
     hits_be = jax.vmap(lambda ids: expert_counts(ids, e))(top)
-    f_be = sequence.total(hits_be).astype(jnp.float32) * (e / (k * t))
-    seq_loss = (f_be * share_bte.mean(1)).sum(-1).mean() / parts
+    f_be = sequence.total(hits_be).astype(jnp.float32) * (e / (k * t_b1))
+    seq_loss = (f_be * share_bte.sum(1) / t_b1).sum(-1).mean()
     counts_e = expert_counts(routing.experts_btk, e)
-    f_e = sequence.total(counts_e).astype(jnp.float32) * (e / (k * b * t))
-    return BalanceStats(counts_e, seq_loss, (f_e * share_bte.mean((0, 1))).sum() / parts)
+    f_e = sequence.total(counts_e).astype(jnp.float32) * (e / (k * t_b1.sum()))
+    return BalanceStats(counts_e, seq_loss, (f_e * share_bte.sum((0, 1))).sum() / t_b1.sum())
 
 
 def update_bias(bias_le: jax.Array, counts_le: jax.Array, gamma: jax.Array | float) -> jax.Array:
     """Move each bias by gamma against the sign of its overload (section 2.1.2); integers, so exact.
 
-    counts_le int32: load over the whole global batch; an expert exactly at the mean keeps its bias.
+    counts_le int32: load over the whole global batch; an expert exactly at the mean keeps its bias. The mean is taken
+    as quotient and remainder of each count: neither their sum nor a count times e has to fit into an int32.
     """
-    over = counts_le * counts_le.shape[-1] - counts_le.sum(-1, keepdims=True)
-    return bias_le - gamma * jnp.sign(over).astype(bias_le.dtype)
+    e = counts_le.shape[-1]
+    left_l1 = (counts_le % e).sum(-1, keepdims=True)
+    mean_l1, fraction_l1 = (counts_le // e).sum(-1, keepdims=True) + left_l1 // e, left_l1 % e
+    over_le = jnp.where(counts_le == mean_l1, -jnp.sign(fraction_l1), jnp.sign(counts_le - mean_l1))
+    return bias_le - gamma * over_le.astype(bias_le.dtype)

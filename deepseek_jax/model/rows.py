@@ -58,6 +58,9 @@ def sort_rows(experts_nk: jax.Array, weights_nk: jax.Array, n_experts: int) -> R
 
 
 def sum_pairs(rows_md: jax.Array, row_nk: jax.Array) -> jax.Array:
-    """Sum of each token's rows -> [n, d]; the absent pairs' index reads zeros."""
-    parts = [rows_md.at[row_nk[:, j]].get(mode="fill", fill_value=0) for j in range(row_nk.shape[1])]
-    return functools.reduce(jnp.add, parts)
+    """Sum of each token's rows in float32 -> [n, d] in their dtype; the absent pairs' index reads zeros."""
+    parts = (
+        rows_md.at[row_nk[:, j]].get(mode="fill", fill_value=0).astype(jnp.float32)
+        for j in range(row_nk.shape[1])
+    )
+    return functools.reduce(jnp.add, parts).astype(rows_md.dtype)

@@ -121,7 +121,10 @@ def no_stats(cfg: ModelConfig) -> BalanceStats:
 
 
 class Context(NamedTuple):
-    """What all blocks of one forward pass share; rope and segments are those of all tokens of a sequence."""
+    """What all blocks of one forward pass share; rope and segments are those of all tokens of a sequence.
+
+    counted_bt: which of this device's tokens are routed, and count in loads and balance losses; None for all.
+    """
 
     rope: Rope
     segments_bt: jax.Array | None
@@ -129,6 +132,7 @@ class Context(NamedTuple):
     experts: Experts
     with_cache: bool
     sequence: Whole = WHOLE
+    counted_bt: jax.Array | None = None
 
 
 def attention_inputs(
@@ -152,12 +156,13 @@ def ffn(
     experts: Experts,
     sequence: Whole = WHOLE,
     remat: str = "none",
+    counted_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, BalanceStats]:
     if "gate" not in p["ffn"]:
         dense = after_norm(lambda p, _, h_btd: mlp(p, h_btd), cfg, remat)
         return x_btd + dense(p["ffn"], p["ffn_norm_d"], x_btd), no_stats(cfg)
     at = after_norm(at_source, cfg, remat)(p["ffn"], p["ffn_norm_d"], x_btd)
-    y_btd, stats = with_routed(p["ffn"], cfg, at, bias_e, experts, sequence)
+    y_btd, stats = with_routed(p["ffn"], cfg, at, bias_e, experts, sequence, counted_bt)
     return x_btd + y_btd, stats
 
 
@@ -167,7 +172,7 @@ def block(
     """One transformer block: attention, then dense or MoE FFN, each with a pre-norm and a residual."""
     inputs, latent = attention_inputs(p, cfg, x_btd, ctx)
     x_btd = x_btd + attention_output(p, cfg, inputs, ctx)
-    y_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx.experts, ctx.sequence, ctx.remat)
+    y_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx.experts, ctx.sequence, ctx.remat, ctx.counted_bt)
     return y_btd, stats, latent
 
 
@@ -236,6 +241,15 @@ def mtp_module(
     return y_btd, rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), stats, latent
 
 
+def _read_ahead(tokens_bt: jax.Array, segments_bt: jax.Array | None, ahead: int) -> jax.Array:
+    """At which positions the token `ahead` positions on is one of the same sequence, and document: bool [b, t]."""
+    t = tokens_bt.shape[1]
+    there = jnp.broadcast_to(jnp.arange(t) < t - ahead, tokens_bt.shape)
+    if segments_bt is None:
+        return there
+    return there & (jnp.roll(segments_bt, -ahead, axis=1) == segments_bt)
+
+
 def mtp_hidden(
     params: Params, cfg: ModelConfig, h_btd: jax.Array, tokens_bt: jax.Array, bias_le: Any, ctx: Context
 ) -> tuple[jax.Array, BalanceStats]:
@@ -243,7 +257,8 @@ def mtp_hidden(
 
     Module k reads, at position i, the previous depth's hidden state and the embedding of token i + k; the
     embedding comes first in the projection, as in the released weights. `h_btd` is the main model's state
-    after its final norm. The last k positions have no token i + k: they wrap around and are to be ignored.
+    after its final norm. Positions without a token i + k of their own document, as the last k, are to be ignored:
+    they go to no routed expert and count in no load (equation 22 has T - k positions).
     `tokens_bt` are all tokens of the sequences, `h_btd` those of this device.
     """
     outs, stats = [], []
@@ -251,9 +266,10 @@ def mtp_hidden(
         p = jax.tree.map(lambda x, k=k: x[k], params["mtp"])
         e_btd = embed(params["embed"], cfg, ctx.sequence.own(jnp.roll(tokens_bt, -(k + 1), axis=1)))
         bias_e = None if bias_le is None else bias_le[k]
+        counted_bt = ctx.sequence.own(_read_ahead(tokens_bt, ctx.segments_bt, k + 1))
 
-        def module(p, h, e, bias_e):
-            return mtp_module(p, cfg, h, e, bias_e, ctx)[:3]
+        def module(p, h, e, bias_e, counted_bt=counted_bt):
+            return mtp_module(p, cfg, h, e, bias_e, ctx._replace(counted_bt=counted_bt))[:3]
 
         h_btd, out, s = recompute(module, ctx.remat)(p, h_btd, e_btd, bias_e)
         outs.append(out)

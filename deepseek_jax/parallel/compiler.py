@@ -2,24 +2,32 @@
 
 from typing import Any
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.config import MeshConfig
 
 GPUS = ("gpu", "cuda", "rocm")
 
 
-def compiler_options(cfg: MeshConfig, mesh: Mesh) -> dict[str, Any] | None:
-    """`compiler_options` of `jax.jit`: None but on GPUs.
+def compiler_options(
+    cfg: MeshConfig, mesh: Mesh | AbstractMesh, deterministic: bool = False
+) -> dict[str, Any] | None:
+    """`compiler_options` of `jax.jit`: None but on GPUs (and for a mesh without devices, which nothing compiles for).
 
     The latency-hiding scheduler starts collectives early and places other work before their end: without it, each
     one stops the device. `mesh.comm_channels` bounds what collectives take from that work: a channel of NCCL is a
     thread block, which occupies an SM (report section 3.2.2 spends 20).
+
+    On GPUs two things change from run to run: the order in which a scatter-add's atomic additions arrive (the gradient
+    of the embedding is the only float one), and the algorithms that autotuning times and picks. `deterministic` puts
+    the former in order and leaves out the latter. On CPUs all is deterministic for a given number of devices.
     """
-    if mesh.devices.flat[0].platform not in GPUS:
+    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform not in GPUS:
         return None
     options: dict[str, Any] = {"xla_gpu_enable_latency_hiding_scheduler": True}
     if cfg.comm_channels:
         options["xla_gpu_nccl_collective_max_nchannels"] = cfg.comm_channels
         options["xla_gpu_nccl_p2p_max_nchannels"] = cfg.comm_channels
+    if deterministic:
+        options["xla_gpu_deterministic_ops"] = True
     return options

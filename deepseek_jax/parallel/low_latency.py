@@ -19,6 +19,7 @@ from deepseek_jax.model.layers import Params
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.router import expert_counts
 from deepseek_jax.model.rows import ALIGNMENT
+from deepseek_jax.model.sums import precision
 from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.parallel.exchange import AS_IT_IS, FLAT, Exchange, Hop, Plan, dispatch
 from deepseek_jax.parallel.ragged import make_chunks, ragged_all_to_all
@@ -35,8 +36,9 @@ def masked_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
     """The experts' FFNs as dense products batched over experts: the portable `Masked`, whatever the rows."""
     del rows_e
     w_gate, w_up, w_down = (p[name].astype(x_emd.dtype) for name in ("w_gate_edf", "w_up_edf", "w_down_efd"))
-    gate_emf, up_emf = jnp.einsum("emd,edf->emf", x_emd, w_gate), jnp.einsum("emd,edf->emf", x_emd, w_up)
-    return jnp.einsum("emf,efd->emd", swiglu(gate_emf, up_emf), w_down)
+    exact = precision(x_emd.dtype)
+    gate_emf, up_emf = (jnp.einsum("emd,edf->emf", x_emd, w, precision=exact) for w in (w_gate, w_up))
+    return jnp.einsum("emf,efd->emd", swiglu(gate_emf, up_emf), w_down, precision=exact)
 
 
 def grouped_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
@@ -99,7 +101,8 @@ def combine_weighted(y_rd: jax.Array, weights_nk: jax.Array, plan: Plan, ex: Exc
         sent, hop.chunks.reverse(), hop.token_s.shape[0], hop.tokens, axis, ex.implementation
     )
     y_nkd = back_sd.at[hop.row_nj].get(mode="fill", fill_value=0).astype(jnp.float32)
-    return jnp.einsum("nk,nkd->nd", weights_nk, y_nkd).astype(y_rd.dtype)
+    exact = precision(jnp.float32)
+    return jnp.einsum("nk,nkd->nd", weights_nk, y_nkd, precision=exact).astype(y_rd.dtype)
 
 
 def low_latency_experts(

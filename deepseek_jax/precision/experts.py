@@ -101,13 +101,13 @@ def _experts_bwd(policy: Policy, saved: Any, dy_nd: jax.Array) -> Any:
     d_gate_t, d_up_t = (quantise_transposed(g, policy.wgrad[1]) for g in (d_gate, d_up))
     dw = [_wgrad(a, b, policy.wgrad, rows) for a, b in ((x_t, d_gate_t), (x_t, d_up_t), (act_t, dy_t))]
     dx_gate, dx_up = (
-        _product(quantise(g, policy.dgrad[0]), b, policy.dgrad, rows, dtype)
+        _product(quantise(g, policy.dgrad[0]), b, policy.dgrad, rows, jnp.float32)
         for g, b in ((d_gate, gate_w[1]), (d_up, up_w[1]))
     )
     dgain_m = (dact * act).sum(-1)
     dweights = dgain_m.at[rows.row_nk].get(mode="fill", fill_value=0)
     return (
-        sum_pairs(dx_gate + dx_up, rows.row_nk),
+        sum_pairs((dx_gate + dx_up).astype(dtype), rows.row_nk),
         dweights,
         None,
         tuple(map(weight_gradient, dw, (gate_w, up_w, down_w))),

@@ -159,5 +159,6 @@ def gemm(a: Operand, b: Operand, formats: tuple[Format, Format], dtype) -> jax.A
     if formats[0].fine:
         return fp8_gemm(a.q, row_scales(a, formats[0]), b.q, b.scale, out_dtype=dtype)
     # E4M3 is exact in every wider format; the scales factor out of the sum.
-    product = lax.dot_general(a.q.astype(jnp.float32), b.q.astype(jnp.float32), (((1,), (1,)), ((), ())))
+    a_q, b_q = a.q.astype(jnp.float32), b.q.astype(jnp.float32)
+    product = lax.dot_general(a_q, b_q, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
     return (product * (a.scale * b.scale.T)).astype(dtype)

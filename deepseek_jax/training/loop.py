@@ -2,7 +2,8 @@
 
 The host runs one step ahead of what it reads: the metrics of step n - 1 are fetched after step n is dispatched,
 so nothing in the loop waits for the device. A run is a function of its config: resumed from any checkpoint it
-goes on bitwise as if it had never stopped (state, average, data position and token count are all restored).
+goes on bitwise as if it had never stopped (state, average, data position and token count are all restored): on CPUs,
+and on GPUs with `train.deterministic`, on the same number of devices and with the same versions.
 
 Several processes run the same loop, each on its rows of every batch; they stop and save at the same step.
 """
@@ -226,6 +227,18 @@ class Trainer:
             for k, x in batch.items()
         }
 
+    def _filled_up(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """This process's rows of a batch during the ramp, each device's followed by empty ones up to the full batch."""
+        parts = self._share[1]
+        devices, room = batch_shards(self.mesh) // parts, self.cfg.train.batch_size // parts
+
+        def one(x: np.ndarray) -> np.ndarray:
+            rows = x.reshape(devices, -1, *x.shape[1:])
+            empty = room // devices - rows.shape[1]
+            return np.pad(rows, ((0, 0), (0, empty), (0, 0))).reshape(room, *x.shape[1:])
+
+        return {name: one(x) for name, x in batch.items()}
+
     def _my_rows(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         part, parts = self._share
         rows = len(batch["tokens"]) // parts
@@ -238,16 +251,19 @@ class Trainer:
 
     def _evaluate(self, params: Any) -> Evaluation:
         windows = self.data.validation.subset(self.cfg.train.eval_windows)
-        nats, size = [], self.granularity * max(1, 16 // self.granularity)
+        shards = batch_shards(self.mesh)
+        size = shards * max(1, 16 // shards)
+        nats: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
         for start in range(0, len(windows), size):
             batch = {k: x[start : start + size] for k, x in windows.batch.items()}
             have = len(batch["tokens"])
             batch = {k: np.pad(x, ((0, size - have), (0, 0)), mode="edge") for k, x in batch.items()}
             out = self.eval_fn(params, self.state.balance_bias, self.put(self._my_rows(batch)))
-            nats.append(on_host(out)[:have])
-        total = float(np.concatenate(nats).astype(np.float64).sum())
-        tokens = len(windows) * self.cfg.data.seq_len
-        return Evaluation(total / tokens, data_lib.bits_per_byte(total, windows.num_bytes))
+            for parts, values in zip((nats, labels), out, strict=True):
+                parts.append(on_host(values)[:have])
+        total, counted = (float(np.concatenate(x).astype(np.float64).sum()) for x in (nats, labels))
+        return Evaluation(total / counted, data_lib.bits_per_byte(total, windows.num_bytes))
 
     @functools.cached_property
     def unigram(self) -> data_lib.UnigramLoss:
@@ -295,9 +311,11 @@ class Trainer:
 
     def _one_step(self, plan: StepPlan, records: Records) -> None:
         cfg = self.cfg.train
-        hyper = self.schedules.hyper(plan.step, plan.tokens)
+        hyper = self.schedules.of_step(plan, self.granularity)
         with records.waiting_for_data():
             rows = self.data.train.take(plan.batch_size)
+        if hyper.micro_batches is not None:
+            rows = self._filled_up(rows)
         batch = self.put(rows)
         with self._compiling(plan.batch_size):
             self.state, metrics = self.step_fn(self.state, batch, hyper)

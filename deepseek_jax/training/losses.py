@@ -1,6 +1,8 @@
 """Losses and gradients of one device's part of a batch (report sections 2.1.2, 2.2, 4.2).
 
-Losses are divided by the *global* token count on each device, so that plain sums over devices give global means. No
+Losses are divided by the *global* number of labels on each device, so that plain sums over devices give global means,
+whatever the micro-batches and devices. Without segments a window has t labels, also of an MTP depth, whose last ones
+are missing (equation 24). With segments, what counts of each depth is counted. No
 loss is summed over devices inside what is differentiated: each differentiates its own part, and the collectives of
 experts and attention carry cotangents to where they belong.
 
@@ -37,11 +39,42 @@ class Losses(NamedTuple):
     counts_le: jax.Array  # int32: tokens per MoE layer and expert
 
 
+class Totals(NamedTuple):
+    """Of a global batch, what its losses are divided by: sequences, and labels of the main model (depth 0) and of each
+    MTP depth. room: tokens of the largest batch, which is static."""
+
+    sequences: int | jax.Array
+    labels: tuple[int | jax.Array, ...]
+    room: int
+
+
+def totals(
+    cfg: Config, batch: Batch, sequences: int, micro_batches: jax.Array | None = None, axes: Any = ()
+) -> Totals:
+    """Totals of a global batch with room for `sequences`, of which `batch` are this device's rows.
+
+    micro_batches: of the `grad_accumulation` ones that there is room for, the first so many are there; None: all.
+    axes: the mesh axes that divide the global batch, inside `shard_map`.
+    """
+    t, depths, rows = cfg.data.seq_len, 1 + cfg.model.num_nextn_predict_layers, batch["tokens"].shape[0]
+    room = sequences * t
+    here: int | jax.Array = rows
+    there: int | jax.Array = sequences
+    if micro_batches is not None:
+        here, there = (micro_batches * (x // cfg.train.grad_accumulation) for x in (rows, sequences))
+    if "segments" not in batch:
+        return Totals(there, (there * t,) * depths, room)
+    present_b1 = jnp.arange(rows)[:, None] < here
+    counts = jnp.stack([(targets(batch, t, depth)[1] & present_b1).sum() for depth in range(depths)])
+    counts = lax.psum(counts, axes) if axes else counts
+    return Totals(there, tuple(jnp.maximum(counts, 1).astype(jnp.float32)), room)
+
+
 def targets(batch: Batch, t: int, depth: int) -> tuple[jax.Array, jax.Array]:
     """Labels [b, t] of depth 0 (main model) or k (MTP), and which of them count.
 
     Depth k predicts token i + k + 1 at position i. The last k positions of a window have no label within the
-    window (the sums are still divided by t, section 2.2). With segments, a label of another document does not
+    window. With segments, a label of another document does not
     count.
     """
     tokens, b = batch["tokens"], batch["tokens"].shape[0]
@@ -66,12 +99,12 @@ def losses(
     cfg: Config,
     batch: Batch,
     balance_bias: jax.Array,
-    sequences: int,
+    total: Totals,
     experts: Experts = routed_experts,
     moe_stack: Stack = stack,
     sequence: Whole = WHOLE,
 ) -> Losses:
-    """This device's part of the losses: sums over its tokens divided by those of the `sequences` of the global batch.
+    """This device's part of the losses: sums over its tokens divided by what the global batch has in `total`.
 
     Summed over devices and micro-batches they are the global means. `batch` holds whole sequences, of which a device
     takes its part if `sequence` is divided.
@@ -94,7 +127,7 @@ def losses(
 
     def nll(h, depth):
         labels, valid = map(sequence.own, targets(batch, t, depth))
-        weights = valid.astype(jnp.float32).reshape(-1) / (sequences * t)
+        weights = valid.astype(jnp.float32).reshape(-1) / total.labels[depth]
         return weighted_nll(
             h.reshape(-1, h.shape[-1]), w_dv, labels.reshape(-1), weights, cfg.train.loss_chunk
         )
@@ -104,7 +137,7 @@ def losses(
     for k in range(depths):
         assert aux.mtp is not None
         mtp = mtp + nll(aux.mtp[k], k + 1) / depths
-    share = inputs.shape[0] / sequences
+    share = inputs.shape[0] / total.sequences
     balance = _balance_loss(cfg.balance, aux.seq_loss, aux.classic_loss) * share
     return Losses(nll(h_btd, 0), mtp, balance, aux.expert_counts_le)
 
@@ -116,12 +149,15 @@ def gradients(
     batch: Batch,
     balance_bias: jax.Array,
     mtp_lambda: jax.Array,
-    sequences: int,
+    total: Totals,
     experts: Experts,
     moe_stack: Stack = stack,
     sequence: Whole = WHOLE,
+    micro_batches: int | jax.Array | None = None,
 ) -> tuple[Any, Losses]:
     """Float32 gradients and losses of this device's tokens, in `grad_accumulation` micro-batches.
+
+    `micro_batches` (int32 []): only the first so many of them, so that one program serves batches of all sizes.
 
     Under an FP8 policy the weights' operands, `quantised` (`precision.weights`), serve all micro-batches, and the
     backward pass runs on the losses times a power of two near the global token count: gradients of a mean over a large
@@ -129,11 +165,11 @@ def gradients(
     micro-batch's gradient is rounded to it, as products are; sums are float32.
     """
     policy = preset(cfg.precision)
-    scale = 1.0 if policy is None else 2.0 ** math.ceil(math.log2(sequences * cfg.data.seq_len))
+    scale = 1.0 if policy is None else 2.0 ** math.ceil(math.log2(total.room))
 
     def objective(params, micro):
         weights = attach(params, quantised, policy)
-        parts = losses(weights, cfg, micro, balance_bias, sequences, experts, moe_stack, sequence)
+        parts = losses(weights, cfg, micro, balance_bias, total, experts, moe_stack, sequence)
         return (parts.main + mtp_lambda * parts.mtp + parts.balance) * scale, parts
 
     def grad(params, micro):
@@ -143,11 +179,12 @@ def gradients(
     steps = cfg.train.grad_accumulation
     if steps == 1:
         return grad(params, batch)
-    micro = {name: x.reshape(steps, -1, *x.shape[1:]) for name, x in batch.items()}
+    micro = {name: jnp.reshape(x, (steps, -1, *x.shape[1:])) for name, x in batch.items()}
 
-    def body(total, part):
-        return jax.tree.map(jnp.add, total, grad(params, part)), None
+    def body(i, so_far):
+        part = {name: lax.dynamic_index_in_dim(x, i, keepdims=False) for name, x in micro.items()}
+        return jax.tree.map(jnp.add, so_far, grad(params, part))
 
     shapes = jax.eval_shape(grad, params, {name: x[0] for name, x in micro.items()})
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return lax.scan(body, zero, micro)[0]
+    return lax.fori_loop(0, steps if micro_batches is None else micro_batches, body, zero)

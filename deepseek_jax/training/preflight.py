@@ -49,19 +49,21 @@ def abstract_batch(cfg: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def granularity(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Sequences that a batch is a multiple of. Raises ValueError if `batch_size` is none."""
+    """Sequences of a micro-batch over all devices, of which a batch is a multiple. Raises ValueError if there is none."""
     size = batch_shards(mesh) * cfg.train.grad_accumulation
     if cfg.train.batch_size % size:
         raise ValueError(
             f"train.batch_size={cfg.train.batch_size} must be a multiple of {size}: {batch_shards(mesh)} devices of the "
             f"batch axes x train.grad_accumulation={cfg.train.grad_accumulation}"
         )
-    return size
+    return cfg.train.batch_size // cfg.train.grad_accumulation
 
 
 def trace_step(step_fn: Any, cfg: Config, mesh: Mesh, schedules: Schedules) -> Any:
     """The step for a whole batch, before compilation. Raises ValueError for what cannot be computed."""
-    return step_fn.trace(abstract_state(cfg, mesh), abstract_batch(cfg, mesh), schedules.hyper(0, 0))
+    size = granularity(cfg, mesh)
+    hyper = schedules.of_step(next(schedules.plan(size)), size)
+    return step_fn.trace(abstract_state(cfg, mesh), abstract_batch(cfg, mesh), hyper)
 
 
 def in_background(f: Callable[[], Any]) -> Future:

@@ -78,7 +78,17 @@ class Schedules:
         full = self._train.batch_size
         ramp = self._optimizer.schedule == "deepseek_v3" or self._optimizer.batch_ramp
         start = min(self._optimizer.batch_start or full, full) if ramp else full
+        if start < full == granularity:
+            raise ValueError(
+                f"optimizer.batch_start={start} is less than train.batch_size={full}, but a batch grows by whole "
+                "micro-batches, and this one is whole: raise train.grad_accumulation, or set optimizer.batch_start=0 "
+                "for a constant batch"
+            )
         return max(granularity, start // granularity * granularity)
+
+    def ramps(self, granularity: int) -> bool:
+        """Whether the batch size changes during the run."""
+        return self._batch_start(granularity) < self._train.batch_size
 
     @classmethod
     def of_steps(
@@ -145,7 +155,7 @@ class Schedules:
         """Sequences of the step that starts at `tokens`, a multiple of `granularity`.
 
         Args:
-            granularity: what a batch must divide into (devices of the batch axes times accumulation steps).
+            granularity: sequences of one micro-batch over all devices: a batch is a number of these.
 
         Raises:
             ValueError: `granularity` does not divide batch_size.
@@ -153,8 +163,8 @@ class Schedules:
         full = self._train.batch_size
         if granularity <= 0 or full % granularity:
             raise ValueError(
-                f"train.batch_size={full} must be a multiple of {granularity}, the devices of the batch axes times "
-                "train.grad_accumulation"
+                f"train.batch_size={full} must be a multiple of {granularity}, the sequences of a micro-batch over all "
+                "devices"
             )
         start = self._batch_start(granularity)
         if tokens >= self._batch_ramp:
@@ -166,6 +176,13 @@ class Schedules:
         values = (self.lr(step, tokens), self.gamma(tokens), self.mtp_lambda(tokens))
         scalars: list[Any] = [np.asarray(value, np.float32) for value in values]
         return Hyper(*scalars)
+
+    def of_step(self, plan: "StepPlan", granularity: int) -> Hyper:
+        """`hyper`, with the number of micro-batches where it changes during the run."""
+        hyper = self.hyper(plan.step, plan.tokens)
+        if not self.ramps(granularity):
+            return hyper
+        return hyper._replace(micro_batches=np.int32(plan.batch_size // granularity))
 
     # --- the run as a sequence of steps -------------------------------------------------------------------
 

@@ -31,14 +31,14 @@ def parameter_shares(cfg: Config, mesh: Mesh | AbstractMesh) -> Any:
     return shares(model_params(cfg.model), mesh, table, cfg.model.dtype, quantised, cfg.mesh.zero)
 
 
-def state_shardings(cfg: Config, mesh: Mesh) -> Any:
+def state_shardings(cfg: Config, mesh: Mesh | AbstractMesh) -> Any:
     """A `TrainState` of shardings: the moments lie where their parameters are, the rest is everywhere."""
     params = jax.tree.map(lambda share: NamedSharding(mesh, share.held), parameter_shares(cfg, mesh))
     whole: Any = replicated(mesh)
     return TrainState(whole, params, AdamWState(whole, params, params), whole, whole, whole)
 
 
-def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Experts:
+def experts_over(cfg: Config, mesh: Mesh | AbstractMesh, local: Experts = routed_experts) -> Experts:
     """The routed experts of the forward pass inside `shard_map`; `local` computes one device's share.
 
     Formats of the exchange: what the mesh config names, or else what the precision policy says.
@@ -48,7 +48,7 @@ def experts_over(cfg: Config, mesh: Mesh, local: Experts = routed_experts) -> Ex
     return spread_experts(cfg.model, cfg.mesh, mesh, by_policy, local)
 
 
-def moe_stack_over(cfg: Config, mesh: Mesh, experts: Experts) -> Stack:
+def moe_stack_over(cfg: Config, mesh: Mesh | AbstractMesh, experts: Experts) -> Stack:
     """How the forward pass runs its MoE layers: the batch whole, or in two halves (`mesh.overlap`).
 
     Raises ValueError if there is no exchange to overlap with.

@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Hyper(NamedTuple):
-    """Scheduled scalars of one step, float32 []. Arguments of the jitted step, so no value is compiled in."""
+    """Scheduled scalars of one step, float32 [] but the last. Arguments of the jitted step, so no value is compiled in."""
 
     lr: jax.Array
     gamma: jax.Array  # speed of the balance-bias update (report section 2.1.2)
     mtp_lambda: jax.Array  # weight of the MTP loss (equation 25)
+    # int32 []: of the grad_accumulation micro-batches that a batch has room for, the first so many are there; None: all
+    micro_batches: jax.Array | np.int32 | None = None
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.layers import head_weight
@@ -28,7 +28,7 @@ from deepseek_jax.parallel.tensor import sequence_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.weights import attach
-from deepseek_jax.training.losses import Batch, gradients, targets
+from deepseek_jax.training.losses import Batch, gradients, targets, totals
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
 from deepseek_jax.training.sharding import experts_over, moe_stack_over, parameter_shares, state_shardings
 from deepseek_jax.training.state import Hyper, TrainState
@@ -47,7 +47,7 @@ class Metrics(NamedTuple):
     skipped: jax.Array
 
 
-def creation(cfg: Config, mesh: Mesh) -> Any:
+def creation(cfg: Config, mesh: Mesh | AbstractMesh) -> Any:
     """The jitted function without arguments that makes the first state, each device its own part."""
 
     def create() -> TrainState:
@@ -61,17 +61,17 @@ def creation(cfg: Config, mesh: Mesh) -> Any:
     return jax.jit(create, out_shardings=state_shardings(cfg, mesh), compiler_options=quickly)
 
 
-def abstract_state(cfg: Config, mesh: Mesh) -> TrainState:
+def abstract_state(cfg: Config, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `jax.ShapeDtypeStruct`."""
     return creation(cfg, mesh).eval_shape()
 
 
-def init_state(cfg: Config, mesh: Mesh) -> TrainState:
+def init_state(cfg: Config, mesh: Mesh | AbstractMesh) -> TrainState:
     """Random parameters (from train.seed), empty moments, zero bias; laid out by `state_shardings`."""
     return creation(cfg, mesh)()
 
 
-def _sequences(cfg: Config, mesh: Mesh, batch: Batch) -> int:
+def _sequences(cfg: Config, mesh: Mesh | AbstractMesh, batch: Batch) -> int:
     """Global batch size. Raises ValueError if it does not divide over devices and micro-batches."""
     n, parts = batch["tokens"].shape[0], batch_shards(mesh) * cfg.train.grad_accumulation
     if n % parts:
@@ -82,7 +82,7 @@ def _sequences(cfg: Config, mesh: Mesh, batch: Batch) -> int:
     return n
 
 
-def _check_axes(mesh: Mesh) -> None:
+def _check_axes(mesh: Mesh | AbstractMesh) -> None:
     idle = {axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in TOKEN_AXES}
     if idle:
         raise ValueError(
@@ -92,7 +92,7 @@ def _check_axes(mesh: Mesh) -> None:
 
 
 def make_train_step(
-    cfg: Config, mesh: Mesh
+    cfg: Config, mesh: Mesh | AbstractMesh
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch, hyper) -> (state, metrics). `state` is donated.
 
@@ -101,7 +101,8 @@ def make_train_step(
     scattered once per step. Give it a state of `init_state`, or one laid out by `state_shardings`.
 
     A loss or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
-    Recompiles for each batch size. Raises ValueError for a mesh with a pipeline axis, whose devices would all do the
+    One program serves all batch sizes of a ramp: each device's rows are filled up to the full batch, and
+    `hyper.micro_batches` says how many micro-batches of it are there. Raises ValueError for a mesh with a pipeline axis, whose devices would all do the
     same work, and for what does not divide over the mesh.
     """
     _check_axes(mesh)
@@ -114,9 +115,12 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         n = _sequences(cfg, mesh, batch)
 
-        def local(params, bias, batch, mtp_lambda):
-            read = gather(params, shares, declared, policy)
-            grads, parts = gradients(*read, cfg, batch, bias, mtp_lambda, n, experts, moe_stack, sequence)
+        def local(params, bias, batch, hyper):
+            read, micro = gather(params, shares, declared, policy), hyper.micro_batches
+            total = totals(cfg, batch, n, micro, BATCH_AXES)
+            grads, parts = gradients(
+                *read, cfg, batch, bias, hyper.mtp_lambda, total, experts, moe_stack, sequence, micro
+            )
             return scatter(grads, shares), lax.psum(parts, TOKEN_AXES)
 
         grads, parts = jax.shard_map(
@@ -125,7 +129,7 @@ def make_train_step(
             in_specs=(held, everywhere, PartitionSpec(BATCH_AXES), everywhere),
             out_specs=(held, everywhere),
             check_vma=False,
-        )(state.params, state.balance_bias, batch, hyper.mtp_lambda)
+        )(state.params, state.balance_bias, batch, hyper)
         norm = global_norm(grads)
         finite = jnp.isfinite(parts.main) & jnp.isfinite(parts.mtp) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper.lr, norm, finite)
@@ -153,12 +157,15 @@ def make_train_step(
         step,
         donate_argnums=0,
         out_shardings=(state_shardings(cfg, mesh), replicated(mesh)),
-        compiler_options=compiler_options(cfg.mesh, mesh),
+        compiler_options=compiler_options(cfg.mesh, mesh, cfg.train.deterministic),
     )
 
 
-def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch], jax.Array]:
-    """The jitted evaluation: (params, balance_bias, batch) -> summed nats of each window, float32 [b].
+def make_eval_step(
+    cfg: Config, mesh: Mesh | AbstractMesh
+) -> Callable[[Any, jax.Array, Batch], tuple[jax.Array, jax.Array]]:
+    """The jitted evaluation: (params, balance_bias, batch) -> of each window, summed nats and number of labels that
+    count, both float32 [b].
 
     Raises ValueError for the meshes that `make_train_step` refuses.
     """
@@ -185,13 +192,14 @@ def make_eval_step(cfg: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Batch],
 
         def window(args):
             h, y, v = args
-            return weighted_nll(h, w_dv, y, v.astype(jnp.float32), cfg.train.loss_chunk)
+            weights = v.astype(jnp.float32)
+            return weighted_nll(h, w_dv, y, weights, cfg.train.loss_chunk), weights.sum()
 
         return sequence.total(lax.map(window, (h_btd, labels, valid)))
 
     sharded = PartitionSpec(BATCH_AXES)
     in_specs = (held_specs(shares), PartitionSpec(), sharded)
     return jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharded, check_vma=False),
-        compiler_options=compiler_options(cfg.mesh, mesh),
+        jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(sharded, sharded), check_vma=False),
+        compiler_options=compiler_options(cfg.mesh, mesh, cfg.train.deterministic),
     )

@@ -8,6 +8,12 @@ from jax import lax
 from pallas_kernels.groups import tile_groups
 
 
+def _dot(a, b, contracted) -> jax.Array:
+    """Accumulated in float32; float32 operands are not rounded to TF32."""
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
+
+
 def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, alignment: int) -> jax.Array:
     """a [M, K], b [G, N, K] (or [G, K, N]), group_ids [M] -> [M, N]."""
     m, n = a.shape[0], b.shape[1 if transpose_b else 2]
@@ -17,9 +23,7 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, alignment: in
         a_tile, ids, g = operands
         product = lax.cond(
             g >= 0,
-            lambda: lax.dot_general(a_tile, b[g], contracted, preferred_element_type=jnp.float32).astype(
-                out_dtype
-            ),
+            lambda: _dot(a_tile, b[g], contracted).astype(out_dtype),
             lambda: jnp.zeros((alignment, n), out_dtype),
         )
         return jnp.where(ids[:, None] >= 0, product, 0)
@@ -41,9 +45,7 @@ def grouped_wgrad(a, b, group_sizes, accumulate=None, *, out_dtype, alignment: i
         contracted = (((0,), (0,)), ((), ()))
 
         def add(acc):
-            return acc.at[g].add(
-                lax.dot_general(a_block, b_block, contracted, preferred_element_type=jnp.float32)
-            )
+            return acc.at[g].add(_dot(a_block, b_block, contracted))
 
         return lax.cond(g < num_groups, add, lambda acc: acc, acc), None
 

@@ -12,5 +12,7 @@ def gemm_config(alignment: int, n: int) -> TileConfig:
 
 
 def wgrad_config(m: int, n: int) -> TileConfig:
-    """Tile configuration of the k-grouped product."""
-    return TileConfig(tile_m=tile_columns(m), tile_n=tile_columns(n), stages=5)
+    """Tile configuration of the k-grouped product. Two warpgroups divide a tile, and 32 columns of tokens x channels
+    are half a swizzle: one side has 128."""
+    tile_m, tile_n = tile_columns(m), tile_columns(n)
+    return TileConfig(tile_m=tile_m if tile_n == 128 else 128, tile_n=tile_n, stages=5)

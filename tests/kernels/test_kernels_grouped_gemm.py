@@ -4,6 +4,7 @@ import functools
 from typing import ClassVar
 
 import gemm_oracle as oracle
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -184,3 +185,12 @@ def test_bad_operands_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(("m", "n"), [(16, 32), (64, 64), (192, 64), (72, 200)])
+def test_weight_gradients_of_few_columns_lower_to_the_kernel(m, n):
+    """A tile of 64 x 64 would give each warpgroup half a swizzle."""
+    a, b = (jax.ShapeDtypeStruct((512, width), jnp.bfloat16) for width in (m, n))
+    sizes = jax.ShapeDtypeStruct((GROUPS,), jnp.int32)
+    lowered = jax.jit(grouped_wgrad).trace(a, b, sizes).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()

@@ -29,6 +29,19 @@ def test_frequencies_of_the_released_model():
         np.testing.assert_allclose(got[pair], value, rtol=5e-9, err_msg=str(pair))
 
 
+def test_a_ramp_that_falls():
+    """Where even the fastest pair turns too rarely, the ramp's end (the last pair, 3) lies before its beginning (8):
+    the reference divides by the negative width, so that every pair is interpolated. An empty ramp has width 0.001."""
+    falls = ModelConfig(qk_rope_head_dim=4, rope_theta=2.0, rope_scaling=YarnConfig())
+    plain = 2.0 ** -np.array([0.0, 0.5])
+    np.testing.assert_allclose(inverse_frequencies(falls), plain / 40)
+    # Both ends lie at pair -0.5: the ramp goes from floor(-0.5), but at least 0, to ceil(-0.5) = 0.
+    ends = 7 / (2 * np.pi * 2**-0.25)
+    yarn = YarnConfig(original_max_position_embeddings=7, beta_fast=ends, beta_slow=ends)
+    got = inverse_frequencies(dataclasses.replace(falls, rope_scaling=yarn))
+    np.testing.assert_allclose(got, [plain[0], plain[1] / 40])
+
+
 def test_mscale_enters_the_softmax_scale_squared_and_not_the_rotation():
     np.testing.assert_allclose(softmax_scale(RELEASED), 0.1352337789, rtol=1e-9)
     np.testing.assert_allclose(softmax_scale(ModelConfig()), 0.0721687836, rtol=1e-8)

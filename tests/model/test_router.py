@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.router import affinities, balance_stats, route, update_bias
+from deepseek_jax.model.router import affinities, balance_stats, only_counted, route, update_bias
+from deepseek_jax.model.sequence import WHOLE
 from tests.oracle import model as oracle
 from tests.oracle.tiny import V2, V3
 
@@ -16,7 +17,7 @@ CFG = dataclasses.replace(
     V3, n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=2, routed_scaling_factor=2.5
 )
 ROUTE = jax.jit(route, static_argnums=0)
-STATS = jax.jit(balance_stats, static_argnums=0)
+STATS = jax.jit(balance_stats, static_argnums=(0, 3))
 
 
 def routed(cfg, scores, bias):
@@ -111,6 +112,45 @@ def test_bias_moves_by_exactly_gamma_against_the_load():
     counts = jnp.array([[4, 2, 0], [5, 5, 5]], jnp.int32)
     got = update_bias(jnp.zeros((2, 3)), counts, 0.001)
     np.testing.assert_array_equal(got, np.float32([[-0.001, 0.0, 0.001], [0.0, 0.0, 0.0]]))
+
+
+def far_from_int32(counts):
+    """The rule in integers of any size."""
+    return [[(c * len(row) > sum(row)) - (c * len(row) < sum(row)) for c in row] for row in counts.tolist()]
+
+
+def test_bias_at_the_reports_batch():
+    """15,360 x 4,096 tokens, 8 of 256 experts each: a count times 256, or the sum of all, does not fit into an int32."""
+    tokens, e, k = 15_360 * 4_096, 256, 8
+    mean = tokens * k // e
+    balanced = np.full(e, mean)
+    one_above = balanced + np.eye(e, dtype=int)[3] - np.eye(e, dtype=int)[4]
+    collapsed = np.where(np.arange(e) < k, tokens, 0)  # every token to the same eight experts
+    crowded = np.concatenate([[tokens // 5], np.full(e - 1, (tokens * k - tokens // 5) // (e - 1))])
+    twice = np.full(e, 2**31 - 1) - np.arange(e)  # a sum of 2^39
+    counts = np.stack([balanced, one_above, collapsed, crowded, twice])
+    got = update_bias(jnp.zeros(counts.shape), jnp.asarray(counts, jnp.int32), 1.0)
+    np.testing.assert_array_equal(got, -np.float32(far_from_int32(counts)))
+
+
+def test_bias_of_random_counts():
+    """Small ones too, where counts lie at the mean, or just beside one that is no integer."""
+    counts = np.random.default_rng(0).integers(0, 4, (200, 6))
+    got = update_bias(jnp.zeros(counts.shape), jnp.asarray(counts, jnp.int32), 1.0)
+    np.testing.assert_array_equal(got, -np.float32(far_from_int32(counts)))
+
+
+def test_tokens_that_do_not_count_have_no_load():
+    """The statistics of a batch with masked tokens are those of the tokens left, and none of them is routed."""
+    s = np.random.default_rng(0).uniform(0.1, 0.9, (2, 12, 8)).astype(np.float32)
+    counted = np.arange(12)[None] < np.array([[9], [9]])
+    routing = ROUTE(CFG, s, np.zeros(8, np.float32))
+    masked = only_counted(CFG, routing, counted)
+    assert (np.asarray(masked.experts_btk)[~counted] == 8).all()
+    got = STATS(CFG, s, masked, WHOLE, counted)
+    want = STATS(CFG, s[:, :9], ROUTE(CFG, s[:, :9], np.zeros(8, np.float32)))
+    np.testing.assert_array_equal(got.counts_e, want.counts_e)
+    np.testing.assert_allclose(got[1:], want[1:], rtol=1e-6)
 
 
 def test_no_gradient_reaches_the_bias_or_the_selection():

@@ -86,6 +86,8 @@ def test_compiler_options_are_for_gpus():
     options = compiler_options(cfg, gpus)
     assert options is not None and options["xla_gpu_enable_latency_hiding_scheduler"]
     assert options["xla_gpu_nccl_collective_max_nchannels"] == options["xla_gpu_nccl_p2p_max_nchannels"] == 20
+    assert "xla_gpu_deterministic_ops" not in options
+    assert compiler_options(cfg, gpus, deterministic=True) == options | {"xla_gpu_deterministic_ops": True}
 
 
 PROGRAM = """\

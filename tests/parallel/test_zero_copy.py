@@ -12,10 +12,15 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.transformer import model_params
+<<<<<<< HEAD
 from deepseek_jax.parallel.zero import gather, held_specs, read_dtype, share_of
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.weights import quantise_weights
 from deepseek_jax.training.losses import losses
+=======
+from deepseek_jax.parallel.zero import read_dtype, share_of
+from deepseek_jax.training.losses import losses, totals
+>>>>>>> 89b760b (Right numbers at full size: float32 sums and products, means over counted labels, a bias update without overflow, one program for a ramp)
 from deepseek_jax.training.sharding import parameter_shares
 from deepseek_jax.training.step import make_eval_step
 from tests.parallel.comparison import difference
@@ -104,9 +109,13 @@ def test_gradients_of_cast_weights():
     assert {x.dtype for x in jax.tree.leaves(cast)} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
     batch, bias = {"tokens": tokens(cfg)}, np.zeros(cfg.model.balance_bias_shape, np.float32)
 
+    total = totals(cfg, batch, 8)
+
     @jax.jit
     def both(params, cast):
-        return [jax.value_and_grad(lambda p: losses(p, cfg, batch, bias, 8).main)(p) for p in (params, cast)]
+        return [
+            jax.value_and_grad(lambda p: losses(p, cfg, batch, bias, total).main)(p) for p in (params, cast)
+        ]
 
     (loss, grads), (loss_cast, grads_cast) = both(params, cast)
     assert loss == loss_cast

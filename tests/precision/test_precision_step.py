@@ -15,7 +15,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.linear import Weight, quantise_weight
 from deepseek_jax.precision.weights import attach, quantise_weights
-from deepseek_jax.training.losses import gradients, losses
+from deepseek_jax.training.losses import gradients, losses, totals
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import make_train_step
 from tests.tiny_run import fresh_state, tiny, tokens
@@ -36,7 +36,7 @@ def one_device():
 def test_training_follows_bf16():
     """Every step's loss within the report's 0.25% of the unquantised model's, and not equal to it."""
     cfg = small(grad_accumulation=2)
-    plain = jax.jit(lambda params, bias, batch: losses(params, cfg, batch, bias, 4).main)
+    plain = jax.jit(lambda params, bias, batch: losses(params, cfg, batch, bias, totals(cfg, batch, 4)).main)
     step, state = make_train_step(cfg, one_device()), fresh_state(cfg)
     errors = []
     for i in range(4):
@@ -110,7 +110,17 @@ def test_gradients_do_not_depend_on_how_large_the_global_batch_is():
     def of_batch(sequences):
         params = state.params, quantise_weights(state.params, model_params(cfg.model), POLICY)
         return gradients(
+<<<<<<< HEAD
             *params, cfg, batch, state.balance_bias, jnp.float32(0.3), sequences, routed_experts
+=======
+            state.params,
+            cfg,
+            batch,
+            state.balance_bias,
+            jnp.float32(0.3),
+            totals(cfg, batch, sequences),
+            routed_experts,
+>>>>>>> 89b760b (Right numbers at full size: float32 sums and products, means over counted labels, a bias update without overflow, one program for a ramp)
         )[0]
 
     small_batch, large_batch = of_batch(cfg.train.batch_size), of_batch(n)

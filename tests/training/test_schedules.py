@@ -140,8 +140,9 @@ def test_longer_runs_keep_the_warmup():
 
 def test_hyper_holds_float32_scalars(report):
     hyper = report.hyper(1000, 10**10)
-    assert [v.dtype.name for v in hyper] == ["float32"] * 3 and all(v.shape == () for v in hyper)
-    assert [float(v) for v in hyper] == pytest.approx([1.1e-4, 0.001, 0.3], rel=1e-6)
+    assert [v.dtype.name for v in hyper[:3]] == ["float32"] * 3 and all(v.shape == () for v in hyper[:3])
+    assert hyper.micro_batches is None
+    assert [float(v) for v in hyper[:3]] == pytest.approx([1.1e-4, 0.001, 0.3], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +165,13 @@ def test_the_batch_starts_where_it_can(start, granularity, first):
     sizes = [plan.batch_size for plan in schedules.plan(granularity)]
     assert sizes[0] == first and sizes[-1] == 16 and len(sizes) == 20
     assert len(sizes) == schedules.num_steps(granularity)
+
+
+def test_one_micro_batch_has_no_ramp():
+    with pytest.raises(
+        ValueError, match=r"batch_start=8 .* raise train\.grad_accumulation, or set .*batch_start=0"
+    ):
+        short(20, 16, batch_start=8)
 
 
 # --- simple schedules ---------------------------------------------------------------------------------------

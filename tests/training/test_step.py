@@ -11,7 +11,7 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.transformer import forward
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from deepseek_jax.training.losses import losses
+from deepseek_jax.training.losses import losses, totals
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import make_eval_step, make_train_step
 from tests.oracle.tiny import weights
@@ -124,9 +124,8 @@ def test_bias_moves_against_the_load_by_exactly_gamma():
     before = np.random.default_rng(1).normal(0, 0.1, state.balance_bias.shape).astype(np.float32)
     state, metrics = step(state.replace(balance_bias=jnp.asarray(before)), batch_of(cfg))
     counts = np.asarray(metrics.counts_le)
-    assert (
-        counts.sum(1).tolist() == [4 * 32 * cfg.model.num_experts_per_tok] * cfg.model.balance_bias_shape[0]
-    )
+    # The MTP module has no token to read ahead at a window's last position (equation 22).
+    assert counts.sum(1).tolist() == [4 * n * cfg.model.num_experts_per_tok for n in (32, 31)]
     for layer, row in enumerate(counts):
         for expert, count in enumerate(row):
             over = np.sign(count * row.size - row.sum())
@@ -168,17 +167,19 @@ def deep():
 
 
 def by_hand(hidden, head, batch, depth, sequences):
-    """-1/T sum over i of log P_i^k, in a loop; k = `depth`, T the window's inputs (equations 24 and 25)."""
-    windows, segments, total = batch["tokens"], batch.get("segments"), 0.0
+    """-1/T sum over i of log P_i^k, in a loop; k = `depth`, T the window's inputs (equations 24 and 25), or of packed
+    documents the labels that count."""
+    windows, segments, total, counted = batch["tokens"], batch.get("segments"), 0.0, 0
     t = windows.shape[1] - 1
     for row in range(len(windows)):
         for i in range(t):
             target = i + depth + 1
             if target > t or (segments is not None and segments[row, i] != segments[row, target]):
                 continue
+            counted += 1
             logits = hidden[row, i].astype(np.float64) @ head
             total += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[windows[row, target]]
-    return total / t / sequences
+    return total / (t * sequences if segments is None else counted)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -192,7 +193,7 @@ def test_losses_are_the_papers_sums(packed):
     @jax.jit
     def run(params):
         hidden, aux = forward(params, cfg.model, batch["tokens"][:, :-1], bias, **context)
-        return losses(params, cfg, batch, bias, sequences), hidden, aux
+        return losses(params, cfg, batch, bias, totals(cfg, batch, sequences)), hidden, aux
 
     got, hidden, aux = jax.device_get(run(params))
     head = np.asarray(head_weight(params), np.float64)
@@ -218,7 +219,7 @@ def test_loss_does_not_depend_on_the_chunk(chunk):
         )
         params, _ = weights(cfg.model, 3)
         batch = batch_of(cfg)
-        objective = jax.value_and_grad(lambda p: losses(p, cfg, batch, None, 4).main)
+        objective = jax.value_and_grad(lambda p: losses(p, cfg, batch, None, totals(cfg, batch, 4)).main)
         return jax.jit(objective)(params)
 
     (loss, grads), (loss_1, grads_1) = run(chunk), run(48)  # 128 tokens: 48 leaves a remainder
@@ -231,9 +232,74 @@ def test_evaluation_sums_each_window():
     """Summed over windows and divided by the tokens, it is the training step's loss of the same batch."""
     cfg, _, mesh = base()
     state = fresh_state(cfg)
-    nats = make_eval_step(cfg, mesh)(state.params, state.balance_bias, batch_of(cfg))
-    assert nats.shape == (4,) and nats.dtype == jnp.float32
+    evaluate = make_eval_step(cfg, mesh)
+    nats, labels = evaluate(state.params, state.balance_bias, batch_of(cfg))
+    assert nats.shape == labels.shape == (4,) and nats.dtype == labels.dtype == jnp.float32
+    assert labels.tolist() == [cfg.data.seq_len] * 4
     np.testing.assert_allclose(np.mean(nats) / cfg.data.seq_len, one_step()[1].loss, rtol=REORDERED)
+
+
+def packed_in(documents):
+    """A batch of the same tokens, windows of 33, in so many documents each."""
+    cfg = tiny()
+    segments = np.tile(np.arange(33, dtype=np.int32) * documents // 33, (4, 1))
+    return cfg, batch_of(cfg) | {
+        "segments": segments,
+        "positions": np.tile(np.arange(33, dtype=np.int32), (4, 1)),
+    }
+
+
+@pytest.mark.parametrize("documents", [1, 16])
+def test_means_do_not_depend_on_how_many_labels_are_masked(documents):
+    """A model that knows nothing loses log(vocabulary) per label, of the main model and the MTP module, whether 15 of
+    32 labels lie in another document or none."""
+    cfg, batch = packed_in(documents)
+    params = fresh_state(cfg).params
+    params = params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}
+    bias = np.zeros(cfg.model.balance_bias_shape, np.float32)
+    got = jax.jit(lambda p: losses(p, cfg, batch, bias, totals(cfg, batch, 4)))(params)
+    np.testing.assert_allclose([got.main, got.mtp], np.log(cfg.model.vocab_size), rtol=REORDERED)
+    labels = totals(cfg, batch, 4).labels
+    assert [int(n) for n in labels] == ([4 * 32, 4 * 31] if documents == 1 else [4 * 17, 4 * 1])
+    nats, counted = make_eval_step(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))(params, bias, batch)
+    np.testing.assert_allclose(nats.sum() / counted.sum(), np.log(cfg.model.vocab_size), rtol=REORDERED)
+
+
+# --- the ramp of the batch size -----------------------------------------------------------------------------
+
+
+def ramped(packed, devices=2):
+    """(a step of the first of two micro-batches, the step of a batch that has no more, how often the first compiled)"""
+    cfg, mesh = tiny(train={"grad_accumulation": 2}), make_mesh(MeshConfig(), jax.devices()[:devices])
+    batch = {"tokens": tokens(cfg)} if not packed else packed_in(5)[1]
+    shard = functools.partial(jax.device_put, device=batch_sharding(mesh))
+    step = make_train_step(cfg, mesh)
+
+    def state():
+        return jax.device_put(fresh_state(cfg), replicated(mesh))
+
+    # Of each device's two rows, the second is not there: nonsense in its place must not matter.
+    there = np.arange(4) % 2 == 0
+    hyper = HYPER._replace(micro_batches=np.int32(1))
+    few = {name: np.where(there[:, None], x, 5) for name, x in batch.items()}
+    got = step(state(), shard(few), hyper)
+    step(state(), shard(batch), HYPER._replace(micro_batches=np.int32(2)))
+    half = tiny(train={"batch_size": 2}, optimizer={"batch_start": 2})
+    want = make_train_step(half, mesh)(state(), shard({name: x[there] for name, x in batch.items()}), HYPER)
+    return got, want, step._cache_size()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_smaller_batch_runs_in_the_same_program(packed):
+    got, want, programs = ramped(packed)
+    assert programs == 1
+    (state, metrics), (state_1, metrics_1) = got, want
+    for name in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
+        np.testing.assert_allclose(
+            getattr(metrics, name), getattr(metrics_1, name), rtol=REORDERED, err_msg=name
+        )
+    np.testing.assert_array_equal(metrics.counts_le, metrics_1.counts_le)
+    np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)
 
 
 @pytest.mark.parametrize("make", [make_train_step, make_eval_step])
