@@ -97,7 +97,7 @@ class OptimizerConfig:
     constant_until_tokens: float = 10e12  # peak_lr until here, ...
     cosine_until_tokens: float = 14.3e12  # ... a cosine to mid_lr until here, ...
     mid_until_tokens: float = 14.633e12  # ... mid_lr until here, then final_lr
-    batch_start: int = 3072  # sequences of the first step, if train.batch_size is more; 0: no ramp
+    batch_start: int = 3072  # sequences of the first step; the batch grows by micro-batches; 0: no ramp
     batch_ramp: bool = False  # the ramp of the batch with other schedules than deepseek_v3, too
     batch_ramp_tokens: float = 469e9  # tokens over which the batch grows to train.batch_size
     gamma: float = 0.001  # step of the routers' correction bias

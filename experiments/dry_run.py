@@ -3,7 +3,7 @@
 import jax
 
 from deepseek_jax.config import Config
-from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh, named_devices
+from deepseek_jax.parallel.mesh import abstract_mesh, named_devices
 from deepseek_jax.training.memory import state_memory
 from deepseek_jax.training.preflight import check_tokenizer, granularity, trace_step
 from deepseek_jax.training.schedules import Schedules
@@ -20,18 +20,13 @@ def model_line(cfg: Config) -> str:
 
 
 def report(cfg: Config) -> str:
-    """Several lines. Raises ValueError for what a run would refuse before it reads its data.
-
-    Where fewer devices are at hand than config.mesh names, the step is not traced.
-    """
+    """Several lines. Raises ValueError for what a run would refuse before it reads its data, on however many devices."""
     at_hand, named = jax.device_count(), named_devices(cfg.mesh)
     mesh = abstract_mesh(cfg.mesh, max(at_hand, named))
     size = granularity(cfg, mesh)
     schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len, size)
     check_tokenizer(cfg)
-    if named <= at_hand:
-        real = make_mesh(cfg.mesh)
-        trace_step(make_train_step(cfg, real), cfg, real, schedules)
+    trace_step(make_train_step(cfg, mesh), cfg, mesh, schedules)
     return "\n".join((model_line(cfg), *_run(cfg, schedules, size), *_memory(cfg, mesh, at_hand)))
 
 
@@ -46,7 +41,7 @@ def _run(cfg: Config, schedules: Schedules, size: int) -> tuple[str, ...]:
 
 
 def _memory(cfg: Config, mesh: jax.sharding.AbstractMesh, at_hand: int) -> tuple[str, ...]:
-    missing = "" if mesh.size <= at_hand else f"; {at_hand} are at hand, so that the step was not traced"
+    missing = "" if mesh.size <= at_hand else f", of which {at_hand} are at hand"
     return (
         f"memory on each of {mesh.size} device(s){missing}:",
         plan_memory.report(state_memory(cfg, mesh)),

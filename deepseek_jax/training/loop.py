@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from deepseek_jax import data as data_lib
 from deepseek_jax import now
 from deepseek_jax.config import Config, to_dict
-from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
+from deepseek_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from deepseek_jax.parallel.together import StopVote, batch_share, is_first, on_host
 from deepseek_jax.training.changes import Changes, config_changes
 from deepseek_jax.training.checkpoint import Checkpointer

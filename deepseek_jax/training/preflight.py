@@ -41,7 +41,7 @@ def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
             )
 
 
-def abstract_batch(cfg: Config, mesh: Mesh) -> dict[str, Any]:
+def abstract_batch(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Shapes, dtypes and shardings of a whole batch, as `jax.ShapeDtypeStruct`."""
     names = ("tokens", "segments", "positions") if cfg.data.segments else ("tokens",)
     shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
@@ -59,7 +59,7 @@ def granularity(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
     return cfg.train.batch_size // cfg.train.grad_accumulation
 
 
-def trace_step(step_fn: Any, cfg: Config, mesh: Mesh, schedules: Schedules) -> Any:
+def trace_step(step_fn: Any, cfg: Config, mesh: Mesh | AbstractMesh, schedules: Schedules) -> Any:
     """The step for a whole batch, before compilation. Raises ValueError for what cannot be computed."""
     size = granularity(cfg, mesh)
     hyper = schedules.of_step(next(schedules.plan(size)), size)

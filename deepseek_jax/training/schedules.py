@@ -74,16 +74,13 @@ class Schedules:
         self.warmup_steps = self._scaled_warmup() if self._report else self._checked_warmup()
 
     def _batch_start(self, granularity: int) -> int:
-        """Sequences of the first step: `batch_start`, if that is smaller than the full batch, rounded down."""
+        """Sequences of the first step: `batch_start`, if that is smaller than the full batch, in whole micro-batches.
+
+        So there is no ramp where a batch is one micro-batch (train.grad_accumulation=1).
+        """
         full = self._train.batch_size
         ramp = self._optimizer.schedule == "deepseek_v3" or self._optimizer.batch_ramp
         start = min(self._optimizer.batch_start or full, full) if ramp else full
-        if start < full == granularity:
-            raise ValueError(
-                f"optimizer.batch_start={start} is less than train.batch_size={full}, but a batch grows by whole "
-                "micro-batches, and this one is whole: raise train.grad_accumulation, or set optimizer.batch_start=0 "
-                "for a constant batch"
-            )
         return max(granularity, start // granularity * granularity)
 
     def ramps(self, granularity: int) -> bool:
