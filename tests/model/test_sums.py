@@ -11,6 +11,9 @@ from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import embed
 from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.rows import sum_pairs
+from deepseek_jax.model.transformer import model_params
+from deepseek_jax.precision import preset
+from deepseek_jax.precision.weights import quantise_weights
 from deepseek_jax.training.losses import gradients, totals
 from tests.tiny_run import fresh_state, tiny, tokens
 
@@ -37,7 +40,9 @@ def traced(dtype, precision="bf16", read="float32", remat="none"):
     batch = {"tokens": tokens(cfg)}
 
     def run(params, bias):
-        return gradients(params, cfg, batch, bias, jnp.float32(0.3), totals(cfg, batch, 4), routed_experts)
+        quantised = quantise_weights(params, model_params(cfg.model), preset(precision))
+        total = totals(cfg, batch, 4)
+        return gradients(params, quantised, cfg, batch, bias, jnp.float32(0.3), total, routed_experts)
 
     return list(equations(jax.make_jaxpr(run)(params, state.balance_bias).jaxpr))
 
@@ -76,7 +81,9 @@ def test_the_gates_precision_is_in_the_lowered_program():
     batch, state = {"tokens": tokens(cfg)}, fresh_state(cfg)
 
     def run(params, bias):
-        return gradients(params, cfg, batch, bias, jnp.float32(0.3), totals(cfg, batch, 4), routed_experts)
+        unquantised = quantise_weights(params, model_params(cfg.model), None)
+        total = totals(cfg, batch, 4)
+        return gradients(params, unquantised, cfg, batch, bias, jnp.float32(0.3), total, routed_experts)
 
     lowered = jax.jit(run).trace(state.params, state.balance_bias).lower(lowering_platforms=("cuda",))
     dots = [line for line in lowered.as_text().splitlines() if "dot_general" in line]

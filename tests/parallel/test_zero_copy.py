@@ -12,15 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.transformer import model_params
-<<<<<<< HEAD
 from deepseek_jax.parallel.zero import gather, held_specs, read_dtype, share_of
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.weights import quantise_weights
-from deepseek_jax.training.losses import losses
-=======
-from deepseek_jax.parallel.zero import read_dtype, share_of
 from deepseek_jax.training.losses import losses, totals
->>>>>>> 89b760b (Right numbers at full size: float32 sums and products, means over counted labels, a bias update without overflow, one program for a ramp)
 from deepseek_jax.training.sharding import parameter_shares
 from deepseek_jax.training.step import make_eval_step
 from tests.parallel.comparison import difference

@@ -110,17 +110,13 @@ def test_gradients_do_not_depend_on_how_large_the_global_batch_is():
     def of_batch(sequences):
         params = state.params, quantise_weights(state.params, model_params(cfg.model), POLICY)
         return gradients(
-<<<<<<< HEAD
-            *params, cfg, batch, state.balance_bias, jnp.float32(0.3), sequences, routed_experts
-=======
-            state.params,
+            *params,
             cfg,
             batch,
             state.balance_bias,
             jnp.float32(0.3),
             totals(cfg, batch, sequences),
             routed_experts,
->>>>>>> 89b760b (Right numbers at full size: float32 sums and products, means over counted labels, a bias update without overflow, one program for a ramp)
         )[0]
 
     small_batch, large_batch = of_batch(cfg.train.batch_size), of_batch(n)
