@@ -41,7 +41,9 @@ class DataConfig:
     validation: str | None = None  # a glob; None: hold out `validation_fraction` of the documents
     validation_fraction: float = 0.05  # of the documents, where `validation` is None
     text_field: str = "text"  # field of JSON lines, column of Parquet files
-    tokenizer: str | None = None  # None: train a byte-level BPE of `vocab_size`; else a tokenizer.json
+    tokenizer: str | None = (
+        None  # None: train a byte-level BPE of `vocab_size`; else a tokenizer.json, or a folder with one
+    )
     vocab_size: int = 4096  # ids to train a tokenizer to; the most a loaded one may have
     seq_len: int = 256  # tokens of a window
     fim_rate: float = 0.1  # share of documents turned into fill-in-the-middle (section 4.1)

@@ -31,6 +31,10 @@ _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "
 _FULL_WIDTH_BARS = re.compile("<｜.+｜>", re.DOTALL)
 
 
+# A name, or a name with flags.
+Token = str | AddedToken
+
+
 @dataclasses.dataclass(frozen=True)
 class Declared:
     """What the files beside tokenizer.json declare.
@@ -38,19 +42,21 @@ class Declared:
     Attributes:
         named: by `transformers`' names, "bos_token" and so on; None where a file says so.
         extra: further special tokens, without names.
-        by_id: the list of added tokens, sorted by id.
+        by_id: added tokens.
+        replaces: these stand for those of tokenizer.json, else beside them.
         as_text: special tokens are never matched in a text (`split_special_tokens`).
     """
 
-    named: dict[str, AddedToken | None]
-    extra: tuple[AddedToken, ...]
-    by_id: tuple[AddedToken, ...]
+    named: dict[str, Token | None]
+    extra: tuple[Token, ...]
+    by_id: dict[int, AddedToken]
+    replaces: bool
     as_text: bool
 
     @property
     def names(self) -> dict[str, str]:
         """Named tokens that there are, as templates see them."""
-        return {name: token.content for name, token in self.named.items() if token is not None}
+        return {name: str(token) for name, token in self.named.items() if token is not None}
 
 
 def declared(files: Files) -> Declared:
@@ -66,59 +72,61 @@ def declared(files: Files) -> Declared:
         raise ValueError(f"{CONFIG}: extra_special_tokens={shown(extra)} is not a list of tokens")
     given = [name for name in config if name.endswith("_token") and _is_token(config[name])]
     order = [*(name for name in _NAMES if name in config), *(name for name in given if name not in _NAMES)]
-    extras = tuple(_token(token, "extra_special_tokens", special=True) for token in extra)
-    named = {name: None if config[name] is None else _token(config[name], name, True) for name in order}
-    special = {token.content for token in (*named.values(), *extras) if token is not None}
+    extras = tuple(_token(token, "extra_special_tokens") for token in extra)
+    named = {name: None if config[name] is None else _token(config[name], name) for name in order}
+    special = {str(token) for token in (*(named.get(name) for name in _NAMES), *extras) if token is not None}
     by_id = _by_id(config, files, special)
-    flags = {token.content: token for token in by_id}
-    named = {
-        name: None if token is None else flags.get(token.content, token) for name, token in named.items()
-    }
-    return Declared(named, extras, by_id, config.get("split_special_tokens") is True)
+    as_text = config.get("split_special_tokens") is True
+    return Declared(named, extras, by_id, "added_tokens_decoder" in config, as_text)
 
 
 def _is_token(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
 
 
-def _token(value: Any, name: str, special: bool = False) -> AddedToken:
+def _token(value: Any, name: str) -> Token:
     if not _is_token(value):
         raise ValueError(f"{CONFIG}: {name}={shown(value)} is not a token")
-    if isinstance(value, str):
-        return AddedToken(value, special=special)
-    flags = {key: value[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in value}
-    return AddedToken(value["content"], **flags, special=bool(value.get("special", special)))
+    return value if isinstance(value, str) else _with_flags(value)
 
 
-def _by_id(config: Mapping[str, Any], files: Files, special: set[str]) -> tuple[AddedToken, ...]:
+def _with_flags(value: Mapping[str, Any]) -> AddedToken:
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(value["content"], **{name: bool(value[name]) for name in names if name in value})
+
+
+def _by_id(config: Mapping[str, Any], files: Files, special: set[str]) -> dict[int, AddedToken]:
     if "added_tokens_decoder" in config:
         listed = config["added_tokens_decoder"]
         if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
             raise ValueError(f"{CONFIG}: added_tokens_decoder is not an object of tokens by id")
-        return tuple(_token(listed[key], f"added_tokens_decoder.{key}") for key in sorted(listed, key=int))
+        for key, token in listed.items():
+            if not isinstance(token, dict) or not _is_token(token):
+                raise ValueError(f"{CONFIG}: added_tokens_decoder.{key}={shown(token)} is not a token")
+        return {int(key): _with_flags(token) for key, token in listed.items()}
     ids = to_object(files, ADDED)
     if not all(isinstance(i, int) for i in ids.values()):
         raise ValueError(f"{ADDED} is not an object of ids by token")
-    return tuple(
-        AddedToken(text, normalized=text not in special, special=text in special)
-        for text in sorted(ids, key=ids.__getitem__)
-    )
+    return {
+        i: AddedToken(text, normalized=text not in special, special=text in special)
+        for text, i in ids.items()
+    }
 
 
 def add_to(backend: tokenizers.Tokenizer, said: Declared) -> None:
     """Adds to the vocabulary what it lacks: listed tokens first, then named and further special ones."""
-    present = backend.get_added_tokens_decoder().values()
-    representations = {repr(token) for token in present}
-    new = [token for token in said.by_id if repr(token) not in representations]
-    known = {token.content for token in (*present, *new)}
+    present = backend.get_added_tokens_decoder()
+    listed = said.by_id if said.replaces else said.by_id | present
+    new: list[Token] = [listed[i] for i in sorted(listed)]
+    known = {str(token) for token in (*present.values(), *new)}
     for token in (*said.named.values(), *said.extra):
-        if token is not None and token.content not in known:
+        if token is not None and str(token) not in known and token not in new:
             new.append(token)
-            known.add(token.content)
     names = said.names.values()
-    for token in new:
+    tokens = [AddedToken(token, special=True) if isinstance(token, str) else token for token in new]
+    for token in tokens:
         token.special = token.special or token.content in names
-    backend.add_tokens(new)
+    backend.add_tokens(tokens)
     backend.encode_special_tokens = said.as_text
 
 

@@ -274,7 +274,7 @@ def _special_names(
         if f"{name}_token" in said.named:
             token = said.named[f"{name}_token"]
             found.pop(name, None)
-            found |= {} if token is None else {name: token.content}
+            found |= {} if token is None else {name: str(token)}
     return found
 
 
