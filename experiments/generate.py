@@ -1,7 +1,14 @@
-"""Generate text from a training run:
+"""Generate text from a training run or a Hugging Face folder:
 
     python -m experiments.generate --checkpoint=runs/tiny --prompt="import os"
+    python -m experiments.generate --checkpoint=runs/tiny --prompt="import os" --temperature=0.8 --top_p=0.95 --stop="def "
+    python -m experiments.generate --checkpoint=runs/tiny --prompts_file=prompts.jsonl --out=completions.jsonl
+    python -m experiments.generate --checkpoint=FOLDER --chat
     python -m experiments.generate --checkpoint=runs/tiny --prompt="import os" --mesh=node=2,local=4
+
+The text of a single prompt appears while it is generated. A file of prompts is text, one on each line, or JSON lines
+(.jsonl) with "prompt" or "messages"; `--out` writes JSON lines. Prompt i of several is drawn with the seed `--seed` + i,
+counted from 0, turn i of a chat likewise.
 
 `--mesh` spreads the experts over devices: sizes of the mesh axes data, node, local and tensor, and any other key of
 `config.mesh` that says how tokens travel (experts, dispatch, combine, receive). On CPU, as many devices are made.
@@ -9,65 +16,163 @@
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
 
-from deepseek_jax.config import MeshConfig, build
-from experiments import command_line
+from experiments import command_line, prompts
 from experiments.devices import cpu_devices
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A training run's output folder, or a Hugging Face folder.", required=True
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat for a batch.")
+_FILE = flags.DEFINE_string("prompts_file", None, "Prompts of a file: lines of text, or JSON lines (.jsonl).")
+_OUT = flags.DEFINE_string("out", None, "A new file for the completions, as JSON lines.")
+_BATCH = flags.DEFINE_integer(
+    "batch_size", 16, "Prompts of a file that are generated together.", lower_bound=1
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default: the newest.")
 _TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus sampling.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Only the most likely tokens with this probability together; 1: all."
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k most likely tokens; 0: all.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Only tokens this times as likely as the most likely one; 0: all.")
+_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Above 1: tokens that were there already are less likely."
+)
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "Text that ends a completion, and is left out; repeat for more."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_LOGPROBS = flags.DEFINE_bool("logprobs", False, "Log-probabilities (nats) of the tokens, too.")
 _SPECULATIVE = flags.DEFINE_bool("speculative", False, "Draft with the MTP module.")
 _CHAT = flags.DEFINE_bool("chat", False, "Talk: one line of input is one turn; an empty line ends.")
+_SYSTEM = flags.DEFINE_string("system", None, "The system's message at the beginning of a chat.")
 _MESH = flags.DEFINE_string("mesh", "", "Over which devices, as node=2,local=4; empty: on one.")
-_MTP = flags.DEFINE_bool("mtp", True, "--nomtp leaves the MTP modules of a Hugging Face folder out.")
 _EMA = flags.DEFINE_bool("ema", False, "Use the averaged parameters.")
 
+LINE = "-" * 75
 
-def _options() -> dict:
+
+def _options() -> dict[str, Any]:
     return {
         "temperature": _TEMPERATURE.value,
         "top_p": _TOP_P.value,
-        "seed": _SEED.value,
+        "top_k": _TOP_K.value,
+        "min_p": _MIN_P.value,
+        "repetition_penalty": _PENALTY.value,
+        "stop": _STOP.value,
         "speculative": _SPECULATIVE.value,
     }
 
 
-def _complete(model) -> None:
-    prompts = list(_PROMPT.value)
-    if not prompts:
-        raise ValueError("give --prompt=TEXT (or --chat)")
-    for prompt, out in zip(prompts, model.generate(prompts, _TOKENS.value, **_options()), strict=True):
-        print(prompt + out)
-        print("-" * 75)
+# --- completions ----------------------------------------------------------------------------------------------------
+
+
+def _records() -> list[prompts.Record]:
+    if _CHAT.value:
+        raise ValueError(
+            "--chat takes its turns from standard input: leave out --prompt, --prompts_file and --out"
+        )
+    given = [{"prompt": text} for text in _PROMPT.value]
+    return given + (prompts.read_prompts(_FILE.value) if _FILE.value is not None else [])
+
+
+def _show(pieces: Iterator[str], shown: list[str]) -> None:
+    """Prints text as it comes, and notes it in `shown`; then ends the line, also at Ctrl-C."""
+    try:
+        for piece in pieces:
+            shown.append(piece)
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+def _generated(model: Any, ids: list[list[int]]) -> Iterator[Any]:
+    """The `Completion` of each prompt, batch by batch; the last batch is filled up, so that its size compiles nothing."""
+    size = min(_BATCH.value, len(ids))
+    for start in range(0, len(ids), size):
+        part = ids[start : start + size]
+        filled = part + [part[-1]] * (size - len(part))
+        seeds = range(_SEED.value + start, _SEED.value + start + size)
+        yield from model.generate(filled, _TOKENS.value, seed=seeds, logprobs=True, **_options())[: len(part)]
+
+
+def _print(model: Any, record: prompts.Record, done: Any) -> None:
+    if done.text is None:
+        print(record["prompt"], done.tokens)
+    else:
+        print(record["prompt"] + done.text if isinstance(record.get("prompt"), str) else done.text)
+    if _LOGPROBS.value:
+        for token, own, sampled in zip(done.tokens, done.logprobs, done.sampled_logprobs, strict=True):
+            text = "" if model.tokenizer is None else repr(model.tokenizer.token(token))
+            print(f"{token:>8} {own:9.4f} {sampled:9.4f}  {text}")
+    print(f"{LINE} {done.finish_reason}", flush=True)
+
+
+def _complete(model: Any, records: list[prompts.Record]) -> None:
+    ids = prompts.token_ids(model, records, _TOKENS.value)
+    if _OUT.value is not None:
+        with prompts.Writer(_OUT.value, _LOGPROBS.value) as writer:
+            for record, done in zip(records, _generated(model, ids), strict=True):
+                writer.write(record, done)
+        print(f"{len(ids)} completions in {_OUT.value}")
+    elif len(ids) == 1 and model.tokenizer is not None and not _LOGPROBS.value:
+        print(_PROMPT.value[0] if _PROMPT.value else "", end="", flush=True)
+        _show(model.stream(ids[0], _TOKENS.value, seed=_SEED.value, **_options()), [])
+        print(LINE)
+    else:
+        for record, done in zip(records, _generated(model, ids), strict=True):
+            _print(model, record, done)
     if model.last_stats is not None:
         stats = model.last_stats
         print(f"drafts accepted: {stats.acceptance:.1%}, {stats.tokens_per_step:.2f} tokens per step")
 
 
-def _chat(model) -> None:
-    messages = []
-    for line in sys.stdin:
-        if not line.strip():
-            break
-        messages.append({"role": "user", "content": line.strip()})
-        reply = model.chat(messages, _TOKENS.value, **_options())
-        messages.append({"role": "assistant", "content": reply})
-        print(reply, flush=True)
+# --- chat -----------------------------------------------------------------------------------------------------------
 
 
-def parse_mesh(text: str) -> MeshConfig | None:
+def _turns() -> Iterator[str]:
+    """Lines of standard input up to an empty one. Roles go to standard error: what is piped on are the replies alone."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (makes the line editable)
+        print("An empty line ends the chat; Ctrl-C ends a reply.", file=sys.stderr)
+    while True:
+        print("user> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = input().strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        yield line
+
+
+def _chat(model: Any) -> None:
+    messages = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
+    for turn, line in enumerate(_turns()):
+        messages.append({"role": "user", "content": line})
+        ids = model.tokenizer.encode_chat(messages)
+        room = max(1, min(_TOKENS.value, model.config.max_position_embeddings - len(ids)))
+        print("assistant> ", end="", file=sys.stderr, flush=True)
+        reply: list[str] = []
+        with contextlib.suppress(KeyboardInterrupt):
+            _show(model.stream(ids, room, seed=_SEED.value + turn, **_options()), reply)
+        messages.append({"role": "assistant", "content": "".join(reply)})
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def parse_mesh(text: str) -> Any:
     """ "node=2,local=4" -> MeshConfig with `data` 1 unless it is named; None for "". Raises ValueError."""
+    from deepseek_jax.config import MeshConfig, build
+
     values: dict[str, Any] = {"data": 1} if text else {}
     for pair in text.split(",") if text else ():
         key, equals, value = pair.partition("=")
@@ -86,13 +191,19 @@ def _number(text: str) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     command_line.parse_flags(argv)
+    asked = _PROMPT.value or _FILE.value is not None or _OUT.value is not None
+    records = _records() if asked else []
+    if not records and not _CHAT.value:
+        raise ValueError("give --prompt=TEXT, --prompts_file=FILE or --chat")
     mesh = parse_mesh(_MESH.value)
     if mesh is not None:
         cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor)
     import deepseek_jax
 
-    model = deepseek_jax.load(_CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, mtp=_MTP.value, mesh=mesh)
-    _chat(model) if _CHAT.value else _complete(model)
+    model = deepseek_jax.load(_CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, mesh=mesh)
+    if _CHAT.value and model.tokenizer is None:
+        raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.json: a chat needs one")
+    _chat(model) if _CHAT.value else _complete(model, records)
     return 0
 
 

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from deepseek_jax.data import text_files
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.special_tokens import declared
-from tests.inference.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -181,27 +178,3 @@ def test_bad_messages(messages, text):
 def test_bad_templates(template, error):
     with pytest.raises(ValueError, match=f"chat template: .*{error}"):
         ChatTemplate(template).render([QUESTION])
-
-
-def test_the_command_chats(tmp_path):
-    """Two turns on standard input give two replies, each that of `Model.chat` on the conversation so far."""
-    import deepseek_jax
-
-    folder = save_checkpoint(tmp_path / "checkpoint", seed=1)
-    command = [sys.executable, "-m", "experiments.generate", f"--checkpoint={folder}", "--chat"]
-    done = subprocess.run(
-        [*command, "--max_new_tokens=4"],
-        input="hello\nmore\n\nnot a turn\n",
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    model, messages, replies = deepseek_jax.load(folder), [], []
-    for line in ("hello", "more"):
-        messages.append({"role": "user", "content": line})
-        replies.append(model.chat(messages, 4))
-        messages.append({"role": "assistant", "content": replies[-1]})
-    assert done.stdout == "".join(f"{reply}\n" for reply in replies)
-    assert replies[0] and replies[0] != replies[1]

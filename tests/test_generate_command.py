@@ -1,0 +1,182 @@
+"""`python -m experiments.generate`: prompts from files, JSON lines, chat, and how it ends."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+
+import deepseek_jax
+from experiments import generate, prompts
+from tests.inference.checkpoint import save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+HOT = ["--temperature=2.0", "--top_k=200", "--seed=5", "--max_new_tokens=4"]
+SETTINGS = {"temperature": 2.0, "top_k": 200}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("command") / "checkpoint", seed=1)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return deepseek_jax.load(folder)
+
+
+def run(folder, *arguments):
+    """In this process; (standard output's owner reads it)."""
+    with flagsaver.flagsaver():
+        return generate.main([f"--checkpoint={folder}", *arguments])
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_text_file(tmp_path):
+    (tmp_path / "a.txt").write_text("import os\n\n  def é(x):\n{}\n", encoding="utf-8")
+    got = prompts.read_prompts(str(tmp_path / "a.txt"))
+    assert [record["prompt"] for record in got] == ["import os", "  def é(x):", "{}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("a.txt", b"\n \n", "holds no prompts"),
+        ("a.txt", b"a\n\xff\n", "a.txt, line 2 is not UTF-8"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": }\n', "a.jsonl, line 2 is not valid JSON"),
+        ("a.jsonl", b"3\n", "line 1 does not hold a JSON object"),
+        ("a.jsonl", b'{"text": "a"}', r"""line 1 needs one of "prompt" and "messages", and has \['text'\]"""),
+        ("a.jsonl", b'{"prompt": "a", "messages": []}', "needs one of"),
+        ("a.jsonl", b'{"prompt": [1, 2.5]}', "must be text or a list of token ids"),
+        ("a.jsonl", b'{"messages": "hi"}', 'must be a list of objects with "role"'),
+    ],
+)
+def test_files_that_hold_no_prompts(tmp_path, name, raw, message):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        prompts.read_prompts(str(tmp_path / name))
+
+
+def test_a_file_of_prompts_and_a_file_of_completions(folder, model, tmp_path, capsys):
+    """Text, ids and a conversation in batches of two; each record comes back, its i-th with the seed + i."""
+    records = [
+        {"prompt": "the keys", "id": 7},
+        {"prompt": model.tokenizer.encode("the rest")},
+        {"messages": [{"role": "user", "content": "the keys"}], "note": "木"},
+    ]
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    more = ["--batch_size=2", "--logprobs", f"--prompts_file={path}", f"--out={out}"]
+    assert run(folder, *HOT, *more) == 0
+    assert "3 completions in" in capsys.readouterr().out
+    got = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    ids = prompts.token_ids(model, records, 4)
+    for i, (record, new) in enumerate(zip(records, got, strict=True)):
+        want = model.generate(ids[i], 4, seed=5 + i, logprobs=True, **SETTINGS)
+        done = {"completion": want.text, "finish_reason": want.finish_reason, "tokens": want.tokens}
+        assert {name: new[name] for name in (*record, *done)} == record | done
+        assert new["logprobs"] == pytest.approx(want.logprobs, abs=1e-4) and len(new["sampled_logprobs"]) == 4
+    with pytest.raises(ValueError, match=r"out.jsonl exists: name another file"):
+        run(folder, *HOT, *more)
+    (tmp_path / "long.txt").write_text("a\n" + "long " * 100)
+    with pytest.raises(
+        ValueError, match=r"prompt 2 has \d+ tokens: with --max_new_tokens=4 that exceeds the model's 128"
+    ):
+        run(folder, *HOT, f"--prompts_file={tmp_path / 'long.txt'}")
+
+
+def test_one_prompt_and_several_on_the_terminal(folder, model, capsys):
+    want = model.generate("the keys", 4, seed=5, **SETTINGS)
+    assert run(folder, *HOT, "--prompt=the keys") == 0
+    assert capsys.readouterr().out == f"the keys{want}\n{generate.LINE}\n"
+    stop = want[1:3]
+    assert run(folder, *HOT, "--prompt=the keys", f"--stop={stop}") == 0
+    assert capsys.readouterr().out.startswith(f"the keys{want[: want.index(stop)]}\n")
+    assert run(folder, *HOT, "--prompt=the keys", "--prompt=the rest", "--logprobs") == 0
+    out = capsys.readouterr().out
+    other = model.generate("the rest", 4, seed=6, **SETTINGS)
+    assert out.startswith(f"the keys{want}\n") and f"the rest{other}\n" in out
+    assert len(out.splitlines()) >= 2 * (1 + 4 + 1)  # text, a line for each token, the reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"give --prompt=TEXT, --prompts_file=FILE or --chat"),
+        (["--chat", "--prompt=a"], r"--chat takes its turns from standard input"),
+        ([*HOT, "--prompt=a", "--prompt="], "prompt 2 is empty"),
+        ([*HOT, "--prompt=a", "--top_k=-2"], "top_k=-2 must be"),
+        ([*HOT, "--prompt=a", "--repetition_penalty=2", "--speculative"], "does not go with speculative"),
+    ],
+)
+def test_mistakes(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(folder, *arguments)
+
+
+# --- chat -------------------------------------------------------------------------------------------------------
+
+
+def replies_by_hand(model, lines, system=()):
+    messages, replies = list(system), []
+    for turn, line in enumerate(lines):
+        messages.append({"role": "user", "content": line})
+        replies.append(model.chat(messages, 4, seed=5 + turn, **SETTINGS))
+        messages.append({"role": "assistant", "content": replies[-1]})
+    return replies
+
+
+def test_a_chat_has_roles_and_a_seed_for_each_turn(folder, model, capsys, monkeypatch):
+    """Replies alone on standard output, the roles on standard error; an empty line ends it."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nhello\n\nnot a turn\n"))
+    assert run(folder, "--chat", "--system=the rest", *HOT) == 0
+    out, err = capsys.readouterr()
+    want = replies_by_hand(model, ["hello", "hello"], [{"role": "system", "content": "the rest"}])
+    assert out == "".join(f"{reply}\n" for reply in want) and want[0] != want[1]
+    assert err == "user> assistant> user> assistant> user> "
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_chat(folder, model, capsys, monkeypatch):
+    whole, calls = deepseek_jax.Model.stream, []
+
+    def stream(self, ids, *args, **kwargs):
+        calls.append(ids)
+        yield "half "
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        yield from whole(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(deepseek_jax.Model, "stream", stream)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nmore\n"))
+    assert run(folder, "--chat", *HOT) == 0
+    assert capsys.readouterr().out.startswith("half \nhalf ")
+    turns = [("user", "hello"), ("assistant", "half "), ("user", "more")]
+    want = model.tokenizer.encode_chat([{"role": role, "content": text} for role, text in turns])
+    assert calls[1] == want
+
+
+def test_ctrl_c_shows_no_traceback(folder):
+    """Sent while the programs compile, after the prompt is on the screen."""
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.generate",
+        f"--checkpoint={folder}",
+        *HOT,
+        "--prompt=the keys",
+    ]
+    environment = os.environ | {"DEEPSEEK_JAX_CACHE": "off"}
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout.read(8) == "the keys"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err == "error: interrupted\n", (out, err)
