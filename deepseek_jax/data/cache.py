@@ -23,9 +23,10 @@ Files = list[SourceFile]
 
 def open_entry(
     folder: Path,
-    files: Callable[[], Files],
+    files: Files,
     *,
     what: str,
+    files_now: Callable[[], Files],
     load: Callable[[Path, Meta], T | None],
     renewed: Callable[[Files, Meta], Meta | None],
     make: Callable[[Path], Meta],
@@ -33,10 +34,11 @@ def open_entry(
     """What `load` makes of the entry `folder`, which `make` makes first where it is absent, damaged or outdated.
 
     Args:
-        files: the files that the entry is made of, as they are now.
+        files: what the entry is made of.
+        files_now: lists them anew, to see whether one of them changed while the entry was made.
         what: what making it means, for whoever shows it: "tokenizing data/*.jsonl".
         load: from the folder and its meta; None where it is damaged.
-        renewed: of an entry of these other files, what its meta is with the present ones; None: it is outdated.
+        renewed: of an entry of these other files, what its meta is with `files`; None: it is outdated.
         make: fills an empty folder; what it returns is in the meta, which takes JSON.
 
     Raises:
@@ -45,16 +47,16 @@ def open_entry(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     found = _open(folder, load)
-    if found is not None and found[1] == files():
+    if found is not None and found[1] == files:
         return found[0]
     with _alone(folder, what):
-        found, present = _open(folder, load), files()
-        meta = renewed(*found[1:]) if found and found[1] != present else None
+        found = _open(folder, load)
+        meta = renewed(*found[1:]) if found and found[1] != files else None
         if meta is not None:
-            _write_meta(folder, present, meta)
-        elif found is None or found[1] != present:
+            _write_meta(folder, files, meta)
+        elif found is None or found[1] != files:
             with now.doing(what):
-                _make(folder, files, make)
+                _make(folder, files, files_now, make)
         found = _open(folder, load)
     if found is None:
         raise OSError(f"{folder} was written but does not read back: is the disk full or failing?")
@@ -71,18 +73,15 @@ def _open(folder: Path, load: Callable[[Path, Meta], T | None]) -> tuple[T, File
     return None if loaded is None else (loaded, files, meta)
 
 
-def _make(folder: Path, files: Callable[[], Files], make: Callable[[Path], Meta]) -> None:
-    building, before = folder.with_name(folder.name + ".building"), files()
+def _make(folder: Path, files: Files, files_now: Callable[[], Files], make: Callable[[Path], Meta]) -> None:
+    building = folder.with_name(folder.name + ".building")
     shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
     building.mkdir()
     try:
         meta = make(building)
-        changed = set(before).symmetric_difference(files())
-        if changed:
-            raise ValueError(
-                f"{min(changed).path} changed while the corpus was being read ({len(changed)} changes): start again"
-            )
-        _write_meta(building, before, meta)
+        if changed := set(files) - set(files_now()):
+            raise ValueError(f"{min(changed).path} changed while the corpus was being read: start again")
+        _write_meta(building, files, meta)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(building, folder)
     finally:

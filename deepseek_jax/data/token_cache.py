@@ -74,8 +74,9 @@ def encode_corpus(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Enco
     """The ids of `corpus`, from `cache_dir` where its files have not changed since they were encoded."""
     return cache.open_entry(
         cache_dir / f"tokens-{corpus_key(corpus, tokenizer.fingerprint)}",
-        corpus.files_now,
+        corpus.files,
         what=f"tokenizing {corpus.source} ({corpus.num_bytes / 1e6:,.0f} MB of files)",
+        files_now=corpus.files_now,
         load=lambda folder, meta: _load(folder, meta, tokenizer.vocab_size),
         renewed=functools.partial(_renewed, corpus),
         make=lambda folder: _make(folder, corpus, tokenizer),

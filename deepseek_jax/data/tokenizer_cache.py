@@ -37,8 +37,9 @@ def trained_tokenizer(
     name = hashlib.sha256(keys.encode()).hexdigest()[:16]
     return cache.open_entry(
         cache_dir / f"tokenizer-{name}-{vocab_size}",
-        lambda: [file for corpus in corpora for file in corpus.files_now()],
+        [file for corpus in corpora for file in corpus.files],
         what=f"training a tokenizer on {', '.join(corpus.source for corpus in corpora)}",
+        files_now=lambda: [file for corpus in corpora for file in corpus.files_now()],
         load=lambda folder, _: Tokenizer.load(folder / "tokenizer.json"),
         renewed=renewed,
         make=make,

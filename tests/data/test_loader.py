@@ -173,6 +173,24 @@ def test_blocks_follow_each_other_and_resume_inside_any(load, monkeypatch):
         load().train.restore(json.loads(states[3]))
 
 
+def test_an_epoch_begins_with_the_fim_of_its_first_block_alone(load, monkeypatch):
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 3000)
+    monkeypatch.setattr(packing, "BLOCK_WINDOWS", 1)
+    stream = load(fim_rate=1.0).train
+    (packer,) = stream._packers
+    made, fim_documents = [], packing.fim_documents
+
+    def counted(texts, indices, *args):
+        made.extend(indices)
+        return fim_documents(texts, indices, *args)
+
+    monkeypatch.setattr(packing, "fim_documents", counted)
+    stream.take(1)
+    stream._ahead[2].result()
+    first = set(packer.block(0, 0)._order.tolist())
+    assert 0 < len(first) < len(packer.documents) / 2 and set(made) == first
+
+
 def test_sources_take_turns_by_weight(load, module_folder, tmp_path):
     (tmp_path / "words").mkdir()
     for i in range(30):

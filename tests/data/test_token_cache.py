@@ -164,6 +164,23 @@ def test_a_file_that_changes_while_it_is_read(folder, encode, monkeypatch):
         encode()
 
 
+def test_files_that_come_while_others_are_read(folder, tokenizer, reads):
+    """A cache inside the corpus is no change of it; a new shard is there at the next start."""
+    corpus = Corpus(str(folder))
+
+    def encode_here():
+        return encode_corpus(Corpus(str(folder)), tokenizer, folder / "cache")
+
+    (folder / "late.jsonl").write_text(json.dumps({"text": "late"}))
+    first = encode_corpus(corpus, tokenizer, folder / "cache")
+    again = encode_here()
+    assert again.report.documents == first.report.documents + 1
+    reads.clear()
+    ids = again.train.ids.tolist()
+    assert encode_here().train.ids.tolist() == ids
+    assert not any(name.endswith("jsonl") for name in reads)
+
+
 def test_others_wait_for_the_one_that_builds_and_say_so(encode, tmp_path):
     encode()
     entry = entry_of(tmp_path)
