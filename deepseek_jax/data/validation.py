@@ -65,11 +65,16 @@ def validation_windows(streams: Sequence[PackedStream], tokenizer: Tokenizer, se
     starts = np.cumsum([0, *map(len, streams)], dtype=np.int64)
     total = int(starts[-1])
     num_windows = min(total, max(1, MAX_VALIDATION_TOKENS // seq_len))
-    windows = []
-    for i in range(num_windows):
+
+    def window(i: int) -> dict[str, np.ndarray]:
         place = i * total // num_windows
         source = int(np.searchsorted(starts, place, side="right")) - 1
-        windows.append(streams[source][place - int(starts[source])])
-    batch = {name: np.stack([window[name] for window in windows]) for name in windows[0]}
-    bytes_n = tokenizer.byte_lengths()[batch["tokens"][:, 1:]].sum(axis=1, dtype=np.int64)
+        return streams[source][place - int(starts[source])]
+
+    batch = {name: np.empty((num_windows, len(x)), x.dtype) for name, x in window(0).items()}
+    for i in range(num_windows):
+        for name, x in window(i).items():
+            batch[name][i] = x
+    lengths_v = tokenizer.byte_lengths()
+    bytes_n = np.array([lengths_v[tokens[1:]].sum() for tokens in batch["tokens"]], np.int64)
     return Validation(batch, bytes_n)
