@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from deepseek_jax.json_files import read_object
+
 FILES = "files.json"
 _THREADS = min(8, os.cpu_count() or 1)  # hashing and reading release the interpreter's lock
 
@@ -48,11 +50,11 @@ def write(root: Path, folders: Iterable[str]) -> None:
 
 
 def read(root: Path) -> dict[str, File]:
-    """The list that `write` left in `root`. Raises ValueError (OSError) if it is damaged (not there)."""
-    listed = json.loads((root / FILES).read_text(encoding="utf-8"))
-    if isinstance(listed, dict) and listed and all(type(size) is int for size in listed.values()):
+    """The list that `write` left in `root`. Raises ValueError if it is damaged or not there."""
+    listed = read_object(root / FILES)
+    if listed and all(type(size) is int for size in listed.values()):
         return {name: File(size, None) for name, size in listed.items()}  # before there were digests
-    table = listed.get("files") if isinstance(listed, dict) else None
+    table = listed.get("files")
     if not isinstance(table, dict) or listed.get("sha256") != _of_table(table):
         raise ValueError(f"{root / FILES} has changed since it was written")
     return {name: File(*entry) for name, entry in table.items()}

@@ -163,6 +163,8 @@ def _not_within(given: Any, got: Any, path: str) -> str | None:
     if isinstance(given, dict) and isinstance(got, dict):
         found = (_not_within(value, got.get(key), f"{path}.{key}") for key, value in given.items())
         return next((x for x in found if x), None)
+    if isinstance(given, list | tuple) and isinstance(got, list | tuple):
+        given, got = list(given), list(got)
     return None if given == got else f"{path[1:]} is {got!r}, {given!r} was given"
 
 

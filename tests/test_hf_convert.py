@@ -10,10 +10,13 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.torch
+import tensorstore
 import tokenizers
 import torch
+from etils import epath
 from tokenizers import models
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -21,7 +24,7 @@ import deepseek_jax
 from deepseek_jax import hf, inventory
 from deepseek_jax.config import Config, DataConfig, ModelConfig, build
 from deepseek_jax.data import Tokenizer, text_files, train_tokenizer
-from deepseek_jax.hf import convert
+from deepseek_jax.hf import convert, orbax
 from deepseek_jax.training.checkpoint import Checkpointer, load_params
 from tests.oracle.tiny import V3, weights
 from tests.test_hf_checkpoint import WIDE, files, rewrite, same
@@ -287,6 +290,34 @@ def test_a_folder_written_with_a_tokenizer(tmp_path):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 1, 2)
 
 
+def test_a_chunk_that_is_not_there_is_no_zeros(converted, tmp_path):
+    """Chunks swapped in an array's own description: the ones that it asks for then are not there."""
+    copy = shutil.copytree(converted, tmp_path / "copy")
+    file = copy / "checkpoints/0/state/params.embed.w_embed_vd/.zarray"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"chunks": content["chunks"][::-1]}))
+    inventory.write(copy / "checkpoints/0", ("state", "ema", "meta"))
+    with pytest.raises(ValueError, match=r"array params.embed.w_embed_vd is damaged"):
+        convert.to_hf(copy, tmp_path / "out")
+
+
+@pytest.mark.parametrize("ocdbt", [False, True])
+def test_orbax_describes_a_tree_as_we_read_it(tmp_path, ocdbt):
+    """What we know of orbax's files and it may change: names and format in _METADATA, arrays below their names."""
+    tree = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.ones(4, np.float32)}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)
+    handler.save(epath.Path(tmp_path / "tree"), args=ocp.args.PyTreeSave(tree))
+    if ocdbt:
+        handler.finalize(epath.Path(tmp_path / "tree"))
+    names, zarr3 = orbax._tree_names(tmp_path / "tree" / "_METADATA")
+    assert names == {"a.b", "c"}
+    assert (tmp_path / "tree" / "manifest.ocdbt").exists() == ocdbt
+    base = {"driver": "ocdbt", "base": f"file://{tmp_path}/tree/", "path": "a.b/"}
+    files = {"driver": "file", "path": f"{tmp_path}/tree/a.b/"}
+    spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": base if ocdbt else files}
+    same(tensorstore.open(spec).result().read().result(), tree["a"]["b"])
+
+
 class CutError(Exception):
     pass
 
@@ -354,6 +385,8 @@ def test_damaged_sources_are_named_before_anything_is_written(released, converte
         convert.to_orbax(released, tmp_path / "out", "fp8")
     with pytest.raises(ValueError, match="exists already"):
         convert.to_orbax(released, converted)
+    with pytest.raises(ValueError, match="/ cannot be an output"):
+        convert.to_orbax(released, "/")
     assert not list(tmp_path.glob("out*"))
 
 

@@ -68,7 +68,7 @@ def _open(folder: Path, load: Callable[[Path, Meta], T | None]) -> tuple[T, File
         stored = json.loads((folder / "meta.json").read_text())
         files, meta = [SourceFile(*file) for file in stored["files"]], stored["meta"]
         loaded = load(folder, meta)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError):
         return None
     return None if loaded is None else (loaded, files, meta)
 

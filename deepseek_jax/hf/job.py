@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.checks import require
 from deepseek_jax.data import text_files
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf.write import require_free
@@ -37,6 +38,7 @@ class Counter:
 def begin(source: Path, target: str | Path, options: str) -> tuple[Path | None, Path]:
     """(partial output, output): a new one, or one that the same conversion was cut off from; None: all is done."""
     target = Path(target).absolute()
+    require(bool(target.name), f"{target} cannot be an output: name a folder that is not there yet")
     partial = target.with_name(target.name + ".partial")
     job = {"source": str(source), "options": options, "files": _stamps(source, (partial, target))}
     if _job_of(target) == job:  # cut off when only its traces were left to be removed

@@ -211,7 +211,9 @@ class TreeSource(Source):
         if self._ocdbt:
             kvstore = {"driver": "ocdbt", "base": f"file://{self._directory}/", "path": f"{name}/"}
         try:
-            store = ts.open({"driver": "zarr3" if self._zarr3 else "zarr", "kvstore": kvstore}).result()
+            driver = "zarr3" if self._zarr3 else "zarr"
+            spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+            store = ts.open(spec).result()
         except ValueError as error:
             raise ValueError(
                 f"{self._directory}: array {name} cannot be opened: {_first_line(error)}"

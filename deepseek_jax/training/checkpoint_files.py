@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepseek_jax import inventory
+from deepseek_jax.json_files import read_object
 from deepseek_jax.parallel.together import lowest
 
 PyTree = Any
@@ -105,8 +106,8 @@ def verify(path: Path, items: Sequence[str] = ITEMS, together: bool = False) -> 
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The metadata of the checkpoint at `path`, whose every value that this project relies on is what it can be."""
-    meta = guarded(path, lambda: json.loads((path / "meta" / "metadata").read_text(encoding="utf-8")))
-    if not isinstance(meta, dict) or any(key not in meta for key in META_KEYS):
+    meta = guarded(path, lambda: read_object(path / "meta" / "metadata"))
+    if any(key not in meta for key in META_KEYS):
         raise CheckpointError(f"{path} is not a checkpoint of this project: its metadata lacks {META_KEYS}")
     if type(meta.get("format")) is not int or meta["format"] not in _READABLE:
         raise CheckpointError(

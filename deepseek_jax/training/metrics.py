@@ -48,7 +48,7 @@ def each_record(path: str | Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
                 record["kind"], record["step"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if file.readline():
                     raise ValueError(
                         f"{path}, line {number} is not a metrics record: {line.strip()[:80]!r}"

@@ -109,7 +109,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         owner = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, NotADirectoryError):
+    except (ValueError, NotADirectoryError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 
