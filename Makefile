@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # PyTorch is for the parity tests only; where Python 3.11 is used, the CPU build is enough.
 TORCH := $(if $(filter 3.11,$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)),torch==2.13.0,)
+# Python compiles what it imports, and keeps it; compiling all that is installed takes longer than to train 20 steps.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: train test check format bench clean
 
@@ -28,16 +30,20 @@ bench: $(VENV)/.installed-test
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; set PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	touch $@
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	touch $@
+	@echo "installing JAX, Flax, Orbax and what else pyproject.toml names into $(VENV): 1 GB, about a minute, once"
+	@$(INSTALL) -e .
+	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[test]'
-	touch $@ $(VENV)/.installed
+	@echo "installing what pyproject.toml names into $(VENV), PyTorch and transformers for the tests included: 3 GB or"
+	@echo "more, some minutes, once"
+	@$(INSTALL) $(TORCH) -e '.[test]'
+	@touch $@ $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) .cache runs
