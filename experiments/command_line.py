@@ -12,7 +12,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import flags, logging
@@ -78,6 +78,17 @@ def status(main: Main, argv: Sequence[str]) -> int:
         return FAILURE if isinstance(error, OSError) and error.errno not in _WRONG_PATH else MISTAKE
 
 
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Names `path` in errors of the operating system that name no file, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, path) from error
+
+
 def complain(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 
@@ -139,7 +150,18 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, mor
     rest = values([sys.argv[0], *argv])[1:]
     if rest:
         raise ValueError(f"unexpected arguments {rest}: settings are --NAME=VALUE (see --help)")
-    logging.set_verbosity(logging.ERROR)
+    _quieten_failed_writes()
+
+
+def _quieten_failed_writes() -> None:
+    """A failed write is raised, in one line; orbax logs it with a traceback, and so do futures that come too late."""
+    logging.set_verbosity(logging.FATAL)
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _flag(flag: flags.Flag) -> str:

@@ -28,7 +28,10 @@ _MTP = flags.DEFINE_bool("mtp", True, "--nomtp leaves the MTP modules of a Huggi
 def main(argv: Sequence[str]) -> int:
     command_line.parse_flags(argv)
     name = f"{_FROM.value} -> {_TO.value}"
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=name, delay=0.1) as bar:
+    with (
+        tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=name, delay=0.1) as bar,
+        command_line.writing(_OUTPUT.value),
+    ):
 
         def progress(done: int, total: int) -> None:
             bar.total = total

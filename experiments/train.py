@@ -12,11 +12,9 @@ job of SLURM, Kubernetes or Open MPI (configs/launch), or the same command on ev
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Sequence
-from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from deepseek_jax.config import Config
 from deepseek_jax.parallel import distributed
@@ -150,17 +148,6 @@ def run(
             return 0
 
 
-def _quieten_failed_writes() -> None:
-    """A failed write is raised, in one line; orbax logs it with a traceback, and so do futures that come too late."""
-    logging.set_verbosity(logging.FATAL)
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            sys.__unraisablehook__(unraisable)
-
-    sys.unraisablehook = hook
-
-
 def main(argv: Sequence[str]) -> int:
     cfg = config_flag.parse(argv, default="configs/tiny.py")
     if _DRY_RUN.value:
@@ -171,7 +158,6 @@ def main(argv: Sequence[str]) -> int:
     join = distributed.find(cfg.distributed, os.environ)
     processes = (join.processes if join else None) or 1
     devices_of_run(cfg, processes)
-    _quieten_failed_writes()
     if join is not None:
         try:
             distributed.start(join, cfg.distributed)

@@ -410,3 +410,10 @@ def test_command(released, tmp_path):
     assert "100%" in done.stderr
     again = subprocess.run([*command, *args], cwd=root, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "exists already" in again.stderr
+    full = ["bash", "-c", 'ulimit -f 4; exec "$@"', "-", *command, args[0], f"--output={tmp_path / 'full'}"]
+    done = subprocess.run(
+        full, cwd=root, capture_output=True, text=True, check=False
+    )  # files of at most 4 KiB
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1:] == [f"error: File too large: '{tmp_path / 'full'}'"]
+    assert "Traceback" not in done.stderr
