@@ -63,7 +63,8 @@ class Data:
     def unigram(self, validation: Validation | None = None) -> UnigramLoss:
         """Loss of the unigram model of the training documents on `validation`, by default all of it."""
         validation = self.validation if validation is None else validation
-        return unigram_bits_per_byte(self.train_counts_v, validation.targets, validation.num_bytes)
+        targets = validation.targets[validation.counted]
+        return unigram_bits_per_byte(self.train_counts_v, targets, validation.num_bytes)
 
 
 def load(cfg: DataConfig, process_index: int = 0, process_count: int = 1) -> Data:

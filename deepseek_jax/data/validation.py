@@ -21,7 +21,7 @@ class Validation:
     Attributes:
         batch: "tokens" int32 [n, seq_len + 1]; with segments also "segments" and "positions".
         bytes_n: int64 [n], UTF-8 bytes of the seq_len tokens that the main model predicts in each window,
-            `tokens[:, 1:]`; special tokens count none.
+            `tokens[:, 1:]`, where they count; special tokens count none.
     """
 
     batch: dict[str, np.ndarray]
@@ -40,6 +40,11 @@ class Validation:
         return self.tokens[:, 1:]
 
     @property
+    def counted(self) -> np.ndarray:
+        """bool [n, seq_len]: which targets count. With segments, the first token of a document does not."""
+        return _counted(self.batch)
+
+    @property
     def num_bytes(self) -> int:
         return int(self.bytes_n.sum())
 
@@ -52,6 +57,12 @@ class Validation:
         chosen = np.arange(max_windows) * len(self) // max_windows
         batch = {name: array[chosen] for name, array in self.batch.items()}
         return Validation(batch, self.bytes_n[chosen])
+
+
+def _counted(batch: dict[str, np.ndarray]) -> np.ndarray:
+    if "segments" not in batch:
+        return np.ones_like(batch["tokens"][:, 1:], bool)
+    return batch["segments"][:, 1:] == batch["segments"][:, :-1]
 
 
 def validation_windows(streams: Sequence[PackedStream], tokenizer: Tokenizer, seq_len: int) -> Validation:
@@ -76,5 +87,6 @@ def validation_windows(streams: Sequence[PackedStream], tokenizer: Tokenizer, se
         for name, x in window(i).items():
             batch[name][i] = x
     lengths_v = tokenizer.byte_lengths()
-    bytes_n = np.array([lengths_v[tokens[1:]].sum() for tokens in batch["tokens"]], np.int64)
+    labels = zip(batch["tokens"][:, 1:], _counted(batch), strict=True)
+    bytes_n = np.array([lengths_v[tokens[counted]].sum() for tokens, counted in labels], np.int64)
     return Validation(batch, bytes_n)

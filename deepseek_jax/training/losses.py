@@ -61,7 +61,9 @@ def totals(
     here: int | jax.Array = rows
     there: int | jax.Array = sequences
     if micro_batches is not None:
-        here, there = (micro_batches * (x // cfg.train.grad_accumulation) for x in (rows, sequences))
+        here = micro_batches * (rows // cfg.train.grad_accumulation)
+        # Float32: times t, an int32 would overflow from 2^31 tokens on.
+        there = micro_batches.astype(jnp.float32) * (sequences // cfg.train.grad_accumulation)
     if "segments" not in batch:
         return Totals(there, (there * t,) * depths, room)
     present_b1 = jnp.arange(rows)[:, None] < here

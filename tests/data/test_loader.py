@@ -275,6 +275,20 @@ def test_validation_is_plain_and_its_bytes_are_counted(load, module_folder):
         held.subset(0)
 
 
+def test_with_segments_the_first_token_of_a_document_is_no_label(load):
+    """Neither its bytes nor its loss count: bits per byte are those of the text that is predicted."""
+    loaded, plain = load(segments=True), load().validation
+    held, lengths = loaded.validation, loaded.tokenizer.byte_lengths()
+    first = held.batch["segments"][:, 1:] != held.batch["segments"][:, :-1]
+    assert 0 < first.sum() < held.targets.size and plain.counted.all()
+    np.testing.assert_array_equal(held.counted, ~first)
+    np.testing.assert_array_equal(held.targets, plain.targets)
+    assert held.num_bytes == plain.num_bytes - lengths[held.targets[first]].sum()
+    counts_v = loaded.train_counts_v
+    nats = -np.log((counts_v[held.targets[~first]] + 1.0) / (counts_v.sum() + len(counts_v)))
+    assert loaded.unigram().nats_per_token == pytest.approx(nats.mean(), rel=1e-12)
+
+
 def test_unigram_by_hand_and_on_the_corpus(load):
     counts_v = np.array([2, 1, 0, 0])  # with add-one smoothing: 3/7, 2/7, 1/7, 1/7
     loss = unigram_bits_per_byte(counts_v, np.array([[0, 1], [2, 0]]), num_bytes=5)
