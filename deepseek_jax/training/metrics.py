@@ -1,8 +1,11 @@
 """The metrics of a run: MaxVio, and the file of records.
 
 Every record has "kind" ("train", "eval", ...) and "step", the number of steps taken when it was made; the loss
-is in nats per token. A resumed run drops the records after its checkpoint, so that its file ends up equal to an
-uninterrupted run's but for the fields in `TIMINGS`. For that, write the records of a step before its checkpoint.
+is in nats per token. Where there are many experts, only every n-th training record has "expert_counts" [L, E]: at
+full size, those of all steps would fill 19 GB.
+
+A resumed run drops the records after its checkpoint, so that its file ends up equal to an uninterrupted run's but for
+the fields in `TIMINGS`. For that, write the records of a step before its checkpoint.
 """
 
 import json

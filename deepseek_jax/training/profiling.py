@@ -31,6 +31,7 @@ class StepProfile:
         if wanted and self._begun is None:
             self._records.flush()  # the steps before
             jax.profiler.start_trace(self._directory)
+            self._records.pause()
             self._begun = step
         yield
         if wanted and self._steps is not None and step == self._steps[1]:
