@@ -1,5 +1,7 @@
 """Text of ids that come one at a time: what is certain comes out at once."""
 
+from collections.abc import Sequence
+
 from deepseek_jax.data.tokenizer import Tokenizer
 
 
@@ -12,12 +14,14 @@ class StreamDecoder:
 
     Args:
         skip_special: leave out special tokens, as in `Tokenizer.decode`.
+        before: the ids that the text goes on from, as in `Tokenizer.text_after`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False, before: Sequence[int] = ()):
         self._tokenizer, self._skip = tokenizer, skip_special
         self._pending = b""
-        self._before: list[int] = []  # the id before, on which the text of the next may depend
+        # The id before, on which the text of the next may depend.
+        self._before = [i for i in before if not (skip_special and tokenizer.is_special(i))][-1:]
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, often "" inside a multi-byte character."""
@@ -26,7 +30,7 @@ class StreamDecoder:
             return ""
         raw = self._tokenizer.token_bytes(token_id)
         if raw is None:
-            text = self._broken() + self._tokenizer.text_after(self._before, token_id)
+            text = self._broken() + self._tokenizer.text_after(self._before, [token_id])
         else:
             text, self._pending = self._certain(self._pending + raw)
         self._before = [token_id]

@@ -197,9 +197,13 @@ class Tokenizer:
         """Text of one id on its own."""
         return self.decode([token_id])
 
-    def text_after(self, before: Sequence[int], token_id: int) -> str:
-        """What `token_id` adds to the text of the ids before it, of which the last one is enough."""
-        return self.decode([*before, token_id])[len(self.decode(before)) :]
+    def text_after(
+        self, before: Sequence[int], ids: Sequence[int] | np.ndarray, skip_special: bool = False
+    ) -> str:
+        """What `ids` add to the text of the ids before them: with the space of a word that does not begin it."""
+        if self.is_byte_level or not len(before):
+            return self.decode(ids, skip_special)
+        return self.decode([*before, *ids], skip_special)[len(self.decode(before, skip_special)) :]
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that an id stands for wherever it is; None if it stands for text that depends on its place."""

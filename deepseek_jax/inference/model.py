@@ -175,7 +175,7 @@ class Model:
         Args:
             temperature, top_p, top_k, min_p, repetition_penalty: see `sampling.Sampling`; temperature 0 is greedy.
             stop: text that ends a row, and is left out. Rows of ids keep the tokens that it is made of.
-            stop_ids: default: the tokenizer's end of sentence.
+            stop_ids: default: the checkpoint's own.
             logprobs: give a `Completion` for each prompt, with log-probabilities and why it ended.
             speculative: draft with the MTP module (same distribution; `last_stats` has the acceptance).
             seed: one, of which each row has a stream of its own, or one for each row.
@@ -187,7 +187,7 @@ class Model:
         many: Sequence[Any] = [prompts] if single else prompts
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
         request = self._request(many, max_new_tokens, sampling, stop_ids, seed)
-        rows = _result(self._generation(request, stop, speculative, show=False))
+        rows = _result(self._generation(request, _texts(many, request), stop, speculative, show=False))
         outs: list[Any] = rows
         if not logprobs:
             outs = [
@@ -209,7 +209,7 @@ class Model:
     ) -> Iterator[str]:
         """The text of `generate` for one prompt, in pieces, while it is generated. `sampling`: as there."""
         request = self._request([prompt], max_new_tokens, Sampling(**sampling), stop_ids, seed)
-        for pieces in self._generation(request, stop, speculative, show=True):
+        for pieces in self._generation(request, _texts([prompt], request), stop, speculative, show=True):
             yield pieces[0]
 
     def chat(
@@ -280,12 +280,20 @@ class Model:
         return speculative(self.params, cfg, bias, self._ready())
 
     def _generation(
-        self, request: Request, stop: str | Sequence[str], drafts: bool, show: bool
+        self,
+        request: Request,
+        before: Sequence[Sequence[int]],
+        stop: str | Sequence[str],
+        drafts: bool,
+        show: bool,
     ) -> Generator[list[str], None, list[Completion]]:
-        """Yields the text that each row has got, if it is to be shown; returns what came out."""
+        """Yields the text that each row has got, if it is to be shown; returns what came out.
+
+        before: the ids that the text of each row goes on from.
+        """
         stops = check_stop(stop)
         method = self._method(request, drafts)
-        texts = [TextRow(self._tokenizer(), stops) for _ in request.prompts] if show or stops else []
+        texts = [TextRow(self._tokenizer(), stops, ids) for ids in before] if show or stops else []
         states, ended = stream(method, self.config, request, first=1 if show else 8), None
         with contextlib.suppress(StopIteration):
             while True:
@@ -305,10 +313,20 @@ class Model:
         rows = completions(state.out, request)
         if texts:
             return [_cut(row, text) for row, text in zip(rows, texts, strict=True)]
-        return rows if self.tokenizer is None else [self._with_text(row) for row in rows]
+        if self.tokenizer is None:
+            return rows
+        return [self._with_text(row, ids) for row, ids in zip(rows, before, strict=True)]
 
-    def _with_text(self, row: Completion) -> Completion:
-        return dataclasses.replace(row, text=self._tokenizer().decode(row.tokens, skip_special=True))
+    def _with_text(self, row: Completion, before: Sequence[int]) -> Completion:
+        text = self._tokenizer().text_after(before, row.tokens, skip_special=True)
+        return dataclasses.replace(row, text=text)
+
+
+def _texts(prompts: Sequence[Text], request: Request) -> list[Sequence[int]]:
+    """The ids of the prompts that are texts, which continuations go on from; () for those that came as ids."""
+    return [
+        ids if isinstance(prompt, str) else () for prompt, ids in zip(prompts, request.prompts, strict=True)
+    ]
 
 
 def _cut(row: Completion, text: TextRow) -> Completion:

@@ -20,14 +20,17 @@ class TextRow:
     Of several, the one that is complete first ends the row, however the text is cut into tokens. What may be the
     beginning of one is held back until it is decided.
 
+    Args:
+        before: the ids that the text goes on from; () if it is one of its own.
+
     Attributes:
         text: so far, without what is held back, nor a stop string.
         ended: whether a stop string came.
         count: tokens read; if it ended, up to the one that completed the stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self._decoder, self._stop = StreamDecoder(tokenizer, skip_special=True), stop
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
+        self._decoder, self._stop = StreamDecoder(tokenizer, skip_special=True, before=before), stop
         self._held = ""
         self.text, self.ended, self.count = "", False, 0
 

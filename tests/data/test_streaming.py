@@ -71,3 +71,18 @@ def test_spaces_of_metaspace(metaspace):
     for byte in "日".encode()[:2]:
         assert held.push(byte_ids(metaspace)[byte]) == ""
     assert held.flush() == "\ufffd\ufffd"
+
+
+def test_a_text_that_goes_on(metaspace, tokenizer):
+    """A word that does not begin the text keeps its space; byte-level ids have theirs anyway."""
+    for each in (metaspace, tokenizer):
+        ids = each.encode("the cat that killed 日本")
+        for cut in range(1, len(ids)):
+            before, after = ids[:cut], ids[cut:]
+            decoder = StreamDecoder(each, before=before)
+            streamed = "".join([*map(decoder.push, after), decoder.flush()])
+            assert each.text_after(before, after) == streamed
+            if "\ufffd" not in each.decode(before):
+                assert each.decode(before) + streamed == each.decode(ids)
+    bos = [metaspace.bos_id]
+    assert metaspace.text_after(bos, metaspace.encode("the"), skip_special=True) == "the"

@@ -10,12 +10,14 @@ from tokenizers.processors import TemplateProcessing
 
 import deepseek_jax
 from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference import model as model_file
 from deepseek_jax.inference.batch import SMALLEST
 from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model.decoding import prepare
 from deepseek_jax.model.transformer import DeepSeekV3
+from tests.data.family import make
 from tests.inference.checkpoint import CFG, save_checkpoint, save_run, tokenizer
 from tests.oracle.tiny import weights
 
@@ -300,6 +302,23 @@ def test_a_text_begins_with_the_bos(tmp_path):
     turns = model.tokenizer.encode(model.chat_template.render(messages), allow_special=True)
     assert turns[:2] == [tokenizer().bos_id, tokenizer().user_id]
     assert model.chat(messages, NEW) == model.tokenizer.decode(model.generate(turns, NEW), skip_special=True)
+
+
+def test_a_continuation_keeps_its_space(model, tmp_path):
+    """Of a tokenizer that writes a word with the space before it: prompt and continuation are one text."""
+    spaced = Tokenizer.load(make("metaspace_words", tmp_path / "metaspace"))
+    other = deepseek_jax.Model(CFG, model.params, model.balance_bias, spaced)
+    prompt = "the cat"
+    ids = spaced.encode_prompt(prompt)
+    hot = [{"temperature": 3.0, "seed": seed} for seed in range(30)]
+    begins = [spaced.text_after(ids, other.generate(ids, 1, **how)).startswith(" ") for how in hot]
+    how = hot[begins.index(True)]
+    row, text = other.generate(ids, NEW, **how), other.generate(prompt, NEW, **how)
+    assert prompt + text == spaced.decode([*ids, *row], skip_special=True)
+    assert text == " " + spaced.decode(row, skip_special=True)
+    assert "".join(other.stream(prompt, NEW, **how)) == text
+    assert other.generate(prompt, NEW, stop="no such text", **how) == text
+    assert "".join(other.stream(ids, NEW, **how)) == text[1:]
 
 
 def test_switches_and_tools_reach_the_template(tmp_path):
