@@ -4,7 +4,8 @@ Each source hands out its epochs block by block (packing.py), the windows of a b
 more than (epoch, block, position) per source, and:
 - the batch may change size from step to step (the report's batch-size ramp, §4.2), across epoch borders too;
 - a restored stream goes on with exactly the sequences an uninterrupted one would have handed out;
-- each host reads only its own rows of the global batch, whatever the number of hosts.
+- each host reads only its own rows of the global batch, whatever the number of hosts. (It does make the FIM forms of
+  every block that it passes, a tenth of the documents, because their lengths decide where the windows begin.)
 
 Several sources take turns by their weights: the next sequence is of the source that is furthest behind its share, so
 that after any number of sequences each has given its share to within a sequence or so.

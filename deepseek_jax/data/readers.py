@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -114,10 +115,10 @@ _UNKNOWN = "not of a known format"
 def read_file(path: str, text_field: str, report: CorpusReport, named: bool = False) -> Iterator[Document]:
     """Yields the documents of one file, `.gz` and `.zst` unpacked.
 
-    Parquet and JSON lines (`.jsonl`, `.ndjson`, or any file whose first line is a JSON object with the string
-    `text_field`): one document per row or line, of the column or field `text_field`. Text: one document, of a file
-    whose suffix says so. A README or licence, which is about the corpus, and any other file is skipped, unless
-    `named`: the source spells its suffix out. Faults go to `report`, never raise.
+    Parquet and JSON lines (`.jsonl`, `.ndjson`, or any file whose first line is a JSON object with `text_field`): one
+    document per row or line, of the column or field `text_field`. Text: one document, of a file whose suffix says so;
+    text whose first line is a JSON object is JSON lines, too. A README or licence, which is about the corpus, and any
+    other file is skipped, unless `named`: the source spells its suffix out. Faults go to `report`, never raise.
     """
     report.files += 1
     try:
@@ -143,7 +144,8 @@ def _documents(path: str, text_field: str, report: CorpusReport, named: bool) ->
         report.skip(path, _UNKNOWN, "a text about the others")
         return iter(())
     head = next((line for line in _lines(_chunks(path)) if line is None or line.strip()), b"")
-    if _is_record(head, text_field):
+    record = _record(head)
+    if record is not None and (text_field in record or suffix in _TEXT or named):
         return _json_documents(path, text_field, report)
     if head and head.startswith(b"PAR1"):
         return _parquet_documents(path, text_field, report)
@@ -153,13 +155,14 @@ def _documents(path: str, text_field: str, report: CorpusReport, named: bool) ->
     return iter(())
 
 
-def _is_record(line: bytes | None, text_field: str) -> bool:
+def _record(line: bytes | None) -> dict[str, Any] | None:
+    """The JSON object in a line, if it holds one."""
     if not line or not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
-        return False
+        return None
     try:
-        return isinstance(json.loads(line.decode("utf-8-sig"))[text_field], str)
-    except (ValueError, KeyError, RecursionError):
-        return False
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _text_fault(text: str) -> str | None:

@@ -185,9 +185,13 @@ def test_json_lines_under_any_name_and_files_of_no_known_format(tmp_path):
     assert read(tmp_path / "table.csv", named=True)[0] == [unknown["table.csv"]]
     assert read(tmp_path / "README.md", named=True)[0] == [unknown["README.md"]]
     assert read(tmp_path / "array.json", named=True)[1].skipped == {"not of a known format": 1}
-    # What only looks like JSON lines is the text that its name says.
-    (tmp_path / "x.py").write_text('{"text": 1}\n')
-    assert read(tmp_path / "x.py")[0] == ['{"text": 1}\n']
+    # Text whose lines are JSON objects is no text, with the wrong field either; what only looks so is.
+    (tmp_path / "x.txt").write_text('{"body": "one"}\n')
+    assert read(tmp_path / "x.txt")[1].skipped == {"no field 'text'": 1}
+    (tmp_path / "x.log").write_text('{"text": null}\n{"text": "one"}\n')
+    assert read(tmp_path / "x.log", named=True)[0] == ["one"]
+    (tmp_path / "x.py").write_text('{"text": 1}["text"]\n')
+    assert read(tmp_path / "x.py")[0] == ['{"text": 1}["text"]\n']
 
 
 def test_parquet_under_another_name(tmp_path):
