@@ -8,7 +8,10 @@ from pathlib import Path
 
 from experiments import command_line
 
-COMMANDS = ("train", "generate", "convert", "launch", "plan", "bench", "fp8_study", "kill_test")
+COMMANDS = (
+    *("train", "generate", "convert", "launch", "plan", "bench"),
+    *("fp8_study", "kill_test", "kill_conversion", "mutations"),
+)
 
 
 def about(name: str) -> str:
@@ -19,7 +22,7 @@ def about(name: str) -> str:
 
 
 def table() -> str:
-    lines = [f"  {name:<12}{about(name)}" for name in COMMANDS]
+    lines = [f"  {name:<17}{about(name)}" for name in COMMANDS]
     return "\n".join(
         (
             "deepseek-jax COMMAND --help tells more. Commands:",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax import now
 from deepseek_jax.config import DataConfig
 from deepseek_jax.data import packing
 from deepseek_jax.data.bpe_training import train_tokenizer
@@ -83,12 +84,17 @@ def load(cfg: DataConfig, process_index: int = 0, process_count: int = 1) -> Dat
     """
     sources, weights = zip(*cfg.weighted_sources(), strict=True)
     fraction = None if cfg.validation else cfg.validation_fraction
-    corpora = [Corpus(source, cfg.text_field, fraction, left_out=cfg.validation) for source in sources]
-    held_out = [Corpus(cfg.validation, cfg.text_field, None)] if cfg.validation else []
+    with now.doing("looking through the files"):
+        corpora = [Corpus(source, cfg.text_field, fraction, left_out=cfg.validation) for source in sources]
+        held_out = [Corpus(cfg.validation, cfg.text_field, None)] if cfg.validation else []
 
     cache_dir = Path(cfg.cache_dir).expanduser()
-    tokenizer = _tokenizer(cfg, corpora, weights, cache_dir)
-    encoded = [encode_corpus(corpus, tokenizer, cache_dir) for corpus in (*corpora, *held_out)]
+    with now.doing(
+        f"training a tokenizer of {cfg.vocab_size:,} ids" if cfg.tokenizer is None else "tokenizer"
+    ):
+        tokenizer = _tokenizer(cfg, corpora, weights, cache_dir)
+    with now.doing("reading and tokenizing"):
+        encoded = [encode_corpus(corpus, tokenizer, cache_dir) for corpus in (*corpora, *held_out)]
     train = [found.train for found in encoded[: len(corpora)]]
     validation = [encoded[-1].train] if held_out else [found.validation for found in encoded]
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deepseek_jax import now
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.batch import (
     Batch,
@@ -125,7 +126,9 @@ def stream(
     prompts = pad_prompts([*request.prompts, *[[0]] * fill], cfg.vocab_size, method.tokens)
     batch = make_batch(request, cfg, prompts)
     slots = size_for(prompts.tokens_bt.shape[1] + request.max_new_tokens + method.spare)
-    state, at_most = method.grow(method.prefill(prompts, batch), slots), first
+    with now.doing("reading the prompt"):  # and, where lengths are new, compiling; no step is made yet
+        state, at_most = method.grow(method.prefill(prompts, batch), slots), first
+        state = jax.block_until_ready(method.advance(batch, state, 0))
     while True:
         ended = yield state
         if ended is not None and ended.any():

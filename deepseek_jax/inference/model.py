@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax import now
 from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
 from deepseek_jax.data import text_files
 from deepseek_jax.data.chat import ChatTemplate
@@ -372,7 +373,19 @@ def load(
     """
     if mesh is not None and shardings is not None:
         raise ValueError("a mesh brings its own shardings: give one of mesh and shardings")
-    folder = Path(path).expanduser()
+    with now.doing(f"loading {path}"):
+        return _load(Path(path).expanduser(), step, ema, dtype, mtp, shardings, mesh)
+
+
+def _load(
+    folder: Path,
+    step: int | None,
+    ema: bool,
+    dtype: str | None,
+    mtp: bool,
+    shardings: Any,
+    mesh: MeshConfig | None,
+) -> Model:
     from deepseek_jax import hf
 
     if (folder / "config.json").is_file():

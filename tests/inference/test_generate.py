@@ -145,7 +145,7 @@ def test_the_loop_may_be_cut_anywhere():
     method = plain(params, cfg, bias)
 
     def cut(size: int):
-        pieces = method._replace(advance=lambda batch, state, n: method.advance(batch, state, size))
+        pieces = method._replace(advance=lambda batch, state, n: method.advance(batch, state, n and size))
         states = [jax.tree.map(np.asarray, state.out) for state in stream(pieces, cfg, request)]
         return len(states), states[-1]
 
