@@ -224,6 +224,8 @@ class TrainConfig:
     keep_best: int = 0  # so many of the smallest validation loss stay as well, each evaluated when written
     max_bad_steps: int = 5  # steps in a row without a finite loss, after which the run ends
     out_dir: str = "runs/tiny"  # checkpoints, metrics, report; a run there is resumed
+    init_from: str = ""  # weights to start from: a run, a checkpoint, or a Hugging Face folder
+    frozen: str = ""  # regular expression over parameters' paths; those stay as they are: "embed|moe.*gate"
     sample_tokens: int = 96  # of the completions shown at the end; 0: none
     wandb: str = ""  # project at Weights & Biases that watches the run, too; empty: none
 

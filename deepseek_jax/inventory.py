@@ -16,6 +16,7 @@ from typing import NamedTuple
 from deepseek_jax.json_files import read_object
 
 FILES = "files.json"
+_MAX_BYTES = 1 << 30  # of the list: some 150 bytes per file
 _THREADS = min(8, os.cpu_count() or 1)  # hashing and reading release the interpreter's lock
 
 
@@ -51,7 +52,7 @@ def write(root: Path, folders: Iterable[str]) -> None:
 
 def read(root: Path) -> dict[str, File]:
     """The list that `write` left in `root`. Raises ValueError if it is damaged or not there."""
-    listed = read_object(root / FILES)
+    listed = read_object(root / FILES, _MAX_BYTES)
     if listed and all(type(size) is int for size in listed.values()):
         return {name: File(size, None) for name, size in listed.items()}  # before there were digests
     table = listed.get("files")

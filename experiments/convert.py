@@ -2,6 +2,7 @@
 
     python -m experiments.convert --from=hf --to=orbax --input=DeepSeek-V2-Lite --output=runs/v2_lite
     python -m experiments.convert --from=orbax --to=hf --input=runs/tiny --output=tiny-hf --format=bf16
+    python -m experiments.convert --from=orbax --to=hf --input=runs/tiny --output=tiny-hf --step=140 --ema
     python -m experiments.convert --from=hf --to=hf --input=bf16-folder --output=fp8-folder --format=fp8
 
 Streams tensor by tensor; run it again after an interruption and it goes on. `--format=stored` keeps every
@@ -22,6 +23,8 @@ _INPUT = flags.DEFINE_string("input", None, "Folder to read.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist or be empty.", required=True)
 _FORMAT = flags.DEFINE_enum("format", "stored", list(FORMATS), "Number format of the output.")
 _SCALE = flags.DEFINE_enum("scale", "fp32", ["fp32", "ue8m0"], "FP8 scales: DeepSeek-V3's, or V3.1's.")
+_STEP = flags.DEFINE_integer("step", None, "Of a run: this checkpoint instead of the newest.")
+_EMA = flags.DEFINE_bool("ema", False, "Of a run: the averaged parameters instead of the last ones.")
 _MTP = flags.DEFINE_bool("mtp", True, "--nomtp leaves the MTP modules of a Hugging Face folder out.")
 
 
@@ -38,8 +41,12 @@ def main(argv: Sequence[str]) -> int:
             bar.update(done - bar.n)
 
         if _TO.value == "hf":
-            options = {"scale": _SCALE.value, "mtp": _MTP.value}
+            options = {"scale": _SCALE.value, "mtp": _MTP.value, "step": _STEP.value, "ema": _EMA.value}
             convert.to_hf(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress, **options)
+        elif _STEP.value is not None or _EMA.value:
+            raise ValueError(
+                "--step and --ema choose among a run's parameters: use them with --from=orbax --to=hf"
+            )
         elif _FROM.value == "hf":
             convert.to_orbax(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress, mtp=_MTP.value)
         else:

@@ -93,7 +93,13 @@ def _first_and_last(steps: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def _tell_resumed(trainer) -> None:
+def _tell_begun(trainer, resumed: bool) -> None:
+    if not resumed:
+        if trainer.cfg.train.init_from:
+            print(f"starts from the weights of {trainer.cfg.train.init_from}")
+        if trainer.differences:
+            print(f"  whose config differs: {'; '.join(trainer.differences)}")
+        return
     print(f"resumed from step {trainer.step} in {trainer.checkpointer.directory}")
     if trainer.changes.schedule:
         print(f"  THE SCHEDULE BENDS HERE: {'; '.join(trainer.changes.schedule)}")
@@ -124,9 +130,11 @@ def run(
                     f"--fresh: {trainer.checkpointer.directory} holds checkpoints; remove it first"
                 )
             trainer.compile()
-            if trainer.resume(from_step, discard_newer) and is_first():
-                _tell_resumed(trainer)
+            resumed = trainer.resume(from_step, discard_newer)
+            if cfg.train.init_from and not resumed:
+                _ = trainer.state
             if is_first():
+                _tell_begun(trainer, resumed)
                 _describe(cfg, trainer)
             try:
                 result = trainer.run(stop, profile_steps=profile_steps)

@@ -112,8 +112,11 @@ def test_a_training_run_becomes_a_folder(tmp_path):
     checkpointer = Checkpointer(run / "checkpoints")
     state = {"params": params, "balance_bias": bias, "opt_state": {"mu": params}, "step": np.int32(7)}
     for step in (3, 7):
-        checkpointer.save(step, state, {"params": params}, {"config": config, "data": {}, "tokens": 1})
+        average = jax.tree.map(lambda x, n=step: x * np.float32(n), params)
+        checkpointer.save(step, state, {"params": average}, {"config": config, "data": {}, "tokens": 1})
+        state = state | {"params": jax.tree.map(lambda x: -x, params)}
     checkpointer.close()
+    params = state["params"]
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2}, "a"))
     backend.save(str(run / "tokenizer.json"))
     (run / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
@@ -128,6 +131,28 @@ def test_a_training_run_becomes_a_folder(tmp_path):
         GenerationConfig.from_pretrained(tmp_path / "hf"),
     ):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 2, None)
+    # an older checkpoint, its average, by folder too
+    for source, options, factor in (
+        (run, {"step": 3}, -1),
+        (run, {"step": 3, "ema": True}, -3),
+        (run / "checkpoints" / "7", {"ema": True}, -7),
+    ):
+        convert.to_hf(source, tmp_path / str(factor), **options)
+        jax.tree.map(
+            lambda x, y, n=factor: same(x, y * np.float32(n)), hf.load(tmp_path / str(factor))[1], params
+        )
+    for source, options, message in (
+        (run, {"step": 5}, r"has no checkpoint of step 5; it has \[3, 7\]"),
+        (run / "checkpoints" / "7", {"step": 3}, "is one checkpoint, and step=3 asks for another"),
+        (tmp_path / "hf", {"ema": True}, "has one set of parameters: no step and no average to choose"),
+        (tmp_path / "hf", {"step": 0}, "has one set of parameters"),
+        (tmp_path, {}, "holds neither config.json nor checkpoints by step"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.to_hf(source, tmp_path / "none", **options)
+    convert.to_orbax(tmp_path / "hf", tmp_path / "published")
+    with pytest.raises(ValueError, match="0 has no averaged parameters"):
+        convert.to_hf(tmp_path / "published", tmp_path / "none", ema=True)
 
 
 @pytest.fixture
@@ -379,7 +404,7 @@ def test_damaged_sources_are_named_before_anything_is_written(released, converte
     inventory.write(lacking / "checkpoints/0", ("state", "ema", "meta"))
     with pytest.raises(ValueError, match=r"array params.mtp.enorm_d cannot be opened"):
         convert.to_hf(lacking, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"neither config.json nor checkpoints"):
+    with pytest.raises(ValueError, match="nothing does not exist"):
         convert.to_hf(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(ValueError, match="format='fp8'"):
         convert.to_orbax(released, tmp_path / "out", "fp8")

@@ -29,7 +29,7 @@ from deepseek_jax.hf.orbax import TreeSource, arrays, write_meta, write_tree
 from deepseek_jax.hf.read import Checkpoint
 from deepseek_jax.hf.tensors import DTYPES, write_shard
 from deepseek_jax.hf.write import SHARD_BYTES, Producer, Source
-from deepseek_jax.training.checkpoint_files import FORMAT, ITEMS
+from deepseek_jax.training.checkpoint_files import FORMAT, ITEMS, locate
 
 
 def to_orbax(
@@ -73,33 +73,39 @@ def to_hf(
     scale: str = "fp32",
     shard_bytes: int = SHARD_BYTES,
     mtp: bool = True,
+    step: int | None = None,
+    ema: bool = False,
 ) -> None:
-    """Run folder (its newest step), checkpoints folder, one step, or a Hugging Face folder -> Hugging Face folder.
+    """Run folder, checkpoints folder, one step, or a Hugging Face folder -> Hugging Face folder.
 
     format, scale, shard_bytes: as in `hf.save`; a checkpoint that came from Hugging Face and is written as "stored"
-    gets its own files back. mtp: False leaves the MTP modules of a Hugging Face folder out.
+    gets its own files back. mtp: False leaves the MTP modules of a Hugging Face folder out. step, ema: of a run, which
+    checkpoint (None: the newest), and whether its averaged parameters.
     Raises ValueError before anything is written.
     """
     tree: Source
     kept: original.Kept | None = None
     if (Path(source) / "config.json").exists():
+        require(
+            step is None and not ema, f"{source} has one set of parameters: no step and no average to choose"
+        )
         checkpoint = Checkpoint(source, mtp)
-        step = root = checkpoint.path
+        folder = root = checkpoint.path
         cfg, tree = checkpoint.cfg, _FolderSource(checkpoint, format == "stored")
         config: dict[str, Any] | None = checkpoint.hf
     else:
-        step, root = _newest_step(Path(source).absolute())
-        tree = TreeSource(step)
+        folder, root = locate(source, step)
+        tree = TreeSource(folder, ema)
         require(mtp, f"{source}: the MTP modules of a run cannot be left out (mtp=False)")
-        cfg, kept = tree.cfg, original.read(tree.meta, step)
+        cfg, kept = tree.cfg, original.read(tree.meta, folder)
         config = None if kept is None else kept.config
     producer = Producer(cfg, tree, format, scale)
     layout = plan_shards(producer.specs, shard_bytes)
     config, tokenizer = _said(config, producer.config(), format, root)
     if kept is not None and format == "stored":
         layout = original.restored(kept, producer)
-    options = f"{format} {scale} {shard_bytes}{'' if mtp else ' without MTP'}"
-    partial, target = begin(step, target, options)
+    options = f"{format} {scale} {shard_bytes}{'' if mtp else ' without MTP'}{' average' if ema else ''}"
+    partial, target = begin(folder, target, options)
     if partial is None:
         return
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -169,17 +175,6 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 # --- to Hugging Face --------------------------------------------------------------------------------------
-
-
-def _newest_step(path: Path) -> tuple[Path, Path]:
-    """(folder of the step, folder with the tokenizer) for a run folder, its checkpoints, or a step."""
-    if (path / "state").is_dir():
-        return path, path.parent.parent
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [int(p.name) for p in root.iterdir() if p.name.isdecimal()] if root.is_dir() else []
-    if not steps:
-        raise ValueError(f"{path} holds neither config.json nor checkpoints by step")
-    return root / str(max(steps)), root.parent
 
 
 def _said(

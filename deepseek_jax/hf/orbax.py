@@ -164,36 +164,36 @@ def write_meta(directory: Path, meta: dict[str, Any]) -> None:
 
 
 class TreeSource(Source):
-    """Leaf pieces of the parameters in one step of a run's checkpoints, `<step>/{state,meta}`.
+    """Leaf pieces of the parameters in one step of a run's checkpoints, `<step>/{state,ema,meta}`.
 
-    Holds one chunk per leaf in memory. Raises ValueError naming the path: not such a folder, arrays that do not
+    ema: of the averaged parameters. Holds one chunk per leaf in memory. Raises ValueError naming the path: not such a folder, arrays that do not
     fit its own config, damaged data.
     """
 
-    def __init__(self, step: Path):
-        verify(step, ("state", "meta"))
+    def __init__(self, step: Path, ema: bool = False):
+        verify(step, ("state", "ema", "meta") if ema else ("state", "meta"))
         self.meta = read_meta(step)
         model = self.meta["config"].get("model")
         require(model is not None, f"{step / 'meta'} names no model config: not a checkpoint of this project")
         self.cfg: ModelConfig = build(ModelConfig, model, "model.")
-        self._directory = step / "state"
-        names, self._zarr3 = _tree_names(self._directory / "_METADATA")
-        self._ocdbt = (self._directory / "manifest.ocdbt").exists()
+        self._step = step
+        require(not ema or (step / "ema" / "_METADATA").exists(), f"{step} has no averaged parameters")
+        state, params = _Tree(step / "state"), _Tree(step / ("ema" if ema else "state"))
         self._blocks: dict[str, tuple[tuple[int, ...], np.ndarray]] = {}
         self._stores: dict[str, Any] = {}
         self.dtypes: dict[str, np.dtype] = {}
         for path, leaf in leaves(self.cfg).items():
-            name = f"params.{path}"
-            if f"{name}.{Q}" in names:
-                self._open(f"{name}.{Q}", (*leaf.stack, *leaf.hf_shape), (fp8.E4M3,))
-                scales = (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
-                self._open(f"{name}.{SCALE}", scales, (DTYPES["F32"],))
-                self.dtypes[path] = fp8.E4M3
-            elif name in names:
-                self.dtypes[path] = self._open(name, leaf.shape, (DTYPES["F32"], DTYPES["BF16"]))
-            else:
-                raise ValueError(f"{self._directory} lacks {name}")
-        self._open(BIAS, self.cfg.balance_bias_shape, (DTYPES["F32"],))
+            self.dtypes[path] = self._open(params, f"params.{path}", leaf)
+        self._stores[BIAS] = state.open(BIAS, self.cfg.balance_bias_shape, (DTYPES["F32"],))
+
+    def _open(self, tree: "_Tree", name: str, leaf: Leaf) -> np.dtype:
+        if f"{name}.{Q}" not in tree.names:
+            self._stores[name] = tree.open(name, leaf.shape, (DTYPES["F32"], DTYPES["BF16"]))
+            return self._stores[name].dtype.numpy_dtype
+        scales = (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
+        self._stores[f"{name}.{Q}"] = tree.open(f"{name}.{Q}", (*leaf.stack, *leaf.hf_shape), (fp8.E4M3,))
+        self._stores[f"{name}.{SCALE}"] = tree.open(f"{name}.{SCALE}", scales, (DTYPES["F32"],))
+        return fp8.E4M3
 
     def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
         suffix = f".{Q}" if self.dtypes[leaf.path] == fp8.E4M3 else ""
@@ -201,31 +201,10 @@ class TreeSource(Source):
 
     def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
         name = f"params.{leaf.path}.{SCALE}"
-        return fp8.checked_scales(self._read(name, index), f"{self._directory}: array {name}{list(index)}")
+        return fp8.checked_scales(self._read(name, index), f"{self._step}: array {name}{list(index)}")
 
     def bias(self) -> np.ndarray:
         return self._read(BIAS, ())
-
-    def _open(self, name: str, shape: tuple[int, ...], allowed: tuple[np.dtype, ...]) -> np.dtype:
-        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._directory / name}/"}
-        if self._ocdbt:
-            kvstore = {"driver": "ocdbt", "base": f"file://{self._directory}/", "path": f"{name}/"}
-        try:
-            driver = "zarr3" if self._zarr3 else "zarr"
-            spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
-            store = ts.open(spec).result()
-        except ValueError as error:
-            raise ValueError(
-                f"{self._directory}: array {name} cannot be opened: {_first_line(error)}"
-            ) from error
-        dtype = store.dtype.numpy_dtype
-        if tuple(store.shape) != tuple(shape) or dtype not in allowed:
-            raise ValueError(
-                f"{self._directory}: array {name} is {dtype}{list(store.shape)}, expected one of "
-                f"{[str(d) for d in allowed]} and shape {list(shape)}"
-            )
-        self._stores[name] = store
-        return dtype
 
     def _read(self, name: str, index: Index) -> np.ndarray:
         """A piece, through the chunk that holds it: orbax may have put many pieces into one."""
@@ -239,11 +218,40 @@ class TreeSource(Source):
             try:
                 self._blocks[name] = (start, store[window].read().result())
             except ValueError as error:
-                raise ValueError(
-                    f"{self._directory}: array {name} is damaged: {_first_line(error)}"
-                ) from error
+                raise ValueError(f"{self._step}: array {name} is damaged: {_first_line(error)}") from error
         block = self._blocks[name][1]
         return block[tuple(i - s for i, s in zip(index, start, strict=True))]
+
+
+class _Tree:
+    """A tree that orbax wrote: the names of its arrays, and tensorstore's view of each."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.names, self._zarr3 = _tree_names(directory / "_METADATA")
+        self._ocdbt = (directory / "manifest.ocdbt").exists()
+
+    def open(self, name: str, shape: tuple[int, ...], allowed: tuple[np.dtype, ...]) -> Any:
+        """Raises ValueError: not there, or of another shape or dtype."""
+        require(name in self.names, f"{self.directory} lacks {name}")
+        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.directory / name}/"}
+        if self._ocdbt:
+            kvstore = {"driver": "ocdbt", "base": f"file://{self.directory}/", "path": f"{name}/"}
+        try:
+            driver = "zarr3" if self._zarr3 else "zarr"
+            spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
+            store = ts.open(spec).result()
+        except ValueError as error:
+            raise ValueError(
+                f"{self.directory}: array {name} cannot be opened: {_first_line(error)}"
+            ) from error
+        dtype = store.dtype.numpy_dtype
+        if tuple(store.shape) != tuple(shape) or dtype not in allowed:
+            raise ValueError(
+                f"{self.directory}: array {name} is {dtype}{list(store.shape)}, expected one of "
+                f"{[str(d) for d in allowed]} and shape {list(shape)}"
+            )
+        return store
 
 
 def _first_line(error: Exception) -> str:

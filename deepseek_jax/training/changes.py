@@ -31,6 +31,16 @@ def config_changes(saved: Mapping[str, Any], config: Config) -> Changes:
     return found
 
 
+def differing(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
+    """Sentences like "model.dtype is 'bfloat16' there, 'float32' here", one for each key that differs."""
+    a, b = (_flat(json.loads(json.dumps(x)), path) for x in (there, here))
+    return [
+        f"{key} is {a.get(key)!r} there, {b.get(key)!r} here"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+
+
 def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """{"train": {"steps": 3}} -> {"train.steps": 3}"""
     flat: dict[str, Any] = {}

@@ -54,6 +54,25 @@ def choose(directory: Path, steps: list[int], step: int | None) -> int:
     return max(steps) if step is None else step
 
 
+def locate(path: str | Path, step: int | None = None) -> tuple[Path, Path]:
+    """(folder of one step, folder of the run) for a run's folder, its checkpoints, or the folder of a step.
+
+    step: which; None for the newest. Raises CheckpointError if there is none.
+    """
+    path = Path(path).expanduser().absolute()
+    if (path / "state").is_dir():
+        if step is not None and path.name != str(step):
+            raise CheckpointError(
+                f"{path} is one checkpoint, and step={step} asks for another: name the run's folder"
+            )
+        return path, path.parent.parent
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not (steps := steps_in(directory)):
+        what = "holds neither config.json nor checkpoints by step" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}")
+    return directory / str(choose(directory, steps, step)), directory.parent
+
+
 def offering_older(step: int, steps: list[int], read: Callable[[int], Any]) -> Any:
     """`read(step)`; where that fails, the error also names the step before. That one is not looked into."""
     try:
@@ -138,11 +157,14 @@ def wrong_values(meta: Mapping[str, Any]) -> str | None:
 
 def read_state(path: Path, abstract: PyTree, format: int = FORMAT) -> PyTree:
     """The tree at `path` in the structure and shardings of `abstract`, after comparing every shape and dtype."""
-    handler = ocp.PyTreeCheckpointHandler()
-    _check_arrays(path, handler.metadata(path).tree, abstract, _READABLE[format])
-    target = jax.tree.map(_with_sharding, abstract)
-    arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding), target)
-    return handler.restore(
+    _check_arrays(path, ocp.PyTreeCheckpointHandler().metadata(path).tree, abstract, _READABLE[format])
+    return read_onto(path, jax.tree.map(_with_sharding, abstract))
+
+
+def read_onto(path: Path, target: PyTree) -> PyTree:
+    """The arrays of `target` (`jax.ShapeDtypeStruct` with shardings) out of those at `path`, cast to its dtypes."""
+    arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), target)
+    return ocp.PyTreeCheckpointHandler().restore(
         path, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
     )
 
@@ -195,6 +217,17 @@ def _shardings(tree: PyTree) -> dict[str, Any]:
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def array_shapes(path: Path, entry: str) -> dict[str, tuple[int, ...]]:
+    """Path below the top-level `entry` -> shape, of the tree at `path`. Reads no array."""
+    tree = guarded(path.parent, lambda: ocp.PyTreeCheckpointHandler().metadata(path).tree)
+    return shapes_of(tree.get(entry, {}))
+
+
+def shapes_of(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """Path of every leaf -> shape."""
+    return {_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _described(tree: PyTree) -> dict[str, str]:

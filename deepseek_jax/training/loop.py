@@ -39,6 +39,7 @@ from deepseek_jax.training.profiling import StepProfile
 from deepseek_jax.training.records import Evaluation, Records
 from deepseek_jax.training.run_lock import RunLock
 from deepseek_jax.training.schedules import Schedules, StepPlan
+from deepseek_jax.training.start import Average, Start
 from deepseek_jax.training.state import TrainState
 from deepseek_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
 from deepseek_jax.training.stopping import stop_on_signals
@@ -82,7 +83,9 @@ class Trainer:
         self.eval_fn = make_eval_step(cfg, self.mesh)
         self.step, self.tokens = 0, 0
         self.changes = Changes([], [])
+        self.differences: list[str] = []  # of the weights' config, where the run starts from given ones
         self._evaluated: tuple[int, Evaluation] | None = None
+        self._average: Average | None = None  # to go on with
         self.records: Records | None = None  # of `run`; takes more until `close`
         self._vote = StopVote(self.mesh)
         self._compiled: Future | None = None
@@ -122,6 +125,8 @@ class Trainer:
         """
         with now.doing("checking the config"):
             check_tokenizer(self.cfg)
+            if self.cfg.train.init_from and self.checkpointer.latest() is None:
+                Start(self.cfg, self.mesh)
             _ = self._traced
 
     def compile(self) -> None:
@@ -142,13 +147,22 @@ class Trainer:
     @functools.cached_property
     def state(self) -> TrainState:
         """At the present step. A resumed run never makes the first one, which would lie beside the restored."""
-        with now.doing("making the first parameters"):
-            return init_state(self.cfg, self.mesh)
+        if not self.cfg.train.init_from:
+            with now.doing("making the first parameters"):
+                return init_state(self.cfg, self.mesh)
+        start = Start(self.cfg, self.mesh)
+        start.check_tokenizer(self.data.tokenizer)
+        self.differences = start.differences
+        with now.doing(f"reading the weights of {self.cfg.train.init_from}"):
+            state, self._average = start.read()
+        return state
 
     @functools.cached_property
     def ema(self) -> EMA:
         """The average of the parameters so far."""
-        return EMA(self.state.params, self.cfg.train.ema_decay)
+        params = self.state.params
+        average = self._average or Average(params, 0)
+        return EMA(average.params, self.cfg.train.ema_decay, average.updates)
 
     def resume(self, step: int | None = None, discard_newer: bool = False) -> bool:
         """Continue from a checkpoint (default: the newest). False if there is none.

@@ -45,13 +45,14 @@ def decay_matrices(params: PyTree) -> PyTree:
 
 
 def adamw(
-    config: OptimizerConfig, mask: Callable[[PyTree], PyTree] = decay_matrices
+    config: OptimizerConfig, mask: Callable[[PyTree], PyTree] = decay_matrices, frozen: PyTree | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Clipped AdamW with decoupled weight decay.
 
     Args:
         config: b1, b2, eps, weight_decay, clip_norm, moment_dtype.
         mask: tree of params -> tree of bools, True where the weight decays.
+        frozen: tree of bools, True where a parameter and its moments stay as they are; None: nowhere.
 
     Returns:
         `init(params) -> AdamWState` and
@@ -87,7 +88,9 @@ def adamw(
         mu_factor = -1.0 / jnp.expm1(num_updates * math.log(config.b1))
         nu_factor = -1.0 / jnp.expm1(num_updates * math.log(config.b2))
 
-        def leaf(g, mu, nu, p, decays):
+        def leaf(g, mu, nu, p, decays, stays):
+            if stays:
+                return jnp.full_like(p, -0.0), mu, nu
             g = g.astype(jnp.float32) * clip
             new_mu = config.b1 * mu.astype(jnp.float32) + (1.0 - config.b1) * g
             new_nu = config.b2 * nu.astype(jnp.float32) + (1.0 - config.b2) * g * g
@@ -102,7 +105,8 @@ def adamw(
             # -0.0, not 0.0: x + -0.0 is x for every x
             return jnp.where(finite, -lr * step, -0.0).astype(p.dtype), mu, nu
 
-        leaves = jax.tree.map(leaf, grads, state.mu, state.nu, params, mask(params))
+        stay = jax.tree.map(lambda _: False, params) if frozen is None else frozen
+        leaves = jax.tree.map(leaf, grads, state.mu, state.nu, params, mask(params), stay)
         updates, mu, nu = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0, 0)), leaves)
         num_updates = jnp.where(finite, num_updates, state.num_updates)
         return updates, AdamWState(num_updates, mu, nu)

@@ -28,6 +28,7 @@ from deepseek_jax.parallel.tensor import sequence_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.weights import attach
+from deepseek_jax.training.frozen import frozen_leaves, trained
 from deepseek_jax.training.losses import Batch, gradients, targets, totals
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
 from deepseek_jax.training.sharding import experts_over, moe_stack_over, parameter_shares, state_shardings
@@ -106,7 +107,8 @@ def make_train_step(
     same work, and for what does not divide over the mesh.
     """
     _check_axes(mesh)
-    optimizer = adamw(cfg.optimizer)
+    frozen = frozen_leaves(cfg.train.frozen, model_params(cfg.model))
+    optimizer = adamw(cfg.optimizer, frozen=frozen)
     everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
     declared, policy = model_params(cfg.model), preset(cfg.precision)
     held, experts = held_specs(shares), experts_over(cfg, mesh)
@@ -130,7 +132,7 @@ def make_train_step(
             out_specs=(held, everywhere),
             check_vma=False,
         )(state.params, state.balance_bias, batch, hyper)
-        norm = global_norm(grads)
+        norm = global_norm(trained(grads, frozen))
         finite = jnp.isfinite(parts.main) & jnp.isfinite(parts.mtp) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper.lr, norm, finite)
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,145 @@
+"""The weights that a run starts from: `train.init_from`, another run, one of its checkpoints, or a Hugging Face folder.
+
+Parameters are read straight onto the mesh, each device its own slices, in float32, with fresh moments. The balance bias
+comes along, and the average where there is one.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deepseek_jax import hf
+from deepseek_jax.config import Config, to_dict
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.hf.names import leaves
+from deepseek_jax.training.changes import differing
+from deepseek_jax.training.checkpoint_files import (
+    PyTree,
+    array_shapes,
+    guarded,
+    locate,
+    read_meta,
+    read_onto,
+    read_tree,
+    shapes_of,
+    verify,
+)
+from deepseek_jax.training.ema import abstract_average
+from deepseek_jax.training.finite import not_finite
+from deepseek_jax.training.optimizer import adamw
+from deepseek_jax.training.sharding import state_shardings
+from deepseek_jax.training.state import TrainState
+from deepseek_jax.training.step import abstract_state
+
+_MAX_NAMED = 8  # arrays listed in an error
+
+
+class Average(NamedTuple):
+    """An average of parameters, as `EMA` takes it up: arrays, and how many updates are in it."""
+
+    params: PyTree
+    updates: int
+
+
+class Start:
+    """Where a run starts. The constructor looks at configs and shapes only.
+
+    differences: what the source's model config says otherwise without another shape, in words.
+
+    Raises ValueError (CheckpointError): no checkpoint there, a damaged one, FP8 in orbax; parameters of other shapes,
+    all named.
+    """
+
+    def __init__(self, cfg: Config, mesh: Mesh):
+        self._cfg, self._mesh = cfg, mesh
+        self._wanted = abstract_state(cfg, mesh)
+        self._path = Path(cfg.train.init_from).expanduser().absolute()
+        self._is_hf = (self._path / "config.json").is_file()
+        self._root = self._path
+        with_mtp = cfg.model.num_nextn_predict_layers > 0
+        if self._is_hf:
+            checkpoint = hf.Checkpoint(self._path, with_mtp)
+            model = to_dict(checkpoint.cfg)
+            found = {path: leaf.shape for path, leaf in leaves(checkpoint.cfg).items()}
+        else:
+            self._path, self._root = locate(self._path)
+            verify(self._path, ("meta",))
+            model = read_meta(self._path)["config"].get("model", {})
+            found = array_shapes(self._path / "state", "params")
+        self.differences = differing(model, to_dict(cfg.model), "model.")
+        self._compare(found)
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises ValueError if the source has another tokenizer: its ids would mean other text."""
+        file = self._root / "tokenizer.json"
+        if file.is_file() and Tokenizer.load(self._root).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"train.init_from={self._cfg.train.init_from}: its tokenizer is not this run's; "
+                f"set config.data.tokenizer={self._root}"
+            )
+
+    def read(self) -> tuple[TrainState, Average | None]:
+        """(state before the first step, average if the source has one). All processes call it.
+
+        Raises ValueError: damaged, or with NaN or infinity.
+        """
+        params, bias = self._from_hf() if self._is_hf else self._from_orbax()
+        shardings = state_shardings(self._cfg, self._mesh)
+        bias = jax.make_array_from_callback(bias.shape, shardings.balance_bias, lambda index: bias[index])
+        if bad := not_finite({"params": params, "balance_bias": bias}):
+            raise ValueError(f"{self._path} holds NaN or infinity in {', '.join(bad[:_MAX_NAMED])}")
+        init = adamw(self._cfg.optimizer).init
+        create = jax.jit(
+            lambda params, bias: TrainState.create(params, init(params), bias),
+            out_shardings=shardings,
+            donate_argnums=(0, 1),
+        )
+        return create(params, bias), self._average()
+
+    def _from_hf(self) -> tuple[PyTree, np.ndarray]:
+        params = state_shardings(self._cfg, self._mesh).params
+        mtp = self._cfg.model.num_nextn_predict_layers > 0
+        _, params, bias = hf.load(self._path, dtype="float32", mtp=mtp, shardings=params)
+        return params, np.asarray(bias)
+
+    def _from_orbax(self) -> tuple[PyTree, np.ndarray]:
+        verify(self._path, ("state", "ema"), together=True)
+        target = {"params": self._wanted.params, "balance_bias": self._wanted.balance_bias}
+        tree = guarded(self._path, lambda: read_onto(self._path / "state", target))
+        return tree["params"], np.asarray(tree["balance_bias"])
+
+    def _average(self) -> Average | None:
+        folder = self._path / "ema"
+        if self._is_hf or not (folder / "_METADATA").exists():
+            return None
+        like = abstract_average(self._wanted.params)
+        tree = guarded(self._path, lambda: read_tree(folder, like=like))
+        return Average(tree["params"], int(tree["updates"]))
+
+    def _compare(self, found: dict[str, tuple[int, ...]]) -> None:
+        if any(name.endswith(".fp8") for name in found):
+            raise ValueError(
+                f"{self._path} holds FP8 matrices, which are no weights to train: convert them with "
+                "experiments.convert --format=bf16, or name the Hugging Face folder itself"
+            )
+        wanted = shapes_of(self._wanted.params)
+        other = [
+            f"{name} is {_shown(found.get(name))} there, {_shown(wanted.get(name))} here"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        if other:
+            more = f"; and {len(other) - _MAX_NAMED} more" if len(other) > _MAX_NAMED else ""
+            keys = "; ".join(self.differences)
+            raise ValueError(
+                f"train.init_from={self._cfg.train.init_from} does not fit the model: {keys}; arrays: "
+                + "; ".join(other[:_MAX_NAMED])
+                + more
+            )
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
