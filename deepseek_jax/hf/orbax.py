@@ -166,8 +166,8 @@ def write_meta(directory: Path, meta: dict[str, Any]) -> None:
 class TreeSource(Source):
     """Leaf pieces of the parameters in one step of a run's checkpoints, `<step>/{state,ema,meta}`.
 
-    ema: of the averaged parameters. Holds one chunk per leaf in memory. Raises ValueError naming the path: not such a folder, arrays that do not
-    fit its own config, damaged data.
+    ema: of the averaged parameters. Holds one chunk per leaf in memory. Raises ValueError naming the path: not such a
+    folder, arrays that do not fit its own config, damaged data.
     """
 
     def __init__(self, step: Path, ema: bool = False):

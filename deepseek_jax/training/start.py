@@ -86,9 +86,11 @@ class Start:
 
         Raises ValueError: damaged, or with NaN or infinity.
         """
-        params, bias = self._from_hf() if self._is_hf else self._from_orbax()
+        params, host_bias = self._from_hf() if self._is_hf else self._from_orbax()
         shardings = state_shardings(self._cfg, self._mesh)
-        bias = jax.make_array_from_callback(bias.shape, shardings.balance_bias, lambda index: bias[index])
+        bias = jax.make_array_from_callback(
+            host_bias.shape, shardings.balance_bias, lambda index: host_bias[index]
+        )
         if bad := not_finite({"params": params, "balance_bias": bias}):
             raise ValueError(f"{self._path} holds NaN or infinity in {', '.join(bad[:_MAX_NAMED])}")
         init = adamw(self._cfg.optimizer).init
