@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from deepseek_jax import now
 from deepseek_jax.config import Config
 from deepseek_jax.parallel import distributed
 from deepseek_jax.parallel.together import is_first, whole_copy
@@ -56,31 +57,46 @@ def _describe(cfg: Config, trainer) -> None:
 
 def _finish(trainer, result, weights) -> None:
     """Report of a finished run; `weights`: whole parameters and bias, or None for no completions."""
-    from deepseek_jax.training.advice import History, advice, layer_names
-    from deepseek_jax.training.metrics import METRICS_FILE, read_records
-    from deepseek_jax.training.report import write_report
-    from experiments.samples import samples
-
-    cfg, out_dir, unigram = trainer.cfg, trainer.out_dir, trainer.unigram
+    out_dir, unigram = trainer.out_dir, trainer.unigram
     last, averaged = result.evaluation, result.ema_evaluation
     print(f"\nvalidation loss {last.loss:.3f} nats per token, {last.bits_per_byte:.3f} bits per byte")
     print(f"  averaged parameters: {averaged.loss:.3f}, {averaged.bits_per_byte:.3f}")
     print(f"  unigram model:       {unigram.nats_per_token:.3f}, {unigram.bits_per_byte:.3f}")
+    warnings = _draw(trainer)
     if weights is not None:
-        texts = samples(cfg, *weights, trainer.data.tokenizer, trainer.data.validation)
-        trainer.records.samples(result.step, texts)
-        for name, text in texts.items():
-            print(f"\n--- held-out document, {name}, from >> on the model's ".ljust(76, "-"))
-            print(text)
-        print("-" * 75)
-    records = read_records(out_dir / METRICS_FILE)
-    warnings = [one.text for one in advice(cfg, History(records), unigram.nats_per_token)]
-    names = layer_names(cfg)
-    write_report(records, out_dir / "report.png", unigram.nats_per_token, out_dir.name, warnings, names)
+        _show_samples(trainer, result.step, weights)
     for warning in warnings:
         print(f"warning: {warning}")
-    print(f"picture: {out_dir / 'report.png'}\nmetrics: {out_dir / METRICS_FILE}, {out_dir / 'tensorboard'}")
+    print(
+        f"picture: {out_dir / 'report.png'}\nmetrics: {out_dir / 'metrics.jsonl'}, {out_dir / 'tensorboard'}"
+    )
     print(f"checkpoints: {out_dir / 'checkpoints'}", flush=True)
+
+
+def _draw(trainer) -> list[str]:
+    """The picture of the run; gives what is wrong with it."""
+    from deepseek_jax.training.advice import History, advice, layer_names
+    from deepseek_jax.training.metrics import METRICS_FILE, read_records
+    from deepseek_jax.training.report import write_report
+
+    cfg, out_dir, unigram = trainer.cfg, trainer.out_dir, trainer.unigram.nats_per_token
+    with now.doing("drawing the picture"):
+        records = read_records(out_dir / METRICS_FILE)
+        warnings = [one.text for one in advice(cfg, History(records), unigram)]
+        write_report(records, out_dir / "report.png", unigram, out_dir.name, warnings, layer_names(cfg))
+    return warnings
+
+
+def _show_samples(trainer, step: int, weights) -> None:
+    from experiments.samples import samples
+
+    with now.doing("completing held-out documents"):
+        texts = samples(trainer.cfg, *weights, trainer.data.tokenizer, trainer.data.validation)
+    trainer.records.samples(step, texts)
+    for name, text in texts.items():
+        print(f"\n--- held-out document, {name}, from >> on the model's ".ljust(76, "-"))
+        print(text)
+    print("-" * 75)
 
 
 def _first_and_last(steps: str | None) -> tuple[int, int] | None:
