@@ -109,7 +109,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         values = {name: hf.get(name) for name in _SAME}
         values |= {name: hf[name] for name in _OPTIONAL if hf.get(name) is not None}
         values |= _router(hf, scoring) | _rope(hf)
-        values["num_nextn_predict_layers"] = _either(hf, "num_nextn_predict_layers", "num_mtp_layers") or 0
+        values["num_nextn_predict_layers"] = _either(hf, 0, "num_nextn_predict_layers", "num_mtp_layers")
         values["dtype"] = _dtype(hf)
         cfg = build(ModelConfig, values)
         _check_implied(hf, cfg)
@@ -311,16 +311,19 @@ def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     return found | ({"type": named[0]} if named else {})
 
 
-def _either(hf: Mapping[str, Any], *names: str) -> Any:
-    """The value of a field with two names; None where neither is set."""
+def _either(hf: Mapping[str, Any], default: Any, *names: str) -> Any:
+    """The value of a field with two names; `default` where neither is set."""
     found = {name: hf[name] for name in names if hf.get(name) is not None}
     values = list(found.values())
-    require(all(v == values[0] for v in values), f"{found} are two names of one field, with different values")
-    return values[0] if values else None
+    require(
+        all(v == values[0] for v in values),
+        f"{shown(found)} are two names of one field, with different values",
+    )
+    return values[0] if values else default
 
 
 def _dtype(hf: Mapping[str, Any]) -> str:
-    dtype = _either(hf, "torch_dtype", "dtype") or "float32"
+    dtype = _either(hf, "float32", "torch_dtype", "dtype")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(
             f"torch_dtype={shown(dtype)} is not supported; supported: ['float32', 'bfloat16']; the weights keep "

@@ -266,6 +266,8 @@ def test_quantization():
         ({"rope_parameters": {"rope_type": "llama3"}}, r"two types, \['yarn', 'llama3'\]"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' should be bool"),
         ({"torch_dtype": "bfloat16", "dtype": "float32"}, "two names of one field"),
+        ({"torch_dtype": []}, r"torch_dtype=\[\] is not supported"),
+        ({"num_nextn_predict_layers": ""}, "num_nextn_predict_layers='' should be int"),
         ({"model_type": ["deepseek_v3"]}, r"model_type=\['deepseek_v3'\]"),
         ({"num_key_value_heads": "128"}, "num_key_value_heads='128'"),
         ({"line\nbreak": 1}, r"'line\\nbreak'=1"),
