@@ -13,6 +13,9 @@ from deepseek_jax.checks import plain, shown
 
 MAX_BYTES = 32 << 20  # the index of DeepSeek-V3 has 9 MB
 MAX_DEPTH = 32
+MAX_CONTAINERS = (
+    1 << 21
+)  # lists and objects, which take more memory than their bytes; a whole DeepSeek-V3 has 300,000
 
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -34,9 +37,12 @@ def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object in UTF-8 bytes; `where` names them in errors.
 
-    Raises ValueError: not UTF-8 JSON, not an object, a key twice, nested deeper than `MAX_DEPTH`, a number that is not
+    Raises ValueError: not UTF-8 JSON, too many lists and objects, not an object, a key twice, nested deeper than `MAX_DEPTH`, a number that is not
     finite, a string that is not Unicode text.
     """
+    containers = raw.count(b"[") + raw.count(b"{")
+    if containers > MAX_CONTAINERS:
+        raise ValueError(f"{where} holds {containers} lists and objects; at most {MAX_CONTAINERS} are read")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
     except RecursionError:

@@ -176,6 +176,13 @@ def test_what_stayed_in_fp8_is_dequantised_when_it_is_loaded(without_tokenizer):
     assert got.generate([prompt], 4, stop_ids=()) == want.generate([prompt], 4, stop_ids=())
 
 
+def test_averaged_parameters_are_not_there(without_tokenizer):
+    with pytest.raises(
+        ValueError, match=r"was converted and has no averaged parameters: leave out ema \(--ema\)"
+    ):
+        deepseek_jax.load(without_tokenizer[1], ema=True)
+
+
 def test_parameters_that_do_not_fit_the_config_are_named(without_tokenizer):
     _, copy = without_tokenizer
     meta = copy / "checkpoints/0/meta/metadata"

@@ -29,6 +29,11 @@ def test_refused_in_one_line(text, message):
     assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
+def test_too_many_containers():
+    with pytest.raises(ValueError, match=r"^FILE holds 3000002 lists and objects; at most 2097152 are read"):
+        parse_object(b'{"a": [' + b"[]," * 3_000_000 + b"1]}", "FILE")
+
+
 def test_bytes_that_are_no_text():
     with pytest.raises(ValueError, match=r"^FILE is not valid JSON: 'utf-8' codec"):
         parse_object(b'{"a": "\xff"}', "FILE")

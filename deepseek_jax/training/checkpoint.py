@@ -268,6 +268,10 @@ def load_params(
         path = directory / str(step)
         verify(path, ITEMS if ema else ("state", "meta"))
         meta = read_meta(path)
+        if ema and not any((path / "ema").iterdir()):
+            raise CheckpointError(
+                f"{path} was converted and has no averaged parameters: leave out ema (--ema)"
+            )
         names = ("balance_bias",) if ema else ("balance_bias", "params")
         tree = guarded(path, lambda: read_tree(path / "state", names))
         source = guarded(path, lambda: read_tree(path / "ema", ("params",))) if ema else tree
