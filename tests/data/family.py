@@ -18,6 +18,8 @@ from tokenizers import (
     trainers,
 )
 
+from deepseek_jax.data import byte_level
+
 TEXTS = [
     "def read(self):\n    return self.text  # the keys and the values\n\n\nclass Keys:\n    pass\n",
     'The cat that killed the rat that ate the malt, 12345 times: 日本語 and é, ü. "Who?"\n',
@@ -189,7 +191,26 @@ def deepseek_v2(folder: Path) -> None:
     _write(folder, backend, tokens | {"additional_special_tokens": ["<|EOT|>"]})
 
 
-_MAKERS = (chat_model, bos_model, metaspace, metaspace_words, llama_2, sentencepiece, deepseek_v2)
+def deepseek_v3(folder: Path) -> None:
+    """With the pre-tokenizer of the tokenizers that we train; a tokenizer_config.json that names nothing."""
+    _write(folder, _byte_level(["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], byte_level.words()), {})
+
+
+def qwen(folder: Path) -> None:
+    """Llama 3's pattern with single digits; several templates by name."""
+    backend = _byte_level(["<|endoftext|>"], _in_one_pattern(LLAMA_3.replace("{1,3}", "")))
+    backend.add_tokens(["<think>", "TOOL"])
+    _write(
+        folder,
+        backend,
+        {"eos_token": "<|endoftext|>", "chat_template": [{"name": "default", "template": CHATML}]},
+    )
+
+
+_MAKERS = (
+    *(chat_model, bos_model, metaspace, metaspace_words, llama_2, sentencepiece, qwen),
+    *(deepseek_v2, deepseek_v3),
+)
 FAMILY: dict[str, Callable[[Path], None]] = {maker.__name__: maker for maker in _MAKERS}
 
 

@@ -104,7 +104,12 @@ def test_long_documents_have_the_ids_of_the_whole(both):
 
 def test_which_are_cut_where(folders, tokenizer):
     found = {name: Tokenizer.load(folder).cuts for name, folder in folders.items()}
-    assert [name for name, cut in found.items() if cut is LINES] == ["bos_model", "deepseek_v2"]
+    assert [name for name, cut in found.items() if cut is LINES] == [
+        "bos_model",
+        "qwen",
+        "deepseek_v2",
+        "deepseek_v3",
+    ]
     assert [name for name, cut in found.items() if cut is WORDS] == [
         "chat_model",
         "metaspace_words",
@@ -147,6 +152,8 @@ def test_stops(folders):
             assert len(ours.stop_ids) == 2
         elif name == "sentencepiece":  # config.json names another
             assert ours.stop_ids == (theirs.eos_token_id, 5)
+        elif name == "deepseek_v3":  # no file says anything, the vocabulary has DeepSeek's
+            assert theirs.eos_token is None and ours.stop_ids == (ours.eos_id,) == (1,)
         else:
             assert ours.stop_ids == (theirs.eos_token_id,)
 
