@@ -1,7 +1,7 @@
 """Worker of `experiments.bench`: this project. Imports no torch.
 
-Training runs the project's own step on the devices that `experiments.train` would use; decoding runs `generate`
-as `experiments.generate` does.
+Training runs the project's own step on the devices that `experiments.train` would use; decoding runs
+`Model.generate` as `experiments.generate` does.
 """
 
 import time
@@ -60,17 +60,18 @@ def _decode(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
     import jax
     import numpy as np
 
-    from deepseek_jax.inference.generate import generate
+    from deepseek_jax.inference.model import Model
     from deepseek_jax.parallel.mesh import make_mesh
     from deepseek_jax.training.step import init_state
 
     state = init_state(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
     shape = (spec["batch"], spec["prompt"])
     prompts = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape).tolist()
+    model = Model(cfg.model, state.params, state.balance_bias)
 
     def run() -> float:
         began = time.perf_counter()
-        out = generate(state.params, cfg.model, prompts, spec["new"], balance_bias=state.balance_bias)
+        out = model.generate(prompts, spec["new"])
         seconds = time.perf_counter() - began
         assert [len(row) for row in out] == [spec["new"]] * spec["batch"]
         return seconds

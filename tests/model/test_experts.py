@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model import expert_ffn
+from deepseek_jax.model import experts
 from deepseek_jax.model.experts import DENSE_ROWS, decode_experts, routed_experts
 from deepseek_jax.model.rows import sort_rows
 
@@ -92,10 +93,17 @@ def test_against_a_loop(value_and_grad, kind):
 
 @pytest.mark.parametrize("n", [1, 2, 5, DENSE_ROWS + 1])
 def test_decoding_forms(n):
-    """Gathered weights, all experts densely, and the training form: by the number of tokens."""
+    """Pair by pair, all experts densely, and the training form: by the number of tokens."""
     ids = pairs("random")[:n].astype(np.int32)
     got = jax.jit(decode_experts)(P, X[:n], ids, WEIGHTS[:n])
     np.testing.assert_allclose(got, loop(P, X[:n], ids, WEIGHTS[:n])[0], rtol=1e-5, atol=1e-4)
+
+
+def test_gathered_weights():
+    """What `decode_experts` takes for few pairs where it does not run on CPU."""
+    ids = pairs("random")[:2].astype(np.int32)
+    got = jax.jit(experts._gathered)(P, X[:2], ids, WEIGHTS[:2])
+    np.testing.assert_allclose(got, loop(P, X[:2], ids, WEIGHTS[:2])[0], rtol=1e-5, atol=1e-4)
 
 
 def test_bfloat16_is_computed_in_bfloat16():
