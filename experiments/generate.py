@@ -92,11 +92,11 @@ def _show(pieces: Iterator[str], shown: list[str]) -> None:
         print(flush=True)
 
 
-def _generated(model: Any, ids: list[list[int]]) -> Iterator[Any]:
+def _generated(model: Any, texts: list[Any]) -> Iterator[Any]:
     """The `Completion` of each prompt, batch by batch; the last batch is filled up, so that its size compiles nothing."""
-    size = min(_BATCH.value, len(ids))
-    for start in range(0, len(ids), size):
-        part = ids[start : start + size]
+    size = min(_BATCH.value, len(texts))
+    for start in range(0, len(texts), size):
+        part = texts[start : start + size]
         filled = part + [part[-1]] * (size - len(part))
         seeds = range(_SEED.value + start, _SEED.value + start + size)
         yield from model.generate(filled, _TOKENS.value, seed=seeds, logprobs=True, **_options())[: len(part)]
@@ -115,18 +115,18 @@ def _print(model: Any, record: prompts.Record, done: Any) -> None:
 
 
 def _complete(model: Any, records: list[prompts.Record]) -> None:
-    ids = prompts.token_ids(model, records, _TOKENS.value)
+    texts = prompts.for_model(model, records, _TOKENS.value)
     if _OUT.value is not None:
         with prompts.Writer(_OUT.value, _LOGPROBS.value) as writer:
-            for record, done in zip(records, _generated(model, ids), strict=True):
+            for record, done in zip(records, _generated(model, texts), strict=True):
                 writer.write(record, done)
-        print(f"{len(ids)} completions in {_OUT.value}")
-    elif len(ids) == 1 and model.tokenizer is not None and not _LOGPROBS.value:
+        print(f"{len(texts)} completions in {_OUT.value}")
+    elif len(texts) == 1 and model.tokenizer is not None and not _LOGPROBS.value:
         print(_PROMPT.value[0] if _PROMPT.value else "", end="", flush=True)
-        _show(model.stream(ids[0], _TOKENS.value, seed=_SEED.value, **_options()), [])
+        _show(model.stream(texts[0], _TOKENS.value, seed=_SEED.value, **_options()), [])
         print(LINE)
     else:
-        for record, done in zip(records, _generated(model, ids), strict=True):
+        for record, done in zip(records, _generated(model, texts), strict=True):
             _print(model, record, done)
     if model.last_stats is not None:
         stats = model.last_stats

@@ -48,8 +48,9 @@ def _json(line: bytes, where: str) -> Record:
     return record
 
 
-def token_ids(model: Any, records: list[Record], max_new_tokens: int) -> list[list[int]]:
-    """Ids of each record's prompt. Raises ValueError that names the first one which does not fit the model."""
+def for_model(model: Any, records: list[Record], max_new_tokens: int) -> list[Any]:
+    """Each record's prompt as `Model.generate` takes it: text, or ids. Raises ValueError that names the first one which
+    does not fit the model."""
     positions, found = model.config.max_position_embeddings, []
     for i, record in enumerate(records, start=1):
         try:
@@ -63,7 +64,7 @@ def token_ids(model: Any, records: list[Record], max_new_tokens: int) -> list[li
                 f"prompt {i} has {len(ids)} tokens: with --max_new_tokens={max_new_tokens} that exceeds the model's "
                 f"{positions} positions"
             )
-        found.append(ids)
+        found.append(ids if record.get("prompt") is None else record["prompt"])
     return found
 
 

@@ -77,9 +77,10 @@ def test_a_file_of_prompts_and_a_file_of_completions(folder, model, tmp_path, ca
     assert run(folder, *HOT, *more) == 0
     assert "3 completions in" in capsys.readouterr().out
     got = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    ids = prompts.token_ids(model, records, 4)
+    texts = prompts.for_model(model, records, 4)
+    assert texts[:2] == [records[0]["prompt"], records[1]["prompt"]]
     for i, (record, new) in enumerate(zip(records, got, strict=True)):
-        want = model.generate(ids[i], 4, seed=5 + i, logprobs=True, **SETTINGS)
+        want = model.generate(texts[i], 4, seed=5 + i, logprobs=True, **SETTINGS)
         done = {"completion": want.text, "finish_reason": want.finish_reason, "tokens": want.tokens}
         assert {name: new[name] for name in (*record, *done)} == record | done
         assert new["logprobs"] == pytest.approx(want.logprobs, abs=1e-4) and len(new["sampled_logprobs"]) == 4

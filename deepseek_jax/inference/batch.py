@@ -19,7 +19,8 @@ from deepseek_jax.inference.sampling import RowSampling, Sampling, row_sampling
 
 Array = Any  # jax.Array in programs, NumPy's on the host
 
-SMALLEST = 64  # of the sizes
+SMALLEST = 64  # of the sizes of prompts
+SLOTS = 256  # in the smallest cache
 STOPS = 8  # stop ids are filled up to a multiple of this
 
 
@@ -60,11 +61,17 @@ class Request:
 
 
 def size_for(n: int, divides: int = 1) -> int:
-    """The smallest 64, 96, 128, 192, 256, 384, ... (2^i and 3 * 2^i) >= n, rounded up to a multiple of `divides`."""
+    """Tokens to which n of a prompt are padded: the smallest 64, 96, 128, 192, 256, 384, ... (2^i and 3 * 2^i) >= n, rounded up to a multiple of `divides`."""
     power = max(SMALLEST, 1 << (n - 1).bit_length())
     smaller = power * 3 // 4
     size = smaller if n <= smaller and smaller > SMALLEST else power
     return -(-size // divides) * divides
+
+
+def slots_for(n: int) -> int:
+    """Slots of a cache for n tokens: a power of two. Coarser than prompts: an empty slot costs next to nothing, and the
+    decoding loop is what takes longest to compile."""
+    return max(SLOTS, 1 << (n - 1).bit_length())
 
 
 class Prompts(NamedTuple):

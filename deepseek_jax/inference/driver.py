@@ -25,7 +25,7 @@ from deepseek_jax.inference.batch import (
     completions,
     make_batch,
     pad_prompts,
-    size_for,
+    slots_for,
 )
 from deepseek_jax.model.decoding import Cache, prepare_cache
 from deepseek_jax.model.mla import LatentCache
@@ -125,7 +125,7 @@ def stream(
     fill = -len(request.prompts) % method.rows
     prompts = pad_prompts([*request.prompts, *[[0]] * fill], cfg.vocab_size, method.tokens)
     batch = make_batch(request, cfg, prompts)
-    slots = size_for(prompts.tokens_bt.shape[1] + request.max_new_tokens + method.spare)
+    slots = slots_for(prompts.tokens_bt.shape[1] + request.max_new_tokens + method.spare)
     with now.doing("reading the prompt"):  # and, where lengths are new, compiling; no step is made yet
         state, at_most = method.grow(method.prefill(prompts, batch), slots), first
         state = jax.block_until_ready(method.advance(batch, state, 0))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.inference import generate as plain_file
-from deepseek_jax.inference.batch import SMALLEST, Request, pad_prompts, size_for
+from deepseek_jax.inference.batch import SMALLEST, Request, pad_prompts, size_for, slots_for
 from deepseek_jax.inference.driver import complete, stream
 from deepseek_jax.inference.generate import generate, plain
 from deepseek_jax.inference.sampling import Sampling
@@ -115,6 +115,7 @@ def test_sizes_are_few_and_not_much_larger_than_asked():
     sizes = [size_for(n) for n in range(1, 16385)]
     assert len(set(sizes)) == 17 and sizes == sorted(sizes)
     assert all(n <= size <= max(64, 1.5 * n) for n, size in enumerate(sizes, start=1))
+    assert [slots_for(n) for n in (1, 256, 257, 512, 5000)] == [256, 256, 512, 512, 8192]
 
 
 def test_cache_holds_latents_and_nothing_per_head():
@@ -133,7 +134,7 @@ def test_what_changes_from_call_to_call_compiles_nothing():
     run("v3")
     assert [program._cache_size() for program in programs] == [1, 1, 1]
     run("v3", new=1)
-    run("v3", prompts=[[1] * 30, [2], [3]], new=32)
+    run("v3", prompts=[[1] * 30, [2], [3]], new=34)
     run("v3", sampling=Sampling(0.7, 0.9, 5, 0.01, 1.1), seed=[4, 5, 2**33], stop_ids=range(3), num_ids=60)
     assert [program._cache_size() for program in programs] == [1, 1, 1]
 

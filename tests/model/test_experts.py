@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model import expert_ffn
-from deepseek_jax.model import experts
+from deepseek_jax.model import expert_ffn, experts
 from deepseek_jax.model.experts import DENSE_ROWS, decode_experts, routed_experts
 from deepseek_jax.model.rows import sort_rows
 
