@@ -188,14 +188,6 @@ def get(tree: Any, path: str) -> Any:
     return tree
 
 
-def take(tree: Any, path: str) -> Any:
-    """The leaf of a nested dict at a dotted path, which is then not in it any more."""
-    *parents, last = path.split(".")
-    for key in parents:
-        tree = tree[key]
-    return tree.pop(last)
-
-
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     """Nested dict of a dict with dotted paths."""
     tree: dict[str, Any] = {}

@@ -20,12 +20,13 @@ from etils import epath
 from deepseek_jax.checks import plain, require, shown
 from deepseek_jax.config import ModelConfig, build
 from deepseek_jax.hf import fp8
-from deepseek_jax.hf.names import Index, Leaf, leaves
+from deepseek_jax.hf.arrays import filled, filler
+from deepseek_jax.hf.names import Index, Leaf, get, leaves, unflatten
 from deepseek_jax.hf.read import SCALE, Q
 from deepseek_jax.hf.tensors import DTYPES
 from deepseek_jax.hf.write import Source
 from deepseek_jax.json_files import read_object
-from deepseek_jax.training.checkpoint_files import read_meta, verify
+from deepseek_jax.training.checkpoint_files import CheckpointError, read_meta, verify
 
 BIAS = "balance_bias"
 
@@ -166,12 +167,13 @@ def write_meta(directory: Path, meta: dict[str, Any]) -> None:
 class TreeSource(Source):
     """Leaf pieces of the parameters in one step of a run's checkpoints, `<step>/{state,ema,meta}`.
 
-    ema: of the averaged parameters. Holds one chunk per leaf in memory. Raises ValueError naming the path: not such a
-    folder, arrays that do not fit its own config, damaged data.
+    ema: of the averaged parameters. verified: the files are known to be as they were written. Holds one chunk per leaf in
+    memory. Raises ValueError naming the path: not such a folder, arrays that do not fit its own config, damaged data.
     """
 
-    def __init__(self, step: Path, ema: bool = False):
-        verify(step, ("state", "ema", "meta") if ema else ("state", "meta"))
+    def __init__(self, step: Path, ema: bool = False, verified: bool = False):
+        if not verified:
+            verify(step, ("state", "ema", "meta") if ema else ("state", "meta"))
         self.meta = read_meta(step)
         model = self.meta["config"].get("model")
         require(model is not None, f"{step / 'meta'} names no model config: not a checkpoint of this project")
@@ -205,6 +207,10 @@ class TreeSource(Source):
 
     def bias(self) -> np.ndarray:
         return self._read(BIAS, ())
+
+    def forget(self) -> None:
+        """Drops the chunks in memory."""
+        self._blocks.clear()
 
     def _read(self, name: str, index: Index) -> np.ndarray:
         """A piece, through the chunk that holds it: orbax may have put many pieces into one."""
@@ -252,6 +258,40 @@ class _Tree:
                 f"{[str(d) for d in allowed]} and shape {list(shape)}"
             )
         return store
+
+
+def load_tree(item: Path, shardings: Callable[[ModelConfig], Any] = lambda cfg: None) -> Any:
+    """Parameters of a checkpoint, `<step>/state` or `<step>/ema`, whose files have been compared with what was written.
+
+    Read a layer at a time, as far as the chunks are no larger, and put where `shardings` of the config says, a tree of
+    `jax.sharding.Sharding` (None: the default device). What is kept in FP8 becomes bfloat16.
+
+    Raises CheckpointError naming path and array.
+    """
+    try:
+        source = TreeSource(item.parent, item.name == "ema", verified=True)
+        where, flat = shardings(source.cfg), {}
+        for path, leaf in leaves(source.cfg).items():
+            stored = source.dtypes[path]
+            kind = DTYPES["BF16"] if stored == fp8.E4M3 else stored
+            fill = filler(leaf, _slices_of(_converted(source, leaf, kind)))
+            target = None if where is None else get(where, path)
+            flat[path] = filled(leaf.shape, kind, target, fill, bool(leaf.stack))
+            source.forget()
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return unflatten(flat)
+
+
+def _slices_of(
+    piece: Callable[[Index], np.ndarray],
+) -> Callable[[Index, tuple[slice, ...], np.ndarray], None]:
+    def read(index: Index, window: tuple[slice, ...], out: np.ndarray) -> None:
+        out[...] = piece(index)[window]
+
+    return read
 
 
 def _first_line(error: Exception) -> str:

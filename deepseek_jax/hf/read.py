@@ -1,14 +1,11 @@
 """Hugging Face checkpoint -> parameter tree, tensor by tensor.
 
 `Checkpoint` checks a folder whole (files, names, shapes, dtypes) from the headers alone; only then is data read.
-A leaf's array is filled in place, one tensor at a time, and on CPU it becomes the JAX array without a copy.
-Over a mesh every device's slice is read from just the bytes that it covers.
+Over a mesh every device's slice is read from just the bytes that it covers, a layer at a time (`arrays.py`).
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,9 @@ import numpy as np
 from deepseek_jax.checks import plain
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf import fp8
+from deepseek_jax.hf.arrays import Fill, filled, filler
 from deepseek_jax.hf.files import read_config, scan
-from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, mtp_of, shared_copies, take, unflatten
+from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, mtp_of, shared_copies, unflatten
 from deepseek_jax.hf.tensors import DTYPES, Tensor
 from deepseek_jax.hf_config import from_hf
 
@@ -68,13 +66,13 @@ def load(
         target = None if shardings is None else get(shardings, name)
         if keep_fp8 and checkpoint.is_fp8(leaf):
             flat[name] = {
-                part: _array(shape, kind, None if target is None else target[part], fill)
+                part: filled(shape, kind, None if target is None else target[part], fill, bool(leaf.stack))
                 for part, (shape, kind, fill) in _fp8_parts(checkpoint, leaf).items()
             }
         else:
             kind = _FLOATS[dtype] if dtype else checkpoint.float_dtype(leaf)
-            fill = _filler(leaf, functools.partial(checkpoint.read, leaf))
-            flat[name] = _array(leaf.shape, kind, target, fill)
+            fill = filler(leaf, functools.partial(checkpoint.read, leaf))
+            flat[name] = filled(leaf.shape, kind, target, fill, bool(leaf.stack))
     cfg = checkpoint.cfg if dtype is None else dataclasses.replace(checkpoint.cfg, dtype=dtype)
     return cfg, unflatten(flat), jax.device_put(checkpoint.balance_bias())
 
@@ -223,54 +221,6 @@ def _check_one(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[
         )
 
 
-def dequantised(params: Any, cfg: ModelConfig) -> Any:
-    """Parameters in host memory with leaves kept in FP8 as bfloat16: what `load` makes of the same checkpoint.
-
-    The tree is emptied on the way, leaf by leaf, so that not both forms of the model are in memory. Raises ValueError
-    naming the leaf: missing, of another shape, scales that cannot be.
-    """
-    flat = {}
-    for path, leaf in leaves(cfg).items():
-        try:
-            x = take(params, path)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"params lack {path} of shape {leaf.shape}") from error
-        flat[path] = _dequantised(leaf, x) if isinstance(x, dict) and x.keys() == {Q, SCALE} else x
-        if np.shape(flat[path]) != leaf.shape:
-            raise ValueError(f"params.{path} has shape {np.shape(flat[path])}, the config says {leaf.shape}")
-    return unflatten(flat)
-
-
-def _dequantised(leaf: Leaf, x: dict[str, np.ndarray]) -> np.ndarray:
-    values, blocks = (*leaf.stack, *leaf.hf_shape), (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
-    if x[Q].shape != values or x[SCALE].shape != blocks:
-        raise ValueError(f"params.{leaf.path} in FP8 has shape {x[Q].shape}, the config says {values}")
-    out = np.empty(leaf.shape, DTYPES["BF16"])
-    for index in leaf.indices():
-        scales = fp8.checked_scales(x[SCALE][index], f"params.{leaf.path}{list(index)}")
-        out[index] = leaf.from_hf(fp8.dequantise(x[Q][index], scales, out.dtype))
-    return out
-
-
-# --- arrays -----------------------------------------------------------------------------------------------
-
-# Fills an array with the given slices of a leaf.
-Fill = Callable[[tuple[slice, ...], np.ndarray], None]
-
-
-def _filler(leaf: Leaf, read: Callable[[Index, tuple[slice, ...], np.ndarray], None]) -> Fill:
-    """Fills a slice of a stacked leaf, one tensor of the checkpoint at a time."""
-
-    def fill(where: tuple[slice, ...], out: np.ndarray) -> None:
-        n = len(leaf.stack)
-        starts = [s.indices(size)[0] for s, size in zip(where[:n], leaf.stack, strict=True)]
-        for local in np.ndindex(*out.shape[:n]):
-            index = tuple(start + i for start, i in zip(starts, local, strict=True))
-            read(index, where[n:], out[local])
-
-    return fill
-
-
 def _fp8_parts(checkpoint: Checkpoint, leaf: Leaf) -> dict[str, tuple[tuple[int, ...], np.dtype, Fill]]:
     """Shape, dtype and filler of the two arrays of a leaf kept in FP8."""
 
@@ -282,29 +232,6 @@ def _fp8_parts(checkpoint: Checkpoint, leaf: Leaf) -> dict[str, tuple[tuple[int,
 
     blocks = (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
     return {
-        Q: ((*leaf.stack, *leaf.hf_shape), fp8.E4M3, _filler(leaf, values)),
-        SCALE: (blocks, DTYPES["F32"], _filler(leaf, scales)),
+        Q: ((*leaf.stack, *leaf.hf_shape), fp8.E4M3, filler(leaf, values)),
+        SCALE: (blocks, DTYPES["F32"], filler(leaf, scales)),
     }
-
-
-def _array(shape: tuple[int, ...], dtype: np.dtype, sharding: Any, fill: Fill) -> jax.Array:
-    """A JAX array filled slice by slice: in host memory, one device's slice exists at a time."""
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    parts = []
-    for device, where in sharding.addressable_devices_indices_map(shape).items():
-        lengths = [len(range(*s.indices(n))) for s, n in zip(where, shape, strict=True)]
-        part = _aligned(tuple(lengths), dtype)
-        fill(tuple(where), part)
-        parts.append(jax.device_put(part, device))
-        if device.platform != "cpu":
-            parts[-1].block_until_ready()  # so that the host's part is freed before the next is made
-    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that begins on a 64-byte boundary: JAX on CPU takes it over without a copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)

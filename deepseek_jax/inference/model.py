@@ -396,12 +396,12 @@ def _load(
     if (folder / "checkpoints").is_dir():
         from deepseek_jax.training.checkpoint import load_params
 
-        saved, params, bias, meta = load_params(folder / "checkpoints", step, ema)
-        cfg = build(Config, saved).model
-        params = hf.dequantised(params, cfg)  # of a converted checkpoint, which may have stayed in FP8
-        where = None if mesh is None else parameter_shardings(cfg, mesh)
+        def read(item: Path) -> Any:
+            return hf.load_tree(item, lambda cfg: None if mesh is None else parameter_shardings(cfg, mesh))
+
+        saved, params, bias, meta = load_params(folder / "checkpoints", step, ema, read)
         text = _text_side(folder, meta.get("huggingface", {}).get("config", {}))
-        return Model(cfg, jax.device_put(params, where), jnp.asarray(bias), *text, mesh)
+        return Model(build(Config, saved).model, params, jnp.asarray(bias), *text, mesh)
     raise ValueError(f"{folder} holds neither config.json (Hugging Face) nor checkpoints/ (a training run)")
 
 

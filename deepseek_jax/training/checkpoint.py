@@ -15,7 +15,7 @@ it is decided by the first, since file systems do not show the same thing to all
 import contextlib
 import functools
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,8 +245,15 @@ class Checkpointer:
                 inventory.write(path, ITEMS)
 
 
+def _in_host_memory(item: Path) -> PyTree:
+    return guarded(item.parent, lambda: read_tree(item, ("params",))["params"])
+
+
 def load_params(
-    directory: str | Path, step: int | None = None, ema: bool = False
+    directory: str | Path,
+    step: int | None = None,
+    ema: bool = False,
+    read_params: Callable[[Path], PyTree] = _in_host_memory,
 ) -> tuple[dict[str, Any], PyTree, np.ndarray, dict[str, Any]]:
     """Parameters of a run for generation, without optimizer state; a run may go on writing meanwhile.
 
@@ -254,9 +261,10 @@ def load_params(
         directory: the run's checkpoints.
         step: which; None for the newest.
         ema: the average of the parameters instead of the last ones.
+        read_params: (`<step>/state` or `<step>/ema`, its files compared) -> params, by default in host memory.
 
     Returns:
-        (config of the run as a dict, params in host memory, balance_bias float32 [layer, expert], metadata).
+        (config of the run as a dict, params, balance_bias float32 [layer, expert], metadata).
 
     Raises:
         CheckpointError (a ValueError): as `Checkpointer.restore`.
@@ -272,10 +280,8 @@ def load_params(
             raise CheckpointError(
                 f"{path} was converted and has no averaged parameters: leave out ema (--ema)"
             )
-        names = ("balance_bias",) if ema else ("balance_bias", "params")
-        tree = guarded(path, lambda: read_tree(path / "state", names))
-        source = guarded(path, lambda: read_tree(path / "ema", ("params",))) if ema else tree
-        return meta["config"], source["params"], tree["balance_bias"], meta
+        bias = guarded(path, lambda: read_tree(path / "state", ("balance_bias",)))["balance_bias"]
+        return meta["config"], read_params(path / ("ema" if ema else "state")), bias, meta
 
     return offering_older(choose(directory, steps, step), steps, read)
 
