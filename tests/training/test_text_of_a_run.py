@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import deepseek_jax
-from deepseek_jax.data.token_cache import tokenize
+from deepseek_jax.data.encoding import encode_documents
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import convert
 from tests.data.family import CHATML, TEXTS, make
@@ -69,9 +69,8 @@ def test_the_export_is_the_tokenizers_folder(trained, tmp_path):
     )
 
 
-def test_documents_of_the_run_end_with_its_eos(trained, tmp_path):
-    tokenizer = Tokenizer.load(trained[0])
-    documents = tokenize(iter(TEXTS), tokenizer, tmp_path, "x")
+def test_documents_of_the_run_end_with_its_eos(trained):
     theirs = AutoTokenizer.from_pretrained(trained[0])
-    for i, text in enumerate(TEXTS):
-        assert documents[i].tolist() == [*theirs(text)["input_ids"], theirs.eos_token_id]
+    documents = encode_documents(TEXTS, Tokenizer.load(trained[0]))
+    for ids, text in zip(documents, TEXTS, strict=True):
+        assert ids.tolist() == [*theirs(text)["input_ids"], theirs.eos_token_id]
