@@ -32,8 +32,9 @@ def smoothed(values: np.ndarray, decay: float) -> np.ndarray:
 
 
 def trend(values: np.ndarray) -> np.ndarray:
-    span = max(1.0, _SMOOTH_SHARE * len(values))
-    return smoothed(values, 1 - 1 / span)
+    """Smoothed forwards, then backwards: a steep curve does not lag. The last value is that of the forward average."""
+    decay = 1 - 1 / max(1.0, _SMOOTH_SHARE * len(values))
+    return smoothed(smoothed(values, decay)[::-1], decay)[::-1]
 
 
 def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -58,6 +59,7 @@ def label_beside(axes: Axes, labels: Sequence[Label]) -> None:
     low, high = to_height(bottom), to_height(top)
     shown = sorted((label for label in labels if np.isfinite(label.y)), key=lambda label: label.y)
     heights = [float(np.clip((to_height(label.y) - low) / (high - low), 0, 1)) for label in shown]
+    ends = list(heights)
     line = LINE / (axes.bbox.height / axes.figure.dpi)
     half = [0.5 * line * (label.text.count("\n") + 1) for label in shown]
     for i in range(1, len(heights)):
@@ -65,16 +67,11 @@ def label_beside(axes: Axes, labels: Sequence[Label]) -> None:
     for i in reversed(range(len(heights))):
         above = heights[i + 1] - half[i + 1] if i + 1 < len(heights) else 1 + half[i]
         heights[i] = min(heights[i], above - half[i])
-    for label, height in zip(shown, heights, strict=True):
-        axes.text(
-            1.012,
-            height,
-            label.text,
-            color=label.colour,
-            va="center",
-            transform=axes.transAxes,
-            fontweight="bold",
-        )
+    for label, at, height in zip(shown, ends, heights, strict=True):
+        place: dict[str, Any] = {"color": label.colour, "transform": axes.transAxes}
+        axes.text(1.015, height, label.text, va="center", fontweight="bold", **place)
+        if abs(at - height) > 0.5 * line:  # a leader; otherwise it would look like a minus sign
+            axes.plot([1.0, 1.011], [at, height], linewidth=0.8, clip_on=False, **place)
 
 
 def panel(axes: Axes, title: str, **labels: str) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from deepseek_jax.training.drawing import smoothed
+from deepseek_jax.training.drawing import smoothed, trend
 from deepseek_jax.training.metrics import MetricsFile, max_vio, read_records
 from deepseek_jax.training.report import write_report
 
@@ -99,3 +99,12 @@ def test_smoothing():
     np.testing.assert_allclose(got[:, 0], [4.0, 4.0, (0.5 * 4 + 1) / 1.5])  # the gap is no value
     np.testing.assert_array_equal(smoothed(values[:, 1], 0.0), values[:, 1])
     np.testing.assert_allclose(smoothed(np.full(30, 5.0), 0.9), 5.0)  # no memory of a start at zero
+
+
+def test_a_trend_does_not_lag():
+    """Of a straight line it is the line, away from the ends; its last value is the forward average's."""
+    line = np.arange(1000.0)
+    got = trend(line)
+    np.testing.assert_allclose(got[300:700], line[300:700], atol=0.01)
+    assert got[-1] == smoothed(line, 1 - 1 / 20)[-1] < 985
+    assert trend(np.array([3.0])) == [3.0]
