@@ -158,8 +158,8 @@ def grouped_backward(
     dy_md = jnp.where(rows.real_m1, dy_nd[rows.token_m], 0)
     x_md, gain_m1 = x_nd[rows.token_m], rows.gain_m[:, None].astype(x_nd.dtype)
 
-    def product(a, b, out_dtype=None):
-        return grouped_gemm(a, b, rows.group_m, transpose_b=True, out_dtype=out_dtype, alignment=ALIGNMENT)
+    def product(a, b):
+        return grouped_gemm(a, b, rows.group_m, transpose_b=True, alignment=ALIGNMENT)
 
     def wgrad(a, b):
         return grouped_wgrad(a, b, aligned_sizes(rows.sizes_e, ALIGNMENT), alignment=ALIGNMENT)
@@ -169,8 +169,9 @@ def grouped_backward(
     dg, du = (jnp.where(rows.real_m1, x, 0) for x in (dg, du))
     dw = (wgrad(x_md, dg), wgrad(x_md, du), wgrad(act * gain_m1, dy_md))
     dgain = (dact.astype(jnp.float32) * act).sum(-1)
-    dx_md = product(dg, w_gate, jnp.float32) + product(du, w_up, jnp.float32)
-    return dx_md.astype(x_nd.dtype), dgain, dw
+    # One product of both depths: their sum stays in the float32 accumulator.
+    both = (jnp.concatenate(x, axis=-1) for x in ((dg, du), (w_gate, w_up)))
+    return product(*both), dgain, dw
 
 
 # --- by platform ------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from deepseek_jax.precision.operands import (
     requantise_transposed,
     restore,
     row_scales,
+    summed,
 )
 from deepseek_jax.precision.policy import Formats, Policy
 from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_wgrad
@@ -100,14 +101,17 @@ def _experts_bwd(policy: Policy, saved: Any, dy_nd: jax.Array) -> Any:
     x_t = requantise_transposed(_to_rows(x, fmt, rows), fmt, tokens)
     d_gate_t, d_up_t = (quantise_transposed(g, policy.wgrad[1]) for g in (d_gate, d_up))
     dw = [_wgrad(a, b, policy.wgrad, rows) for a, b in ((x_t, d_gate_t), (x_t, d_up_t), (act_t, dy_t))]
-    dx_gate, dx_up = (
-        _product(quantise(g, policy.dgrad[0]), b, policy.dgrad, rows, jnp.float32)
-        for g, b in ((d_gate, gate_w[1]), (d_up, up_w[1]))
+    dx_md = summed(
+        lambda a, b, out: _product(a, b, policy.dgrad, rows, out),
+        (quantise(d_gate, policy.dgrad[0]), gate_w[1]),
+        (quantise(d_up, policy.dgrad[0]), up_w[1]),
+        policy.dgrad[0],
+        dtype,
     )
     dgain_m = (dact * act).sum(-1)
     dweights = dgain_m.at[rows.row_nk].get(mode="fill", fill_value=0)
     return (
-        sum_pairs((dx_gate + dx_up).astype(dtype), rows.row_nk),
+        sum_pairs(dx_md, rows.row_nk),
         dweights,
         None,
         tuple(map(weight_gradient, dw, (gate_w, up_w, down_w))),

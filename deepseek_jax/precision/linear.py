@@ -29,6 +29,7 @@ from deepseek_jax.precision.operands import (
     quantise_transposed,
     requantise_transposed,
     restore,
+    summed,
     transpose,
 )
 from deepseek_jax.precision.policy import Policy
@@ -77,9 +78,9 @@ def wgrad(policy: Policy, x: Operand, dy_mn: jax.Array) -> jax.Array:
     return gemm(x, quantise_transposed(dy_mn, policy.wgrad[1]), policy.wgrad, jnp.float32)
 
 
-def dgrad(policy: Policy, dy_mn: jax.Array, w: Operand, dtype: Any = None) -> jax.Array:
-    """dy W^T [m, k] in `dtype` (default: that of dy)."""
-    return gemm(quantise(dy_mn, policy.dgrad[0]), w, policy.dgrad, dtype or dy_mn.dtype)
+def dgrad(policy: Policy, dy_mn: jax.Array, w: Operand) -> jax.Array:
+    """dy W^T [m, k] in the dtype of dy."""
+    return gemm(quantise(dy_mn, policy.dgrad[0]), w, policy.dgrad, dy_mn.dtype)
 
 
 # What a linear layer reads of its weight: (master [in, out], fprop, dgrad).
@@ -162,9 +163,15 @@ def _mlp_bwd(policy: Policy, saved: Any, dy_mk: jax.Array) -> Any:
     x_t = requantise_transposed(x, fmt, policy.wgrad[0])
     act_t = quantise_transposed(act.astype(dtype), policy.wgrad[0])
     dw = (wgrad(policy, x_t, d_gate), wgrad(policy, x_t, d_up), wgrad(policy, act_t, dy_mk))
-    parts = ((d_gate, gate_w), (d_up, up_w))
-    dx_gate, dx_up = (dgrad(policy, g, part[1], jnp.float32) for g, part in parts)
-    return (dx_gate + dx_up).astype(dtype), tuple(map(weight_gradient, dw, (gate_w, up_w, down_w)))
+    gradient = policy.dgrad[0]
+    dx = summed(
+        lambda a, b, out: gemm(a, b, policy.dgrad, out),
+        (quantise(d_gate, gradient), gate_w[1]),
+        (quantise(d_up, gradient), up_w[1]),
+        gradient,
+        dtype,
+    )
+    return dx, tuple(map(weight_gradient, dw, (gate_w, up_w, down_w)))
 
 
 _mlp.defvjp(_mlp_fwd, _mlp_bwd)

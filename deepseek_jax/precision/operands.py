@@ -7,7 +7,7 @@ promoted to float32 every 128; coarse formats scale the finished product.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +152,24 @@ def row_scales(x: Operand, fmt: Format) -> jax.Array:
     """Scales with one entry per row."""
     rows = x.q.shape[-2]
     return x.scale if fmt.rows == 1 else jnp.repeat(x.scale, fmt.rows or rows, axis=-2)[..., :rows, :]
+
+
+def summed(
+    multiply: Callable[[Operand, Operand, Any], jax.Array],
+    first: tuple[Operand, Operand],
+    second: tuple[Operand, Operand],
+    fmt: Format,
+    dtype: Any,
+) -> jax.Array:
+    """a @ b.T of the first pair plus that of the second, in `dtype`, added up in float32: one product of both depths,
+    whose sum no memory sees, where scales go with blocks and the blocks are whole. `fmt`: of the operands a."""
+
+    def joined(x: Operand, y: Operand) -> Operand:
+        return Operand(*(jnp.concatenate(parts, axis=-1) for parts in zip(x, y, strict=True)))
+
+    if fmt.fine and first[0].q.shape[-1] % BLOCK == 0:
+        return multiply(joined(first[0], second[0]), joined(first[1], second[1]), dtype)
+    return (multiply(*first, jnp.float32) + multiply(*second, jnp.float32)).astype(dtype)
 
 
 def gemm(a: Operand, b: Operand, formats: tuple[Format, Format], dtype) -> jax.Array:
