@@ -138,6 +138,13 @@ def test_the_command_ends_with_samples_advice_and_a_picture(golden_run, tmp_path
     assert record["step"] == 20 and record["continuation_1"] in printed and record["middle"] in printed
 
 
+def test_steps_to_profile_on_the_command_line():
+    assert train._first_and_last("10:15") == (10, 15) and train._first_and_last(None) is None
+    for wrong in ("7", "5:3", "0:2", "a:b", "1:2:3", "-1:2", ""):
+        with pytest.raises(ValueError, match=f"--profile_steps={wrong} should be FIRST:LAST, .*as 10:15"):
+            train._first_and_last(wrong)
+
+
 def test_words_while_a_step_of_a_new_size_is_compiled(golden_run, tmp_path):
     said: list[str] = []
 
