@@ -6,6 +6,7 @@ source code. Any other source is a glob, a folder or a file (see readers.py for 
 A corpus is a list of files until it is read, as a stream, once. Of its documents, memory holds the one at hand.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -95,21 +96,17 @@ class Corpus:
         edge = self._edge
         reading.report.add(self._find_report)
         for file in self.files:
-            digest = None
-            for document in self._read_file(file, reading.report):
-                digest = digest or hashlib.sha256()
-                digest.update(_digest(document.text))
+            for document in self._noted(file, reading.report, reading.files):
                 for split, part in self._sides(file, document, edge):
                     reading.splits[split].update(_digest(part.text))
                     yield split, part
-            reading.files.append(None if digest is None else digest.hexdigest()[:32])
 
     def sample(self, max_chars: int) -> Iterator[str]:
         """Training texts of up to about `max_chars` characters, from the start of each file by its share of bytes."""
-        edge, taken, passed = self._edge, 0, 0
+        edge, total, taken, passed = self._edge, max(1, self.num_bytes), 0, 0
         for file in self.files:
             passed += file.size
-            allowed = max_chars * passed // max(1, self.num_bytes)
+            allowed = max_chars * passed // total
             if taken >= allowed:
                 continue
             for document in self._read_file(file, CorpusReport()):
@@ -127,19 +124,25 @@ class Corpus:
         Only files that differ in name, size or time are read, up to the first that differs in content.
         """
         known = dict(zip(files, digests, strict=True))
-        before, now = filter(None, known.values()), []
+        before = filter(None, known.values())
+        now: list[str | None] = []
         for file in self.files:
-            now.append(known[file] if file in known else self._file_digest(file))
+            if file in known:
+                now.append(known[file])
+            else:
+                collections.deque(self._noted(file, CorpusReport(), now), maxlen=0)
             if now[-1] is not None and now[-1] != next(before, None):
                 return None
         return now if next(before, None) is None else None
 
-    def _file_digest(self, file: SourceFile) -> str | None:
+    def _noted(self, file: SourceFile, report: CorpusReport, digests: list[str | None]) -> Iterator[Document]:
+        """The documents of `file`; then `digests` has their hash, too; None where there was no document."""
         digest = None
-        for document in self._read_file(file, CorpusReport()):
+        for document in self._read_file(file, report):
             digest = digest or hashlib.sha256()
             digest.update(_digest(document.text))
-        return None if digest is None else digest.hexdigest()[:32]
+            yield document
+        digests.append(None if digest is None else digest.hexdigest()[:32])
 
     def _read_file(self, file: SourceFile, report: CorpusReport) -> Iterator[Document]:
         return read_file(file.path, self.text_field, report, self._named)

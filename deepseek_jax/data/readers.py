@@ -3,12 +3,13 @@
 Real folders hold broken things. A bad line, an empty file, a wrong encoding, a truncated archive or a file of no
 known format is counted and named in a `CorpusReport` and skipped; everything readable around it is kept.
 
-Memory is bounded, whatever the files: a line, row or field beyond `MAX_DOCUMENT_BYTES` is skipped and named; a longer
-plain text becomes several documents, cut after a line break.
+Memory is bounded, whatever the files: a line, row or field beyond `unpacking.MAX_DOCUMENT_BYTES` is skipped and named; a longer
+plain text becomes documents of up to `PART_BYTES`, cut after a line break.
 """
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,95 +19,18 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from deepseek_jax.data import unpacking
 from deepseek_jax.data.files import COMPRESSED, suffix_of
 from deepseek_jax.data.report import CorpusReport, Document
 
-CHUNK_BYTES = 1 << 20
-MAX_DOCUMENT_BYTES = 1 << 24
-_ZSTD_BYTES = 512  # read at once: so much can unpack to 16 MiB, a block of 128 KiB from every 4 bytes
 _PARQUET_ROWS = 1024  # decoded at once, at most; of large texts fewer
 
 # Suffixes that stand for text on their own. Anything else is text only where the source spells it out.
-_TEXT = frozenset(
-    [
-        ".txt",
-        ".text",
-        ".md",
-        ".markdown",
-        ".rst",
-        ".tex",
-        ".org",
-        ".adoc",
-        ".srt",
-        ".py",
-        ".pyi",
-        ".pyx",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".cxx",
-        ".hh",
-        ".hpp",
-        ".cu",
-        ".cuh",
-        ".java",
-        ".kt",
-        ".scala",
-        ".groovy",
-        ".go",
-        ".rs",
-        ".zig",
-        ".swift",
-        ".m",
-        ".mm",
-        ".js",
-        ".jsx",
-        ".mjs",
-        ".ts",
-        ".tsx",
-        ".rb",
-        ".php",
-        ".pl",
-        ".pm",
-        ".lua",
-        ".r",
-        ".jl",
-        ".cs",
-        ".fs",
-        ".vb",
-        ".dart",
-        ".hs",
-        ".ml",
-        ".mli",
-        ".elm",
-        ".el",
-        ".lisp",
-        ".clj",
-        ".scm",
-        ".ex",
-        ".exs",
-        ".erl",
-        ".nim",
-        ".d",
-        ".pas",
-        ".ada",
-        ".f",
-        ".f90",
-        ".f95",
-        ".asm",
-        ".s",
-        ".v",
-        ".sv",
-        ".vhd",
-        ".sh",
-        ".bash",
-        ".ps1",
-        ".sql",
-        ".lean",
-        ".agda",
-        ".idr",
-    ]
+_TEXT = re.compile(
+    r"\.(txt|text|md|markdown|rst|tex|org|adoc|srt"
+    r"|py|pyi|pyx|c|h|cc|cpp|cxx|hh|hpp|cu|cuh|java|kt|scala|groovy|go|rs|zig|swift|m|mm|js|jsx|mjs|ts|tsx|rb|php|pl|pm"
+    r"|lua|r|jl|cs|fs|vb|dart|hs|ml|mli|elm|el|lisp|clj|scm|ex|exs|erl|nim|d|pas|ada|f|f90|f95|asm|s|v|sv|vhd|sh|bash"
+    r"|ps1|sql|lean|agda|idr)"
 )
 _ABOUT = frozenset(("readme", "license", "licence", "copying", "notice", "authors", "changelog"))
 _UNKNOWN = "not of a known format"
@@ -143,13 +67,15 @@ def _documents(path: str, text_field: str, report: CorpusReport, named: bool) ->
     if not named and Path(path).name.lower().partition(".")[0] in _ABOUT:
         report.skip(path, _UNKNOWN, "a text about the others")
         return iter(())
-    head = next((line for line in _lines(_chunks(path)) if line is None or line.strip()), b"")
+    head = next(
+        (line for line in unpacking.lines(unpacking.chunks(path)) if line is None or line.strip()), b""
+    )
     record = _record(head)
-    if record is not None and (text_field in record or suffix in _TEXT or named):
+    if record is not None and (text_field in record or _TEXT.fullmatch(suffix) or named):
         return _json_documents(path, text_field, report)
     if head and head.startswith(b"PAR1"):
         return _parquet_documents(path, text_field, report)
-    if suffix in _TEXT or (named and suffix != ".json"):
+    if _TEXT.fullmatch(suffix) or (named and suffix != ".json"):
         return _text_documents(path, report)
     report.skip(path, _UNKNOWN)
     return iter(())
@@ -177,7 +103,7 @@ def _text_fault(text: str) -> str | None:
 
 def _text_documents(path: str, report: CorpusReport) -> Iterator[Document]:
     offset = 0
-    for number, data in enumerate(_parts(_chunks(path)), start=1):
+    for number, data in enumerate(unpacking.parts(unpacking.chunks(path)), start=1):
         name = path if number == 1 else f"{path} (part {number})"
         try:
             text = data.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -194,10 +120,10 @@ def _text_documents(path: str, report: CorpusReport) -> Iterator[Document]:
 
 def _json_documents(path: str, text_field: str, report: CorpusReport) -> Iterator[Document]:
     number = 0
-    for number, line in enumerate(_lines(_chunks(path)), start=1):
+    for number, line in enumerate(unpacking.lines(unpacking.chunks(path)), start=1):
         name = f"{path}:{number}"
         if line is None:
-            report.skip(name, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+            report.skip(name, f"longer than {unpacking.MAX_DOCUMENT_BYTES >> 20} MiB")
         elif line.strip() and (text := _json_text(name, line, text_field, report)) is not None:
             yield Document(name, text)
     if number == 0:
@@ -228,7 +154,7 @@ def _parquet_documents(path: str, text_field: str, report: CorpusReport) -> Iter
     if path.lower().endswith(COMPRESSED):
         report.skip(path, "unreadable file", "Parquet compresses by itself: unpack the .gz or .zst around it")
         return
-    with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES) as file:
+    with pyarrow.parquet.ParquetFile(path, buffer_size=unpacking.CHUNK_BYTES) as file:
         columns, rows = file.schema_arrow.names, file.metadata.num_rows
         if text_field not in columns:
             report.skip(path, f"no column {text_field!r}", f"columns: {', '.join(columns[:8])}")
@@ -252,7 +178,7 @@ def _rows_at_once(metadata: pyarrow.parquet.FileMetaData) -> int:
     """As many rows as make about a document of the largest size, by the mean of the largest row group."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     mean = max(group.total_byte_size // max(1, group.num_rows) for group in groups)
-    return max(1, min(_PARQUET_ROWS, MAX_DOCUMENT_BYTES // max(1, mean)))
+    return max(1, min(_PARQUET_ROWS, unpacking.MAX_DOCUMENT_BYTES // max(1, mean)))
 
 
 def _holds_text(kind: pyarrow.DataType) -> bool:
@@ -267,75 +193,11 @@ def _parquet_text(name: str, value: pyarrow.Scalar, text_field: str, report: Cor
     data = value.as_buffer()
     if data is None:
         report.skip(name, f"column {text_field!r} is not a string", "NoneType")
-    elif data.size > MAX_DOCUMENT_BYTES:
-        report.skip(name, f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+    elif data.size > unpacking.MAX_DOCUMENT_BYTES:
+        report.skip(name, f"longer than {unpacking.MAX_DOCUMENT_BYTES >> 20} MiB")
     else:
         try:
             return data.to_pybytes().decode()
         except UnicodeDecodeError as error:
             report.skip(name, "not UTF-8", str(error))
     return None
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
-    """Whole lines; None for one beyond the limit. When `chunks` raises, the unfinished line is dropped with it."""
-    rest, too_long = bytearray(), False
-    for chunk in chunks:
-        *lines, tail = chunk.split(b"\n")
-        for line in lines:
-            too_long |= len(rest) + len(line) > MAX_DOCUMENT_BYTES
-            yield None if too_long else bytes(rest) + line
-            rest, too_long = bytearray(), False
-        too_long |= len(rest) + len(tail) > MAX_DOCUMENT_BYTES
-        if too_long:
-            rest = bytearray()
-        else:
-            rest += tail
-    if rest or too_long:
-        yield None if too_long else bytes(rest)
-
-
-def _parts(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The bytes in pieces of at most the limit, cut after a line break, or at least between characters."""
-    rest, number = bytearray(), 0
-    for chunk in chunks:
-        rest += chunk
-        while len(rest) > MAX_DOCUMENT_BYTES:
-            cut = rest.rfind(b"\n", 0, MAX_DOCUMENT_BYTES) + 1 or _between_characters(rest)
-            yield bytes(rest[:cut])
-            del rest[:cut]
-            number += 1
-    if rest or number == 0:
-        yield bytes(rest)
-
-
-def _between_characters(data: bytearray) -> int:
-    """The last place up to the limit before which no UTF-8 character is torn apart."""
-    back = range(MAX_DOCUMENT_BYTES, MAX_DOCUMENT_BYTES - 4, -1)
-    return next((place for place in back if data[place] & 0xC0 != 0x80), MAX_DOCUMENT_BYTES)
-
-
-def _chunks(path: str) -> Iterator[bytes]:
-    """The (decompressed) bytes of a file, a bounded number at a time; an archive that ends early raises EOFError."""
-    if path.lower().endswith(".zst"):
-        yield from _zstd_chunks(path)
-        return
-    with gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
-
-
-def _zstd_chunks(path: str) -> Iterator[bytes]:
-    # zstandard's own stream reader takes a truncated frame for a normal end, so frames are followed here.
-    unpack = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # zstd --long=31
-    decompressor, in_frame = unpack.decompressobj(), False
-    with Path(path).open("rb", buffering=CHUNK_BYTES) as file:
-        while block := file.read(_ZSTD_BYTES):
-            while block:
-                chunk = decompressor.decompress(block)
-                block, in_frame = decompressor.unused_data, not decompressor.eof
-                if decompressor.eof:
-                    decompressor = unpack.decompressobj()
-                yield chunk
-    if in_frame:
-        raise EOFError("the zstd frame ends before its end marker")

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.data import cache, readers
+from deepseek_jax.data import cache, unpacking
 from deepseek_jax.data.corpus import TRAIN, VALIDATION, Corpus, Reading
 from deepseek_jax.data.encoding import encode_documents
 from deepseek_jax.data.files import STDLIB
@@ -92,7 +92,8 @@ def corpus_key(corpus: Corpus, *more: Any) -> str:
         corpus.text_field,
         corpus.validation_fraction,
         corpus.left_out,
-        readers.MAX_DOCUMENT_BYTES,
+        unpacking.MAX_DOCUMENT_BYTES,
+        unpacking.PART_BYTES,
     ]
     return hashlib.sha256(json.dumps([FORMAT, settings, more]).encode()).hexdigest()[:16]
 

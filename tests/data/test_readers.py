@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from deepseek_jax.data import readers
+from deepseek_jax.data import readers, unpacking
 from deepseek_jax.data.readers import read_file
 from deepseek_jax.data.report import CorpusReport
 
@@ -233,8 +233,9 @@ def test_line_endings_byte_order_marks_and_nuls(tmp_path):
 
 
 def test_long_lines_are_named_and_long_texts_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1 << 20)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(unpacking, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(unpacking, "PART_BYTES", 1 << 18)
+    monkeypatch.setattr(unpacking, "CHUNK_BYTES", 3000)
     big = "x" * (1 << 21)
     whole = json_lines(["first", big, "x" * 1000, big, "last", big])
     for suffix, pack in (("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)):
@@ -253,9 +254,11 @@ def test_long_lines_are_named_and_long_texts_cut(tmp_path, monkeypatch):
     path = tmp_path / "x.txt"
     path.write_text("\ufeff" + text)
     texts, report = read(path)
-    assert "".join(texts) == text and len(texts) > 3 and report.num_skipped == 0
-    assert max(len(part.encode()) for part in texts) <= 1 << 20
+    assert "".join(texts) == text and len(texts) > 12 and report.num_skipped == 0
+    assert max(len(part.encode()) for part in texts) <= 1 << 18
     assert texts[0].endswith("\n") and texts[1].startswith("line")
+    path.write_text(text[: 1 << 16])
+    assert read(path)[0] == [text[1 : 1 << 16]], "up to the limit it stays whole"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
@@ -275,5 +278,5 @@ def test_a_line_of_200_mb_is_read_in_bounded_memory(tmp_path, suffix):
         tracemalloc.stop()
     assert texts == ["after it"] and report.skipped == {"longer than 16 MiB": 1}
     assert (
-        peak < 6 * readers.MAX_DOCUMENT_BYTES
+        peak < 6 * unpacking.MAX_DOCUMENT_BYTES
     )  # of the line as far as the limit, a chunk, and copies while they grow
