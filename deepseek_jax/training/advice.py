@@ -155,8 +155,10 @@ def _several(names: Sequence[str], separator: str = ", ", at_most: int = 4) -> s
 
 def _collapsed(cfg: Config, history: History) -> Advice | None:
     found = [r["max_vio"] for r in history.recent if np.size(r.get("max_vio", ()))]
+    if not found:  # a dense model
+        return None
     most = cfg.model.n_routed_experts / cfg.model.num_experts_per_tok - 1
-    if not found or most <= 0:
+    if most <= 0:
         return None
     mean_l = np.mean(np.array(found, np.float64), axis=0)
     full = [name for name, x in zip(layer_names(cfg), mean_l, strict=True) if x >= _FULL * most]

@@ -45,6 +45,17 @@ def test_a_healthy_run():
     )
 
 
+def test_a_dense_model_has_no_experts():
+    dense = {
+        "first_k_dense_replace": 2,
+        "num_nextn_predict_layers": 0,
+        "n_routed_experts": 0,
+        "num_experts_per_tok": 0,
+    }
+    records = [r | {"expert_counts": [], "max_vio": []} for r in run()]
+    assert said(records, tiny(model=CFG.model.__dict__ | dense)) == {}
+
+
 def test_layers_have_the_models_numbers():
     assert layer_names(CFG) == ["1", "MTP 1"]
 
