@@ -221,9 +221,10 @@ class Checkpointer:
         if model is not None:
             check_model(path, meta["config"], model)
         state = guarded(path, lambda: read_state(path / "state", abstract, meta["format"]))
-        if bad := not_finite(state):
+        average = guarded(path, lambda: read_tree(path / "ema", like=ema))
+        if bad := not_finite(state) + [f"ema.{name}" for name in not_finite(average)]:
             raise CheckpointError(f"checkpoint {path} is no good: NaN or infinity in {_listed(bad)}")
-        return Restored(step, state, guarded(path, lambda: read_tree(path / "ema", like=ema)), meta)
+        return Restored(step, state, average, meta)
 
     def _loss(self, step: int) -> float | None:
         """Validation loss of a checkpoint; None where it has none, or where its metadata cannot be read."""

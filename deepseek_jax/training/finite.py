@@ -1,4 +1,4 @@
-"""Which arrays of a tree hold NaN or infinity: looked at where they lie, on the devices."""
+"""Which arrays of a tree hold NaN or infinity: looked at where they lie, on the devices or in host memory."""
 
 from typing import Any
 
@@ -23,12 +23,20 @@ def all_finite(tree: PyTree) -> jax.Array:
 def not_finite(tree: PyTree) -> list[str]:
     """Paths of the arrays with NaN or infinity. All processes that hold a part of `tree` must call it.
 
-    One program reads every array once, at the speed of the devices' memory; only one bit per array comes to the host.
+    One program reads every array on the devices once, at the speed of their memory; only one bit per array comes to the
+    host. NumPy arrays are read by the host.
     """
-    paths = [path for path, x in jax.tree_util.tree_leaves_with_path(tree) if _is_float(x)]
-    flags = on_host(_each_finite(tree)) if paths else np.zeros(0, bool)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
-    return [name for name, finite in zip(names, flags, strict=True) if not finite]
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="."): x
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if _is_float(x)
+    }
+    there = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
+    flags = on_host(_each_finite(list(there.values()))) if there else np.zeros(0, bool)
+    finite = dict(zip(there, flags, strict=True))
+    return [
+        name for name, x in arrays.items() if not (finite[name] if name in finite else np.isfinite(x).all())
+    ]
 
 
 @jax.jit

@@ -365,6 +365,19 @@ def test_a_state_with_nan_or_infinity_is_no_checkpoint(saved, monkeypatch, where
             checkpointer.restore(abstract(bad))
 
 
+def test_an_average_with_nan_is_refused(saved):
+    """An `EMA` has none, so that nobody looks when it is saved."""
+    state, average = make_state(30), make_ema(make_state(30))
+    average["params"]["embed"][2, 3] = np.nan
+    with contextlib.closing(reopen(saved)) as checkpointer:
+        checkpointer.save(30, state, average, META)
+        checkpointer.wait()
+        with pytest.raises(
+            CheckpointError, match=r"/30 is no good: NaN or infinity in ema.params.embed. Before"
+        ):
+            checkpointer.restore(abstract(state))
+
+
 def test_every_so_many_steps_and_the_best_stay_besides_the_newest(tmp_path):
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5, 60: 2.4, 70: None}
     for steps in ([10, 20, 30], [40, 50], [60, 70]):  # a new process each: the best are found again
