@@ -15,6 +15,7 @@ counted from 0, turn i of a chat likewise.
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -82,10 +83,15 @@ def _records() -> list[prompts.Record]:
     return given + (prompts.read_prompts(_FILE.value) if _FILE.value is not None else [])
 
 
-def _show(pieces: Iterator[str], shown: list[str]) -> None:
-    """Prints text as it comes, and notes it in `shown`; then ends the line, also at Ctrl-C."""
+def _show(before: str, file: Any, pieces: Iterator[str], shown: list[str]) -> None:
+    """Prints text as it comes, and notes it in `shown`; then ends the line, also at Ctrl-C.
+
+    `before` goes to `file` when the first piece is there: until then, the line belongs to what the command does now.
+    """
+    first = next(pieces, "")
+    print(before, end="", file=file, flush=True)
     try:
-        for piece in pieces:
+        for piece in itertools.chain((first,), pieces):
             shown.append(piece)
             print(piece, end="", flush=True)
     finally:
@@ -122,8 +128,8 @@ def _complete(model: Any, records: list[prompts.Record]) -> None:
                 writer.write(record, done)
         print(f"{len(texts)} completions in {_OUT.value}")
     elif len(texts) == 1 and model.tokenizer is not None and not _LOGPROBS.value:
-        print(_PROMPT.value[0] if _PROMPT.value else "", end="", flush=True)
-        _show(model.stream(texts[0], _TOKENS.value, seed=_SEED.value, **_options()), [])
+        pieces = model.stream(texts[0], _TOKENS.value, seed=_SEED.value, **_options())
+        _show(_PROMPT.value[0] if _PROMPT.value else "", sys.stdout, pieces, [])
         print(LINE)
     else:
         for record, done in zip(records, _generated(model, texts), strict=True):
@@ -159,10 +165,10 @@ def _chat(model: Any) -> None:
         messages.append({"role": "user", "content": line})
         ids = model.tokenizer.encode_chat(messages)
         room = max(1, min(_TOKENS.value, model.config.max_position_embeddings - len(ids)))
-        print("assistant> ", end="", file=sys.stderr, flush=True)
         reply: list[str] = []
         with contextlib.suppress(KeyboardInterrupt):
-            _show(model.stream(ids, room, seed=_SEED.value + turn, **_options()), reply)
+            pieces = model.stream(ids, room, seed=_SEED.value + turn, **_options())
+            _show("assistant> ", sys.stderr, pieces, reply)
         messages.append({"role": "assistant", "content": "".join(reply)})
 
 

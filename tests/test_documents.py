@@ -1,6 +1,8 @@
 """What the documents say of the commands is so."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,12 +38,6 @@ def test_the_table_has_all_commands():
     [
         ([], 0, "kill_test", ""),
         (["trian"], 2, "", "error: no command 'trian'; did you mean train?\n"),
-        (
-            ["launch", "--processes=x"],
-            2,
-            "",
-            "error: argument --processes: invalid int value: 'x' (see --help)\n",
-        ),
     ],
 )
 def test_deepseek_jax(argv, status, out, err, monkeypatch, capsys):
@@ -53,3 +49,10 @@ def test_deepseek_jax(argv, status, out, err, monkeypatch, capsys):
         code = end.code
     printed = capsys.readouterr()
     assert (code, printed.err) == (status, err) and out in printed.out
+
+
+def test_a_command_runs_as_the_program():
+    command = [sys.executable, "-m", "experiments", "launch", "--processes=x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: argument --processes: invalid int value: 'x' (see --help)\n"

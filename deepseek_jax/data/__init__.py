@@ -89,12 +89,8 @@ def load(cfg: DataConfig, process_index: int = 0, process_count: int = 1) -> Dat
         held_out = [Corpus(cfg.validation, cfg.text_field, None)] if cfg.validation else []
 
     cache_dir = Path(cfg.cache_dir).expanduser()
-    with now.doing(
-        f"training a tokenizer of {cfg.vocab_size:,} ids" if cfg.tokenizer is None else "tokenizer"
-    ):
-        tokenizer = _tokenizer(cfg, corpora, weights, cache_dir)
-    with now.doing("reading and tokenizing"):
-        encoded = [encode_corpus(corpus, tokenizer, cache_dir) for corpus in (*corpora, *held_out)]
+    tokenizer = _tokenizer(cfg, corpora, weights, cache_dir)
+    encoded = [encode_corpus(corpus, tokenizer, cache_dir) for corpus in (*corpora, *held_out)]
     train = [found.train for found in encoded[: len(corpora)]]
     validation = [encoded[-1].train] if held_out else [found.validation for found in encoded]
 
