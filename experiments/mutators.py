@@ -56,10 +56,7 @@ def nested(depth: int) -> list:
 
 def mutate_value(root: Any, rng: random.Random) -> str:
     """Changes one place somewhere below a dict or list."""
-    places = _places(root)
-    if not places:
-        return "nothing to change"
-    container, key, name = rng.choice(places)
+    container, key, name = _place(root, rng)
     kind = rng.choice(("odd", "odd", "odd", "delete", "rename", "add", "swap", "nudge", "deep"))
     if kind == "delete":
         del container[key]
@@ -68,9 +65,8 @@ def mutate_value(root: Any, rng: random.Random) -> str:
     elif kind == "add" and isinstance(container, dict):
         container[rng.choice(("new", "", "a.b", "\n", "_x"))] = rng.choice(ODD)
     elif kind == "swap":
-        other, other_key, _ = rng.choice(places)
-        if other is container:
-            container[key], container[other_key] = container[other_key], container[key]
+        other = rng.choice(list(container) if isinstance(container, dict) else range(len(container)))
+        container[key], container[other] = container[other], container[key]
     elif kind == "nudge" and isinstance(container[key], int | float):
         container[key] = rng.choice(
             (container[key] + 1, container[key] * 2, -container[key], str(container[key]))
@@ -82,17 +78,15 @@ def mutate_value(root: Any, rng: random.Random) -> str:
     return f"{kind} {name}"
 
 
-def _places(root: Any) -> list[tuple[Any, Any, str]]:
-    """(container, key, dotted name) of everything below `root`."""
-    found, rest = [], [(root, "")]
-    while rest:
-        container, path = rest.pop()
-        keys = list(container) if isinstance(container, dict) else range(len(container))
-        for key in keys:
-            found.append((container, key, f"{path}{key}"))
-            if isinstance(container[key], dict | list):
-                rest.append((container[key], f"{path}{key}."))
-    return found
+def _place(root: Any, rng: random.Random) -> tuple[Any, Any, str]:
+    """(container, key, dotted name) of something below `root`, the nearer the likelier."""
+    container, path = root, ""
+    while True:
+        key = rng.choice(list(container)) if isinstance(container, dict) else rng.randrange(len(container))
+        inner = container[key]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.3:
+            return container, key, f"{path}{key}"
+        container, path = inner, f"{path}{key}."
 
 
 def mutate_json(raw: bytes, rng: random.Random) -> tuple[bytes, str]:

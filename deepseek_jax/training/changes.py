@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from deepseek_jax.checks import plain, shown
 from deepseek_jax.config import Config, to_dict
 
 # Where a run lies and how its processes meet changes nothing in it.
@@ -27,7 +28,7 @@ def config_changes(saved: Mapping[str, Any], config: Config) -> Changes:
     for key, value in now.items():
         if before[key] != value and not key.startswith(_PLACES):
             sentences = found.schedule if key.startswith(_OF_SCHEDULE) else found.other
-            sentences.append(f"{key} was {before[key]!r}, is {value!r}")
+            sentences.append(f"{key} was {shown(before[key])}, is {shown(value)}")
     return found
 
 
@@ -35,7 +36,7 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "")
     """Sentences like "model.dtype is 'bfloat16' there, 'float32' here", one for each key that differs."""
     a, b = (_flat(json.loads(json.dumps(x)), path) for x in (there, here))
     return [
-        f"{key} is {a.get(key)!r} there, {b.get(key)!r} here"
+        f"{plain(key)} is {shown(a.get(key))} there, {shown(b.get(key))} here"
         for key in sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key)
     ]

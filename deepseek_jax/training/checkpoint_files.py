@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepseek_jax import inventory
+from deepseek_jax.checks import plain, shown
 from deepseek_jax.json_files import read_object
 from deepseek_jax.parallel.together import lowest
 
@@ -130,11 +131,11 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint of this project: its metadata lacks {META_KEYS}")
     if type(meta.get("format")) is not int or meta["format"] not in _READABLE:
         raise CheckpointError(
-            f"{path} has format {meta.get('format')!r}; this version reads {sorted(_READABLE)}"
+            f"{path} has format {shown(meta.get('format'))}; this version reads {sorted(_READABLE)}"
         )
     wrong = wrong_values(meta)
-    if wrong is None and meta.get("step") != int(path.name):
-        wrong = f"step={meta.get('step')!r} in a folder named {path.name}"
+    if wrong is None and str(meta.get("step")) != path.name:
+        wrong = f"step={shown(meta.get('step'))} in a folder named {path.name}"
     if wrong is not None:
         raise CheckpointError(f"checkpoint {path} is damaged: its metadata has {wrong}")
     return meta
@@ -144,14 +145,17 @@ def wrong_values(meta: Mapping[str, Any]) -> str | None:
     """What cannot be in metadata, or None. Types and ranges; what config and data mean is checked where they are used."""
     for key in ("config", "data"):
         if not isinstance(meta[key], Mapping):
-            return f"{key}={meta[key]!r}, which should be a dict"
+            return f"{key}={shown(meta[key])}, which should be a dict"
     if not isinstance(meta["config"].get("model", {}), Mapping):
-        return f"config.model={meta['config']['model']!r}, which should be a dict"
+        return f"config.model={shown(meta['config']['model'])}, which should be a dict"
     if type(meta["tokens"]) is not int or meta["tokens"] < 0:
-        return f"tokens={meta['tokens']!r}, which should be an integer >= 0"
+        return f"tokens={shown(meta['tokens'])}, which should be an integer >= 0"
+    published = meta.get("huggingface", {})
+    if not isinstance(published, Mapping) or not isinstance(published.get("config", {}), Mapping):
+        return f"huggingface={shown(published)}, which should be a dict with a config"
     loss = meta.get("validation_loss")
     if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
-        return f"validation_loss={loss!r}, which should be a finite number"
+        return f"validation_loss={shown(loss)}, which should be a finite number"
     return None
 
 
@@ -244,9 +248,12 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 def check_model(path: Path, saved_config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     saved, wanted = saved_config.get("model", {}), json.loads(json.dumps(dict(model)))
     differing = [
-        f"model.{key} is {saved.get(key)!r} there, {wanted.get(key)!r} here"
+        f"model.{plain(key)} is {shown(saved.get(key))} there, {shown(wanted.get(key))} here"
         for key in sorted(saved.keys() | wanted.keys())
         if saved.get(key) != wanted.get(key)
     ]
     if differing:
-        raise CheckpointError(f"checkpoint {path} belongs to another model: " + "; ".join(differing))
+        more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
+        raise CheckpointError(
+            f"checkpoint {path} belongs to another model: " + "; ".join(differing[:_MAX_NAMED]) + more
+        )
