@@ -173,7 +173,7 @@ def test_ctrl_c_shows_no_traceback(folder):
         *HOT,
         "--prompt=the keys",
     ]
-    environment = os.environ | {"DEEPSEEK_JAX_CACHE": "off"}
+    environment = os.environ | {"DEEPSEEK_JAX_CACHE": "off", "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
