@@ -74,15 +74,19 @@ def test_the_host_holds_one_layer(kind, folders, temporary):
 
 
 def test_what_many_devices_hold_is_read_once():
-    sharding = jax.sharding.NamedSharding(
-        jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4]), jax.sharding.PartitionSpec(None, "x")
-    )
-    read = []
+    """On CPU they share its memory, which no device may write, given up or not."""
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=axes, devices=jax.devices()[:4])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    want, reads = np.arange(24, dtype=np.float32).reshape(6, 4), []
 
     def fill(where, out):
-        read.append(where)
-        out[...] = np.arange(6 * 4, dtype=np.float32).reshape(6, 4)[where]
+        reads.append(where)
+        out[...] = want[where]
 
     x = arrays.filled((6, 4), np.dtype(np.float32), sharding, fill, stacked=True)
-    np.testing.assert_array_equal(x, np.arange(24).reshape(6, 4))
-    assert read == [(slice(0, 6), slice(0, 2)), (slice(0, 6), slice(2, 4))]
+    assert reads == [(slice(0, 6), slice(0, 2)), (slice(0, 6), slice(2, 4))]
+    np.testing.assert_array_equal(x, want)
+    x = jax.jit(lambda x: x + 1, donate_argnums=0)(x)
+    for shard in x.addressable_shards:
+        np.testing.assert_array_equal(shard.data, want[shard.index] + 1)

@@ -1,7 +1,7 @@
 """Shapes of DeepSeek-V3's dense FP8 GEMMs and the tile configuration of each.
 
 Every configuration listed compiles for H100 with FP8 wgmma, no spill and no serialised wgmma
-(tests/kernels/test_h100_compile.py).
+(tests/kernels/test_kernels_h100_compile.py).
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Shapes of DeepSeek-V3's routed experts in FP8 and the tile configuration of each.
 
 Every configuration listed compiles for H100 with FP8 wgmma, no spill and no serialised wgmma
-(tests/kernels/test_h100_compile.py). The BF16 grouped GEMM takes the same shapes.
+(tests/kernels/test_kernels_h100_compile.py). The BF16 grouped GEMM takes the same shapes.
 """
 
 import dataclasses
