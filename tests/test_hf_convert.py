@@ -257,7 +257,7 @@ FIRST, NORM = "model-00001-of-000003.safetensors", "model.norm.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda kept: kept.update(config=[1]), r"huggingface.config=\[1\] should be an object"),
+        (lambda kept: kept.update(config=[1]), r"huggingface.config=\[1\], which should be a dict"),
         (lambda kept: kept.pop("files"), "huggingface.files=None should be an object"),
         (lambda kept: kept.update(index_file=3), "huggingface.index_file=3 should be an object"),
         (

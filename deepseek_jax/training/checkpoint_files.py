@@ -151,8 +151,10 @@ def wrong_values(meta: Mapping[str, Any]) -> str | None:
     if type(meta["tokens"]) is not int or meta["tokens"] < 0:
         return f"tokens={shown(meta['tokens'])}, which should be an integer >= 0"
     published = meta.get("huggingface", {})
-    if not isinstance(published, Mapping) or not isinstance(published.get("config", {}), Mapping):
-        return f"huggingface={shown(published)}, which should be a dict with a config"
+    if not isinstance(published, Mapping):
+        return f"huggingface={shown(published)}, which should be a dict"
+    if not isinstance(published.get("config", {}), Mapping):
+        return f"huggingface.config={shown(published['config'])}, which should be a dict"
     loss = meta.get("validation_loss")
     if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
         return f"validation_loss={shown(loss)}, which should be a finite number"
