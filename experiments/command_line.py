@@ -39,8 +39,10 @@ def run(main: Main) -> NoReturn:
     compiled.keep()
     with _showing():
         code = status(main, sys.argv[1:])
-    if code == INTERRUPTED:  # at once: a thread may be compiling
-        sys.stdout.flush()
+    if code:  # at once: a thread may be compiling, and would abort the interpreter's own end
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -113,3 +113,34 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         timeout=60,
     )
     assert done.stderr == ""
+
+
+COMPILING = """
+import jax, jax.numpy as jnp
+from deepseek_jax.training.preflight import in_background
+from experiments import command_line
+
+def deep(x):
+    for _ in range(1000):
+        x = jnp.sin(x @ x)
+    return x
+
+def main(argv):
+    print("begun")
+    in_background(jax.jit(deep).lower(jnp.ones((8, 8))).compile)
+    raise ValueError("a mistake")
+
+command_line.run(main)
+"""
+
+
+def test_a_mistake_ends_a_command_that_compiles():
+    """With its own status and one line: the thread of the compiler would abort the process, status 134."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "DEEPSEEK_JAX_CACHE": "off"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "begun\n", "error: a mistake\n")
