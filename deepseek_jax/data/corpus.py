@@ -123,7 +123,7 @@ class Corpus:
 
         Only files that differ in name, size or time are read, up to the first that differs in content.
         """
-        known = dict(zip(files, digests, strict=True))
+        known = dict(zip(files, digests, strict=False))  # of a damaged list, the rest is read
         before = filter(None, known.values())
         now: list[str | None] = []
         for file in self.files:

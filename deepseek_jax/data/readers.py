@@ -54,7 +54,11 @@ def read_file(path: str, text_field: str, report: CorpusReport, named: bool = Fa
                 yield document
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         report.skip(path, "damaged or truncated archive", str(error))
-    except (OSError, pyarrow.ArrowException) as error:
+    except (
+        OSError,
+        ValueError,
+        pyarrow.ArrowException,
+    ) as error:  # ValueError: names in Parquet that are no text
         report.skip(path, "unreadable file", str(error).partition("\n")[0])
 
 

@@ -134,6 +134,14 @@ def test_parquet(tmp_path):
     assert texts == [] and report.skipped == {"unreadable file": 1}
 
 
+def test_parquet_whose_column_names_are_no_text(tmp_path):
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"], "number": [1]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"number", b"n\xc9mber"))
+    texts, report = read(path)
+    assert texts == [] and report.skipped == {"unreadable file": 1}
+
+
 def one_column(path, column):
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
     return read(path)

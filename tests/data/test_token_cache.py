@@ -96,8 +96,16 @@ def garble_the_meta(entry):
     (entry / "meta.json").write_text('{"files": [["a", 1]], "meta": 0}')
 
 
+def lose_a_digest(entry):
+    stored = json.loads((entry / "meta.json").read_text())
+    stored["meta"]["digests"].pop()
+    stored["files"][0][2] += 1
+    (entry / "meta.json").write_text(json.dumps(stored))
+
+
 @pytest.mark.parametrize(
-    "damage", [cut_short, flip_a_bit, empty_the_starts, lose_the_counts, lose_the_meta, garble_the_meta]
+    "damage",
+    [lose_a_digest, cut_short, flip_a_bit, empty_the_starts, lose_the_counts, lose_the_meta, garble_the_meta],
 )
 def test_damaged_entry_is_built_again(encode, reads, tmp_path, damage):
     whole = encode().train.ids.tolist()
