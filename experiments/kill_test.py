@@ -67,11 +67,11 @@ class Run:
         )
 
     def finish(self, process: subprocess.Popen | None = None) -> str:
-        """Runs to the end; what was printed. Raises RuntimeError if it fails."""
+        """Runs to the end; what was printed. Raises ValueError, with all of it, if it fails."""
         process = process or self.start()
         printed, _ = process.communicate()
         if process.returncode:
-            raise RuntimeError(f"the run in {self.folder} ended with {process.returncode}:\n{printed}")
+            raise ValueError(f"the run in {self.folder} ended with {process.returncode}:\n{printed}")
         return printed
 
     def step(self) -> int:

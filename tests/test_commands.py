@@ -45,6 +45,11 @@ def test_mistakes(module, arguments, message):
         (bench, ["trian"], "invalid choice: 'trian'"),
         (bench, ["train", "--rounds=0"], "--rounds=0 must be at least 1"),
         (kill_test, ["--kills=0"], "--kills=0 and --steps=300 must be at least 1"),
+        (
+            kill_test,
+            ["--config=nope.py", "--kills=1"],
+            "ended with 2: error: No such file or directory: 'nope.py'",
+        ),
         (launch, ["--processes=2", "--", "/nonexistent"], "No such file or directory: '/nonexistent'"),
         (launch, ["--processes=2", "--", "/"], "'/'"),
         (launch, ["--processes=1000000", "--", "true"], "--processes=1000000 must lie in [1, 1024]"),
