@@ -258,6 +258,11 @@ FIRST, NORM = "model-00001-of-000003.safetensors", "model.norm.weight"
     ("change", "message"),
     [
         (lambda kept: kept.update(config=[1]), r"huggingface.config=\[1\], which should be a dict"),
+        (
+            lambda kept: kept["config"].update(rms_norm_eps=0.5),
+            r"another model .* differ in \['rms_norm_eps'\]",
+        ),
+        (lambda kept: kept["config"].update(hidden_size="x"), "hidden_size='x' should be int"),
         (lambda kept: kept.pop("files"), "huggingface.files=None should be an object"),
         (lambda kept: kept.update(index_file=3), "huggingface.index_file=3 should be an object"),
         (

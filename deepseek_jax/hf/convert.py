@@ -97,7 +97,7 @@ def to_hf(
         folder, root = locate(source, step)
         tree = TreeSource(folder, ema)
         require(mtp, f"{source}: the MTP modules of a run cannot be left out (mtp=False)")
-        cfg, kept = tree.cfg, original.read(tree.meta, folder)
+        cfg, kept = tree.cfg, original.read(tree.meta, tree.cfg, folder)
         config = None if kept is None else kept.config
     producer = Producer(cfg, tree, format, scale)
     layout = plan_shards(producer.specs, shard_bytes)

@@ -4,15 +4,18 @@ In the checkpoint's metadata, under `huggingface`: config.json, the dtype of eve
 strings, and what the index file had beside its table.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepseek_jax.checks import plain, require, shown
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf.files import Layout, is_file_name
 from deepseek_jax.hf.read import Checkpoint
 from deepseek_jax.hf.tensors import DTYPES
 from deepseek_jax.hf.write import Producer
+from deepseek_jax.hf_config import from_hf
 
 
 class Kept(NamedTuple):
@@ -34,10 +37,11 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
     return Kept(checkpoint.hf, files, layout.metadata, layout.index_file)._asdict()
 
 
-def read(meta: Mapping[str, Any], where: Path) -> Kept | None:
+def read(meta: Mapping[str, Any], cfg: ModelConfig, where: Path) -> Kept | None:
     """What a checkpoint's metadata remembers; None for a training run's.
 
-    Raises ValueError naming the field: of the wrong type, names that are no file's or no dtype's.
+    Raises ValueError naming the field: of the wrong type, names that are no file's or no dtype's, a config.json of
+    another model than the checkpoint's.
     """
     kept = meta.get("huggingface")
     if kept is None:
@@ -59,6 +63,10 @@ def read(meta: Mapping[str, Any], where: Path) -> Kept | None:
         require(ok, f"{name}.files: {plain(file)} is described by {shown(dtypes)} and {shown(strings)}")
         for tensor, dtype in dtypes.items():
             require(dtype in DTYPES, f"{name}.files: tensor {plain(tensor)} has dtype {plain(dtype)}")
+    said = from_hf(kept["config"])
+    said = dataclasses.replace(said, num_nextn_predict_layers=cfg.num_nextn_predict_layers)
+    other = [f.name for f in dataclasses.fields(cfg) if getattr(said, f.name) != getattr(cfg, f.name)]
+    require(not other, f"{name}.config is of another model than config.model: they differ in {other}")
     return Kept(kept["config"], kept["files"], kept["metadata"], index)
 
 
