@@ -22,6 +22,7 @@ class Screen:
     def __init__(self, file=None):  # type: ignore[no-untyped-def]
         self._file = file
         self.quiet = False  # True: show nothing, as all but the first of several processes
+        self._inside: list[threading.Event] = []  # work within work; the innermost is shown
 
     def line(self, text: str) -> None:
         """Now, whatever is shown; from any thread."""
@@ -37,13 +38,17 @@ class Screen:
             return
         file, began, over = self._file or sys.stderr, time.monotonic(), threading.Event()
         counts = file.isatty() and not tqdm._instances
-        thread = threading.Thread(target=_tell, args=(what, file, counts, over), daemon=True)
+        self._inside.append(over)
+        thread = threading.Thread(
+            target=_tell, args=(what, file, counts, over, lambda: self._inside[-1:] == [over]), daemon=True
+        )
         thread.start()
         try:
             yield
         finally:
             over.set()
             thread.join()
+            self._inside.remove(over)
             seconds = time.monotonic() - began
             if seconds >= _LONG:
                 _line(f"{what}: {seconds:.0f} s", file, counts)
@@ -51,11 +56,12 @@ class Screen:
                 _write("\r\x1b[K", file)
 
 
-def _tell(what: str, file, counts: bool, over: threading.Event) -> None:  # type: ignore[no-untyped-def]
-    """Until `over`."""
+def _tell(what: str, file, counts: bool, over: threading.Event, shown) -> None:  # type: ignore[no-untyped-def]
+    """Until `over`, while it is `shown`."""
     seconds = 0.0
     while counts:
-        _write(f"\r\x1b[K{what} ..." + (f" {seconds:.0f} s" if seconds else ""), file)
+        if shown():
+            _write(f"\r\x1b[K{what} ..." + (f" {seconds:.0f} s" if seconds else ""), file)
         if over.wait(1.0):
             return
         seconds += 1.0
@@ -63,7 +69,8 @@ def _tell(what: str, file, counts: bool, over: threading.Event) -> None:  # type
         _line(f"{what} ...", file, counts)
         while not over.wait(_REMINDER):
             seconds += _REMINDER
-            _line(f"{what} ... {seconds:.0f} s", file, counts)
+            if shown():
+                _line(f"{what} ... {seconds:.0f} s", file, counts)
 
 
 def _line(text: str, file, counts: bool) -> None:  # type: ignore[no-untyped-def]
