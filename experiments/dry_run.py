@@ -1,12 +1,16 @@
-"""`python -m experiments.train --dry_run`: what a run would be, checked as far as this machine can; nothing is read."""
+"""`python -m experiments.train --dry_run`: what a run would be, checked as far as this machine can; no data are read."""
+
+from pathlib import Path
 
 import jax
 
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import abstract_mesh, named_devices
+from deepseek_jax.training.checkpoint_files import steps_in
 from deepseek_jax.training.memory import state_memory
 from deepseek_jax.training.preflight import check_tokenizer, granularity, trace_step
 from deepseek_jax.training.schedules import Schedules
+from deepseek_jax.training.start import Start
 from deepseek_jax.training.step import make_train_step
 from experiments import plan_memory
 
@@ -26,6 +30,8 @@ def report(cfg: Config) -> str:
     size = granularity(cfg, mesh)
     schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len, size)
     check_tokenizer(cfg)
+    if cfg.train.init_from and not steps_in(Path(cfg.train.out_dir) / "checkpoints"):
+        Start(cfg, mesh)
     trace_step(make_train_step(cfg, mesh), cfg, mesh, schedules)
     return "\n".join((model_line(cfg), *_run(cfg, schedules, size), *_memory(cfg, mesh, at_hand)))
 

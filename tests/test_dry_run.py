@@ -33,6 +33,7 @@ def test_devices_that_are_not_here():
         ({"mesh": {"node": 3, "data": 1}}, r"train\.batch_size=4 must be a multiple of 3"),
         ({"data": {"tokenizer": "nope"}, "train": {"batch_size": 8}}, "no tokenizer at nope"),
         ({"mesh": {"tensor": 3, "data": 1}}, "3"),
+        ({"train": {"batch_size": 8, "init_from": "/nonexistent"}}, "/nonexistent does not exist"),
     ],
 )
 def test_what_is_refused(sections, message):

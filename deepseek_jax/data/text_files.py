@@ -5,7 +5,7 @@ They are kept as they came, byte by byte, and go wherever the tokenizer goes: wi
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,8 @@ def write(folder: Path, files: Files) -> None:
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, whoever else does so at the same time. A kill can leave a `*.partial`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

@@ -86,6 +86,18 @@ def _verbatim(text: str) -> str:
     return textwrap.indent(text, "    ", lambda _: True)
 
 
+def wandb_for(project: str) -> Any:
+    """The package wandb. Raises ValueError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"train.wandb={project!r} needs the package wandb: pip install 'deepseek-jax[wandb]', "
+            "or set train.wandb='' to go without"
+        ) from error
+    return wandb
+
+
 class WeightsAndBiases:
     """A run at Weights & Biases, with the config. `WANDB_MODE=offline` keeps it in the run's folder.
 
@@ -103,15 +115,8 @@ class WeightsAndBiases:
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any], project: str, resume: bool = False):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(
-                f"train.wandb={project!r} needs the package wandb: pip install 'deepseek-jax[wandb]', "
-                "or set train.wandb='' to go without"
-            ) from error
-        self._wandb, kept = wandb, directory / "wandb_id"
-        self._run = wandb.init(
+        self._wandb, kept = wandb_for(project), directory / "wandb_id"
+        self._run = self._wandb.init(
             project=project,
             name=directory.name,
             dir=str(directory),

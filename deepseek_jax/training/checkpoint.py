@@ -172,7 +172,7 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps in the directory, ascending; one still being written is not among them.
 
-        All but the oldest are whole: a kill while old steps are removed can leave one of these in part.
+        The newest `keep` are whole: a kill while an older one is removed can leave that in part.
         """
         return steps_in(self.directory)
 

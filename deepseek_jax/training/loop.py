@@ -24,6 +24,7 @@ from deepseek_jax import now
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from deepseek_jax.parallel.together import StopVote, batch_share, is_first, on_host
+from deepseek_jax.training.boards import wandb_for
 from deepseek_jax.training.changes import Changes, config_changes
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
@@ -125,6 +126,8 @@ class Trainer:
         """
         with now.doing("checking the config"):
             check_tokenizer(self.cfg)
+            if self.cfg.train.wandb and is_first():
+                wandb_for(self.cfg.train.wandb)
             if self.cfg.train.init_from and self.checkpointer.latest() is None:
                 Start(self.cfg, self.mesh)
             _ = self._traced

@@ -2,9 +2,9 @@
 
 Losses are divided by the *global* number of labels on each device, so that plain sums over devices give global means,
 whatever the micro-batches and devices. Without segments a window has t labels, also of an MTP depth, whose last ones
-are missing (equation 24). With segments, what counts of each depth is counted. No
-loss is summed over devices inside what is differentiated: each differentiates its own part, and the collectives of
-experts and attention carry cotangents to where they belong.
+are missing (equation 24). With segments, what counts of each depth is counted. No loss is summed over devices inside
+what is differentiated: each differentiates its own part, and the collectives of experts and attention carry cotangents
+to where they belong.
 
 Dims: b sequence, t token, w window (t + 1 or more tokens), n flattened token, k MTP depth, l layer, e expert.
 """
@@ -75,9 +75,8 @@ def totals(
 def targets(batch: Batch, t: int, depth: int) -> tuple[jax.Array, jax.Array]:
     """Labels [b, t] of depth 0 (main model) or k (MTP), and which of them count.
 
-    Depth k predicts token i + k + 1 at position i. The last k positions of a window have no label within the
-    window. With segments, a label of another document does not
-    count.
+    Depth k predicts token i + k + 1 at position i. The last k positions of a window have no label within the window.
+    With segments, a label of another document does not count.
     """
     tokens, b = batch["tokens"], batch["tokens"].shape[0]
     labels = jnp.roll(tokens[:, : t + 1], -(depth + 1), axis=1)[:, :t]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax import hf
 from deepseek_jax.config import Config, to_dict
@@ -53,7 +53,7 @@ class Start:
     all named.
     """
 
-    def __init__(self, cfg: Config, mesh: Mesh):
+    def __init__(self, cfg: Config, mesh: Mesh | AbstractMesh):
         self._cfg, self._mesh = cfg, mesh
         self._wanted = abstract_state(cfg, mesh)
         self._path = Path(cfg.train.init_from).expanduser().absolute()

@@ -103,8 +103,8 @@ def make_train_step(
 
     A loss or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
     One program serves all batch sizes of a ramp: each device's rows are filled up to the full batch, and
-    `hyper.micro_batches` says how many micro-batches of it are there. Raises ValueError for a mesh with a pipeline axis, whose devices would all do the
-    same work, and for what does not divide over the mesh.
+    `hyper.micro_batches` says how many micro-batches of it are there. Raises ValueError for a mesh with a pipeline axis,
+    whose devices would all do the same work, and for what does not divide over the mesh.
     """
     _check_axes(mesh)
     frozen = frozen_leaves(cfg.train.frozen, model_params(cfg.model))

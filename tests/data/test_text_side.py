@@ -300,3 +300,11 @@ def test_damaged_files_are_named(folders, tmp_path, name, content, error):
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{tmp_path}.*{error}"):
         Tokenizer.load(folder)
+
+
+def test_files_are_as_readable_as_any_other(folders, tmp_path):
+    """A folder that others read, as a shared export: the user's umask decides, not a temporary file's 0600."""
+    Tokenizer.load(folders["chat_model"]).save(tmp_path / "saved")
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in (*(tmp_path / "saved").iterdir(), tmp_path / "other")}
+    assert len(modes) == 1 and not list(tmp_path.rglob("*.partial"))

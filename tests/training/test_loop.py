@@ -339,10 +339,12 @@ def test_tokenizer_that_does_not_fit_the_model(golden_run, tmp_path):
             "1 sequences does not divide into 2",
         ),
         ({"mesh": {"tensor": 2}, "data": {"seq_len": 31}}, "31"),
+        ({"train": {"wandb": "x"}}, "needs the package wandb"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(loop.data_lib, "load", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
     cfg = golden.golden_config(tmp_path)
     sections = {name: dataclasses.replace(getattr(cfg, name), **values) for name, values in changes.items()}
     cfg = dataclasses.replace(cfg, **sections)
