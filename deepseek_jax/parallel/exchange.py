@@ -104,7 +104,7 @@ def _make_hop(to_np: jax.Array, axis: Axis, most: int) -> Hop:
 
 
 def make_plan(ex: Exchange, experts_nk: jax.Array, n_local: int, most: int | None = None) -> Plan:
-    """The layout for expert ids int32 [n, k] with `n_local` experts on each device; negative ids are absent.
+    """The layout for expert ids int32 [n, k] with `n_local` experts on each device; ids outside of the experts are absent.
 
     `most`: on how many peers of the first hop a token's experts lie at most, where the routing is limited
     (`experts.nodes_per_token`); None for no limit. A token with more has `fits_n` False, its result is undefined.
