@@ -26,7 +26,10 @@ from experiments.screen import SCREEN
 
 _FROM_STEP = flags.DEFINE_integer("from_step", None, "Resume from this checkpoint instead of the newest.")
 _DISCARD_NEWER = flags.DEFINE_bool(
-    "discard_newer", False, "With --from_step: remove the newer checkpoints and the records after that step."
+    "discard_newer",
+    False,
+    "With --from_step: remove the newer checkpoints and the records after that step. At every start: not for a "
+    "supervisor that repeats the command, as launch --restarts.",
 )
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
