@@ -90,7 +90,6 @@ class Trainer:
         self.records: Records | None = None  # of `run`; takes more until `close`
         self._vote = StopVote(self.mesh)
         self._compiled: Future | None = None
-        self._batch_size: int | None = None  # of the step before
         self._share = batch_share(self.mesh)
         with contextlib.ExitStack() as failing:
             self._lock = RunLock(self.out_dir) if is_first() else None
@@ -334,8 +333,7 @@ class Trainer:
         if hyper.micro_batches is not None:
             rows = self._filled_up(rows)
         batch = self.put(rows)
-        with self._compiling(plan.batch_size):
-            self.state, metrics = self.step_fn(self.state, batch, hyper)
+        self.state, metrics = self.step_fn(self.state, batch, hyper)
         self.step, self.tokens = plan.step + 1, plan.tokens + plan.batch_size * self.cfg.data.seq_len
         records.add(self.step, self.tokens, plan.batch_size, hyper, metrics)
         if self.step % cfg.ema_every == 0:
@@ -349,13 +347,6 @@ class Trainer:
             records.flush()
             self.save()
             records.pause()
-
-    def _compiling(self, batch_size: int) -> contextlib.AbstractContextManager[Any]:
-        """Around the dispatch of a step: the first one of its batch size compiles."""
-        if batch_size == self._batch_size:
-            return contextlib.nullcontext()
-        self._batch_size = batch_size
-        return now.doing(f"compiling the training step for {batch_size} sequences")
 
     def _evaluate_now(self, records: Records) -> Evaluation:
         """Of the present parameters, once per step; written down."""

@@ -103,7 +103,6 @@ class Records:
         flops = cfg.model.flops_per_token(cfg.data.seq_len)
         self._throughput, self._host = Throughput(flops, peak and peak * devices), HostTime()
         self._pending: _Step | None = None
-        self._batch_size: int | None = None
         self._said: set[str] = set()
         self._tokens_per_s: float | None = None
 
@@ -113,9 +112,6 @@ class Records:
 
     def add(self, step: int, tokens: int, batch_size: int, hyper: Hyper, metrics: Metrics) -> None:
         """A step that has just been dispatched."""
-        if batch_size != self._batch_size:  # it was compiled before it was dispatched
-            self.pause()
-        self._batch_size = batch_size
         times = self._host.dispatched()
         self.flush()
         self._pending = _Step(step, tokens, batch_size, hyper, metrics, times)

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax import now
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training import loop
 from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
@@ -143,22 +142,6 @@ def test_steps_to_profile_on_the_command_line():
     for wrong in ("7", "5:3", "0:2", "a:b", "1:2:3", "-1:2", ""):
         with pytest.raises(ValueError, match=f"--profile_steps={wrong} should be FIRST:LAST, .*as 10:15"):
             train._first_and_last(wrong)
-
-
-def test_words_while_a_step_of_a_new_size_is_compiled(golden_run, tmp_path):
-    said: list[str] = []
-
-    def show(what):
-        said.append(what)
-        return contextlib.nullcontext()
-
-    with contextlib.closing(trainer(config_in(tmp_path, golden_run))) as run, now.shown_by(show):
-        run.run(StopAfter(3), io.StringIO())
-        for size in (8, 8, 4):
-            with run._compiling(size):
-                pass
-    sizes = [what.split()[-2] for what in said if what.startswith("compiling the training step for")]
-    assert sizes == ["4", "8", "4"]  # each time that it changes, not at every step
 
 
 def test_profile_of_steps_that_are_not_taken(golden_run, tmp_path):

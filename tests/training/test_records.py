@@ -64,17 +64,6 @@ def test_a_step_is_timed_when_it_is_done_not_when_it_is_written(run, tmp_path, m
     assert speeds(tmp_path) == {2: pytest.approx(TOKENS / 11.0)}
 
 
-def test_a_new_batch_size_is_compiled_and_not_counted(run, tmp_path):
-    for batch_size in (4, 4, 4):
-        run.now += 1.0
-        run.dispatch(batch_size)
-    run.now += 60.0  # compilation of the next
-    run.dispatch(8)
-    run.now += 1.0
-    run.dispatch(8)
-    assert speeds(tmp_path) == {2: TOKENS, 4: TOKENS}  # 3 ended within the minute
-
-
 def test_what_is_left_is_shown(run):
     for _ in range(3):
         run.now += 60.0
