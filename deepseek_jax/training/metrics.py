@@ -46,7 +46,7 @@ def each_record(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: another line is not a record; names the file and the line.
     """
-    with Path(path).open() as file:
+    with Path(path).open("rb") as file:  # what is no text is no record either
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
@@ -54,7 +54,7 @@ def each_record(path: str | Path) -> Iterator[dict[str, Any]]:
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if file.readline():
                     raise ValueError(
-                        f"{path}, line {number} is not a metrics record: {line.strip()[:80]!r}"
+                        f"{path}, line {number} is not a metrics record: {line.strip()[:80].decode(errors='replace')!r}"
                     ) from error
                 return
             yield record

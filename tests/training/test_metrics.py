@@ -73,6 +73,17 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     path.write_text('{"kind": "train", "step": 1}\nnonsense\n{"kind": "train", "step": 2}\n')
     with pytest.raises(ValueError, match="line 2 is not a metrics record: 'nonsense'"):
         read_records(path)
+    path.write_bytes(b'{"kind": "train", "step": 1}\n\xff\xfe\n{"kind": "train", "step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not a metrics record: '"):
+        read_records(path)
+
+
+def test_a_last_line_that_is_no_text_is_left_out(tmp_path):
+    """As a machine that went down may leave it."""
+    path = tmp_path / "metrics.jsonl"
+    for rest in (b"\0" * 64, b'{"kind": "tr\xff\xfe'):
+        path.write_bytes(b'{"kind": "train", "step": 1}\n' + rest)
+        assert read_records(path) == [{"kind": "train", "step": 1}]
 
 
 def test_max_vio():
