@@ -115,6 +115,8 @@ def verify(path: Path, items: Sequence[str] = ITEMS, together: bool = False) -> 
         raise CheckpointError(f"{path} is not a whole checkpoint of this project: it lacks {missing}")
     listed = guarded(path, lambda: inventory.read(path))
     files = {name: file for name, file in listed.items() if name.split("/")[0] in items}
+    if any(file.sha256 is None for file in files.values()) and read_meta(path)["format"] != 1:
+        raise CheckpointError(f"checkpoint {path} is damaged: its list of files has no digests")
     share = (jax.process_index(), jax.process_count()) if together else (0, 1)
     damaged = guarded(path, lambda: inventory.first_damaged(path, files, *share))
     damaged = lowest(damaged) if together else damaged

@@ -318,11 +318,12 @@ def test_the_format_before_can_be_read(tmp_path):
     with contextlib.closing(reopen(tmp_path)) as checkpointer:
         assert_same(checkpointer.restore(abstract(state)).state, state)
     rewrite_meta(tmp_path / "5", format=2)
-    with (
-        contextlib.closing(reopen(tmp_path)) as checkpointer,
-        pytest.raises(CheckpointError, match=r"rng is uint32\[2\], expected absent"),
-    ):
-        checkpointer.restore(abstract(state))
+    with contextlib.closing(reopen(tmp_path)) as checkpointer:
+        with pytest.raises(CheckpointError, match=r"rng is uint32\[2\], expected absent"):
+            checkpointer.restore(abstract(state))
+        (tmp_path / "5" / "files.json").write_text(json.dumps(sizes))
+        with pytest.raises(CheckpointError, match=r"/5 is damaged: its list of files has no digests"):
+            checkpointer.restore(abstract(state))
 
 
 # --- what is good, and what stays ---------------------------------------------------------------------------
