@@ -155,6 +155,12 @@ def run(
             if is_first():
                 _tell_begun(trainer, resumed)
                 _describe(cfg, trainer)
+                if trainer.nothing_left():
+                    print(
+                        f"nothing is left to train: step {trainer.step}, {trainer.tokens:,} tokens; for more, raise "
+                        f"train.steps={cfg.train.steps}",
+                        flush=True,
+                    )
             try:
                 result = trainer.run(stop, profile_steps=profile_steps)
             except NonFiniteError as error:  # on all processes at the same step

@@ -131,7 +131,12 @@ class BatchStream:
                 for name in sorted(data.keys() | self._fingerprint.keys())
                 if data.get(name) != self._fingerprint.get(name)
             ]
-            raise ValueError("the saved data state belongs to other data: " + "; ".join(differing))
+            raise ValueError(
+                "the saved data state belongs to other data: "
+                + "; ".join(differing)
+                + ". A run goes on with its own data: to train its weights on others, start a run in another "
+                "train.out_dir with train.init_from"
+            )
         if len(cursor) != len(self._packers):
             raise ValueError(
                 f"not a state of the data stream: {len(cursor)} places for {len(self._packers)} sources"

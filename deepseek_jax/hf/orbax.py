@@ -26,7 +26,7 @@ from deepseek_jax.hf.read import SCALE, Q
 from deepseek_jax.hf.tensors import DTYPES
 from deepseek_jax.hf.write import Source
 from deepseek_jax.json_files import read_object
-from deepseek_jax.training.checkpoint_files import CheckpointError, read_meta, verify
+from deepseek_jax.training.checkpoint_files import CheckpointError, MisfitError, read_meta, verify
 
 BIAS = "balance_bias"
 
@@ -270,7 +270,7 @@ def load_tree(item: Path, shardings: Callable[[ModelConfig], Any] = lambda cfg: 
     """
     try:
         source = TreeSource(item.parent, item.name == "ema", verified=True)
-        where, flat = shardings(source.cfg), {}
+        where, flat = _laid_out(shardings, source.cfg), {}
         for path, leaf in leaves(source.cfg).items():
             stored = source.dtypes[path]
             kind = DTYPES["BF16"] if stored == fp8.E4M3 else stored
@@ -283,6 +283,13 @@ def load_tree(item: Path, shardings: Callable[[ModelConfig], Any] = lambda cfg: 
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return unflatten(flat)
+
+
+def _laid_out(shardings: Callable[[Any], Any], cfg: Any) -> Any:
+    try:
+        return shardings(cfg)
+    except ValueError as error:  # of the mesh, not of the checkpoint
+        raise MisfitError(str(error)) from error
 
 
 def _slices_of(

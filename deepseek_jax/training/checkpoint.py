@@ -31,6 +31,7 @@ from deepseek_jax.training.checkpoint_files import (
     META_KEYS,
     TMP,
     CheckpointError,
+    MisfitError,
     PyTree,
     check_model,
     choose,
@@ -278,9 +279,7 @@ def load_params(
         verify(path, ITEMS if ema else ("state", "meta"))
         meta = read_meta(path)
         if ema and not any((path / "ema").iterdir()):
-            raise CheckpointError(
-                f"{path} was converted and has no averaged parameters: leave out ema (--ema)"
-            )
+            raise MisfitError(f"{path} was converted and has no averaged parameters: leave out ema (--ema)")
         bias = guarded(path, lambda: read_tree(path / "state", ("balance_bias",)))["balance_bias"]
         return meta["config"], read_params(path / ("ema" if ema else "state")), bias, meta
 

@@ -37,6 +37,10 @@ class CheckpointError(ValueError):
         self.older_step = older_step
 
 
+class MisfitError(CheckpointError):
+    """A whole checkpoint, but of another model or mesh, or without what is asked for: so are those before it."""
+
+
 # --- which step -------------------------------------------------------------------------------------------
 
 
@@ -75,9 +79,11 @@ def locate(path: str | Path, step: int | None = None) -> tuple[Path, Path]:
 
 
 def offering_older(step: int, steps: list[int], read: Callable[[int], Any]) -> Any:
-    """`read(step)`; where that fails, the error also names the step before. That one is not looked into."""
+    """`read(step)`; where a step is damaged, the error also names the one before. That one is not looked into."""
     try:
         return read(step)
+    except MisfitError:
+        raise
     except CheckpointError as error:
         older = max((s for s in steps if s < step), default=None)
         offer = (
@@ -187,7 +193,7 @@ def _check_arrays(path: Path, found: PyTree, expected: PyTree, besides: frozense
     ]
     if differing:
         more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
-        raise CheckpointError(
+        raise MisfitError(
             f"checkpoint {path.parent} holds other arrays: " + "; ".join(differing[:_MAX_NAMED]) + more
         )
 
@@ -258,6 +264,6 @@ def check_model(path: Path, saved_config: Mapping[str, Any], model: Mapping[str,
     ]
     if differing:
         more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
-        raise CheckpointError(
+        raise MisfitError(
             f"checkpoint {path} belongs to another model: " + "; ".join(differing[:_MAX_NAMED]) + more
         )

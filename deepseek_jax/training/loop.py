@@ -232,6 +232,10 @@ class Trainer:
                 whatever_fails.callback(self.records.close)
             self.checkpointer.close()
 
+    def nothing_left(self) -> bool:
+        """Whether the run is at its end, or beyond it: it has consumed the tokens of all its steps."""
+        return next(self.schedules.plan(self.granularity, self.step, self.tokens), None) is None
+
     # --- running ------------------------------------------------------------------------------------------
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -170,7 +170,7 @@ class Records:
             raise NonFiniteError(
                 f"step {step}: {what}; {int(host.bad_steps)} steps in a row were skipped "
                 f"(train.max_bad_steps={limit}). The last checkpoint, step {self._last_checkpoint()}, is kept; "
-                f"lower optimizer.peak_lr or resume from there with other data"
+                f"lower optimizer.peak_lr and go on from there, or from before with --from_step and --discard_newer"
             )
 
     def evaluation(self, step: int, evaluation: Evaluation, unigram_loss: float | None = None) -> None:

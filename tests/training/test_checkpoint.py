@@ -20,6 +20,7 @@ from deepseek_jax import inventory
 from deepseek_jax.config import OptimizerConfig
 from deepseek_jax.training import checkpoint
 from deepseek_jax.training.checkpoint import Checkpointer, CheckpointError, load_params
+from deepseek_jax.training.checkpoint_files import MisfitError, check_model, offering_older
 from deepseek_jax.training.ema import abstract_average
 from deepseek_jax.training.finite import NonFiniteError
 from deepseek_jax.training.optimizer import adamw
@@ -411,6 +412,7 @@ def test_a_full_disk_is_one_os_error(saved):
 RESHARD = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from deepseek_jax.training.checkpoint_files import MisfitError, check_model, offering_older
 from deepseek_jax.training.checkpoint import Checkpointer
 sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(4), ("data",)), PartitionSpec("data"))
 like = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=sharding)}
@@ -440,6 +442,7 @@ def test_restores_onto_other_shardings(tmp_path):
 
 WRITER = """
 import sys, numpy as np, jax.numpy as jnp
+from deepseek_jax.training.checkpoint_files import MisfitError, check_model, offering_older
 from deepseek_jax.training.checkpoint import Checkpointer
 checkpointer = Checkpointer(sys.argv[1], keep=2)
 step = (checkpointer.latest() or 0) + 1
@@ -476,3 +479,10 @@ def test_sigkill_during_async_saves_leaves_a_whole_latest_checkpoint(tmp_path):
         assert not list(tmp_path.glob("*tmp*"))
         checkpointer.close()
         last = step
+
+
+def test_what_does_not_fit_is_no_damage(saved):
+    """The step before would not fit either: it is not offered."""
+    with pytest.raises(MisfitError, match="belongs to another model") as caught:
+        offering_older(20, [10, 20], lambda step: check_model(saved / "20", {"model": {"a": 1}}, {"a": 2}))
+    assert caught.value.older_step is None and "step 10" not in str(caught.value)

@@ -475,3 +475,13 @@ def test_a_ramp_runs_in_one_program(golden_run, tmp_path):
     sizes = [r["batch_size"] for r in records(cfg.train.out_dir) if r["kind"] == "train"]
     assert sizes == sorted(sizes) and set(sizes) == {2, 4} and len(sizes) == 6
     assert result.tokens == 32 * sum(sizes) and run.step_fn._cache_size() == 1
+
+
+def test_a_run_at_its_end_says_so(golden_run, tmp_path):
+    run = trainer(config_in(tmp_path, golden_run))
+    with contextlib.closing(run):
+        assert not run.nothing_left()
+        run.step, run.tokens = 15, 15 * 4 * 32
+        assert not run.nothing_left()
+        run.tokens = 20 * 4 * 32  # as with a larger batch before
+        assert run.nothing_left()
