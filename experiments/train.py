@@ -24,6 +24,7 @@ from experiments import command_line, config_flag, dry_run
 from experiments.devices import devices_of_run
 from experiments.screen import SCREEN
 
+DEFAULT_CONFIG = "configs/tiny.py"
 _FROM_STEP = flags.DEFINE_integer("from_step", None, "Resume from this checkpoint instead of the newest.")
 _DISCARD_NEWER = flags.DEFINE_bool(
     "discard_newer",
@@ -182,7 +183,9 @@ def run(
 
 
 def main(argv: Sequence[str]) -> int:
-    cfg = config_flag.parse(argv, default="configs/tiny.py")
+    cfg = config_flag.parse(argv, default=DEFAULT_CONFIG)
+    if not any(argument.lstrip("-").startswith("config=") or argument == "--config" for argument in argv):
+        SCREEN.line(f"the config is {DEFAULT_CONFIG}, as no --config names another")
     if _DRY_RUN.value:
         devices_of_run(cfg)
         print(dry_run.report(cfg))

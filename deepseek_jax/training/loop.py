@@ -92,13 +92,19 @@ class Trainer:
         self._compiled: Future | None = None
         self._share = batch_share(self.mesh)
         with contextlib.ExitStack() as failing:
-            self._lock = RunLock(self.out_dir) if is_first() else None
+            self._lock = self._locked() if is_first() else None
             failing.callback(self._unlock)
             if data is not None:
                 self.data = data
             keep = (cfg.train.keep, cfg.train.keep_every, cfg.train.keep_best)
             self.checkpointer = Checkpointer(self.out_dir / "checkpoints", *keep)
             failing.pop_all()
+
+    def _locked(self) -> RunLock:
+        try:
+            return RunLock(self.out_dir)
+        except OSError as error:
+            raise OSError(error.errno, f"train.out_dir: {error.strerror}", error.filename) from error
 
     def _unlock(self) -> None:
         if self._lock is not None:
