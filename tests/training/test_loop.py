@@ -489,5 +489,5 @@ def test_a_run_at_its_end_says_so(golden_run, tmp_path):
 
 def test_a_file_in_the_place_of_the_folder_is_named_by_its_key(golden_run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="train.out_dir: File exists"):
+    with pytest.raises(OSError, match=r"train\.out_dir: File exists"):
         golden.trainer(config_in(tmp_path, golden_run, out_dir=str(tmp_path / "file")))
