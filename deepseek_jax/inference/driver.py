@@ -5,6 +5,7 @@ decoding loop, which runs some steps and hands its state back. Between these the
 ends rows at stop strings, and notices Ctrl-C. Where the loop is cut changes no token.
 """
 
+import functools
 import time
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
@@ -105,6 +106,18 @@ def steps(
         return state._replace(steps=state.steps + 1), anyone(~state.out.done_b)
 
     return lax.while_loop(more, body, (state, anyone(~state.out.done_b)))[0]
+
+
+def advancing(step: Callable[..., State]) -> Any:
+    """The jitted `Method.advance` of `step(ready, cfg, batch, bias_le, state)`; it consumes the state."""
+
+    @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+    def advance(
+        ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State, at_most: jax.Array
+    ) -> State:
+        return steps(functools.partial(step, ready, cfg, batch, bias_le), state, at_most)
+
+    return advance
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 Dims: b row of the batch, t prompt token, s cache slot, v vocabulary.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from deepseek_jax.inference.batch import (
     emit,
     empty_output,
 )
-from deepseek_jax.inference.driver import Method, State, complete, grown, steps
+from deepseek_jax.inference.driver import Method, State, advancing, complete, grown
 from deepseek_jax.inference.sampling import Sampling, keys_at, log_prob, penalised, sample
 from deepseek_jax.model.decoding import View, decode, decoding_config, prepare
 from deepseek_jax.model.experts import decode_experts, routed_experts
@@ -108,11 +107,7 @@ _prefill = jax.jit(prefill, static_argnames=("cfg",))
 _grow = jax.jit(grown, static_argnames=("cfg", "slots"))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
-def _advance(
-    ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State, at_most: jax.Array
-) -> State:
-    return steps(functools.partial(step, ready, cfg, batch, bias_le), state, at_most)
+_advance = advancing(step)
 
 
 def plain(params: Any, cfg: ModelConfig, balance_bias: Any = None, ready: Any = None) -> Method:

@@ -29,7 +29,7 @@ from deepseek_jax.inference.batch import (
     empty_output,
     is_stop,
 )
-from deepseek_jax.inference.driver import Method, State, complete, grown, steps
+from deepseek_jax.inference.driver import Method, State, advancing, complete, grown
 from deepseek_jax.inference.generate import choose, prompt_forward
 from deepseek_jax.inference.sampling import (
     RowSampling,
@@ -165,11 +165,7 @@ def _grow(state: State, cfg: ModelConfig, slots: int) -> State:
     return grown(state._replace(extra=draft._replace(cache=cache)), cfg, slots)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
-def _advance(
-    ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State, at_most: jax.Array
-) -> State:
-    return steps(functools.partial(step, ready, cfg, batch, bias_le), state, at_most)
+_advance = advancing(step)
 
 
 def speculative(params: Any, cfg: ModelConfig, balance_bias: Any = None, ready: Any = None) -> Method:
