@@ -6,7 +6,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _LONGEST = 120  # characters of a value that an error repeats
@@ -140,3 +140,14 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
         return
     kinds = " or ".join("None" if o is types.NoneType else o.__name__ for o in options)
     raise ValueError(f"config key {name}={shown(value)} should be {kinds}, not {type(value).__name__}")
+
+
+def names_that_differ(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Names whose values differ between two mappings, or that only one has, in order."""
+    return [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+
+
+def listed(items: Sequence[str], at_most: int) -> str:
+    """The first items, and how many more there are."""
+    more = f" and {len(items) - at_most} more" if len(items) > at_most else ""
+    return "; ".join(items[:at_most]) + more

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.checks import names_that_differ
 from deepseek_jax.data.packing import EpochPacker, PackedStream
 from deepseek_jax.data.shuffle import permuted
 
@@ -126,14 +127,13 @@ class BatchStream:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a state of the data stream: {state!r}") from error
         if data != self._fingerprint:
-            differing = [
+            other = [
                 f"{name} was {data.get(name)!r}, is now {self._fingerprint.get(name)!r}"
-                for name in sorted(data.keys() | self._fingerprint.keys())
-                if data.get(name) != self._fingerprint.get(name)
+                for name in names_that_differ(data, self._fingerprint)
             ]
             raise ValueError(
                 "the saved data state belongs to other data: "
-                + "; ".join(differing)
+                + "; ".join(other)
                 + ". A run goes on with its own data: to train its weights on others, start a run in another "
                 "train.out_dir with train.init_from"
             )

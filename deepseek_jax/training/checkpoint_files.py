@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepseek_jax import inventory
-from deepseek_jax.checks import plain, shown
+from deepseek_jax.checks import listed, names_that_differ, plain, shown
 from deepseek_jax.json_files import read_object
 from deepseek_jax.parallel.together import lowest
 
@@ -186,16 +186,12 @@ def read_onto(path: Path, target: PyTree) -> PyTree:
 def _check_arrays(path: Path, found: PyTree, expected: PyTree, besides: frozenset[str] = frozenset()) -> None:
     saved, wanted = _described(found), _described(expected)
     saved = {name: array for name, array in saved.items() if name not in besides}
-    differing = [
+    other = [
         f"{name} is {saved.get(name, 'absent')}, expected {wanted.get(name, 'absent')}"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
+        for name in names_that_differ(saved, wanted)
     ]
-    if differing:
-        more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
-        raise MisfitError(
-            f"checkpoint {path.parent} holds other arrays: " + "; ".join(differing[:_MAX_NAMED]) + more
-        )
+    if other:
+        raise MisfitError(f"checkpoint {path.parent} holds other arrays: {listed(other, _MAX_NAMED)}")
 
 
 def read_tree(path: Path, names: tuple[str, ...] | None = None, like: PyTree | None = None) -> PyTree:
@@ -257,13 +253,9 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def check_model(path: Path, saved_config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     saved, wanted = saved_config.get("model", {}), json.loads(json.dumps(dict(model)))
-    differing = [
+    other = [
         f"model.{plain(key)} is {shown(saved.get(key))} there, {shown(wanted.get(key))} here"
-        for key in sorted(saved.keys() | wanted.keys())
-        if saved.get(key) != wanted.get(key)
+        for key in names_that_differ(saved, wanted)
     ]
-    if differing:
-        more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
-        raise MisfitError(
-            f"checkpoint {path} belongs to another model: " + "; ".join(differing[:_MAX_NAMED]) + more
-        )
+    if other:
+        raise MisfitError(f"checkpoint {path} belongs to another model: {listed(other, _MAX_NAMED)}")

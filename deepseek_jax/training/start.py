@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax import hf
+from deepseek_jax.checks import listed, names_that_differ
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf.names import leaves
@@ -130,16 +131,13 @@ class Start:
         wanted = shapes_of(self._wanted.params)
         other = [
             f"{name} is {_shown(found.get(name))} there, {_shown(wanted.get(name))} here"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name)
+            for name in names_that_differ(found, wanted)
         ]
         if other:
-            more = f"; and {len(other) - _MAX_NAMED} more" if len(other) > _MAX_NAMED else ""
             keys = "; ".join(self.differences)
             raise ValueError(
                 f"train.init_from={self._cfg.train.init_from} does not fit the model: {keys}; arrays: "
-                + "; ".join(other[:_MAX_NAMED])
-                + more
+                + listed(other, _MAX_NAMED)
             )
 
 
