@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from deepseek_jax.checks import plain, shown
+from deepseek_jax.checks import names_that_differ, plain, shown
 from deepseek_jax.config import Config, to_dict
 
 # Where a run lies and how its processes meet changes nothing in it.
@@ -37,8 +37,7 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "")
     a, b = (_flat(json.loads(json.dumps(x)), path) for x in (there, here))
     return [
         f"{plain(key)} is {shown(a.get(key))} there, {shown(b.get(key))} here"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key)
+        for key in names_that_differ(a, b)
     ]
 
 

@@ -3,7 +3,6 @@
 The layout is that of `checkpoint.py`, which writes it.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from deepseek_jax import inventory
-from deepseek_jax.checks import listed, names_that_differ, plain, shown
+from deepseek_jax.checks import listed, names_that_differ, shown
 from deepseek_jax.json_files import read_object
 from deepseek_jax.parallel.together import lowest
+from deepseek_jax.training.changes import differing
 
 PyTree = Any
 
@@ -252,10 +252,5 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def check_model(path: Path, saved_config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    saved, wanted = saved_config.get("model", {}), json.loads(json.dumps(dict(model)))
-    other = [
-        f"model.{plain(key)} is {shown(saved.get(key))} there, {shown(wanted.get(key))} here"
-        for key in names_that_differ(saved, wanted)
-    ]
-    if other:
+    if other := differing(saved_config.get("model", {}), model, "model."):
         raise MisfitError(f"checkpoint {path} belongs to another model: {listed(other, _MAX_NAMED)}")
