@@ -7,8 +7,8 @@ Every process gets the address of process 0, the number of processes and its own
 SIGTERM and Ctrl-C are passed on to all and end the restarts. When a process fails, the others get `--grace` seconds
 to notice and are then killed. None outlives this command, however it ends.
 
-Exit status: of the process that failed first in the last attempt (128 + the signal's number if one killed it), else
-0. Status 2, a mistake in the command, is not tried again.
+Exit status: of the process that failed first in the last attempt (128 + the signal's number if one killed it), but
+not of one that left because another did; else 0. Status 2, a mistake in the command, is not tried again.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})  # PR_SET_PDEATHSIG of <linux/
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 _USAGE_ERROR = 2
+ABANDONED = 75  # of a process that left because of another one
 _MOST_PROCESSES = 1024  # on one machine
 
 
@@ -86,12 +87,11 @@ class Group:
                 process.send_signal(signum)
 
     def failed(self) -> tuple[int, int] | None:
-        """(rank, status as a shell gives it) of a process that failed, or None."""
-        for rank, process in enumerate(self._processes):
-            status = process.poll()
-            if status:
-                return rank, status if status > 0 else 128 - status
-        return None
+        """(rank, status as a shell gives it) of a process that failed, or None; rather of one that did so by itself
+        than of one that left because of another."""
+        statuses = [(rank, process.poll()) for rank, process in enumerate(self._processes)]
+        failed = [(rank, status if status > 0 else 128 - status) for rank, status in statuses if status]
+        return min(failed, key=lambda one: one[1] == ABANDONED, default=None)
 
     def running(self) -> list[int]:
         """Ranks of the processes that have not ended."""
@@ -158,7 +158,7 @@ def _signals() -> Iterator[list[int]]:
 def _attempt(
     command: Sequence[str], processes: int, grace: float, received: list[int]
 ) -> tuple[int, int] | None:
-    """Runs all processes to their end; (rank, status) of the first that failed."""
+    """Runs all processes to their end; (rank, status) of the one that failed first by itself."""
     group = Group(command, processes)
     _say(f"processes {' '.join(map(str, group.pids))}")
     try:
@@ -171,6 +171,8 @@ def _attempt(
             failed = group.failed()
         if failed is not None:
             group.wait(grace)
+            if failed[1] == ABANDONED:  # the other may have ended a moment later
+                failed = group.failed()
             for rank in group.running():
                 _say(f"process {rank} did not end within {grace:g} s and is killed")
         return failed or group.failed()

@@ -27,6 +27,7 @@ _RANKS = (PROCESS, "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "JOB_COMPLETION_INDEX
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 ABANDONED = 75  # exit status (EX_TEMPFAIL) of a process that left because of another one: start all again
+MISTAKE = 2  # exit status of one that was told to do what cannot be done, which starting again does not change
 _MARGIN = 30  # seconds; JAX aborts the process when its own timeout ends, ours must end first
 
 
@@ -210,8 +211,8 @@ def failing_fast(say: Callable[[str], None]) -> Iterator[None]:
     """In a run of several processes, an exception in the block ends this process at once.
 
     Unwinding would run into waits for processes that are gone or stand elsewhere in the program. `say` gets the
-    message; the exit status is `ABANDONED`. The others notice and end likewise. With one process, the exception
-    goes its way.
+    message; the exit status is `MISTAKE` for a ValueError, else `ABANDONED`. The others notice and end likewise. With
+    one process, the exception goes its way.
     """
     try:
         yield
@@ -219,7 +220,7 @@ def failing_fast(say: Callable[[str], None]) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         say(f"process {jax.process_index()} of {jax.process_count()}: {describe(error)}")
-        os._exit(ABANDONED)
+        os._exit(MISTAKE if isinstance(error, ValueError) else ABANDONED)
 
 
 def describe(error: BaseException) -> str:

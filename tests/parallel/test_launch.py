@@ -60,6 +60,14 @@ def test_a_failure_ends_the_others_and_is_tried_again(tmp_path):
     assert not any(map(alive, pids))
 
 
+def test_who_left_because_of_another_is_not_the_cause(tmp_path):
+    """Though it ends first: a killed process is seen to be gone before it has ended."""
+    script = SLEEPER + "time.sleep(0.5 * (rank == '1'))\nsys.exit(75 if rank == '0' else 3)"
+    with launched(tmp_path, script, "--processes=2", "--grace=20") as run:
+        assert run.wait() == 3
+        assert run.printed.endswith("[launch] process 1 ended with status 3\n")
+
+
 def test_a_mistake_in_the_command_is_not_tried_again(tmp_path):
     with launched(tmp_path, "import sys; sys.exit(2)", "--processes=1", "--restarts=3") as run:
         assert run.wait() == 2

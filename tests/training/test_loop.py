@@ -453,8 +453,8 @@ def test_killed_twice_and_terminated_is_bitwise_the_same(tmp_path):
 
 
 def assert_a_full_disk_ends_the_run(run):
-    """Files of at most 100 KiB, so that no checkpoint can be written: one line, status 1; nothing half-written counts."""
-    limited = ("bash", "-c", 'ulimit -f 100 && exec "$@"', "bash", *run.command)
+    """Files of at most 40 KiB, so that no checkpoint can be written: one line, status 1; nothing half-written counts."""
+    limited = ("bash", "-c", 'ulimit -f 40 && exec "$@"', "bash", *run.command)
     done = subprocess.run(limited, env=run.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     line = done.stderr.splitlines()[-1]
