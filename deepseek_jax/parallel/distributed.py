@@ -27,7 +27,9 @@ _RANKS = (PROCESS, "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "JOB_COMPLETION_INDEX
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 ABANDONED = 75  # exit status (EX_TEMPFAIL) of a process that left because of another one: start all again
-MISTAKE = 2  # exit status of one that was told to do what cannot be done, which starting again does not change
+MISTAKE = (
+    2  # exit status of one that was told to do what cannot be done, which starting again does not change
+)
 _MARGIN = 30  # seconds; JAX aborts the process when its own timeout ends, ours must end first
 
 
