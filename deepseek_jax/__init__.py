@@ -5,6 +5,7 @@ DeepSeekV3(cfg).apply(...)             the model as a Linen module
 ModelConfig                            any model of the family; counts of parameters, FLOPs, cache bytes
 """
 
+from deepseek_jax import hf
 from deepseek_jax.config import Config, MeshConfig, ModelConfig, from_config_dict
 from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.model import Model, load
@@ -20,5 +21,6 @@ __all__ = [
     "from_config_dict",
     "generate",
     "generate_over_mesh",
+    "hf",
     "load",
 ]

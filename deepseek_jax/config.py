@@ -175,7 +175,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes that train together (`parallel/distributed.py`).
+    """Several processes that train together (`parallel/processes/joining.py`).
 
     With nothing set: what SLURM, Kubernetes, Open MPI or `experiments.launch` say in the environment, else one
     process. What is set here comes before the environment.

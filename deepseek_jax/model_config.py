@@ -5,8 +5,8 @@ Sources: technical report sections 2 and 4; the published config.json of each mo
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from deepseek_jax.checks import choice, integer, ranges, require
 
@@ -228,17 +228,7 @@ class ModelConfig:
             per_layer = (self.kv_lora_rank + self.qk_rope_head_dim) * DTYPE_BYTES[dtype]
         return per_layer * self.num_hidden_layers
 
-    # --- Hugging Face config.json -------------------------------------------------------------------------
+    # --- Hugging Face config.json: the two functions of `hf/config.py`, which puts them here ------------------
 
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """ModelConfig of a parsed config.json. Raises ValueError on unknown or unsupported fields."""
-        from deepseek_jax.hf_config import from_hf
-
-        return from_hf(hf)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The config.json (as a dict) that `transformers` reads for this model."""
-        from deepseek_jax.hf_config import to_hf
-
-        return to_hf(self)
+    from_hf: ClassVar[Callable[[Mapping[str, Any]], "ModelConfig"]]
+    to_hf: ClassVar[Callable[["ModelConfig"], dict[str, Any]]]

@@ -28,7 +28,7 @@ from deepseek_jax.model.moe import Experts
 from deepseek_jax.parallel.experts import mesh_experts
 from deepseek_jax.parallel.low_latency import masked_experts, sort_pairs
 from deepseek_jax.parallel.mesh import EXPERT_AXES, make_mesh
-from deepseek_jax.parallel.traffic import count_rows
+from experiments.study.traffic import count_rows
 
 NODES, LOCAL = 4, 2
 DEVICES = NODES * LOCAL

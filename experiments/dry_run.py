@@ -4,15 +4,15 @@ from pathlib import Path
 
 import jax
 
+from deepseek_jax.checkpoints.files import steps_in
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import abstract_mesh, named_devices
-from deepseek_jax.training.checkpoint_files import steps_in
-from deepseek_jax.training.memory import state_memory
 from deepseek_jax.training.preflight import check_tokenizer, granularity, trace_step
 from deepseek_jax.training.schedules import Schedules
 from deepseek_jax.training.start import Start
 from deepseek_jax.training.step import make_train_step
-from experiments import plan_memory
+from experiments.study import plan_memory
+from experiments.study.memory import state_memory
 
 
 def model_line(cfg: Config) -> str:

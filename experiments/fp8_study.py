@@ -21,8 +21,9 @@ from pathlib import Path
 from absl import flags
 
 from deepseek_jax.config import PRECISIONS, Config, to_dict
-from experiments import command_line, config_flag, fp8_report
-from experiments.fp8_measure import Runs, result_file
+from experiments import command_line, config_flag
+from experiments.study import fp8_report
+from experiments.study.fp8_measure import Runs, result_file
 
 _OUT = flags.DEFINE_string("out", "runs/fp8_study", "Folder of the runs and the picture.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each preset.", lower_bound=2)

@@ -3,9 +3,9 @@
     python -m experiments.launch --processes=2 --restarts=3 -- python -m experiments.train --config=configs/tiny.py
 
 Every process gets the address of process 0, the number of processes and its own number in the environment, where
-`deepseek_jax.parallel.distributed` finds them. Their output is shown line by line behind the number of the process.
-SIGTERM and Ctrl-C are passed on to all and end the restarts. When a process fails, the others get `--grace` seconds
-to notice and are then killed. None outlives this command, however it ends.
+`deepseek_jax.parallel.processes.joining` finds them. Their output is shown line by line behind the number of the
+process. SIGTERM and Ctrl-C are passed on to all and end the restarts. When a process fails, the others get `--grace`
+seconds to notice and are then killed. None outlives this command, however it ends.
 
 Exit status: of the process that failed first in the last attempt (128 + the signal's number if one killed it), but
 not of one that left because another did; else 0. Status 2, a mistake in the command, is not tried again.
@@ -26,7 +26,8 @@ from typing import IO, Any
 
 from experiments import command_line
 
-# What `deepseek_jax.parallel.distributed` looks for. Not imported from there: JAX takes seconds, the launcher none.
+# What `deepseek_jax.parallel.processes.joining` looks for. Not imported from there: JAX takes seconds, the launcher
+# none.
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 _POLL = 0.05  # seconds

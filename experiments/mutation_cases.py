@@ -242,7 +242,7 @@ def _unlike_the_library(path: Path, cfg: Any, params: Any) -> str | None:
 
 def _damage_step(step: Path, rng: random.Random) -> str:
     """Changes one file of a checkpoint; half of the time, of one that is read as JSON, the inventory is made to fit."""
-    from deepseek_jax import inventory
+    from deepseek_jax.checkpoints import inventory
 
     files = sorted(p for p in step.rglob("*") if p.is_file())
     described = [

@@ -4,7 +4,7 @@
     python -m experiments.plan exchange --mesh 4x8 --topk_groups 2   # 4 nodes of 8 devices, tokens of 2 groups
     python -m experiments.plan memory --config=configs/v3_671b.py --config.mesh.data=8     # bytes on each device
     python -m experiments.plan memory --config=configs/v2_lite_16b.py --devices=64
-    python -m experiments.plan overlap                               # what is hidden: see `plan_overlap.py`
+    python -m experiments.plan overlap                               # what is hidden: see `study/plan_overlap.py`
 
 `exchange` routes random tokens and counts what crosses between nodes, per token and MoE layer: with one row per
 selected expert, one per device (flat), and one per node (two hops). Bytes: tokens dispatched in FP8 with their
@@ -21,8 +21,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.parallel.traffic import Rows, routing_bytes, row_bytes, sample_rows
-from experiments import command_line, plan_memory, plan_overlap
+from experiments import command_line
+from experiments.study import plan_memory, plan_overlap
+from experiments.study.traffic import Rows, routing_bytes, row_bytes, sample_rows
 
 KIB = 1024
 

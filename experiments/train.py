@@ -18,8 +18,8 @@ from absl import flags
 
 from deepseek_jax import now
 from deepseek_jax.config import Config
-from deepseek_jax.parallel import distributed
-from deepseek_jax.parallel.together import is_first, whole_copy
+from deepseek_jax.parallel.processes import joining
+from deepseek_jax.parallel.processes.together import is_first, whole_copy
 from experiments import command_line, config_flag, dry_run
 from experiments.devices import devices_of_run
 from experiments.screen import SCREEN
@@ -139,7 +139,7 @@ def run(
     from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
 
     # Innermost, `failing_fast` spares a process that lost the others the waiting in `close`.
-    failing_fast = distributed.failing_fast
+    failing_fast = joining.failing_fast
     with stop_on_signals(SCREEN.line) as stop, contextlib.ExitStack() as stack:
         with failing_fast(command_line.complain):
             trainer = stack.enter_context(contextlib.closing(Trainer(cfg)))
@@ -191,15 +191,15 @@ def main(argv: Sequence[str]) -> int:
         print(dry_run.report(cfg))
         return 0
     profile_steps = _first_and_last(_PROFILE_STEPS.value)
-    join = distributed.find(cfg.distributed, os.environ)
+    join = joining.find(cfg.distributed, os.environ)
     processes = (join.processes if join else None) or 1
     devices_of_run(cfg, processes)
     if join is not None:
         try:
-            distributed.start(join, cfg.distributed)
+            joining.start(join, cfg.distributed)
         except TimeoutError as error:
             command_line.complain(str(error))
-            os._exit(distributed.ABANDONED)  # a thread waits for the others, and would abort the process
+            os._exit(joining.ABANDONED)  # a thread waits for the others, and would abort the process
         SCREEN.quiet = not is_first()
     try:
         resuming = _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value, _DISCARD_NEWER.value
@@ -209,7 +209,7 @@ def main(argv: Sequence[str]) -> int:
         if step is None:
             raise
         raise ValueError(f"{error} (to go on from there: --from_step={step} --discard_newer)") from error
-    distributed.stop()
+    joining.stop()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the interpreter's own end at once
     return status
 

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints in and out: `load`, `save`, `Checkpoint`.
 
+config.py   config.json <-> ModelConfig
 names.py    which tensors make up which leaf of the parameter tree
 files.py    checkpoint folders: config.json, index, checked scan
 tensors.py  one safetensors file: checked header, streaming writer

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax import inventory
+from deepseek_jax.checkpoints import inventory
+from deepseek_jax.checkpoints.files import FORMAT, ITEMS, locate
 from deepseek_jax.checks import require
 from deepseek_jax.config import Config, DataConfig
 from deepseek_jax.data import text_files
@@ -29,7 +30,6 @@ from deepseek_jax.hf.orbax import TreeSource, arrays, write_meta, write_tree
 from deepseek_jax.hf.read import Checkpoint
 from deepseek_jax.hf.tensors import DTYPES, write_shard
 from deepseek_jax.hf.write import SHARD_BYTES, Producer, Source
-from deepseek_jax.training.checkpoint_files import FORMAT, ITEMS, locate
 
 
 def to_orbax(

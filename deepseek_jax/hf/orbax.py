@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from deepseek_jax.checkpoints.files import CheckpointError, MisfitError, read_meta, verify
 from deepseek_jax.checks import plain, require, shown
 from deepseek_jax.config import ModelConfig, build
 from deepseek_jax.hf import fp8
@@ -26,7 +27,6 @@ from deepseek_jax.hf.read import SCALE, Q
 from deepseek_jax.hf.tensors import DTYPES
 from deepseek_jax.hf.write import Source
 from deepseek_jax.json_files import read_object
-from deepseek_jax.training.checkpoint_files import CheckpointError, MisfitError, read_meta, verify
 
 BIAS = "balance_bias"
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.checks import plain, require, shown
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.hf.config import from_hf
 from deepseek_jax.hf.files import Layout, is_file_name
 from deepseek_jax.hf.read import Checkpoint
 from deepseek_jax.hf.tensors import DTYPES
 from deepseek_jax.hf.write import Producer
-from deepseek_jax.hf_config import from_hf
 
 
 class Kept(NamedTuple):

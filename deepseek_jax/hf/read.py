@@ -17,10 +17,10 @@ from deepseek_jax.checks import plain
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.arrays import Fill, filled, filler
+from deepseek_jax.hf.config import from_hf
 from deepseek_jax.hf.files import read_config, scan
 from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, mtp_of, shared_copies, unflatten
 from deepseek_jax.hf.tensors import DTYPES, Tensor
-from deepseek_jax.hf_config import from_hf
 
 SCALE_SUFFIX = "_scale_inv"  # of "<name>.weight"
 # A leaf kept in FP8 is a dict of these two: checkpoint layout [stack..., out, in] and [stack..., blocks, blocks].

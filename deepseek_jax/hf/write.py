@@ -19,11 +19,11 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import fp8
+from deepseek_jax.hf.config import quantization_config, to_hf
 from deepseek_jax.hf.files import plan_shards, write_index
 from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, shared_copies
 from deepseek_jax.hf.read import SCALE, SCALE_SUFFIX, Q
 from deepseek_jax.hf.tensors import DTYPES, Spec, write_shard
-from deepseek_jax.hf_config import quantization_config, to_hf
 
 FORMATS = ("bf16", "fp8", "f32", "stored")
 SHARD_BYTES = 5_000_000_000

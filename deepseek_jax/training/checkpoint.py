@@ -23,9 +23,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from deepseek_jax import inventory
-from deepseek_jax.parallel.together import from_first, is_first
-from deepseek_jax.training.checkpoint_files import (
+from deepseek_jax.checkpoints import inventory
+from deepseek_jax.checkpoints.files import (
     FORMAT,
     ITEMS,
     META_KEYS,
@@ -45,6 +44,7 @@ from deepseek_jax.training.checkpoint_files import (
     verify,
     wrong_values,
 )
+from deepseek_jax.parallel.processes.together import from_first, is_first
 from deepseek_jax.training.checkpoint_writing import Arrays, Kept, SaveArrays
 from deepseek_jax.training.finite import NonFiniteError, not_finite
 

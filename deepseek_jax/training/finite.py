@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.parallel.together import on_host
+from deepseek_jax.parallel.processes.together import on_host
 
 PyTree = Any
 

@@ -21,11 +21,11 @@ from jax.sharding import Mesh
 
 from deepseek_jax import data as data_lib
 from deepseek_jax import now
+from deepseek_jax.checkpoints.changes import Changes, config_changes
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
-from deepseek_jax.parallel.together import StopVote, batch_share, is_first, on_host
+from deepseek_jax.parallel.processes.together import StopVote, batch_share, is_first, on_host
 from deepseek_jax.training.boards import wandb_for
-from deepseek_jax.training.changes import Changes, config_changes
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
 from deepseek_jax.training.finite import NonFiniteError

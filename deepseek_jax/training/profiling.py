@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from deepseek_jax.parallel.together import is_first
+from deepseek_jax.parallel.processes.together import is_first
 from deepseek_jax.training.records import Records
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import Config, to_dict
-from deepseek_jax.parallel.together import is_first
+from deepseek_jax.parallel.processes.together import is_first
 from deepseek_jax.training.advice import History, advice
 from deepseek_jax.training.boards import TensorBoard, WeightsAndBiases, Writer
 from deepseek_jax.training.finite import NonFiniteError

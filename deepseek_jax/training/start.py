@@ -12,12 +12,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax import hf
-from deepseek_jax.checks import listed, names_that_differ
-from deepseek_jax.config import Config, to_dict
-from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.hf.names import leaves
-from deepseek_jax.training.changes import differing
-from deepseek_jax.training.checkpoint_files import (
+from deepseek_jax.checkpoints.changes import differing
+from deepseek_jax.checkpoints.files import (
     PyTree,
     array_shapes,
     guarded,
@@ -28,6 +24,10 @@ from deepseek_jax.training.checkpoint_files import (
     shapes_of,
     verify,
 )
+from deepseek_jax.checks import listed, names_that_differ
+from deepseek_jax.config import Config, to_dict
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.hf.names import leaves
 from deepseek_jax.training.ema import abstract_average
 from deepseek_jax.training.finite import not_finite
 from deepseek_jax.training.optimizer import adamw

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.hf_config import from_hf
+from deepseek_jax.hf.config import from_hf
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.params import tree_map_with_name
 from deepseek_jax.model.transformer import model_params
@@ -40,7 +40,7 @@ def models():
         module = importlib.import_module(f"configs.{file.stem}")
         if hasattr(module, "get_config"):
             yield file.stem, from_config_dict(module.get_config()).model
-    for file in sorted((ROOT / "tests" / "hf_configs").glob("*.json")):
+    for file in sorted((ROOT / "tests" / "hf" / "configs").glob("*.json")):
         yield file.stem, from_hf(json.loads(file.read_text()))
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import DistributedConfig, MeshConfig
-from deepseek_jax.parallel.distributed import Join, describe, failing_fast, find
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.together import StopVote, batch_share, from_first, whole_copy
+from deepseek_jax.parallel.processes.joining import Join, describe, failing_fast, find
+from deepseek_jax.parallel.processes.together import StopVote, batch_share, from_first, whole_copy
 from experiments.launch import free_port
 
 SLURM = {
@@ -120,10 +120,10 @@ def test_config_is_checked(settings):
 START = """
 import os, sys
 from deepseek_jax.config import DistributedConfig
-from deepseek_jax.parallel import distributed
+from deepseek_jax.parallel.processes import joining
 cfg = DistributedConfig(sys.argv[1], 2, int(sys.argv[2]), start_timeout=1)
 try:
-    distributed.start(distributed.find(cfg, {}), cfg)
+    joining.start(joining.find(cfg, {}), cfg)
 except (TimeoutError, ValueError) as error:
     print(type(error).__name__, error, flush=True)
     os._exit(2)

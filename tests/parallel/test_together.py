@@ -17,16 +17,16 @@ import os, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from deepseek_jax.config import DistributedConfig, MeshConfig
-from deepseek_jax.parallel import distributed
+from deepseek_jax.parallel.processes import joining
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.together import StopVote, batch_share, from_first, on_host, whole_copy
+from deepseek_jax.parallel.processes.together import StopVote, batch_share, from_first, on_host, whole_copy
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
 
 cfg = DistributedConfig(heartbeat_timeout=10)
-join = distributed.find(cfg, os.environ)
+join = joining.find(cfg, os.environ)
 if join is not None:
-    distributed.start(join, cfg)
+    joining.start(join, cfg)
 rank, mesh = jax.process_index(), make_mesh(MeshConfig(data=2, node=2, local=2) if join else MeshConfig())
 experts, everywhere = NamedSharding(mesh, P(("data", "node", "local"))), NamedSharding(mesh, P())
 host = {"experts": np.arange(48.0, dtype=np.float32).reshape(8, 6), "norm": np.ones(5, np.float32)}
@@ -63,7 +63,7 @@ for name, x in host.items():
             np.testing.assert_allclose(shard.data, factor * x[shard.index], rtol=1e-6)
 fresh.update(put(1.0))  # goes on
 fresh.close(), ema.close(), checkpointer.close()
-distributed.stop()
+joining.stop()
 print("well", len(jax.devices()), flush=True)
 """
 

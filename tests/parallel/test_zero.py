@@ -12,7 +12,7 @@ import pytest
 from deepseek_jax.model.params import count
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
-from deepseek_jax.parallel.together import whole_copy
+from deepseek_jax.parallel.processes.together import whole_copy
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
 from deepseek_jax.training.sharding import state_shardings

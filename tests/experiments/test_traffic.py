@@ -7,9 +7,9 @@ import pytest
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.exchange import FLAT, TWO_HOP
-from deepseek_jax.parallel.traffic import count_rows, routing_bytes, row_bytes, sample_rows
 from experiments import plan
 from experiments.command_line import status
+from experiments.study.traffic import count_rows, routing_bytes, row_bytes, sample_rows
 from tests.parallel.test_exchange import E_LOCAL, LOCAL, NODES, RANKS, N, ids_of_all, planned
 
 TOKENS = 20_000

@@ -11,12 +11,12 @@ import numpy as np
 from deepseek_jax.config import PRECISIONS, Config
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.precision import PRESETS
-from deepseek_jax.precision.errors import KINDS, Errors, capture, gemm_errors, synthetic
 from deepseek_jax.precision.weights import attach, quantise_weights
 from deepseek_jax.training.drawing import smoothed
 from deepseek_jax.training.loop import Trainer
 from deepseek_jax.training.losses import losses, totals
 from deepseek_jax.training.metrics import read_records
+from experiments.study.errors import KINDS, Errors, capture, gemm_errors, synthetic
 
 SHAPE = (256, 1024, 512)  # m, k, n of the synthetic GEMMs
 WINDOWS = 16  # validation windows of one measurement on the trained model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deepseek_jax.parallel.distributed import find
+from deepseek_jax.parallel.processes.joining import find
 from experiments.command_line import status
 from experiments.launch import main
 from experiments.train import _STOPPED_STATUS

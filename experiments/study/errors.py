@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.precision.accumulation import tensor_core_product
 from deepseek_jax.precision.linear import quantise_weight
 from deepseek_jax.precision.operands import (
     TILE,
@@ -23,6 +22,7 @@ from deepseek_jax.precision.operands import (
     requantise_transposed,
 )
 from deepseek_jax.precision.policy import Policy
+from experiments.study.accumulation import tensor_core_product
 from pallas_kernels.testing.metrics import calc_diff, relative_l2
 
 GEMMS = ("fprop", "dgrad", "wgrad")

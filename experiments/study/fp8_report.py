@@ -8,9 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deepseek_jax.config import PRECISIONS
-from deepseek_jax.precision.errors import GEMMS, accumulation_errors
-from experiments import fp8_measure
-from experiments.fp8_measure import (
+from experiments.study import fp8_measure
+from experiments.study.errors import GEMMS, accumulation_errors
+from experiments.study.fp8_measure import (
     SMOOTHING,
     Curves,
     Mean,

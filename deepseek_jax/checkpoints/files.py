@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from deepseek_jax import inventory
+from deepseek_jax.checkpoints import inventory
+from deepseek_jax.checkpoints.changes import differing
 from deepseek_jax.checks import listed, names_that_differ, shown
 from deepseek_jax.json_files import read_object
-from deepseek_jax.parallel.together import lowest
-from deepseek_jax.training.changes import differing
+from deepseek_jax.parallel.processes.together import lowest
 
 PyTree = Any
 

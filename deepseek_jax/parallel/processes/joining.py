@@ -1,7 +1,7 @@
 """Several processes, usually one per host, that train together: how they meet and how they part.
 
 `start` joins them through `jax.distributed`; after it `jax.devices()` are the devices of all processes. What they then
-do together is in `parallel/together.py`. When a process dies, the others cannot go on: they exit by themselves, within
+do together is in `together.py`. When a process dies, the others cannot go on: they exit by themselves, within
 `distributed.heartbeat_timeout`, and whoever supervises (SLURM, Kubernetes, `experiments.launch`) starts all of them
 again from the last checkpoint.
 """

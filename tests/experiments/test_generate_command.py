@@ -15,7 +15,7 @@ import deepseek_jax
 from experiments import generate, prompts
 from tests.inference.checkpoint import save_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOT = ["--temperature=2.0", "--top_k=200", "--seed=5", "--max_new_tokens=4"]
 SETTINGS = {"temperature": 2.0, "top_k": 200}
 

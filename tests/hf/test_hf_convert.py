@@ -26,8 +26,8 @@ from deepseek_jax.config import Config, DataConfig, ModelConfig, build
 from deepseek_jax.data import Tokenizer, text_files, train_tokenizer
 from deepseek_jax.hf import convert, orbax
 from deepseek_jax.training.checkpoint import Checkpointer, load_params
+from tests.hf.test_hf_checkpoint import WIDE, files, rewrite, same
 from tests.oracle.tiny import V3, weights
-from tests.test_hf_checkpoint import WIDE, files, rewrite, same
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +431,7 @@ def test_killed_at_a_file_operation(tmp_path):
     """The short form: the first and last operations of each direction, where a conversion begins and ends."""
     command = [sys.executable, "-m", "experiments.kill_conversion", "--every=97"]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=300
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     counts = [list(map(int, line.split()[1:4:2])) for line in done.stdout.splitlines()]
@@ -440,7 +440,7 @@ def test_killed_at_a_file_operation(tmp_path):
 
 def test_command(released, tmp_path):
     command = [sys.executable, "-m", "experiments.convert", "--from=hf", "--to=orbax"]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     args = [f"--input={released}", f"--output={tmp_path / 'run'}"]
     done = subprocess.run([*command, *args], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

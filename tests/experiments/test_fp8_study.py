@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import PRECISIONS
-from deepseek_jax.precision.errors import GEMMS, Errors
-from experiments import fp8_measure, fp8_report
-from experiments.fp8_measure import Curves, Mean, SameWeights
+from experiments.study import fp8_measure, fp8_report
+from experiments.study.errors import GEMMS, Errors
+from experiments.study.fp8_measure import Curves, Mean, SameWeights
 
 
 def test_standard_error_of_a_mean():

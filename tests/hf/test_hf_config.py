@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.config import ModelConfig, YarnConfig
-from deepseek_jax.hf_config import quantization, quantization_config
+from deepseek_jax.hf.config import quantization, quantization_config
 
-CONFIGS = Path(__file__).parent / "hf_configs"
+CONFIGS = Path(__file__).parent / "configs"
 NAMES = ("deepseek_v3", "deepseek_v3_1", "deepseek_v2", "deepseek_v2_lite", "moonlight_16b", "kimi_k2")
 
 # vocab, hidden, layers, dense, heads, q_lora, inter, expert inter, routed, shared, top-k, groups, top groups,

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from deepseek_jax.parallel.mesh import abstract_mesh, named_devices
-from deepseek_jax.training.memory import Memory, state_memory
 from experiments import config_flag
+from experiments.study.memory import Memory, state_memory
 
 GIB = 1 << 30
 NAMES = {

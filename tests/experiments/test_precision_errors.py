@@ -7,8 +7,8 @@ import pytest
 
 from deepseek_jax.model.layers import linear
 from deepseek_jax.precision import PRESETS
-from deepseek_jax.precision.accumulation import tensor_core_product
-from deepseek_jax.precision.errors import accumulation_errors, capture, gemm_errors, synthetic
+from experiments.study.accumulation import tensor_core_product
+from experiments.study.errors import accumulation_errors, capture, gemm_errors, synthetic
 
 
 def test_tensor_core_keeps_13_fraction_bits():

@@ -156,6 +156,10 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     return dict(sorted(hf.items()))
 
 
+# `ModelConfig` stands below this folder and has the two as methods: they come to it, it does not import them.
+ModelConfig.from_hf, ModelConfig.to_hf = staticmethod(from_hf), to_hf
+
+
 def quantization(hf: Mapping[str, Any]) -> str | None:
     """Format of the FP8 scales: None for an unquantised checkpoint, else "fp32" or "ue8m0".
 

@@ -1,0 +1,1 @@
+"""What only studies need: what a plan or a measurement computes, and how it is shown."""
