@@ -54,3 +54,17 @@ def expand_scale(scale: jax.Array, block: Block, shape: tuple[int, ...]) -> jax.
     rows = jnp.repeat(scale, block[0], axis=-2) if block[0] > 1 else scale
     full = jnp.repeat(rows, block[1], axis=-1) if block[1] > 1 else rows
     return full[..., : shape[-2], : shape[-1]]
+
+
+def check_quantized(
+    op: str, name: str, q: jax.Array, scale: jax.Array, ndim: int | None, *blocks: Block
+) -> None:
+    """Raise ValueError unless `q` is E4M3, of `ndim` dims where that is given, and `scale` has the shape of one of the
+    `blocks`."""
+    if q.dtype != jnp.float8_e4m3fn or ndim not in (None, q.ndim):
+        dims = "" if ndim is None else f" of {ndim} dims"
+        raise ValueError(f"{op}: {name} is {q.dtype}{list(q.shape)}; expected float8_e4m3fn{dims}")
+    needed = [num_blocks(q.shape, block) for block in blocks]
+    if scale.shape not in needed:
+        either = " or ".join(map(str, needed))
+        raise ValueError(f"{op}: {name}_scale has shape {scale.shape}; {name} {q.shape} needs {either}")

@@ -31,20 +31,15 @@ def load_global(ref, layout) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
 
 
-def interpret_params(detect_races: bool = True):
-    """Parameters of the Mosaic GPU CPU interpreter.
+def interpret_mode():
+    """Context manager under which every Mosaic GPU kernel traced runs in the CPU interpreter, with race detection.
 
     Raises:
       ValueError: jax is older than 0.11, whose interpreter cannot run the kernels of this package.
     """
     if not HAS_INTERPRETER:
         raise ValueError(f"the Mosaic GPU interpreter needs jax >= 0.11, this is {jax.__version__}")
-    return plgpu.InterpretGPUParams(detect_races=detect_races)  # type: ignore[attr-defined]
-
-
-def interpret_mode(detect_races: bool = True):
-    """Context manager under which every Mosaic GPU kernel traced runs in the CPU interpreter (jax >= 0.11)."""
-    params = interpret_params(detect_races)
+    params = plgpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]
     return plgpu.force_gpu_interpret_mode(params)  # type: ignore[attr-defined]
 
 

@@ -22,14 +22,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blocks import round_up
-from pallas_kernels.compat import compiler_params, swizzled
+from pallas_kernels.blocks import pad_last2, round_up
+from pallas_kernels.compat import compiler_params, load_global, swizzled
+from pallas_kernels.groups import tile_groups
 
 COMPUTE_WARPGROUPS = 2
 WGMMA_ROWS = 64
-MEMORY_REGISTERS = (
-    72  # per thread of the TMA warpgroup: with less it spills; the compute warpgroups share the rest
-)
+# Registers per thread of the TMA warpgroup: with fewer it spills. The compute warpgroups share the rest.
+MEMORY_REGISTERS = 72
 H100_SMS = 132
 
 
@@ -109,70 +109,106 @@ class Tile:
     def ns(self):
         return pl.ds(self.ni * self.config.tile_n, self.config.tile_n)
 
+    def of(self, ref):
+        """This tile of an array [M, N] or [G, M, N]."""
+        return ref.at[self.ms, self.ns] if len(ref.shape) == 2 else ref.at[self.g, self.ms, self.ns]
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What distinguishes one GEMM from another. `refs` below are the GMEM references of the operands, in order.
 
     Attributes:
-      grid: tiles along (M, N).
-      groups: outermost extent of the tile walk; `Tile.g` runs over it.
-      out_type: type of the output.
-      in_specs: block of each pipelined operand in one step.
+      out: type of the output, [M, N] or, with a tile walk over each group, [G, M, N].
+      in_specs: block of each pipelined operand, the first ones, in one step.
       views: (refs, tile) -> the reference that each in_spec walks over.
       num_steps: int, or (refs, tile) -> int32 where it depends on the data.
-      step: promoted: (refs, tile, share, k, smem, accs) -> accs, lists with one array per slab;
-        direct: (share, smem, acc_ref) -> None, issuing one wgmma.
-      out_view: (out_ref, tile) -> the [tm, tn] slice to store.
+      step: (refs, tile, share, k, smem, acc) -> acc, which is a list of one array per slab where `promoted`, else the
+        reference of a wgmma accumulator.
       promoted: which of the two kinds of step.
-      allocation_views: references of the shapes of `views`, outside any tile.
-      group_of: (refs, mi) -> group of a row of tiles, read once per tile into `Tile.g`; tiles of a negative group are
-        set to zero instead of computed.
-      finish: (refs, tile, rows, acc) -> acc, applied to each slab of 64 rows before it is stored.
-      addend: (refs, tile) -> [tm, tn] reference of the output dtype to add to the product.
     """
 
-    grid: tuple[int, int]
-    out_type: jax.ShapeDtypeStruct
+    out: jax.ShapeDtypeStruct
     in_specs: Sequence[Any]
     views: Callable
     num_steps: int | Callable
     step: Callable
-    out_view: Callable
     promoted: bool
-    allocation_views: Callable
-    groups: int = 1
-    group_of: Callable | None = None
-    finish: Callable | None = None
-    addend: Callable | None = None
 
 
-def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array) -> jax.Array:
-    """Run `problem` over `operands`; returns an array of `problem.out_type`.
+def unsupported(m: int, n: int, k: int, out_dtype, alignment: int = 0, multiple: int = 1) -> str | None:
+    """Why the kernel cannot compute a product [M, K] x [K, N], or None. `alignment`: of groups, which must be a
+    `multiple` of something."""
+    if alignment % multiple:
+        return f"alignment={alignment} is no multiple of {multiple}"
+    if 0 in (m, n, k):
+        return f"M={m}, N={n}, K={k}: all must be positive"
+    if out_dtype not in (jnp.bfloat16, jnp.float32):
+        return f"out_dtype={jnp.dtype(out_dtype).name}; the kernel writes bfloat16 or float32"
+    return None
+
+
+def check_accumulate(op: str, accumulate: jax.Array | None, shape: tuple[int, ...], out_dtype) -> None:
+    """Raise ValueError unless `accumulate` can be added to an output of `shape` and `out_dtype`."""
+    dtype = jnp.dtype(out_dtype)
+    if accumulate is not None and (accumulate.shape != shape or accumulate.dtype != dtype):
+        raise ValueError(
+            f"{op}: accumulate is {accumulate.dtype}{list(accumulate.shape)} with out_dtype {dtype.name}; "
+            f"expected {dtype.name}{list(shape)}"
+        )
+
+
+def persistent_matmul(
+    problem: Problem,
+    config: TileConfig,
+    *operands: jax.Array,
+    group_ids: jax.Array | None = None,
+    accumulate: jax.Array | None = None,
+) -> jax.Array:
+    """Run `problem` over `operands`.
+
+    Args:
+      problem: what to compute; its M and N are multiples of the tile.
+      config: tiling.
+      operands: arrays that `views` and `step` read.
+      group_ids: [M] int32, the group of each row, equal within a tile but for -1, padding. Rows of padding become zero;
+        tiles of nothing else are not computed. Each tile's group is its `Tile.g`.
+      accumulate: array of the output's type, added to the product; padded with zeros where it is smaller.
+
+    Returns:
+      An array of `problem.out`.
 
     Raises:
       ValueError: the tiles along N do not divide into clusters.
     """
-    if problem.grid[1] % config.cluster:
-        raise ValueError(f"{problem.grid[1]} tiles along N do not divide into clusters of {config.cluster}")
+    *lead, m, n = problem.out.shape
+    m_tiles, n_tiles = m // config.tile_m, n // config.tile_n
+    if n_tiles % config.cluster:
+        raise ValueError(f"{n_tiles} tiles along N do not divide into clusters of {config.cluster}")
+    ids = () if group_ids is None else (group_ids, tile_groups(group_ids, config.tile_m))
+    addend = () if accumulate is None else (pad_last2(accumulate, (config.tile_m, config.tile_n)),)
 
     def body(*all_refs):
         *refs, out_ref, out_smem, addend_barrier = all_refs
-        tile_pipeline = _pipeline(problem, config, refs, out_ref, out_smem, addend_barrier)
+        addend_ref = refs.pop() if addend else None
+        groups_ref, ids_ref = (refs.pop(), refs.pop()) if ids else (None, None)
+        share = Share.of(config)
+        store = _store(share, ids_ref, addend_ref, out_ref, out_smem, addend_barrier)
+        tile_pipeline = _pipeline(problem, config, share, refs, store, bool(ids))
         allocations = _emit(problem, config, _static_steps(problem), _ignore, _ignore).get_allocations
-        sizes = allocations(*problem.allocation_views(refs))
+        pipelined = refs[: len(problem.in_specs)]
+        sizes = allocations(*(ref if len(ref.shape) == 2 else ref.at[0] for ref in pipelined))
 
         def walk(allocations):
-            m_tiles, n_tiles = problem.grid
             n_clusters = n_tiles // config.cluster
 
-            @plgpu.nd_loop((problem.groups, m_tiles * n_clusters), collective_axes="sm")
+            @plgpu.nd_loop((*(lead or (1,)), m_tiles * n_clusters), collective_axes="sm")
             def _(info):
                 g, linear = info.index
                 mi, ni = plgpu.planar_snake(linear, (m_tiles, n_clusters), 1, config.snake)
                 if config.cluster > 1:
                     ni = ni * config.cluster + lax.axis_index("cluster")
-                g = g if problem.group_of is None else problem.group_of(refs, mi)
+                g = groups_ref[mi] if ids else g
                 tile_pipeline(Tile(g, mi, ni, config), allocations)
 
         pl.run_scoped(walk, sizes, collective_axes="wg")
@@ -182,11 +218,11 @@ def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array
         {"cluster": (config.cluster,), "cluster_names": ("cluster",)} if config.cluster > 1 else {}
     )
     rows, cols = _stored_slab(config)
-    dtype = problem.out_type.dtype
+    dtype = problem.out.dtype
     transforms = swizzled(dtype, min(cols, 128 // jnp.dtype(dtype).itemsize))
     return plgpu.kernel(
         body,
-        out_type=problem.out_type,
+        out_type=problem.out,
         scratch_types=[
             plgpu.SMEM((COMPUTE_WARPGROUPS, rows, cols), dtype, transforms=transforms),
             plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
@@ -197,7 +233,7 @@ def persistent_matmul(problem: Problem, config: TileConfig, *operands: jax.Array
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         compiler_params=compiler_params(),
-    )(*operands)
+    )(*operands, *ids, *addend)
 
 
 def _stored_slab(config: TileConfig) -> tuple[int, int]:
@@ -227,45 +263,44 @@ def _emit(problem: Problem, config: TileConfig, num_steps, body, context):
     )
 
 
-def _pipeline(problem: Problem, config: TileConfig, refs, out_ref, out_smem, addend_barrier):
-    """Returns (tile, allocations) -> None, which computes and stores one output tile."""
+def _store(share: Share, ids_ref, addend_ref, out_ref, out_smem, addend_barrier) -> Callable:
+    """Returns (tile, slab, acc) -> None, which writes 64 rows of a tile: the addend is added, rows of padding are zero."""
     wg = lax.axis_index("wg")
-    share = Share.of(config)
     buffer = out_smem.at[wg]
 
     def store(tile, slab, acc):
-        """Write one slab; `buffer` is reused, so the previous store must have been read out."""
-        target = problem.out_view(out_ref, tile).at[slab, share.cols]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if problem.addend is not None:
-            source = problem.addend(refs, tile).at[slab, share.cols]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous store must have read `buffer`
+        if addend_ref is not None:
+            source = tile.of(addend_ref).at[slab, share.cols]
             plgpu.copy_gmem_to_smem(source, buffer, addend_barrier.at[wg])
             plgpu.barrier_wait(addend_barrier.at[wg])
             acc = acc + buffer[...].astype(jnp.float32)
-        if problem.finish is not None:
-            acc = problem.finish(refs, tile, slab, acc)
-        buffer[...] = acc.astype(problem.out_type.dtype)
+        if ids_ref is not None:
+            first = tile.mi * tile.config.tile_m + slab.start
+            ids = load_global(ids_ref.at[pl.ds(first, WGMMA_ROWS)], plgpu.Layout.WGMMA.reduce(1))
+            acc = jnp.where(lax.broadcast_in_dim(ids, acc.shape, (0,)) >= 0, acc, 0.0)
+        buffer[...] = acc.astype(out_ref.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, target)
+        plgpu.copy_smem_to_gmem(buffer, tile.of(out_ref).at[slab, share.cols])
+
+    return store
+
+
+def _pipeline(problem: Problem, config: TileConfig, share: Share, refs, store: Callable, has_padding: bool):
+    """Returns (tile, allocations) -> None, which computes and stores one output tile."""
 
     def compute(tile, allocations):
         num_steps = problem.num_steps if isinstance(problem.num_steps, int) else problem.num_steps(refs, tile)
 
-        def promoted_step(index, *smem_and_accs):
-            *smem, accs = smem_and_accs
-            return problem.step(refs, tile, share, index[0], smem, accs)
+        def step(index, *smem_and_acc):
+            *smem, acc = smem_and_acc
+            return problem.step(refs, tile, share, index[0], smem, acc)
 
         def promoted_context(run):
             zero = jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32)
             accs = run([zero for _ in share.slabs()])
             for slab, acc in zip(share.slabs(), accs, strict=True):
                 store(tile, slab, acc)
-
-        def direct_step(_, *smem_and_acc):
-            *smem, acc_ref = smem_and_acc
-            problem.step(share, smem, acc_ref)
-            plgpu.wgmma_wait(1)
-            return acc_ref
 
         def direct_context(run):
             def scope(acc_ref):
@@ -276,22 +311,20 @@ def _pipeline(problem: Problem, config: TileConfig, refs, out_ref, out_smem, add
 
             pl.run_scoped(scope, plgpu.ACC((share.num_rows, share.num_cols), jnp.float32))
 
-        step, context = (
-            (promoted_step, promoted_context) if problem.promoted else (direct_step, direct_context)
-        )
+        context = promoted_context if problem.promoted else direct_context
         _emit(problem, config, num_steps, step, context)(*problem.views(refs, tile), allocations=allocations)
 
     def clear(tile):
-        @pl.when(wg < COMPUTE_WARPGROUPS)
+        @pl.when(lax.axis_index("wg") < COMPUTE_WARPGROUPS)
         def _():
             zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32), plgpu.Layout.WGMMA)
             for slab in share.slabs():
                 store(tile, slab, zero)
 
     def run_tile(tile, allocations):
-        if problem.group_of is None:
-            compute(tile, allocations)
-        else:
+        if has_padding:
             lax.cond(tile.g >= 0, lambda: compute(tile, allocations), lambda: clear(tile))
+        else:
+            compute(tile, allocations)
 
     return run_tile

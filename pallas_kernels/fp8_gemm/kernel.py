@@ -20,15 +20,6 @@ from pallas_kernels.matmul import WGMMA_ROWS, Problem, TileConfig, persistent_ma
 E4M3 = jnp.float8_e4m3fn
 
 
-def unsupported(m: int, n: int, k: int, out_dtype) -> str | None:
-    """Why the kernel cannot compute this product, or None."""
-    if 0 in (m, n, k):
-        return f"M={m}, N={n}, K={k}: all must be positive"
-    if out_dtype not in (jnp.bfloat16, jnp.float32):
-        return f"out_dtype={jnp.dtype(out_dtype).name}; the kernel writes bfloat16 or float32"
-    return None
-
-
 def operand_spec(rows: int, cluster: int = 1) -> plgpu.BlockSpec:
     """[rows, 128] of an FP8 operand per step, shared by the thread blocks of a cluster where there is one."""
     shared: dict[str, Any] = {} if cluster == 1 else {"collective_axes": ("cluster",)}
@@ -97,7 +88,7 @@ def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: Tile
         in_specs.append(scale_spec(tn))
 
     def views(refs, tile):
-        a_g, b_g, a_scale_g, b_scale_g, *_ = refs
+        a_g, b_g, a_scale_g, b_scale_g = refs
         rows = [a_g.at[tile.ms, :], b_g.at[tile.ns, :], a_scale_g.at[:, tile.ms]]
         return [*rows, b_scale_g.at[:, tile.ns]] if is_1d1d else rows
 
@@ -105,18 +96,11 @@ def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: Tile
         return refs[3][(tile.ni * tn) // BLOCK, step]
 
     problem = Problem(
-        grid=(len(a) // tm, len(b) // tn),
-        out_type=jax.ShapeDtypeStruct((len(a), len(b)), out_dtype),
+        out=jax.ShapeDtypeStruct((len(a), len(b)), out_dtype),
         in_specs=in_specs,
         views=views,
-        allocation_views=lambda refs: refs[: len(in_specs)],
         num_steps=a.shape[1] // BLOCK,
         step=step_1d1d if is_1d1d else step_1d2d(block_scale),
         promoted=True,
-        out_view=lambda out, tile: out.at[tile.ms, tile.ns],
-        addend=None if accumulate is None else lambda refs, tile: refs[4].at[tile.ms, tile.ns],
     )
-    operands = [a, b, a_scale, b_scale]
-    if accumulate is not None:
-        operands.append(pad_last2(accumulate, (tm, tn)))
-    return persistent_matmul(problem, config, *operands)[:m, :n]
+    return persistent_matmul(problem, config, a, b, a_scale, b_scale, accumulate=accumulate)[:m, :n]

@@ -8,13 +8,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import BLOCK, ROW_TILE, SQUARE_BLOCK, Block, num_blocks
+from pallas_kernels.blocks import BLOCK, ROW_TILE, SQUARE_BLOCK, check_quantized
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.fp8_grouped_gemm import fallback, kernel, reference
 from pallas_kernels.fp8_grouped_gemm.shapes import gemm_config, wgrad_config
-from pallas_kernels.grouped_gemm.ops import check_accumulate
 from pallas_kernels.groups import PADDING, check_rows, check_sizes
-from pallas_kernels.matmul import TileConfig
+from pallas_kernels.matmul import TileConfig, check_accumulate, unsupported
 
 
 def fp8_grouped_gemm(
@@ -44,8 +43,8 @@ def fp8_grouped_gemm(
     """
     op = "fp8_grouped_gemm"
     check_rows(op, a.shape[0], group_ids, alignment)
-    _check_quantized(op, "a", a, a_scale, ROW_TILE, 2)
-    _check_quantized(op, "b", b, b_scale, SQUARE_BLOCK, 3)
+    check_quantized(op, "a", a, a_scale, 2, ROW_TILE)
+    check_quantized(op, "b", b, b_scale, 3, SQUARE_BLOCK)
     (m, k), n = a.shape, b.shape[1]
     if b.shape[2] != k:
         raise ValueError(f"{op}: a contracts {k} and b {b.shape[2]}; b is stored [G, N, K]")
@@ -61,7 +60,7 @@ def fp8_grouped_gemm(
         mosaic=functools.partial(kernel.fp8_grouped_gemm, out_dtype=out_dtype, config=config),
         xla=functools.partial(fallback.fp8_grouped_gemm, out_dtype=out_dtype, alignment=alignment),
         reference=functools.partial(reference.fp8_grouped_gemm, out_dtype=out_dtype),
-        unsupported=kernel.gemm_unsupported(m, n, k, alignment, out_dtype, config),
+        unsupported=unsupported(m, n, k, out_dtype, alignment, config.tile_m),
     )
 
 
@@ -121,8 +120,8 @@ def fp8_grouped_wgrad(
       [G, M, N] float32.
     """
     op = "fp8_grouped_wgrad"
-    _check_quantized(op, "a", a, a_scale, ROW_TILE, 2)
-    _check_quantized(op, "b", b, b_scale, ROW_TILE, 2)
+    check_quantized(op, "a", a, a_scale, 2, ROW_TILE)
+    check_quantized(op, "b", b, b_scale, 2, ROW_TILE)
     (m, t), n = a.shape, b.shape[0]
     if b.shape[1] != t:
         raise ValueError(f"{op}: a has {t} tokens and b {b.shape[1]}")
@@ -141,14 +140,5 @@ def fp8_grouped_wgrad(
         mosaic=functools.partial(kernel.fp8_grouped_wgrad, config=config),
         xla=fallback.fp8_grouped_wgrad,
         reference=reference.fp8_grouped_wgrad,
-        unsupported=kernel.wgrad_unsupported(m, n, t),
+        unsupported=unsupported(m, n, t, jnp.float32),
     )
-
-
-def _check_quantized(op: str, name: str, q: jax.Array, scale: jax.Array, block: Block, ndim: int) -> None:
-    if q.dtype != jnp.float8_e4m3fn or q.ndim != ndim:
-        raise ValueError(f"{op}: {name} is {q.dtype}{list(q.shape)}; expected float8_e4m3fn of {ndim} dims")
-    if scale.shape != num_blocks(q.shape, block):
-        raise ValueError(
-            f"{op}: {name}_scale has shape {scale.shape}; {name} {q.shape} needs {num_blocks(q.shape, block)}"
-        )

@@ -13,7 +13,7 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_gemm import fallback, kernel, reference
 from pallas_kernels.grouped_gemm.shapes import gemm_config, wgrad_config
 from pallas_kernels.groups import check_rows, check_sizes
-from pallas_kernels.matmul import TileConfig
+from pallas_kernels.matmul import TileConfig, check_accumulate, unsupported
 
 
 def grouped_gemm(
@@ -48,7 +48,7 @@ def grouped_gemm(
             f"grouped_gemm: a {a.dtype}{list(a.shape)} and b {b.dtype}{list(b.shape)} do not fit with "
             f"transpose_b={transpose_b}; b is [G, N, K], or [G, K, N] with transpose_b=False"
         )
-    out_dtype = a.dtype if out_dtype is None else out_dtype
+    (m, k), out_dtype = a.shape, a.dtype if out_dtype is None else out_dtype
     config = config or gemm_config(alignment, n)
     static = {"transpose_b": transpose_b, "out_dtype": out_dtype}
     return dispatch(
@@ -60,7 +60,7 @@ def grouped_gemm(
         mosaic=functools.partial(kernel.grouped_gemm, config=config, **static),
         xla=functools.partial(fallback.grouped_gemm, alignment=alignment, **static),
         reference=functools.partial(reference.grouped_gemm, **static),
-        unsupported=kernel.gemm_unsupported(a, n, alignment, out_dtype, config),
+        unsupported=_unsupported(a.dtype, m, n, k, out_dtype, alignment, config.tile_m),
     )
 
 
@@ -90,7 +90,7 @@ def grouped_wgrad(
         raise ValueError(
             f"grouped_wgrad: a {a.dtype}{list(a.shape)} and b {b.dtype}{list(b.shape)} need equal rows and dtype"
         )
-    m, n = a.shape[1], b.shape[1]
+    (t, m), n = a.shape, b.shape[1]
     check_accumulate("grouped_wgrad", accumulate, (group_sizes.shape[0], m, n), out_dtype)
     config = config or wgrad_config(m, n)
     return dispatch(
@@ -103,14 +103,11 @@ def grouped_wgrad(
         mosaic=functools.partial(kernel.grouped_wgrad, out_dtype=out_dtype, config=config),
         xla=functools.partial(fallback.grouped_wgrad, out_dtype=out_dtype, alignment=alignment),
         reference=functools.partial(reference.grouped_wgrad, out_dtype=out_dtype),
-        unsupported=kernel.wgrad_unsupported(a, n, alignment, out_dtype),
+        unsupported=_unsupported(a.dtype, m, n, t, out_dtype, alignment, kernel.TILE_K),
     )
 
 
-def check_accumulate(op: str, accumulate: jax.Array | None, shape: tuple[int, ...], dtype) -> None:
-    """Raise ValueError unless `accumulate` can be added to an output of `shape` and `dtype`."""
-    if accumulate is not None and (accumulate.shape != shape or accumulate.dtype != jnp.dtype(dtype)):
-        raise ValueError(
-            f"{op}: accumulate is {accumulate.dtype}{list(accumulate.shape)}; "
-            f"expected {jnp.dtype(dtype).name}{list(shape)}"
-        )
+def _unsupported(dtype, *product) -> str | None:
+    return (
+        unsupported(*product) if dtype == jnp.bfloat16 else f"dtype {dtype}; the kernel multiplies bfloat16"
+    )

@@ -59,7 +59,7 @@ class _Source:
     buffers: Sequence[Any]
     copies: Callable
     value: Callable
-    num_copies: int
+    num_copies: int = 1
 
 
 def _registers(ref) -> jax.Array:
@@ -79,17 +79,41 @@ def _over(v: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
     return lax.broadcast_in_dim(plgpu.layout_cast(v, plgpu.Layout.WGMMA.reduce(1 - dim)), shape, (dim,))
 
 
+def _launch(body, operands, buffers, shape, tile: Block, scale_shape, copies: int = 1) -> list[jax.Array]:
+    """One thread block per tile of the output.
+
+    Args:
+      body: (*operand refs, q and s in global memory, *buffers, q and s in shared memory, barrier of the loads) -> None.
+      operands, buffers: arrays, and the shared memory of a tile of them.
+      shape, tile: of q; a multiple of the tile, whose scales are a vector of its shorter extent.
+      scale_shape: of s.
+      copies: loads that the barrier waits for.
+
+    Returns:
+      [q, s].
+    """
+    return plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, E4M3), jax.ShapeDtypeStruct(scale_shape, jnp.float32)],
+        scratch_types=[
+            *buffers,
+            _buffer(*tile, E4M3),
+            plgpu.SMEM((min(tile),), jnp.float32),
+            plgpu.Barrier(num_arrivals=copies),
+        ],
+        grid=(shape[0] // tile[0], shape[1] // tile[1]),
+        grid_names=("rows", "cols"),
+        compiler_params=compiler_params(),
+    )(*operands)
+
+
 def _row_tiles(source: _Source, shape: tuple[int, ...], scale: str) -> tuple[jax.Array, jax.Array]:
     """Quantise an [R, C] array in 1x128 tiles: q [R, C], s [R, C/128]."""
-    num_operands, num_buffers = len(source.operands), len(source.buffers)
+    r, c = shape
+    num_operands = len(source.operands)
 
     def body(*refs):
-        operands, (q_g, s_g), rest = (
-            refs[:num_operands],
-            refs[num_operands : num_operands + 2],
-            refs[num_operands + 2 :],
-        )
-        buffers, (q_s, s_s, loaded) = rest[:num_buffers], rest[num_buffers:]
+        operands, (q_g, s_g, *buffers, q_s, s_s, loaded) = refs[:num_operands], refs[num_operands:]
         ri, ci = lax.axis_index("rows"), lax.axis_index("cols")
         rows, cols = pl.ds(ri * ROWS, ROWS), pl.ds(ci * BLOCK, BLOCK)
         pieces = source.copies(operands, ri * ROWS, ci * BLOCK)
@@ -105,20 +129,8 @@ def _row_tiles(source: _Source, shape: tuple[int, ...], scale: str) -> tuple[jax
         plgpu.copy_smem_to_gmem(s_s, s_g.at[ci, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    r, c = shape
-    q, s = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct((r, c), E4M3), jax.ShapeDtypeStruct((c // BLOCK, r), jnp.float32)],
-        scratch_types=[
-            *source.buffers,
-            _buffer(ROWS, BLOCK, E4M3),
-            plgpu.SMEM((ROWS,), jnp.float32),
-            plgpu.Barrier(num_arrivals=source.num_copies),
-        ],
-        grid=(r // ROWS, c // BLOCK),
-        grid_names=("rows", "cols"),
-        compiler_params=compiler_params(),
-    )(*source.operands)
+    sources = (source.operands, source.buffers)
+    q, s = _launch(body, *sources, shape, (ROWS, BLOCK), (c // BLOCK, r), source.num_copies)
     return q, s.T
 
 
@@ -151,7 +163,6 @@ def _plain(x: jax.Array) -> _Source:
         buffers=[_buffer(ROWS, BLOCK, x.dtype)],
         copies=lambda refs, row, col: [refs[0].at[pl.ds(row, ROWS), pl.ds(col, BLOCK)]],
         value=lambda buffers: _registers(buffers[0]),
-        num_copies=1,
     )
 
 
@@ -172,9 +183,8 @@ def swiglu_quantize(gate_up, up, routing_weight, *, scale: str) -> tuple[jax.Arr
     def copies(refs, row, col):
         rows = pl.ds(row, ROWS)
         gate = refs[0].at[rows, pl.ds(col, BLOCK)]
-        second = (
-            refs[0].at[rows, pl.ds(f + col, BLOCK)] if up is None else refs[1].at[rows, pl.ds(col, BLOCK)]
-        )
+        second_col = f + col if up is None else col
+        second = refs[0 if up is None else 1].at[rows, pl.ds(second_col, BLOCK)]
         return [gate, second] if routing_weight is None else [gate, second, refs[-1].at[rows]]
 
     def value(refs):
@@ -193,7 +203,6 @@ def quantize_transposed(x: jax.Array, *, scale: str) -> tuple[jax.Array, jax.Arr
         buffers=[_buffer(BLOCK, ROWS, x.dtype)],
         copies=lambda refs, row, col: [refs[0].at[pl.ds(col, BLOCK), pl.ds(row, ROWS)]],
         value=lambda buffers: _registers(buffers[0].T),
-        num_copies=1,
     )
     return _cut(source, x.shape[::-1], scale)
 
@@ -227,7 +236,7 @@ def requantize_transposed(q: jax.Array, q_scale: jax.Array, *, scale: str) -> tu
     return _cut(source, q.shape[::-1], scale)
 
 
-def _column_tiles(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
+def _column_tiles(x: jax.Array, scale: str) -> list[jax.Array]:
     """x [M, K] in 128x1 tiles: q [M, K], s [M/128, K]. The tile is read twice from shared memory, once transposed."""
     m, k = x.shape
 
@@ -245,22 +254,11 @@ def _column_tiles(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
         plgpu.copy_smem_to_gmem(s_s, s_g.at[mi, cols])
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct((m, k), E4M3), jax.ShapeDtypeStruct((m // BLOCK, k), jnp.float32)],
-        scratch_types=[
-            _buffer(BLOCK, ROWS, x.dtype),
-            _buffer(BLOCK, ROWS, E4M3),
-            plgpu.SMEM((ROWS,), jnp.float32),
-            plgpu.Barrier(),
-        ],
-        grid=(m // BLOCK, k // ROWS),
-        grid_names=("rows", "cols"),
-        compiler_params=compiler_params(),
-    )(x)
+    tile = (BLOCK, ROWS)
+    return _launch(body, [x], [_buffer(*tile, x.dtype)], (m, k), tile, (m // BLOCK, k))
 
 
-def _square_blocks(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
+def _square_blocks(x: jax.Array, scale: str) -> list[jax.Array]:
     """x [M, K] in 128x128 blocks: q [M, K], s [M/128, K/128]. Row scales meet in shared memory."""
     m, k = x.shape
 
@@ -270,9 +268,7 @@ def _square_blocks(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
         plgpu.copy_gmem_to_smem(x_g.at[rows, cols], x_s, loaded)
         plgpu.barrier_wait(loaded)
         y = _registers(x_s)
-        s_s[...] = scale_from_amax(
-            _row_amax(y), scale
-        )  # the scale grows with amax: the block's is the rows' largest
+        s_s[...] = scale_from_amax(_row_amax(y), scale)  # grows with amax: the block's is the rows' largest
         plgpu.commit_smem()
         s = jnp.max(plgpu.layout_cast(s_s[...], plgpu.Layout.WG_STRIDED((BLOCK,), 1)))
         q_s[...] = divide(y, lax.broadcast_in_dim(s, y.shape, ())).astype(E4M3)
@@ -281,19 +277,5 @@ def _square_blocks(x: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
         plgpu.copy_smem_to_gmem(q_s, q_g.at[rows, cols])
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
-        body,
-        out_type=[
-            jax.ShapeDtypeStruct((m, k), E4M3),
-            jax.ShapeDtypeStruct((m // BLOCK, k // BLOCK), jnp.float32),
-        ],
-        scratch_types=[
-            _buffer(BLOCK, BLOCK, x.dtype),
-            _buffer(BLOCK, BLOCK, E4M3),
-            plgpu.SMEM((BLOCK,), jnp.float32),
-            plgpu.Barrier(),
-        ],
-        grid=(m // BLOCK, k // BLOCK),
-        grid_names=("rows", "cols"),
-        compiler_params=compiler_params(),
-    )(x)
+    tile = (BLOCK, BLOCK)
+    return _launch(body, [x], [_buffer(*tile, x.dtype)], (m, k), tile, (m // BLOCK, k // BLOCK))

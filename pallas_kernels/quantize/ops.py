@@ -5,11 +5,12 @@ DeepSeek-V3 report, section 3.3.2 (formats, blocks, online scales) and 3.5.2 (fu
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import COLUMN_TILE, ROW_TILE, SQUARE_BLOCK, Block, num_blocks
+from pallas_kernels.blocks import COLUMN_TILE, ROW_TILE, SQUARE_BLOCK, Block, check_quantized
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.quantize import fallback, kernel, reference
 from pallas_kernels.quantize.reference import SCALE_FORMATS
@@ -41,8 +42,7 @@ def quantize(
         implementation,
         x,
         mosaic=functools.partial(kernel.quantize, block=block, scale=scale),
-        xla=functools.partial(fallback.quantize, block=block, scale=scale),
-        reference=functools.partial(reference.quantize, block=block, scale=scale),
+        **_portable(scale, block, lambda module, x: x),
         unsupported=kernel.unsupported(x.shape, x.dtype),
     )
 
@@ -59,7 +59,7 @@ def dequantize(
     Elementwise, so XLA fuses it with its consumer: there is no kernel of its own.
     """
     block = _check_block(block)
-    _check_quantized("dequantize", q, scale, block)
+    check_quantized("dequantize", "q", q, scale, None, block)
     if implementation == "reference":
         return reference.dequantize(q, scale, block).astype(dtype)
     if implementation not in (None, "xla"):
@@ -105,12 +105,9 @@ def swiglu_quantize(
             f"swiglu_quantize: routing_weight has shape {routing_weight.shape}, expected {gate_up.shape[:-1]}"
         )
 
-    def plain(module):
-        def apply(gate_up, up, routing_weight):
-            gate, up = jnp.split(gate_up, 2, axis=-1) if up is None else (gate_up, up)
-            return module.quantize(reference.swiglu(gate, up, routing_weight), ROW_TILE, scale)
-
-        return apply
+    def product(module, gate_up, up, routing_weight):
+        gate, up = jnp.split(gate_up, 2, axis=-1) if up is None else (gate_up, up)
+        return reference.swiglu(gate, up, routing_weight)
 
     return dispatch(
         "swiglu_quantize",
@@ -119,8 +116,7 @@ def swiglu_quantize(
         up,
         routing_weight,
         mosaic=functools.partial(kernel.swiglu_quantize, scale=scale),
-        xla=plain(fallback),
-        reference=plain(reference),
+        **_portable(scale, ROW_TILE, product),
         unsupported=kernel.unsupported(gate_up.shape, gate_up.dtype),
     )
 
@@ -138,17 +134,12 @@ def quantize_transposed(
     """
     _check("quantize_transposed", x=x)
     _check_scale(scale)
-
-    def plain(module):
-        return lambda x: module.quantize(jnp.swapaxes(x, -1, -2), ROW_TILE, scale)
-
     return dispatch(
         "quantize_transposed",
         implementation,
         x,
         mosaic=functools.partial(kernel.quantize_transposed, scale=scale),
-        xla=plain(fallback),
-        reference=plain(reference),
+        **_portable(scale, ROW_TILE, lambda module, x: jnp.swapaxes(x, -1, -2)),
         unsupported=kernel.transposed_unsupported(x.shape, x.dtype),
     )
 
@@ -164,15 +155,11 @@ def requantize_transposed(
     Returns:
       q [..., K, T] float8_e4m3fn, s [..., K, ceil(T/128)] float32 (128x1 tiles of x, transposed).
     """
-    _check_quantized("requantize_transposed", q, q_scale, ROW_TILE)
+    check_quantized("requantize_transposed", "q", q, q_scale, None, ROW_TILE)
     _check_scale(scale)
 
-    def plain(module):
-        def apply(q, q_scale):
-            x = module.dequantize(q, q_scale, ROW_TILE)
-            return module.quantize(jnp.swapaxes(x, -1, -2), ROW_TILE, scale)
-
-        return apply
+    def transposed(module, q, q_scale):
+        return jnp.swapaxes(module.dequantize(q, q_scale, ROW_TILE), -1, -2)
 
     return dispatch(
         "requantize_transposed",
@@ -180,10 +167,18 @@ def requantize_transposed(
         q,
         q_scale,
         mosaic=functools.partial(kernel.requantize_transposed, scale=scale),
-        xla=plain(fallback),
-        reference=plain(reference),
+        **_portable(scale, ROW_TILE, transposed),
         unsupported=kernel.transposed_unsupported(q.shape, q.dtype),
     )
+
+
+def _portable(scale: str, block: Block, prepare: Callable[..., jax.Array]) -> dict[str, Callable]:
+    """The two implementations without a kernel: each quantises what `prepare` makes with it of the operands."""
+
+    def through(module):
+        return lambda *operands: module.quantize(prepare(module, *operands), block, scale)
+
+    return {"xla": through(fallback), "reference": through(reference)}
 
 
 def _check(op: str, **arrays: jax.Array) -> None:
@@ -203,12 +198,3 @@ def _check_block(block: Block) -> Block:
 def _check_scale(scale: str) -> None:
     if scale not in SCALE_FORMATS:
         raise ValueError(f"scale={scale!r} is unknown; use one of {SCALE_FORMATS}")
-
-
-def _check_quantized(op: str, q: jax.Array, scale: jax.Array, block: Block) -> None:
-    if q.dtype != jnp.float8_e4m3fn:
-        raise ValueError(f"{op}: q is {q.dtype}; expected float8_e4m3fn")
-    if scale.shape != num_blocks(q.shape, block):
-        raise ValueError(
-            f"{op}: scale has shape {scale.shape}; q {q.shape} in blocks {block} needs {num_blocks(q.shape, block)}"
-        )

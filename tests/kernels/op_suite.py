@@ -21,7 +21,7 @@ def run(fn: Callable, implementation: str | None, *operands) -> Any:
         return jax.jit(lambda *xs: fn(*xs, implementation))(*operands)
     if not HAS_INTERPRETER:
         pytest.skip(NO_INTERPRETER)
-    with interpret_mode(detect_races=True):
+    with interpret_mode():
         out = jax.block_until_ready(jax.jit(lambda *xs: fn(*xs, implementation))(*operands))
     assert not races_found()
     return out
