@@ -28,18 +28,20 @@ from deepseek_jax.inference.batch import (
     pad_prompts,
     slots_for,
 )
-from deepseek_jax.model.decoding import Cache, prepare_cache
-from deepseek_jax.model.mla import LatentCache
+from deepseek_jax.model.decoding import room
 
 PATIENCE = 0.1  # seconds between two looks of the host, about
 
 
 class State(NamedTuple):
-    """What a step changes. token_b: the row's last token, not yet in the cache; extra: the method's own."""
+    """What a step changes. token_b: the row's last token, not yet in the cache; extra: the method's own.
+
+    cache: before `Method.grow` the latents of the prompts, `cache.LatentCache`, then what decoding appends to.
+    """
 
     out: Output
     token_b: jax.Array
-    cache: Cache
+    cache: Any
     extra: Any
     steps: jax.Array  # int32 []: steps run
 
@@ -65,23 +67,16 @@ class Method(NamedTuple):
 # --- parts of the programs ----------------------------------------------------------------------------------------
 
 
-def _longer(cache: LatentCache, slots: int) -> LatentCache:
-    def padded(x: jax.Array) -> jax.Array:  # [..., s, values]
-        return jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, slots - x.shape[-2]), (0, 0)))
-
-    return jax.tree.map(padded, cache)
-
-
 def grown(state: State, cfg: ModelConfig, slots: int) -> State:
     """The state of a prefill with room for `slots` slots and tokens, its cache as decoding reads it."""
-    room = ((0, 0), (0, slots - state.out.tokens_bn.shape[1]))
-    tokens, logprob, sampled = (jnp.pad(x, room) for x in state.out[:3])
-    out = Output(tokens, logprob, sampled, state.out.count_b, state.out.done_b)
-    is_cache = lambda x: isinstance(x, LatentCache)  # noqa: E731
-    extra = jax.tree.map(lambda x: _longer(x, slots) if is_cache(x) else x, state.extra, is_leaf=is_cache)
-    assert isinstance(state.cache, LatentCache)
-    cache = prepare_cache(_longer(state.cache, slots), cfg)
-    return state._replace(out=out, cache=cache, extra=extra)
+    more = ((0, 0), (0, slots - state.out.tokens_bn.shape[1]))
+    out = state.out._replace(
+        **{
+            name: jnp.pad(getattr(state.out, name), more)
+            for name in ("tokens_bn", "logprob_bn", "sampled_bn")
+        }
+    )
+    return state._replace(out=out, cache=room(state.cache, cfg, slots))
 
 
 def steps(

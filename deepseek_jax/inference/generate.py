@@ -23,10 +23,10 @@ from deepseek_jax.inference.batch import (
 )
 from deepseek_jax.inference.driver import Method, State, advancing, complete, grown
 from deepseek_jax.inference.sampling import Sampling, keys_at, log_prob, penalised, sample
-from deepseek_jax.model.decoding import View, decode, decoding_config, prepare
+from deepseek_jax.model.cache import view_after_padding
+from deepseek_jax.model.decoding import decode, decoding_config, prepare
 from deepseek_jax.model.experts import decode_experts, routed_experts
 from deepseek_jax.model.layers import logits
-from deepseek_jax.model.mla import LatentCache
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.sequence import WHOLE, Whole
 from deepseek_jax.model.transformer import Aux, forward
@@ -94,13 +94,10 @@ def step(
     ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State, experts: Experts = decode_experts
 ) -> State:
     """One token more of each row. All rows write the same slot: the prompts end together, and each step adds one."""
-    first = state.cache if isinstance(state.cache, LatentCache) else state.cache[0]
-    slots, slot = jnp.arange(first.c_bsc.shape[-2]), batch.length + state.steps
-    mask_bs = (slots <= slot) & (slots >= batch.pad_b[:, None])
-    view = View(state.cache, slot, (slot - batch.pad_b)[:, None], mask_bs[:, None])
-    h, cache = decode(ready, cfg, state.token_b[:, None], view, bias_le, experts)
+    view = view_after_padding(state.cache, batch.length + state.steps, 1, batch.pad_b)
+    h, view = decode(ready, cfg, state.token_b[:, None], view, bias_le, experts)
     out, token_b, seen_bv = _chosen(logits(ready, h[:, 0]), state.extra, state.out, batch)
-    return state._replace(out=out, token_b=token_b, cache=cache, extra=seen_bv)
+    return state._replace(out=out, token_b=token_b, cache=view.cache, extra=seen_bv)
 
 
 _prefill = jax.jit(prefill, static_argnames=("cfg",))

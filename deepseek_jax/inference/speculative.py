@@ -39,10 +39,10 @@ from deepseek_jax.inference.sampling import (
     log_prob,
     sample,
 )
-from deepseek_jax.model.decoding import View, decode, decoding_config, mtp_decode, prepare
+from deepseek_jax.model.cache import Apart, view_after_padding, with_room
+from deepseek_jax.model.decoding import decode, decoding_config, mtp_decode, prepare
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import embed, logits
-from deepseek_jax.model.mla import LatentCache
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import Context, mtp_module
 
@@ -73,10 +73,10 @@ def stats(state: State) -> Stats:
 
 
 class Draft(NamedTuple):
-    """logits_bv: of the MTP module for the token after the last; cache: the module's, [b, s, ...]."""
+    """logits_bv: of the MTP module for the token after the last; cache: the module's own, of one layer."""
 
     logits_bv: jax.Array
-    cache: LatentCache
+    cache: Apart
     drafted: jax.Array
     accepted: jax.Array
 
@@ -112,7 +112,7 @@ def _prefill(params: Any, cfg: ModelConfig, prompts: Prompts, batch: Batch, bias
     bias_e = None if bias_le is None else bias_le[cfg.num_moe_layers]
     ctx = Context(rope_table(cfg, positions), segments, "none", routed_experts, True)
     _, out_btd, _, latent = mtp_module(p, cfg, h_btd, embed(params["embed"], cfg, following), bias_e, ctx)
-    draft = Draft(logits(params, out_btd[:, -1]), latent, jnp.int32(0), jnp.int32(0))
+    draft = Draft(logits(params, out_btd[:, -1]), Apart((latent,)), jnp.int32(0), jnp.int32(0))
     token_b, zero = choice.token_bk[:, 0], jnp.int32(0)
     assert aux.cache is not None
     return State(emit(out, batch, choice, jnp.ones_like(token_b)), token_b, aux.cache, draft, zero)
@@ -121,14 +121,11 @@ def _prefill(params: Any, cfg: ModelConfig, prompts: Prompts, batch: Batch, bias
 def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State) -> State:
     """One token more of each row, or two."""
     draft, sampling, count_b = state.extra, batch.sampling, state.out.count_b
-    slots, slot_b = jnp.arange(draft.cache.c_bsc.shape[1]), batch.length + count_b - 1
-    slot_bt = slot_b[:, None] + jnp.arange(2)
-    mask = (slots <= slot_bt[..., None]) & (slots >= batch.pad_b[:, None, None])
-    view = View(state.cache, slot_b, slot_bt - batch.pad_b[:, None], mask)
+    view = view_after_padding(state.cache, batch.length + count_b - 1, 2, batch.pad_b)
 
     guess_bv = allowed(draft.logits_bv, batch.num_ids)
     guess_b, _ = sample(keys_at(sampling, count_b, DRAFT), guess_bv, sampling)
-    h_btd, cache = decode(ready, cfg, jnp.stack([state.token_b, guess_b], axis=1), view, bias_le)
+    h_btd, view = decode(ready, cfg, jnp.stack([state.token_b, guess_b], axis=1), view, bias_le)
     raw_btv = logits(ready, h_btd)
     target_btv = allowed(raw_btv, batch.num_ids)
 
@@ -143,25 +140,25 @@ def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State)
         jnp.stack([log_prob(filtered_logits(target_btv[:, 0], sampling), one), sampled_b], axis=1),
     )
 
-    h_mtp, mtp_cache = mtp_decode(ready, cfg, h_btd, following, view._replace(cache=draft.cache), bias_le)
+    h_mtp, mtp_view = mtp_decode(ready, cfg, h_btd, following, view._replace(cache=draft.cache), bias_le)
     last = both.astype(jnp.int32)
     h_last = jnp.take_along_axis(h_mtp, last[:, None, None], axis=1)[:, 0]
     running = ~state.out.done_b
     draft = Draft(
         logits(ready, h_last),
-        mtp_cache,
+        mtp_view.cache,
         draft.drafted + running.sum(),
         draft.accepted + (running & accepted).sum(),
     )
     out = emit(state.out, batch, choice, 1 + last)
     token_b = jnp.where(running, jnp.where(both, second, one), state.token_b)
-    return state._replace(out=out, token_b=token_b, cache=cache, extra=draft)
+    return state._replace(out=out, token_b=token_b, cache=view.cache, extra=draft)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))
 def _grow(state: State, cfg: ModelConfig, slots: int) -> State:
     draft = state.extra
-    cache = jax.tree.map(lambda x: x.astype(cfg.dtype), draft.cache)
+    cache = Apart((with_room(draft.cache.read(0), slots, cfg.dtype),))
     return grown(state._replace(extra=draft._replace(cache=cache)), cfg, slots)
 
 

@@ -2,10 +2,9 @@
 
 Decoding reads every weight once per step, so it is as fast as memory lets it be if no step copies or converts a weight.
 `prepare` arranges them once per model: in the dtype that they are multiplied in, the up-projections of MLA per head, and
-the layers apart. The cache follows: one `LatentCache` per layer, or one whose arrays are stacked on a layer axis where
-the layers are scanned.
+the layers apart; or on a stack, where they are scanned. Where latents lie is the view's to know (`model/cache.py`).
 
-Dims: b batch, t new token, s cache slot, d hidden, l layer.
+Dims: b sequence, t new token, d hidden, l layer, e expert.
 """
 
 import dataclasses
@@ -17,9 +16,10 @@ import numpy as np
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.cache import Cache, LatentCache, Stacked, apart, with_room
 from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layers import Params, embed, rms_norm
-from deepseek_jax.model.mla import LatentCache, Rope, absorb, down, latents, mla_decode
+from deepseek_jax.model.mla import Rope, absorb, down, latents, mla_decode
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import ffn, mtp_input
@@ -27,20 +27,6 @@ from deepseek_jax.model.transformer import ffn, mtp_input
 # Up to this many layers are unrolled; a deeper model is scanned. On CPU, where a scan copies each layer's weights and
 # layers lie apart at no cost of memory, all are unrolled: 61 layers compile in 15 s.
 UNROLL_LAYERS = 8
-
-Cache = list[LatentCache] | LatentCache  # one per layer [b, s, ...], or one [l, b, s, ...]
-
-
-class View(NamedTuple):
-    """Where the new tokens of a pass are: their latents go to slots slot .. slot + t - 1 of a contiguous cache.
-
-    slot: int32 [] or [b]; mask_bts: which slots each token sees, itself included.
-    """
-
-    cache: Cache
-    slot: jax.Array
-    positions_bt: jax.Array
-    mask_bts: jax.Array
 
 
 def _on_cpu() -> bool:
@@ -58,10 +44,6 @@ def decoding_config(cfg: ModelConfig) -> ModelConfig:
 def unrolled(cfg: ModelConfig) -> bool:
     """Whether the layers, and their caches, lie apart."""
     return cfg.num_hidden_layers <= UNROLL_LAYERS or _on_cpu()
-
-
-def _stacks(params: Params) -> list[str]:
-    return [name for name in ("dense_layers", "moe_layers") if name in params]
 
 
 def _layer(x: Any, i: int) -> jax.Array:
@@ -95,7 +77,7 @@ def prepare(params: Params, cfg: ModelConfig) -> Params:
     """
     params = jax.tree_util.tree_map_with_path(lambda path, x: _as_read(path, x, cfg), dict(params))
     ready = dict(params)
-    for name in _stacks(params):
+    for name in [name for name in ("dense_layers", "moe_layers") if name in params]:
         ready[name] = {**params[name], "attn": absorb(params[name]["attn"], cfg)}
         if unrolled(cfg):
             ready[name] = _split(ready[name], len(params[name]["attn_norm_d"]))
@@ -106,83 +88,72 @@ def prepare(params: Params, cfg: ModelConfig) -> Params:
     return ready
 
 
-def prepare_cache(cache: LatentCache, cfg: ModelConfig) -> Cache:
-    """The stacked latents of a prefill in the form that goes with `prepare`."""
-    cache = jax.tree.map(lambda x: x.astype(cfg.dtype), cache)
-    return _split(cache, cfg.num_hidden_layers) if unrolled(cfg) else cache
-
-
-def _write(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """`new` [b, t, ...] into slots slot .. slot + t - 1 of `cache` [b, s, ...]; `slot` is [] or [b]."""
-    new = new.astype(cache.dtype)
-    if jnp.ndim(slot) == 0:
-        return lax.dynamic_update_slice_in_dim(cache, new, slot, 1)
-    return jax.vmap(lambda c, n, s: lax.dynamic_update_slice_in_dim(c, n, s, 0))(cache, new, slot)
+def room(latents: LatentCache, cfg: ModelConfig, slots: int) -> Cache:
+    """The cache that goes with `prepare`, of `slots` slots, which begins with the latents of a prefill [l, b, t, ...]."""
+    latents = with_room(latents, slots, cfg.dtype)
+    return apart(latents) if unrolled(cfg) else Stacked(latents)
 
 
 class Step(NamedTuple):
     """What all blocks of one pass share."""
 
     rope: Rope
-    slot: jax.Array
-    mask_bts: jax.Array
     experts: Experts
 
 
 def _block(
-    p: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Step, cache: LatentCache, bias_e: Any
-) -> tuple[jax.Array, LatentCache]:
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, i: Any, ctx: Step, bias_e: Any
+) -> tuple[jax.Array, Any]:
+    """Layer i."""
     h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-    new = latents(p["attn"], cfg, down(p["attn"], cfg, h_btd), ctx.rope)
-    cache = jax.tree.map(lambda c, n: _write(c, n, ctx.slot), cache, new)
-    x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, ctx.rope, cache, ctx.mask_bts)
-    return ffn(p, cfg, x_btd, bias_e, ctx.experts)[0], cache
+    view = view.append(i, latents(p["attn"], cfg, down(p["attn"], cfg, h_btd), ctx.rope))
+    x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, ctx.rope, *view.read(i))
+    return ffn(p, cfg, x_btd, bias_e, ctx.experts)[0], view
 
 
 def _scanned(
-    ready: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Step, cache: LatentCache, bias_le: Any
+    stack: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, start: int, ctx: Step, bias: Any
 ) -> Any:
     def body(carry, xs):
-        x, whole = carry
-        p, bias_e, i = xs
-        one = jax.tree.map(lambda c: lax.dynamic_index_in_dim(c, i, 0, keepdims=False), whole)
-        y, one = _block(p, cfg, x, ctx, one, bias_e)
-        return (y, jax.tree.map(lambda c, o: lax.dynamic_update_index_in_dim(c, o, i, 0), whole, one)), None
+        (x, view), (p, bias_e, i) = carry, xs
+        return _block(p, cfg, x, view, i, ctx, bias_e), None
 
-    start = 0
-    for name in _stacks(ready):
-        n = len(ready[name]["attn_norm_d"])
-        bias = bias_le[:n] if bias_le is not None and name == "moe_layers" else None
-        (x_btd, cache), _ = lax.scan(body, (x_btd, cache), (ready[name], bias, jnp.arange(start, start + n)))
-        start += n
-    return x_btd, cache
+    layers = jnp.arange(start, start + len(stack["attn_norm_d"]))
+    return lax.scan(body, (x_btd, view), (stack, bias, layers))[0]
+
+
+def _one_by_one(
+    stack: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, start: int, ctx: Step, bias: Any
+) -> Any:
+    for i, p in enumerate(stack):
+        bias_e = None if bias is None else bias[i]
+        x_btd, view = _block(p, cfg, x_btd, view, start + i, ctx, bias_e)
+    return x_btd, view
 
 
 def decode(
     ready: Params,
     cfg: ModelConfig,
     tokens_bt: jax.Array,
-    view: View,
+    view: Any,
     balance_bias: jax.Array | None = None,
     experts: Experts = decode_experts,
-) -> tuple[jax.Array, Cache]:
-    """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], updated cache).
+) -> tuple[jax.Array, Any]:
+    """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], the view with their latents).
 
-    ready, view.cache: from `prepare` and `prepare_cache`, both with this config. `experts` computes the routed experts:
+    ready: from `prepare` with this config. view: of the cache, see `cache.View`. `experts` computes the routed experts:
     on one device, or over a mesh (`parallel/low_latency.py`).
     """
-    ctx = Step(rope_table(cfg, view.positions_bt), view.slot, view.mask_bts, experts)
+    ctx = Step(rope_table(cfg, view.positions_bt), experts)
     x_btd = embed(ready["embed"], cfg, tokens_bt)
-    if isinstance(view.cache, LatentCache):
-        x_btd, cache = _scanned(ready, cfg, x_btd, ctx, view.cache, balance_bias)
-    else:
-        layers = [(name, i, p) for name in _stacks(ready) for i, p in enumerate(ready[name])]
-        cache = []
-        for one, (name, i, p) in zip(view.cache, layers, strict=True):
-            bias_e = balance_bias[i] if balance_bias is not None and name == "moe_layers" else None
-            x_btd, one = _block(p, cfg, x_btd, ctx, one, bias_e)
-            cache.append(one)
-    return rms_norm(x_btd, ready["final_norm"]["scale_d"], cfg.rms_norm_eps), cache
+    layers = _one_by_one if unrolled(cfg) else _scanned
+    dense, n_moe = cfg.first_k_dense_replace, cfg.num_moe_layers
+    if dense:
+        x_btd, view = layers(ready["dense_layers"], cfg, x_btd, view, 0, ctx, None)
+    if n_moe:
+        bias_le = None if balance_bias is None else balance_bias[:n_moe]
+        x_btd, view = layers(ready["moe_layers"], cfg, x_btd, view, dense, ctx, bias_le)
+    return rms_norm(x_btd, ready["final_norm"]["scale_d"], cfg.rms_norm_eps), view
 
 
 def mtp_decode(
@@ -190,16 +161,15 @@ def mtp_decode(
     cfg: ModelConfig,
     h_btd: jax.Array,
     next_tokens_bt: jax.Array,
-    view: View,
+    view: Any,
     balance_bias: jax.Array | None = None,
-) -> tuple[jax.Array, LatentCache]:
+) -> tuple[jax.Array, Any]:
     """The first MTP module on t positions: hidden states h_i of the main model (after its final norm) and the
-    tokens that follow, t_{i+1}. Returns (states after its norm [b, t, d], which predict t_{i+2}; its cache [b, s, ...],
-    which `view` holds as that of one layer)."""
+    tokens that follow, t_{i+1}. Returns (states after its norm [b, t, d], which predict t_{i+2}; the view of its own
+    cache, of one layer)."""
     p = ready["mtp"]
     x_btd = mtp_input(p, cfg, h_btd, embed(ready["embed"], cfg, next_tokens_bt))
     bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    ctx = Step(rope_table(cfg, view.positions_bt), view.slot, view.mask_bts, decode_experts)
-    assert isinstance(view.cache, LatentCache)
-    y_btd, cache = _block(p["block"], cfg, x_btd, ctx, view.cache, bias_e)
-    return rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), cache
+    ctx = Step(rope_table(cfg, view.positions_bt), decode_experts)
+    y_btd, view = _block(p["block"], cfg, x_btd, view, 0, ctx, bias_e)
+    return rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), view

@@ -20,6 +20,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import attention
 from deepseek_jax.model.attention import CoreInputs, core_inputs
+from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.layers import Params, linear, rms_norm
 from deepseek_jax.model.params import Param, declare
 from deepseek_jax.model.rope import apply_rope, rope_table, softmax_scale
@@ -31,13 +32,6 @@ from deepseek_jax.precision.linear import Weight
 LATENT_EPS = 1e-6
 
 Rope = tuple[jax.Array, jax.Array]  # cos and sin, each [b or 1, t, r/2]
-
-
-class LatentCache(NamedTuple):
-    """c_bsc: normalised latents; r_bsr: rotated shared keys. Stacked on a leading layer axis by the model."""
-
-    c_bsc: jax.Array
-    r_bsr: jax.Array
 
 
 def mla_params(cfg: ModelConfig) -> dict[str, Param]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.model.mla import LatentCache, Low
+from deepseek_jax.model.cache import LatentCache
+from deepseek_jax.model.mla import Low
 
 
 class Whole:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import (
     EXPERT_PLAN,
@@ -28,7 +29,7 @@ from deepseek_jax.model.layers import (
     mlp_params,
     rms_norm,
 )
-from deepseek_jax.model.mla import Expanded, LatentCache, Rope, attend, down, expanded, mla_params
+from deepseek_jax.model.mla import Expanded, Rope, attend, down, expanded, mla_params
 from deepseek_jax.model.moe import Experts, at_source, moe_params, with_routed
 from deepseek_jax.model.params import Param, declare, stacked
 from deepseek_jax.model.rope import rope_table

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.layers import Params, mlp
-from deepseek_jax.model.mla import LatentCache
 from deepseek_jax.model.router import BalanceStats, Routing, affinities, balance_stats, route
 from deepseek_jax.model.transformer import (
     Context,

@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from deepseek_jax.model.mla import LatentCache, Low
+from deepseek_jax.model.cache import LatentCache
+from deepseek_jax.model.mla import Low
 from deepseek_jax.model.params import Param, tree_map
 from deepseek_jax.model.sequence import WHOLE, Whole
 

@@ -25,7 +25,8 @@ from deepseek_jax.inference.over_mesh import (
     programs,
 )
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.model.decoding import View, decode, prepare
+from deepseek_jax.model.cache import view_after_padding
+from deepseek_jax.model.decoding import decode, prepare
 from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layers import logits
 from deepseek_jax.parallel.low_latency import low_latency_experts
@@ -99,9 +100,7 @@ def test_logits_of_a_decoding_step_are_those_of_one_device():
     put = jax.device_put(params, parameter_shardings(CFG, MESHES["tensor"]))
 
     def step(ready, cache, token_b, experts):
-        b = len(token_b)
-        mask = jnp.broadcast_to(jnp.arange(slots) <= at, (b, 1, slots))
-        view = View(cache, at, jnp.full((b, 1), at), mask)
+        view = view_after_padding(cache, jnp.int32(at), 1, jnp.zeros_like(token_b))
         h_btd, _ = decode(ready, CFG, token_b[:, None], view, bias, experts)
         return logits(ready, h_btd[:, 0])
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.mla import LatentCache, absorb, mla, mla_decode
+from deepseek_jax.model.cache import LatentCache
+from deepseek_jax.model.mla import absorb, mla, mla_decode
 from deepseek_jax.model.rope import rope_table
 from tests.oracle import model as oracle
 from tests.oracle.tiny import V2, V3, checkpoint, rel, weights
