@@ -15,79 +15,57 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to the torch peer
 
 import jax
 
 from pallas_kernels.compat import why_not_hopper
-from pallas_kernels.testing.aot import CaseReport, compile_for_h100, why_unavailable
+from pallas_kernels.testing.aot import CaseReport, KernelReport, compile_for_h100, why_unavailable
 from pallas_kernels.testing.measure import Measurement, measure
 from pallas_kernels.testing.workloads import Workload, workloads
 
-MEASURED_COLUMNS = (
-    "shape",
-    "correct",
-    "diff",
-    "us",
-    "TFLOPS",
-    "GB/s",
-    "of bound",
-    "x peer",
-    "x torch",
-    "DeepGEMM H800",
-)
-COMPILED_COLUMNS = (
-    "shape",
-    "registers",
-    "spill B",
-    "shared B",
-    "blocks/SM",
-    "wgmma",
-    "bound us",
-    "bound TFLOPS",
-    "by",
-)
+MEASURED: dict[str, Callable[[Measurement], str]] = {
+    "shape": lambda m: m.name,
+    "correct": lambda m: "yes" if m.correct else "NO",
+    "diff": lambda m: f"{m.diff:.2e}",
+    "us": lambda m: f"{m.seconds * 1e6:.1f}",
+    "TFLOPS": lambda m: f"{m.tflops:.0f}",
+    "GB/s": lambda m: f"{m.gb_s:.0f}",
+    "of bound": lambda m: f"{m.bound_share:.0%}",
+    "x peer": lambda m: f"{m.peer_ratio:.2f}",
+    "x torch": lambda m: "-" if m.torch_ratio is None else f"{m.torch_ratio:.2f}",
+    "DeepGEMM H800": lambda m: "-" if m.published_tflops is None else f"{m.published_tflops:.0f}",
+}
+COMPILED: dict[str, Callable[[KernelReport], Any]] = {
+    "registers": lambda k: k.registers,
+    "spill B": lambda k: k.spill_bytes,
+    "shared B": lambda k: k.shared_bytes,
+    "blocks/SM": lambda k: k.blocks_per_sm,
+    "wgmma": lambda k: (" ".join(k.wgmma) + (" serialised" if k.serialised else "")) or "-",
+}
+BOUND: dict[str, Callable[[Workload], str]] = {
+    "bound us": lambda w: f"{w.bound_seconds * 1e6:.1f}",
+    "bound TFLOPS": lambda w: f"{w.flops / w.bound_seconds / 1e12:.0f}",
+    "by": lambda w: w.bound_by,
+}
 
 
-def measured_row(m: Measurement) -> tuple[str, ...]:
-    return (
-        m.name,
-        "yes" if m.correct else "NO",
-        f"{m.diff:.2e}",
-        f"{m.seconds * 1e6:.1f}",
-        f"{m.tflops:.0f}",
-        f"{m.gb_s:.0f}",
-        f"{m.bound_share:.0%}",
-        f"{m.peer_ratio:.2f}",
-        "-" if m.torch_ratio is None else f"{m.torch_ratio:.2f}",
-        "-" if m.published_tflops is None else f"{m.published_tflops:.0f}",
-    )
+def compiled_row(w: Workload, report: CaseReport | None) -> list[str]:
+    if report is None or report.error is not None:
+        found = ["-" if report is None else "failed"] * len(COMPILED)
+    else:
+        [kernel] = report.kernels
+        found = [str(column(kernel)) for column in COMPILED.values()]
+    return [w.name, *found, *(column(w) for column in BOUND.values())]
 
 
-def compiled_row(w: Workload, report: CaseReport | None) -> tuple[str, ...]:
-    bound = (f"{w.bound_seconds * 1e6:.1f}", f"{w.flops / w.bound_seconds / 1e12:.0f}", w.bound_by)
-    if report is None:
-        return (w.name, *("-" for _ in range(5)), *bound)
-    if report.error is not None:
-        return (w.name, *("failed" for _ in range(5)), *bound)
-    [k] = report.kernels
-    wgmma = " ".join(k.wgmma) + (" serialised" if k.serialised else "")
-    return (
-        w.name,
-        str(k.registers),
-        str(k.spill_bytes),
-        str(k.shared_bytes),
-        str(k.blocks_per_sm),
-        wgmma or "-",
-        *bound,
-    )
-
-
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(columns: Sequence[str], rows: list[list[str]]) -> str:
     """Markdown, aligned for the terminal."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    lines = [columns, tuple("-" * width for width in widths), *rows]
+    lines = [columns, ["-" * width for width in widths], *rows]
     return "\n".join(
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines
     )
@@ -107,10 +85,10 @@ def run_measured(selected: dict[str, list[Workload]]) -> tuple[list[str], list[d
         rows = []
         for workload in shapes:
             measurement = measure(workload, "mosaic", torch_peer=True)
-            rows.append(measured_row(measurement))
+            rows.append([column(measurement) for column in MEASURED.values()])
             records.append(dataclasses.asdict(measurement))
             print(f"{op}: " + " ".join(rows[-1]), flush=True)
-        sections.append(f"## {op}\n\n{table(MEASURED_COLUMNS, rows)}")
+        sections.append(f"## {op}\n\n{table([*MEASURED], rows)}")
     return sections, records
 
 
@@ -120,10 +98,11 @@ def run_compiled(selected: dict[str, list[Workload]]) -> tuple[list[str], list[d
     if reason is not None:
         sections.append(f"No compilation for H100: {reason}. Only the roofline bounds follow.")
     for op, shapes in selected.items():
-        reports = [None] * len(shapes) if reason else compile_for_h100([w.case for w in shapes])
+        reports = [None] * len(shapes) if reason else compile_for_h100(shapes)
         rows = [compiled_row(w, r) for w, r in zip(shapes, reports, strict=True)]
-        errors = [f"{r.case} {r.arguments}: {r.error}" for r in reports if r is not None and r.error]
-        sections.append("\n\n".join([f"## {op}", table(COMPILED_COLUMNS, rows), *errors]))
+        errors = [f"{row[0]}: {r.error}" for row, r in zip(rows, reports, strict=True) if r and r.error]
+        columns = ["shape", *COMPILED, *BOUND]
+        sections.append("\n\n".join([f"## {op}", table(columns, rows), *errors]))
         for workload, report in zip(shapes, reports, strict=True):
             kernels = [] if report is None else [dataclasses.asdict(k) for k in report.kernels]
             error = reason if report is None else report.error

@@ -4,7 +4,7 @@ Needs `jax-cuda13-plugin` and `jax-cuda13-pjrt` of the jaxlib version (install w
 loaded) and `ptxas` from a CUDA toolkit or from the wheel `nvidia-cuda-nvcc`. Mosaic GPU reads its dump folder once per
 process, so compilations run in a subprocess:
 
-    [report] = compile_for_h100([("fp8_gemm", {"m": 4096, "n": 4096, "k": 7168})])
+    [report] = compile_for_h100([workload("fp8_gemm", GemmShape("example", 4096, 4096, 7168))])
 
 `h100.txtpb` describes the device to XLA; on a machine with the GPU it can be regenerated from
 `jax._src.lib.xla_client.get_topology_for_devices(jax.devices()).target_config`.
@@ -21,6 +21,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pallas_kernels.testing.workloads import Workload
 
 TARGET = pathlib.Path(__file__).with_name("h100.txtpb")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -59,8 +64,6 @@ class KernelReport:
 class CaseReport:
     """One compiled program: its Mosaic GPU kernels, or the compiler's message."""
 
-    case: str
-    arguments: dict
     kernels: tuple[KernelReport, ...]
     error: str | None
 
@@ -79,15 +82,14 @@ def _has_plugin() -> bool:
     return any(importlib.util.find_spec(f"jax_plugins.{name}") for name in ("xla_cuda13", "xla_cuda12"))
 
 
-def compile_for_h100(cases: list[tuple[str, dict]]) -> list[CaseReport]:
-    """Compile programs for one H100, all in one subprocess.
+def compile_for_h100(workloads: Sequence["Workload"]) -> list[CaseReport]:
+    """Compile the kernels of workloads for one H100, all in one subprocess.
 
     Args:
-      cases: (function of `testing.cases`, its arguments as JSON values); no two may hold the same kernel, which would
-        be compiled only once.
+      workloads: no two may hold the same kernel, which would be compiled only once.
 
     Returns:
-      One report per case, in order. A case that does not compile has `error` set and does not stop the others.
+      One report per workload, in order. A case that does not compile has `error` set and does not stop the others.
 
     Raises:
       RuntimeError: the subprocess itself died or ran over its time.
@@ -101,6 +103,7 @@ def compile_for_h100(cases: list[tuple[str, dict]]) -> list[CaseReport]:
             "MOSAIC_GPU_DUMP_PTXAS": "1",
         }
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        cases = [(w.op, dataclasses.asdict(w.shape), w.options) for w in workloads]
         command = [sys.executable, "-m", "pallas_kernels.testing.aot", json.dumps(cases)]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=START_S + CASE_S * len(cases)
@@ -110,10 +113,7 @@ def compile_for_h100(cases: list[tuple[str, dict]]) -> list[CaseReport]:
             raise RuntimeError(
                 f"compiling for H100 died with exit code {done.returncode}\n{done.stderr[-3000:]}"
             )
-        return [
-            CaseReport(name, arguments, read_dump(pathlib.Path(folder), line["kernels"]), line["error"])
-            for (name, arguments), line in zip(cases, lines, strict=True)
-        ]
+        return [CaseReport(read_dump(pathlib.Path(folder), line["kernels"]), line["error"]) for line in lines]
 
 
 def read_dump(folder: pathlib.Path, stems: list[str]) -> tuple[KernelReport, ...]:
@@ -141,13 +141,13 @@ def read_dump(folder: pathlib.Path, stems: list[str]) -> tuple[KernelReport, ...
     return tuple(reports)
 
 
-def _compile_all(cases: list[tuple[str, dict]]) -> None:
+def _compile_all(cases: list[tuple[str, dict, dict]]) -> None:
     """In the subprocess: compile each case for the H100 of `h100.txtpb`, print one JSON line per case."""
     import jax
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
-    from pallas_kernels.testing import cases as functions
+    from pallas_kernels.testing.workloads import workload
 
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
@@ -156,11 +156,13 @@ def _compile_all(cases: list[tuple[str, dict]]) -> None:
     replicated = NamedSharding(mesh, PartitionSpec())
     folder = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     seen: set[str] = set()
-    for name, arguments in cases:
+    for op, shape, options in cases:
         error = None
         try:
-            fn, shapes = getattr(functions, name)(**arguments)
-            operands = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated) for s in shapes]
+            fn, shapes = workload(op, shape, **options).program()
+            operands = jax.tree.map(
+                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), shapes
+            )
             with use_abstract_mesh(mesh.abstract_mesh):
                 jax.jit(fn).lower(*operands).compile()
         except Exception as failure:  # whatever the compiler raises is this case's result

@@ -9,9 +9,8 @@ from pallas_kernels.testing.metrics import calc_diff_on_device
 from pallas_kernels.testing.timing import input_sets, median_seconds
 from pallas_kernels.testing.workloads import Workload
 
-MAX_MISMATCHES = (
-    1e-4  # share of float8 bytes that may differ: quotients on a rounding boundary, see quantize/kernel.py
-)
+# Share of float8 bytes that may differ: quotients on a rounding boundary, see quantize/kernel.py.
+MAX_MISMATCHES = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +82,7 @@ def torch_scaled_mm_seconds(workload: Workload, repeats: int = 30) -> float | No
         return None
     if not torch.cuda.is_available():
         return None
-    shape = workload.case[1]
-    m, n, k = shape["m"], shape["n"], shape["k"]
+    m, n, k = workload.shape.m, workload.shape.n, workload.shape.k
     a = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
     b = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn)
     scales = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")

@@ -1,4 +1,4 @@
-"""What the benchmark runs: every named shape of every op, with its operands, its exact result and its peer.
+"""What is compiled and measured: an op on a shape, with its operands, its exact result and its peer.
 
 Legend: G groups, M rows, N outputs, K contraction, T tokens.
 """
@@ -11,14 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import SQUARE_BLOCK
+from pallas_kernels.blocks import ROW_TILE, SQUARE_BLOCK
 from pallas_kernels.fp8_gemm import shapes as gemm_shapes
 from pallas_kernels.fp8_gemm.ops import fp8_gemm
+from pallas_kernels.fp8_gemm.shapes import GemmShape
 from pallas_kernels.fp8_grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_gemm_masked, fp8_grouped_wgrad
+from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
+from pallas_kernels.matmul import TileConfig
 from pallas_kernels.quantize import ops as quantize_ops
 from pallas_kernels.quantize import shapes as quantize_shapes
+from pallas_kernels.quantize.ops import quantize
+from pallas_kernels.quantize.shapes import QuantizeShape
 
 FP8_DIFF_BAND = (6.5e-4, 7.5e-4)  # Gaussian data, fine-grained FP8 against the unquantised product
 BF16_DIFF_BAND = (0.0, 1e-5)
@@ -31,8 +36,7 @@ class Workload:
     """One shape of one op.
 
     Attributes:
-      op, name: of the op and of the shape.
-      case: function of `testing.cases` and its arguments, for compilation.
+      op, shape, options: arguments of `workload`.
       flops, bytes: of one call, each byte counted once.
       peak_tflops: of the tensor cores in its format; 0 for an op without products.
       make: seed -> source arrays.
@@ -45,8 +49,8 @@ class Workload:
     """
 
     op: str
-    name: str
-    case: tuple[str, dict]
+    shape: Any
+    options: dict
     flops: int
     bytes: int
     peak_tflops: float
@@ -59,6 +63,10 @@ class Workload:
     published_tflops: float | None = None
 
     @property
+    def name(self) -> str:
+        return self.shape.name if self.options.get("transpose_b", True) else f"{self.shape.name}_dgrad"
+
+    @property
     def bound_seconds(self) -> float:
         """Roofline: the time that arithmetic or memory needs on an H100, whichever is longer."""
         arithmetic = self.flops / (self.peak_tflops * 1e12) if self.peak_tflops else 0.0
@@ -67,6 +75,25 @@ class Workload:
     @property
     def bound_by(self) -> str:
         return "memory" if self.bound_seconds == self.bytes / (MEMORY_GB_S * 1e9) else "compute"
+
+    def program(self) -> tuple[Callable, tuple]:
+        """(the kernel as a function, shapes of its operands), to compile: a shape that the kernel refuses raises."""
+        shapes = jax.eval_shape(lambda: self.operands(*self.make(0)))
+        return lambda *operands: self.run(*operands, "mosaic"), shapes
+
+
+def workload(op: str, shape: Any, **options: Any) -> Workload:
+    """`op` on `shape`.
+
+    Args:
+      op: a key of `workloads()`.
+      shape: GemmShape, GroupedShape or QuantizeShape, or its fields as a dict.
+      options: other arguments of the op, as JSON values: `config` (fields of TileConfig), `scale`, `transpose_b`.
+    """
+    kind, build = _OPS[op]
+    shape = kind(**shape) if isinstance(shape, dict) else shape
+    tiling = {"config": TileConfig(**options["config"])} if "config" in options else {}
+    return Workload(op=op, shape=shape, options=options, **build(op, shape, **(options | tiling)))
 
 
 def _normal(seed: int, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
@@ -77,180 +104,132 @@ def _normal(seed: int, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
     )
 
 
-def _gemm(shape: gemm_shapes.GemmShape) -> Workload:
+def _products(equation: str, out_dtype) -> dict[str, Callable]:
+    """`exact` and `peer` of a product."""
+    product = functools.partial(jnp.einsum, equation)
+    return {
+        "exact": functools.partial(product, preferred_element_type=jnp.float32),
+        "peer": functools.partial(product, preferred_element_type=out_dtype),
+    }
+
+
+def _gemm(op: str, shape: GemmShape, **options: Any) -> dict[str, Any]:
     wgrad = shape.recipe == "1d1d"
     out_dtype = jnp.float32 if wgrad else jnp.bfloat16
 
     def operands(x, w):
-        b = quantize_ops.quantize(w) if wgrad else quantize_ops.quantize(w, SQUARE_BLOCK)
         c = jnp.zeros((shape.m, shape.n), jnp.float32) if shape.accumulate else None
-        return (*quantize_ops.quantize(x), *b, c)
+        return (*quantize(x), *quantize(w, ROW_TILE if wgrad else SQUARE_BLOCK), c)
 
     def run(a, a_scale, b, b_scale, c, implementation):
-        return fp8_gemm(a, a_scale, b, b_scale, out_dtype, c, implementation)
+        return fp8_gemm(a, a_scale, b, b_scale, out_dtype, c, implementation, **options)
 
-    def product(x, w, dtype):
-        return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-
-    return Workload(
-        op="fp8_gemm",
-        name=shape.name,
-        case=("fp8_gemm", {f: getattr(shape, f) for f in ("m", "n", "k", "recipe", "accumulate")}),
-        flops=shape.flops,
-        bytes=shape.bytes,
-        peak_tflops=FP8_TFLOPS,
-        make=lambda seed: _normal(seed, (shape.m, shape.k), (shape.n, shape.k)),
-        operands=operands,
-        run=run,
-        exact=functools.partial(product, dtype=jnp.float32),
-        peer=functools.partial(product, dtype=out_dtype),
-        published_tflops=shape.peer_tflops,
-    )
+    return {
+        "flops": shape.flops,
+        "bytes": shape.bytes,
+        "peak_tflops": FP8_TFLOPS,
+        "make": lambda seed: _normal(seed, (shape.m, shape.k), (shape.n, shape.k)),
+        "operands": operands,
+        "run": run,
+        "published_tflops": shape.peer_tflops,
+        **_products("mk,nk->mn", out_dtype),
+    }
 
 
-def _grouped_make(shape: grouped_shapes.GroupedShape) -> Callable:
-    """Rows [G, rows, K] and weights [G, N, K]; for a weight gradient [G, T, M] and [G, T, N]."""
-    g, rows = shape.groups, shape.present_rows
-    if shape.kind == "wgrad":
-        return lambda seed: _normal(seed, (g, shape.k, shape.m), (g, shape.k, shape.n))
-    return lambda seed: _normal(seed, (g, rows, shape.k), (g, shape.n, shape.k))
-
-
-def _grouped_product(shape: grouped_shapes.GroupedShape, dtype) -> Callable:
-    equation = "gtm,gtn->gmn" if shape.kind == "wgrad" else "gmk,gnk->gmn"
-    return functools.partial(jnp.einsum, equation, preferred_element_type=dtype)
-
-
-def _rows(shape: grouped_shapes.GroupedShape, group: int) -> jax.Array:
-    return jnp.repeat(jnp.arange(shape.groups, dtype=jnp.int32), group)
-
-
-FP8_GROUPED: dict[str, Callable[..., jax.Array]] = {
-    "contiguous": fp8_grouped_gemm,
-    "masked": fp8_grouped_gemm_masked,
-    "wgrad": fp8_grouped_wgrad,
+_GROUPED: dict[tuple[str, str], Callable[..., jax.Array]] = {
+    ("fp8_grouped_gemm", "contiguous"): fp8_grouped_gemm,
+    ("fp8_grouped_gemm", "masked"): fp8_grouped_gemm_masked,
+    ("fp8_grouped_gemm", "wgrad"): fp8_grouped_wgrad,
+    ("grouped_gemm", "contiguous"): grouped_gemm,
+    ("grouped_gemm", "wgrad"): grouped_wgrad,
 }
 
 
-def _fp8_grouped(shape: grouped_shapes.GroupedShape) -> Workload:
-    apply = FP8_GROUPED[shape.kind]
-    g, (m, n, k) = shape.groups, (shape.m, shape.n, shape.k)
-    sizes = jnp.full((g,), k if shape.kind == "wgrad" else shape.present_rows, jnp.int32)
-    wgrad = shape.kind == "wgrad"
+def _grouped(op: str, shape: GroupedShape, **options: Any) -> dict[str, Any]:
+    """Sources are rows [G, rows, K] and weights [G, N, K]; for a weight gradient [G, T, M] and [G, T, N]."""
+    apply, fp8 = _GROUPED[op, shape.kind], op == "fp8_grouped_gemm"
+    wgrad, masked = shape.kind == "wgrad", shape.kind == "masked"
+    g, rows, (m, n, k) = shape.groups, shape.present_rows, (shape.m, shape.n, shape.k)
+    sources = [(g, k, m), (g, k, n)] if wgrad else [(g, rows, k), (g, n, k)]
 
     def operands(x, w):
         if wgrad:
-            pairs = [quantize_ops.quantize_transposed(t.reshape(g * k, -1)) for t in (x, w)]
-            return (*pairs[0], *pairs[1], sizes)
-        if shape.kind == "masked":
-            x = jnp.pad(x, ((0, 0), (0, m - shape.present_rows), (0, 0)))
-            return (*quantize_ops.quantize(x), *quantize_ops.quantize(w, SQUARE_BLOCK), sizes)
-        return (
-            *quantize_ops.quantize(x.reshape(g * m, k)),
-            *quantize_ops.quantize(w, SQUARE_BLOCK),
-            _rows(shape, m),
-        )
+            pair = [t.reshape(g * k, -1) for t in (x, w)]
+            if fp8:
+                pair = [part for t in pair for part in quantize_ops.quantize_transposed(t)]
+            return (*pair, jnp.full((g,), k, jnp.int32), jnp.zeros((g, m, n), jnp.float32))
+        if masked:
+            x = jnp.pad(x, ((0, 0), (0, m - rows), (0, 0)))
+            groups = jnp.full((g,), rows, jnp.int32)
+        else:
+            x = x.reshape(g * m, k)
+            groups = jnp.repeat(jnp.arange(g, dtype=jnp.int32), m)
+        if fp8:
+            return (*quantize(x), *quantize(w, SQUARE_BLOCK), groups)
+        return x, w if options.get("transpose_b", True) else w.swapaxes(1, 2), groups
 
     def run(*operands_and_implementation: Any):
         *operands, implementation = operands_and_implementation
-        out = apply(*operands, implementation=implementation)
-        if shape.kind == "masked":
-            return out[:, : shape.present_rows]
-        return out if wgrad else out.reshape(g, m, n)
+        out = apply(*operands, implementation=implementation, **options)
+        return out[:, :rows] if masked else out.reshape(g, m, n)
 
-    return Workload(
-        op="fp8_grouped_gemm",
-        name=shape.name,
-        case=(apply.__name__, {"groups": g, "m": m, "n": n, "k": k}),
-        flops=shape.flops,
-        bytes=shape.bytes(),
-        peak_tflops=FP8_TFLOPS,
-        make=_grouped_make(shape),
-        operands=operands,
-        run=run,
-        exact=_grouped_product(shape, jnp.float32),
-        peer=_grouped_product(shape, jnp.float32 if wgrad else jnp.bfloat16),
-        published_tflops=shape.peer_tflops,
-    )
+    return {
+        "flops": shape.flops,
+        "bytes": shape.bytes(element=1 if fp8 else 2),
+        "peak_tflops": FP8_TFLOPS if fp8 else BF16_TFLOPS,
+        "make": lambda seed: _normal(seed, *sources),
+        "operands": operands,
+        "run": run,
+        "band": FP8_DIFF_BAND if fp8 else BF16_DIFF_BAND,
+        "published_tflops": shape.peer_tflops if fp8 else None,
+        **_products("gtm,gtn->gmn" if wgrad else "gmk,gnk->gmn", jnp.float32 if wgrad else jnp.bfloat16),
+    }
 
 
-def _bf16_grouped(shape: grouped_shapes.GroupedShape, transpose_b: bool = True) -> Workload:
-    g, (m, n, k) = shape.groups, (shape.m, shape.n, shape.k)
-    wgrad = shape.kind == "wgrad"
-
-    def operands(x, w):
-        if wgrad:
-            return x.reshape(g * k, m), w.reshape(g * k, n), jnp.full((g,), k, jnp.int32)
-        return x.reshape(g * m, k), w if transpose_b else w.swapaxes(1, 2), _rows(shape, m)
-
-    def run(a, b, groups, implementation):
-        if wgrad:
-            return grouped_wgrad(a, b, groups, implementation=implementation)
-        return grouped_gemm(a, b, groups, transpose_b, implementation=implementation).reshape(g, m, n)
-
-    arguments = {"groups": g, "m": m, "n": n, "k": k}
-    return Workload(
-        op="grouped_gemm",
-        name=shape.name if transpose_b else f"{shape.name}_dgrad",
-        case=("grouped_wgrad", arguments)
-        if wgrad
-        else ("grouped_gemm", arguments | {"transpose_b": transpose_b}),
-        flops=shape.flops,
-        bytes=shape.bytes(element=2),
-        peak_tflops=BF16_TFLOPS,
-        make=_grouped_make(shape),
-        operands=operands,
-        run=run,
-        exact=_grouped_product(shape, jnp.float32),
-        peer=_grouped_product(shape, jnp.float32 if wgrad else jnp.bfloat16),
-        band=BF16_DIFF_BAND,
-    )
-
-
-def _quantize(shape: quantize_shapes.QuantizeShape) -> Workload:
+def _quantize(op: str, shape: QuantizeShape, **options: Any) -> dict[str, Any]:
     r, c = shape.rows, shape.cols
     swiglu = shape.op == "swiglu_quantize"
-    arguments: dict[str, Any] = {"m": r, "f": c} if swiglu else {"t": r, "k": c}
     if shape.op == "quantize":
-        arguments = {"m": r, "k": c, "block": shape.block}
+        options["block"] = shape.block
 
     def operands(x):
         if shape.op == "requantize_transposed":
-            return quantize_ops.quantize(x)
-        return (x, jnp.ones((r,), jnp.float32)) if swiglu else (x,)
+            return quantize(x)
+        return (x, None, jnp.ones((r,), jnp.float32)) if swiglu else (x,)
 
     def run(*operands_and_implementation: Any):
         *operands, implementation = operands_and_implementation
-        if shape.op == "quantize":
-            return quantize_ops.quantize(operands[0], shape.block, implementation=implementation)
-        if swiglu:
-            return quantize_ops.swiglu_quantize(
-                operands[0], routing_weight=operands[1], implementation=implementation
-            )
-        return getattr(quantize_ops, shape.op)(*operands, implementation=implementation)
+        return getattr(quantize_ops, shape.op)(*operands, implementation=implementation, **options)
 
-    return Workload(
-        op="quantize",
-        name=shape.name,
-        case=(shape.op, arguments),
-        flops=0,
-        bytes=shape.bytes,
-        peak_tflops=0.0,
-        make=lambda seed: _normal(seed, (r, 2 * c if swiglu else c)),
-        operands=operands,
-        run=run,
-        exact=None,
-        peer=lambda x: run(*operands(x), "xla"),
-    )
+    return {
+        "flops": 0,
+        "bytes": shape.bytes,
+        "peak_tflops": 0.0,
+        "make": lambda seed: _normal(seed, (r, 2 * c if swiglu else c)),
+        "operands": operands,
+        "run": run,
+        "exact": None,
+        "peer": lambda x: run(*operands(x), "xla"),
+    }
+
+
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
+    "quantize": (QuantizeShape, _quantize),
+    "fp8_gemm": (GemmShape, _gemm),
+    "fp8_grouped_gemm": (GroupedShape, _grouped),
+    "grouped_gemm": (GroupedShape, _grouped),
+}
 
 
 def workloads() -> dict[str, list[Workload]]:
-    """Every workload, by op."""
+    """Every named shape, by op."""
     trained = [s for s in grouped_shapes.SHAPES if s.kind != "masked"]
-    dgrad = [s for s in trained if s.kind == "contiguous"]
-    return {
-        "quantize": [_quantize(s) for s in quantize_shapes.SHAPES],
-        "fp8_gemm": [_gemm(s) for s in gemm_shapes.SHAPES],
-        "fp8_grouped_gemm": [_fp8_grouped(s) for s in grouped_shapes.SHAPES],
-        "grouped_gemm": [*map(_bf16_grouped, trained), *(_bf16_grouped(s, transpose_b=False) for s in dgrad)],
+    shapes = {
+        "quantize": quantize_shapes.SHAPES,
+        "fp8_gemm": gemm_shapes.SHAPES,
+        "fp8_grouped_gemm": grouped_shapes.SHAPES,
+        "grouped_gemm": trained,
     }
+    found = {op: [workload(op, shape) for shape in shapes[op]] for op in shapes}
+    dgrad = [workload("grouped_gemm", s, transpose_b=False) for s in trained if s.kind == "contiguous"]
+    return found | {"grouped_gemm": found["grouped_gemm"] + dgrad}

@@ -10,48 +10,51 @@ from pallas_kernels import bench
 from pallas_kernels.fp8_gemm.shapes import GemmShape
 from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
 from pallas_kernels.quantize.shapes import QuantizeShape
-from pallas_kernels.testing import workloads as w
 from pallas_kernels.testing.aot import KernelReport
 from pallas_kernels.testing.measure import check, measure
 from pallas_kernels.testing.metrics import calc_diff, calc_diff_on_device
 from pallas_kernels.testing.timing import chain, input_sets
+from pallas_kernels.testing.workloads import workload, workloads
 
 SMALL = {
-    "gemm": lambda: w._gemm(GemmShape("small", 128, 512, 512)),
-    "gemm_wgrad": lambda: w._gemm(GemmShape("small", 128, 512, 512, "1d1d", True)),
-    "contiguous": lambda: w._fp8_grouped(GroupedShape("small", "contiguous", 2, 128, 256, 256)),
-    "masked": lambda: w._fp8_grouped(GroupedShape("small", "masked", 2, 128, 256, 256, rows=96)),
-    "wgrad": lambda: w._fp8_grouped(GroupedShape("small", "wgrad", 2, 128, 256, 512)),
-    "bf16": lambda: w._bf16_grouped(GroupedShape("small", "contiguous", 2, 128, 256, 256)),
-    "bf16_dgrad": lambda: w._bf16_grouped(GroupedShape("small", "contiguous", 2, 128, 256, 256), False),
-    "bf16_wgrad": lambda: w._bf16_grouped(GroupedShape("small", "wgrad", 2, 128, 256, 256)),
-    "swiglu": lambda: w._quantize(QuantizeShape("small", "swiglu_quantize", 64, 128)),
-    "requantize": lambda: w._quantize(QuantizeShape("small", "requantize_transposed", 128, 128)),
+    "gemm": workload("fp8_gemm", GemmShape("small", 128, 512, 512)),
+    "gemm_wgrad": workload("fp8_gemm", GemmShape("small", 128, 512, 512, "1d1d", True)),
+    "contiguous": workload("fp8_grouped_gemm", GroupedShape("small", "contiguous", 2, 128, 256, 256)),
+    "masked": workload("fp8_grouped_gemm", GroupedShape("small", "masked", 2, 128, 256, 256, rows=96)),
+    "wgrad": workload("fp8_grouped_gemm", GroupedShape("small", "wgrad", 2, 128, 256, 512)),
+    "bf16": workload("grouped_gemm", GroupedShape("small", "contiguous", 2, 128, 256, 256)),
+    "bf16_dgrad": workload(
+        "grouped_gemm", GroupedShape("small", "contiguous", 2, 128, 256, 256), transpose_b=False
+    ),
+    "bf16_wgrad": workload("grouped_gemm", GroupedShape("small", "wgrad", 2, 128, 256, 256)),
+    "swiglu": workload("quantize", QuantizeShape("small", "swiglu_quantize", 64, 128)),
+    "requantize": workload("quantize", QuantizeShape("small", "requantize_transposed", 128, 128)),
 }
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_workloads_are_correct(name):
-    diff, correct = check(SMALL[name](), "xla")
+    diff, correct = check(SMALL[name], "xla")
     assert correct, diff
 
 
 def test_check_notices_a_wrong_result():
-    workload = w._gemm(GemmShape("small", 128, 128, 256))
-    off = dataclasses.replace(workload, run=lambda *xs: workload.run(*xs) * 1.1)
-    exact = dataclasses.replace(workload, run=lambda *xs: workload.exact(*workload.make(0)))
+    right = workload("fp8_gemm", GemmShape("small", 128, 128, 256))
+    off = dataclasses.replace(right, run=lambda *xs: right.run(*xs) * 1.1)
+    exact = dataclasses.replace(right, run=lambda *xs: right.exact(*right.make(0)))
     assert not check(off, "xla")[1]
     assert not check(exact, "xla")[1]  # not quantised at all
 
 
 def test_measure_reports_consistent_figures():
-    workload = SMALL["gemm"]()
-    m = measure(workload, "xla", torch_peer=False, short=1, long=3, repeats=3)
+    gemm = SMALL["gemm"]
+    m = measure(gemm, "xla", torch_peer=False, short=1, long=3, repeats=3)
     assert m.correct and m.torch_ratio is None
-    assert m.tflops * m.seconds == pytest.approx(workload.flops / 1e12)
-    assert m.gb_s * m.seconds == pytest.approx(workload.bytes / 1e9)
-    assert m.bound_share == pytest.approx(workload.bound_seconds / m.seconds)
-    assert len(bench.measured_row(m)) == len(bench.MEASURED_COLUMNS)
+    assert m.tflops * m.seconds == pytest.approx(gemm.flops / 1e12)
+    assert m.gb_s * m.seconds == pytest.approx(gemm.bytes / 1e9)
+    assert m.bound_share == pytest.approx(gemm.bound_seconds / m.seconds)
+    row = {name: column(m) for name, column in bench.MEASURED.items()}
+    assert (row["correct"], row["x torch"], row["us"]) == ("yes", "-", f"{m.seconds * 1e6:.1f}")
 
 
 def test_chain_calls_every_set_and_keeps_the_last():
@@ -62,7 +65,7 @@ def test_chain_calls_every_set_and_keeps_the_last():
 
 
 def test_roofline_bounds():
-    by_name = {(op, s.name): s for op, shapes in w.workloads().items() for s in shapes}
+    by_name = {(op, s.name): s for op, shapes in workloads().items() for s in shapes}
     assert by_name["fp8_gemm", "o_m4096"].bound_by == "compute"
     assert by_name["fp8_gemm", "o_m4096"].bound_seconds == pytest.approx(2 * 4096 * 7168 * 16384 / 1979e12)
     decode = by_name["fp8_gemm", "shared_gate_up_m64"]

@@ -8,23 +8,30 @@ import pytest
 from pallas_kernels import compat
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.fp8_gemm.ops import fp8_gemm
+from pallas_kernels.fp8_gemm.shapes import GemmShape
+from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
 from pallas_kernels.quantize.ops import quantize
-from pallas_kernels.testing import cases
+from pallas_kernels.quantize.shapes import QuantizeShape
+from pallas_kernels.testing.workloads import workload
 
 LOWERED = {
-    "quantize_rows": ("quantize", {"m": 128, "k": 256, "block": (1, 128), "scale": "ue8m0"}),
-    "quantize_columns": ("quantize", {"m": 128, "k": 256, "block": (128, 1)}),
-    "quantize_blocks": ("quantize", {"m": 128, "k": 256, "block": (128, 128)}),
-    "swiglu_quantize": ("swiglu_quantize", {"m": 128, "f": 256}),
-    "quantize_transposed": ("quantize_transposed", {"t": 128, "k": 256}),
-    "requantize_transposed": ("requantize_transposed", {"t": 128, "k": 256}),
-    "fp8_gemm": ("fp8_gemm", {"m": 128, "n": 256, "k": 512}),
-    "fp8_gemm_wgrad": ("fp8_gemm", {"m": 128, "n": 256, "k": 512, "recipe": "1d1d", "accumulate": True}),
-    "fp8_grouped_gemm": ("fp8_grouped_gemm", {"groups": 2, "m": 128, "n": 256, "k": 512}),
-    "fp8_grouped_wgrad": ("fp8_grouped_wgrad", {"groups": 2, "m": 128, "n": 256, "k": 512}),
-    "grouped_gemm": ("grouped_gemm", {"groups": 2, "m": 128, "n": 256, "k": 512}),
-    "grouped_gemm_dgrad": ("grouped_gemm", {"groups": 2, "m": 128, "n": 256, "k": 512, "transpose_b": False}),
-    "grouped_wgrad": ("grouped_wgrad", {"groups": 2, "m": 128, "n": 256, "k": 512}),
+    "quantize_rows": ("quantize", QuantizeShape("", "quantize", 128, 256), {"scale": "ue8m0"}),
+    "quantize_columns": ("quantize", QuantizeShape("", "quantize", 128, 256, (128, 1)), {}),
+    "quantize_blocks": ("quantize", QuantizeShape("", "quantize", 128, 256, (128, 128)), {}),
+    "swiglu_quantize": ("quantize", QuantizeShape("", "swiglu_quantize", 128, 256), {}),
+    "quantize_transposed": ("quantize", QuantizeShape("", "quantize_transposed", 128, 256), {}),
+    "requantize_transposed": ("quantize", QuantizeShape("", "requantize_transposed", 128, 256), {}),
+    "fp8_gemm": ("fp8_gemm", GemmShape("", 128, 256, 512), {}),
+    "fp8_gemm_wgrad": ("fp8_gemm", GemmShape("", 128, 256, 512, "1d1d", True), {}),
+    "fp8_grouped_gemm": ("fp8_grouped_gemm", GroupedShape("", "contiguous", 2, 128, 256, 512), {}),
+    "fp8_grouped_wgrad": ("fp8_grouped_gemm", GroupedShape("", "wgrad", 2, 128, 256, 512), {}),
+    "grouped_gemm": ("grouped_gemm", GroupedShape("", "contiguous", 2, 128, 256, 512), {}),
+    "grouped_gemm_dgrad": (
+        "grouped_gemm",
+        GroupedShape("", "contiguous", 2, 128, 256, 512),
+        {"transpose_b": False},
+    ),
+    "grouped_wgrad": ("grouped_gemm", GroupedShape("", "wgrad", 2, 128, 256, 512), {}),
 }
 
 
@@ -36,8 +43,8 @@ def lowered_for_cuda(fn, *operands) -> str:
 def test_kernel_lowers_for_cuda(name):
     if name == "requantize_transposed" and compat.JAX_VERSION < (0, 11):
         pytest.skip("jax 0.10 searches half a minute for the layouts of this kernel")
-    case, arguments = LOWERED[name]
-    fn, operands = getattr(cases, case)(**arguments)
+    op, shape, options = LOWERED[name]
+    fn, operands = workload(op, shape, **options).program()
     assert lowered_for_cuda(fn, *operands).count("mosaic_gpu_v2") == 1
 
 

@@ -2,8 +2,11 @@
 
 import pytest
 
+from pallas_kernels.fp8_gemm.shapes import GemmShape
+from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
+from pallas_kernels.quantize.shapes import QuantizeShape
 from pallas_kernels.testing.aot import CaseReport, KernelReport, compile_for_h100, why_unavailable
-from pallas_kernels.testing.workloads import Workload, workloads
+from pallas_kernels.testing.workloads import Workload, workload, workloads
 
 pytestmark = [
     pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
@@ -21,31 +24,32 @@ SHIPPED = {
     for op, shapes in workloads().items()
 }
 UE8M0 = [
-    ("quantize", {"m": 4096, "k": 7168, "block": block, "scale": "ue8m0"})
-    for block in ((1, 128), (128, 1), (128, 128))
-] + [
-    ("swiglu_quantize", {"m": 4096, "f": 2048, "scale": "ue8m0"}),
-    ("requantize_transposed", {"t": 4096, "k": 7168}),
+    workload("quantize", QuantizeShape("ue8m0", *shape), scale="ue8m0")
+    for shape in (
+        *(("quantize", 4096, 7168, block) for block in ((1, 128), (128, 1), (128, 128))),
+        ("swiglu_quantize", 4096, 2048),
+        ("requantize_transposed", 4096, 7168),
+    )
 ]
 RAGGED = [  # input gradient of V3's wkv_a; experts of configs/small_1b.py; widths of both
-    ("fp8_gemm", {"m": 4096, "n": 7168, "k": 576}),
-    ("fp8_grouped_gemm", {"groups": 8, "m": 1024, "n": 320, "k": 1024}),
-    ("fp8_grouped_gemm", {"groups": 8, "m": 1024, "n": 1024, "k": 320}),
-    ("fp8_grouped_wgrad", {"groups": 8, "m": 320, "n": 1024, "k": 1024}),
-    ("grouped_gemm", {"groups": 8, "m": 1024, "n": 320, "k": 1024}),
-    ("grouped_gemm", {"groups": 8, "m": 1024, "n": 320, "k": 1024, "transpose_b": False}),
-    ("grouped_wgrad", {"groups": 8, "m": 320, "n": 1024, "k": 1024}),
-    ("quantize", {"m": 7168, "k": 576, "block": (128, 128)}),
-    ("swiglu_quantize", {"m": 4096, "f": 320}),
-    ("quantize_transposed", {"t": 4096, "k": 288}),
-    ("requantize_transposed", {"t": 4096, "k": 576}),
+    workload("fp8_gemm", GemmShape("wkv_a", 4096, 7168, 576)),
+    workload("fp8_grouped_gemm", GroupedShape("narrow", "contiguous", 8, 1024, 320, 1024)),
+    workload("fp8_grouped_gemm", GroupedShape("wide", "contiguous", 8, 1024, 1024, 320)),
+    workload("fp8_grouped_gemm", GroupedShape("wgrad", "wgrad", 8, 320, 1024, 1024)),
+    workload("grouped_gemm", GroupedShape("narrow", "contiguous", 8, 1024, 320, 1024)),
+    workload("grouped_gemm", GroupedShape("narrow", "contiguous", 8, 1024, 320, 1024), transpose_b=False),
+    workload("grouped_gemm", GroupedShape("wgrad", "wgrad", 8, 320, 1024, 1024)),
+    workload("quantize", QuantizeShape("wkv_a", "quantize", 7168, 576, (128, 128))),
+    workload("quantize", QuantizeShape("swiglu", "swiglu_quantize", 4096, 320)),
+    workload("quantize", QuantizeShape("transposed", "quantize_transposed", 4096, 288)),
+    workload("quantize", QuantizeShape("requantized", "requantize_transposed", 4096, 576)),
 ]
 
 
 def assert_clean(report: CaseReport) -> KernelReport:
     assert report.error is None, report.error
     [kernel] = report.kernels
-    assert kernel.spill_bytes == 0 and not kernel.serialised, f"{report.case} {report.arguments}: {kernel}"
+    assert kernel.spill_bytes == 0 and not kernel.serialised, kernel
     assert kernel.tma and kernel.blocks_per_sm >= 1
     return kernel
 
@@ -53,7 +57,7 @@ def assert_clean(report: CaseReport) -> KernelReport:
 @pytest.mark.parametrize("op", SHIPPED)
 def test_shipped_configurations_compile_clean(op):
     shapes: list[Workload] = SHIPPED[op]
-    for report in compile_for_h100([w.case for w in shapes]):
+    for report in compile_for_h100(shapes):
         kernel = assert_clean(report)
         if op in WGMMA:
             assert kernel.wgmma and all(kind.endswith(WGMMA[op]) for kind in kernel.wgmma), kernel.wgmma
@@ -71,13 +75,9 @@ def test_padded_shapes_compile_clean():
 
 
 def test_bad_configurations_are_told_apart():
-    shape = {"m": 4096, "n": 4096, "k": 7168}
-    spills, too_large = compile_for_h100(
-        [
-            ("fp8_gemm", shape | {"config": {"tile_n": 256, "stages": 3}}),
-            ("fp8_gemm", shape | {"config": {"stages": 8}}),
-        ]
-    )
+    shape = GemmShape("bad", 4096, 4096, 7168)
+    configs = ({"tile_n": 256, "stages": 3}, {"stages": 8})
+    spills, too_large = compile_for_h100([workload("fp8_gemm", shape, config=config) for config in configs])
     [kernel] = spills.kernels
     assert kernel.spill_bytes > 0 and not kernel.clean
     assert "exceeds available shared memory" in too_large.error
