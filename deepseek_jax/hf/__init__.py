@@ -5,7 +5,8 @@ names.py    which tensors make up which leaf of the parameter tree
 files.py    checkpoint folders: config.json, index, checked scan
 tensors.py  one safetensors file: checked header, streaming writer
 packed.py   experts in one tensor per layer, as transformers 5 can save them
-fp8.py      DeepSeek's FP8 blocks                         arrays.py  arrays on devices, a layer at a time
+source.py   where parameters come from, tensor by tensor  fp8.py     DeepSeek's FP8 blocks
+arrays.py   parameters on devices, a layer at a time
 read.py     checkpoint -> parameters        write.py    parameters -> checkpoint
 orbax.py    parameters in orbax by pieces   convert.py  streamed conversion between the two
 job.py      a conversion that was cut off goes on       original.py what orbax remembers of a folder

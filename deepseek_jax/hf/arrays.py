@@ -1,4 +1,4 @@
-"""A stacked leaf, read piece by piece, as a JAX array wherever it is to lie.
+"""The parameters of a source as JAX arrays wherever they are to lie, read piece by piece.
 
 On CPU a device's memory is the host's: each device's slice is filled where it stays. Elsewhere a slice is put together
 on the device, so that the host holds one layer of it at a time. A slice that several devices hold is read once.
@@ -14,23 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deepseek_jax.hf.names import Index, Leaf
+from deepseek_jax.hf.names import get, unflatten
+from deepseek_jax.hf.source import Source, stacks
 
 # Fills an array with the given slices of a leaf.
 Fill = Callable[[tuple[slice, ...], np.ndarray], None]
 
 
-def filler(leaf: Leaf, read: Callable[[Index, tuple[slice, ...], np.ndarray], None]) -> Fill:
-    """Fills a slice of a stacked leaf, one tensor of the checkpoint at a time."""
+def on_devices(
+    source: Source, shardings: Any = None, dtype: np.dtype | None = None, keep_fp8: bool = False
+) -> dict[str, Any]:
+    """The parameter tree of `source`; for `dtype` and `keep_fp8` see `stacks`.
 
-    def fill(where: tuple[slice, ...], out: np.ndarray) -> None:
-        n = len(leaf.stack)
-        starts = [s.indices(size)[0] for s, size in zip(where[:n], leaf.stack, strict=True)]
-        for local in np.ndindex(*out.shape[:n]):
-            index = tuple(start + i for start, i in zip(starts, local, strict=True))
-            read(index, where[n:], out[local])
-
-    return fill
+    shardings: tree like the parameters of `jax.sharding.Sharding`; None: the default device.
+    """
+    flat: dict[str, jax.Array] = {}
+    for stack in stacks(source, dtype, keep_fp8):
+        sharding = None if shardings is None else get(shardings, stack.name)
+        flat[stack.name] = filled(stack.shape, stack.dtype, sharding, stack.fill, bool(stack.stack))
+        source.forget()
+    return unflatten(flat)
 
 
 def filled(shape: tuple[int, ...], dtype: np.dtype, sharding: Any, fill: Fill, stacked: bool) -> jax.Array:

@@ -9,27 +9,24 @@ gives the same files bit for bit. The folder of a training run brings its tokeni
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from deepseek_jax.checkpoints import inventory
 from deepseek_jax.checkpoints.files import FORMAT, ITEMS, locate
-from deepseek_jax.checks import require
+from deepseek_jax.checks import choice, require
 from deepseek_jax.config import Config, DataConfig
 from deepseek_jax.data import text_files
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.hf import fp8, original
-from deepseek_jax.hf.files import plan_shards, write_index
+from deepseek_jax.hf import original
+from deepseek_jax.hf.files import plan_shards
 from deepseek_jax.hf.job import JOURNAL, Counter, begin, finish
 from deepseek_jax.hf.job import Progress as Progress
-from deepseek_jax.hf.names import Index, Leaf
 from deepseek_jax.hf.orbax import TreeSource, arrays, write_meta, write_tree
 from deepseek_jax.hf.read import Checkpoint
-from deepseek_jax.hf.tensors import DTYPES, write_shard
-from deepseek_jax.hf.write import SHARD_BYTES, Producer, Source
+from deepseek_jax.hf.source import Source
+from deepseek_jax.hf.tensors import DTYPES
+from deepseek_jax.hf.write import SHARD_BYTES, Producer, write_model
 
 
 def to_orbax(
@@ -46,12 +43,10 @@ def to_orbax(
     mtp: False leaves the MTP modules out.
     Raises ValueError before anything is written: unreadable source, target in use, unknown format.
     """
-    if format not in ("stored", "bf16", "f32"):
-        raise ValueError(f"format={format!r} is not one of ['stored', 'bf16', 'f32'] for orbax")
-    checkpoint = Checkpoint(source, mtp)
-    folder = _FolderSource(checkpoint, format == "stored")
-    dtype = {"stored": None, "bf16": DTYPES["BF16"], "f32": DTYPES["F32"]}[format]
-    stacks = list(arrays(checkpoint.cfg, folder, dtype))
+    dtypes = {"stored": None, "bf16": DTYPES["BF16"], "f32": DTYPES["F32"]}
+    choice("format", format, tuple(dtypes))
+    checkpoint = _checkpoint(source, mtp, format)
+    stacks = list(arrays(checkpoint, dtypes[format]))
     partial, target = begin(checkpoint.path, target, f"{format}{'' if mtp else ' without MTP'}")
     if partial is None:
         return
@@ -89,17 +84,16 @@ def to_hf(
         require(
             step is None and not ema, f"{source} has one set of parameters: no step and no average to choose"
         )
-        checkpoint = Checkpoint(source, mtp)
+        tree = checkpoint = _checkpoint(source, mtp, format)
         folder = root = checkpoint.path
-        cfg, tree = checkpoint.cfg, _FolderSource(checkpoint, format == "stored")
         config: dict[str, Any] | None = checkpoint.hf
     else:
         folder, root = locate(source, step)
         tree = TreeSource(folder, ema)
         require(mtp, f"{source}: the MTP modules of a run cannot be left out (mtp=False)")
-        cfg, kept = tree.cfg, original.read(tree.meta, tree.cfg, folder)
+        kept = original.read(tree.meta, tree.cfg, folder)
         config = None if kept is None else kept.config
-    producer = Producer(cfg, tree, format, scale)
+    producer = Producer(tree, format, scale)
     layout = plan_shards(producer.specs, shard_bytes)
     config, tokenizer = _said(config, producer.config(), format, root)
     if kept is not None and format == "stored":
@@ -108,52 +102,21 @@ def to_hf(
     partial, target = begin(folder, target, options)
     if partial is None:
         return
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    names = [name for group in layout.files.values() for name in group]
-    count = Counter(sum(_nbytes(producer, [name]) for name in names), progress)
-    for file, group in layout.files.items():
-        if (partial / file).exists():
-            count(_nbytes(producer, group))
-        else:
-            write_shard(partial / file, group, producer.specs, layout.metadata[file], producer, count)
-    write_index(partial, layout)
+    total = sum(map(producer.nbytes, layout.files.values()))
+    write_model(partial, config, layout, producer, Counter(total, progress))
     finish(root, partial, target, tokenizer)
 
 
 # --- from Hugging Face ------------------------------------------------------------------------------------
 
 
-class _FolderSource(Source):
-    """Leaf pieces of a Hugging Face folder, FP8 as it is.
-
-    A leaf that is FP8 in some layers only becomes float32 on the way, unless it is to be `stored` as it is, which
-    stacked arrays cannot do.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, stored: bool):
-        self._checkpoint = checkpoint
-        self.dtypes = {}
-        for path, leaf in checkpoint.leaves.items():
-            whole, some = checkpoint.is_fp8(leaf), checkpoint.has_fp8(leaf)
-            if stored and some and not whole:
-                raise ValueError(
-                    f"{checkpoint.path}: {leaf.template} is FP8 in some layers only; use format 'bf16'"
-                )
-            mixed = DTYPES["F32"] if some else checkpoint.float_dtype(leaf)
-            self.dtypes[path] = fp8.E4M3 if whole else mixed
-
-    def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
-        if self.dtypes[leaf.path] == fp8.E4M3:
-            return np.asarray(self._checkpoint.tensors[leaf.name(index)].read())
-        out = np.empty(leaf.piece_shape, self.dtypes[leaf.path])
-        self._checkpoint.read(leaf, index, (slice(None),) * out.ndim, out)
-        return out
-
-    def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
-        return self._checkpoint.scales(leaf.name(index))
-
-    def bias(self) -> np.ndarray:
-        return self._checkpoint.balance_bias()
+def _checkpoint(path: str | Path, mtp: bool, format: str) -> Checkpoint:
+    """The folder at `path`. Raises ValueError for a leaf that stacked arrays cannot keep as it is."""
+    checkpoint = Checkpoint(path, mtp)
+    if format == "stored" and checkpoint.mixed:
+        leaf = checkpoint.leaves[checkpoint.mixed[0]]
+        raise ValueError(f"{checkpoint.path}: {leaf.template} is FP8 in some layers only; use format 'bf16'")
+    return checkpoint
 
 
 def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -194,7 +157,3 @@ def _merged(published: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
     merged = {k: v for k, v in published.items() if k not in ("quantization_config", "dtype")}
     changed = ("torch_dtype", "quantization_config")
     return merged | {k: config[k] for k in changed if k in config}
-
-
-def _nbytes(producer: Producer, names: list[str]) -> int:
-    return sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in (producer.specs[n] for n in names))

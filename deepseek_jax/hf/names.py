@@ -104,22 +104,6 @@ class Leaf:
         """Tensor of the checkpoint -> piece of this leaf (a view)."""
         return w.T.reshape(self.piece_shape) if self.transposed else w
 
-    def window(self, piece: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """What to read for a slice of a piece: (slices of the checkpoint's tensor, slices of what came).
-
-        Only the first of the dims that make up a row or column range narrows what is read.
-        """
-        if not self.transposed:
-            return piece, (slice(None),) * len(piece)
-        outer, rest = [], []
-        for dims in (range(self.split), range(self.split, len(self.piece_shape))):
-            first, *others = dims
-            start, stop, _ = piece[first].indices(self.piece_shape[first])
-            width = math.prod(self.piece_shape[d] for d in others)
-            outer.append(slice(start * width, stop * width))
-            rest += [slice(None), *(piece[d] for d in others)]
-        return (outer[1], outer[0]), tuple(rest)
-
     def to_hf(self, x: np.ndarray) -> np.ndarray:
         """Piece of this leaf -> tensor of the checkpoint (a view)."""
         return x.reshape(self.hf_shape[::-1]).T if self.transposed else x

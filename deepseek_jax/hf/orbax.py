@@ -6,73 +6,41 @@ the plain zarr format that orbax reads. The result is a step of a run's checkpoi
 `balance_bias` but no optimizer state: what `training.checkpoint.load_params` reads.
 """
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from deepseek_jax.checkpoints.files import CheckpointError, MisfitError, read_meta, verify
-from deepseek_jax.checks import plain, require, shown
+from deepseek_jax.checkpoints.files import (
+    CheckpointError,
+    MisfitError,
+    first_line,
+    read_meta,
+    verify,
+)
+from deepseek_jax.checks import require
 from deepseek_jax.config import ModelConfig, build
 from deepseek_jax.hf import fp8
-from deepseek_jax.hf.arrays import filled, filler
-from deepseek_jax.hf.names import Index, Leaf, get, leaves, unflatten
-from deepseek_jax.hf.read import SCALE, Q
+from deepseek_jax.hf.arrays import on_devices
+from deepseek_jax.hf.names import Index, Leaf, leaves, unflatten
+from deepseek_jax.hf.source import SCALE, Q, Source, Stacked, require_fit, stacks, windowed
 from deepseek_jax.hf.tensors import DTYPES
-from deepseek_jax.hf.write import Source
 from deepseek_jax.json_files import read_object
 
 BIAS = "balance_bias"
 
 
-class Stacked(NamedTuple):
-    """One array of the checkpoint: name in the tree, shape, stacked axes, dtype, and its pieces by index."""
-
-    name: str
-    shape: tuple[int, ...]
-    stack: tuple[int, ...]
-    dtype: np.dtype
-    piece: Callable[[Index], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def arrays(cfg: ModelConfig, source: Source, dtype: np.dtype | None) -> Iterator[Stacked]:
-    """The arrays that hold a source's leaves, `dtype` None leaving each as it is (FP8 as values and scales)."""
-    for path, leaf in leaves(cfg).items():
-        name, stored = f"params.{path}", source.dtypes[path]
-        if stored == fp8.E4M3 and dtype is None:
-            values, scales = (*leaf.stack, *leaf.hf_shape), (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
-            yield Stacked(f"{name}.{Q}", values, leaf.stack, fp8.E4M3, _bound(source.piece, leaf))
-            yield Stacked(f"{name}.{SCALE}", scales, leaf.stack, DTYPES["F32"], _bound(source.scale, leaf))
-        else:
-            yield Stacked(
-                name, leaf.shape, leaf.stack, dtype or stored, _converted(source, leaf, dtype or stored)
-            )
+def arrays(source: Source, dtype: np.dtype | None) -> Iterator[Stacked]:
+    """The arrays of the checkpoint of a source; `dtype` None leaves each as it is (FP8 as values and scales)."""
+    for stack in stacks(source, dtype, keep_fp8=dtype is None):
+        yield stack._replace(name=f"params.{stack.name}")
     bias = source.bias()
-    yield Stacked(BIAS, bias.shape, (), bias.dtype, lambda _: bias)
-
-
-def _bound(read: Callable[[Leaf, Index], np.ndarray], leaf: Leaf) -> Callable[[Index], np.ndarray]:
-    return lambda index: read(leaf, index)
-
-
-def _converted(source: Source, leaf: Leaf, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
-    def piece(index: Index) -> np.ndarray:
-        x = source.piece(leaf, index)
-        if x.dtype == fp8.E4M3:
-            x = leaf.from_hf(fp8.dequantise(x, source.scale(leaf, index), dtype))
-        return x.astype(dtype, copy=False)
-
-    return piece
+    yield Stacked(BIAS, bias.shape, (), bias.dtype, windowed(lambda _: bias))
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -121,13 +89,7 @@ def _lay_out(directory: Path, names: list[str]) -> None:
     scratch = directory.with_name(directory.name + ".layout")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    tree: dict[str, Any] = {}
-    for name in names:
-        *parents, last = name.split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = np.zeros(1, np.float32)
+    tree = unflatten({name: np.zeros(1, np.float32) for name in names})
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     handler.save(epath.Path(scratch), args=ocp.args.PyTreeSave(tree))
     for name in names:
@@ -209,7 +171,6 @@ class TreeSource(Source):
         return self._read(BIAS, ())
 
     def forget(self) -> None:
-        """Drops the chunks in memory."""
         self._blocks.clear()
 
     def _read(self, name: str, index: Index) -> np.ndarray:
@@ -224,7 +185,7 @@ class TreeSource(Source):
             try:
                 self._blocks[name] = (start, store[window].read().result())
             except ValueError as error:
-                raise ValueError(f"{self._step}: array {name} is damaged: {_first_line(error)}") from error
+                raise ValueError(f"{self._step}: array {name} is damaged: {first_line(error)}") from error
         block = self._blocks[name][1]
         return block[tuple(i - s for i, s in zip(index, start, strict=True))]
 
@@ -249,14 +210,10 @@ class _Tree:
             store = ts.open(spec).result()
         except ValueError as error:
             raise ValueError(
-                f"{self.directory}: array {name} cannot be opened: {_first_line(error)}"
+                f"{self.directory}: array {name} cannot be opened: {first_line(error)}"
             ) from error
-        dtype = store.dtype.numpy_dtype
-        if tuple(store.shape) != tuple(shape) or dtype not in allowed:
-            raise ValueError(
-                f"{self.directory}: array {name} is {dtype}{list(store.shape)}, expected one of "
-                f"{[str(d) for d in allowed]} and shape {list(shape)}"
-            )
+        found = store.dtype.numpy_dtype, tuple(store.shape)
+        require_fit(f"{self.directory}: array {name}", found, allowed, shape)
         return store
 
 
@@ -270,19 +227,11 @@ def load_tree(item: Path, shardings: Callable[[ModelConfig], Any] = lambda cfg: 
     """
     try:
         source = TreeSource(item.parent, item.name == "ema", verified=True)
-        where, flat = _laid_out(shardings, source.cfg), {}
-        for path, leaf in leaves(source.cfg).items():
-            stored = source.dtypes[path]
-            kind = DTYPES["BF16"] if stored == fp8.E4M3 else stored
-            fill = filler(leaf, _slices_of(_converted(source, leaf, kind)))
-            target = None if where is None else get(where, path)
-            flat[path] = filled(leaf.shape, kind, target, fill, bool(leaf.stack))
-            source.forget()
+        return on_devices(source, _laid_out(shardings, source.cfg))
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return unflatten(flat)
 
 
 def _laid_out(shardings: Callable[[Any], Any], cfg: Any) -> Any:
@@ -292,38 +241,11 @@ def _laid_out(shardings: Callable[[Any], Any], cfg: Any) -> Any:
         raise MisfitError(str(error)) from error
 
 
-def _slices_of(
-    piece: Callable[[Index], np.ndarray],
-) -> Callable[[Index, tuple[slice, ...], np.ndarray], None]:
-    def read(index: Index, window: tuple[slice, ...], out: np.ndarray) -> None:
-        out[...] = piece(index)[window]
-
-    return read
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
-
-
-def _mapping(value: Any, file: Path, what: str) -> dict[str, Any]:
-    require(
-        isinstance(value, dict),
-        f"{file}: {what}={shown(value)} should be an object: not a checkpoint of this project",
-    )
-    return value
-
-
 def _tree_names(file: Path) -> tuple[set[str], bool]:
     """(names of the arrays, whether they are zarr 3) of a tree that orbax wrote."""
     tree = read_object(file)
-    names = set()
-    for name, entry in _mapping(tree.get("tree_metadata"), file, "tree_metadata").items():
-        keys = entry.get("key_metadata") if isinstance(entry, dict) else None
-        parts = (
-            [k.get("key") if isinstance(k, dict) else None for k in keys] if isinstance(keys, list) else []
-        )
-        texts = [part for part in parts if isinstance(part, str)]
-        whole = bool(parts) and len(texts) == len(parts)
-        require(whole, f"{file}: tree_metadata.{plain(name)}={shown(entry)} is damaged")
-        names.add(".".join(texts))
-    return names, bool(tree.get("use_zarr3"))
+    try:
+        keys = [entry["key_metadata"] for entry in tree["tree_metadata"].values()]
+        return {".".join(key["key"] for key in path) for path in keys}, bool(tree.get("use_zarr3"))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a tree of arrays: {first_line(error)}") from error

@@ -5,30 +5,27 @@ Over a mesh every device's slice is read from just the bytes that it covers, a l
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
-from deepseek_jax.checks import plain
+from deepseek_jax.checks import choice, plain
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf import fp8
-from deepseek_jax.hf.arrays import Fill, filled, filler
+from deepseek_jax.hf.arrays import on_devices
 from deepseek_jax.hf.config import from_hf
 from deepseek_jax.hf.files import read_config, scan
-from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, mtp_of, shared_copies, unflatten
+from deepseek_jax.hf.names import Index, Leaf, bias_names, leaves, mtp_of, shared_copies
+from deepseek_jax.hf.source import Source
 from deepseek_jax.hf.tensors import DTYPES, Tensor
 
 SCALE_SUFFIX = "_scale_inv"  # of "<name>.weight"
-# A leaf kept in FP8 is a dict of these two: checkpoint layout [stack..., out, in] and [stack..., blocks, blocks].
-Q, SCALE = "fp8", "scale"
 _SCALES = ("F32", "F8_E8M0")
 _WITHOUT_MTP = "to leave out the MTP modules: mtp=False (experiments: --nomtp)"
 _IGNORED = ("rotary_emb.inv_freq",)  # derived from the config; old files carry it
-_FLOATS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_FLOATS = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 
 
 def load(
@@ -59,29 +56,20 @@ def load(
         ValueError: anything wrong with the folder, naming file and tensor, before data is read.
     """
     checkpoint = Checkpoint(path, mtp)
-    if dtype is not None and dtype not in _FLOATS:
-        raise ValueError(f"dtype={dtype!r} is not one of {list(_FLOATS)}")
-    flat: dict[str, Any] = {}
-    for name, leaf in checkpoint.leaves.items():
-        target = None if shardings is None else get(shardings, name)
-        if keep_fp8 and checkpoint.is_fp8(leaf):
-            flat[name] = {
-                part: filled(shape, kind, None if target is None else target[part], fill, bool(leaf.stack))
-                for part, (shape, kind, fill) in _fp8_parts(checkpoint, leaf).items()
-            }
-        else:
-            kind = _FLOATS[dtype] if dtype else checkpoint.float_dtype(leaf)
-            fill = filler(leaf, functools.partial(checkpoint.read, leaf))
-            flat[name] = filled(leaf.shape, kind, target, fill, bool(leaf.stack))
-    cfg = checkpoint.cfg if dtype is None else dataclasses.replace(checkpoint.cfg, dtype=dtype)
-    return cfg, unflatten(flat), jax.device_put(checkpoint.balance_bias())
+    cfg = checkpoint.cfg
+    if dtype is not None:
+        choice("dtype", dtype, tuple(_FLOATS))
+        cfg = dataclasses.replace(cfg, dtype=dtype)
+    params = on_devices(checkpoint, shardings, None if dtype is None else _FLOATS[dtype], keep_fp8)
+    return cfg, params, jax.device_put(checkpoint.bias())
 
 
-class Checkpoint:
+class Checkpoint(Source):
     """A checked checkpoint folder.
 
     hf: parsed config.json. cfg: its ModelConfig, without MTP modules if the files have none or with `mtp` False.
     tensors: by name. layout: how they are spread over files. leaves: of the parameter tree, by path.
+    mixed: paths of the leaves that are FP8 in some layers only.
 
     Raises ValueError naming file and tensor.
     """
@@ -105,42 +93,24 @@ class Checkpoint:
         self.cfg = cfg
         self.leaves = leaves(cfg)
         self._check()
+        kinds = {
+            path: {self.tensors[leaf.name(i)].dtype for i in leaf.indices()}
+            for path, leaf in self.leaves.items()
+        }
+        self.dtypes = {path: _dtype_for(stored) for path, stored in kinds.items()}
+        self.mixed = [path for path, stored in kinds.items() if "F8_E4M3" in stored and len(stored) > 1]
 
-    def is_fp8(self, leaf: Leaf) -> bool:
-        """Whether all tensors of the leaf are FP8."""
-        return all(self.tensors[leaf.name(i)].dtype == "F8_E4M3" for i in leaf.indices())
+    def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
+        """A memory map: only what is used of it is read."""
+        w = self.tensors[leaf.name(index)].read()
+        return w if w.dtype == fp8.E4M3 else leaf.from_hf(w)
 
-    def has_fp8(self, leaf: Leaf) -> bool:
-        """Whether any tensor of the leaf is FP8."""
-        return any(self.tensors[leaf.name(i)].dtype == "F8_E4M3" for i in leaf.indices())
+    def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
+        """Raises ValueError for scales that cannot be."""
+        name = leaf.name(index) + SCALE_SUFFIX
+        return fp8.checked_scales(self.tensors[name].read(), f"{self.tensors[name].file}: tensor {name}")
 
-    def float_dtype(self, leaf: Leaf) -> np.dtype:
-        """The dtype that holds all tensors of the leaf without loss; FP8 counts as bfloat16."""
-        stored = {self.tensors[leaf.name(i)].dtype for i in leaf.indices()}
-        return DTYPES["F32"] if "F32" in stored else DTYPES["BF16"]
-
-    def read(self, leaf: Leaf, index: Index, piece: tuple[slice, ...], out: np.ndarray) -> None:
-        """Writes a slice of one piece of `leaf` into `out`, dequantised and cast to its dtype."""
-        name = leaf.name(index)
-        tensor = self.tensors[name]
-        window, rest = leaf.window(piece)
-        data = tensor.read()[window]
-        if tensor.dtype == "F8_E4M3":
-            scales = self.scales(name)
-            data = fp8.dequantise(data, scales, out.dtype, window[0].start or 0, window[1].start or 0)
-        if leaf.transposed:
-            shape = list(leaf.piece_shape)
-            for dim in (0, leaf.split):
-                shape[dim] = len(range(shape[dim])[piece[dim]])
-            data = data.T.reshape(shape)
-        out[...] = data[rest]
-
-    def scales(self, name: str) -> np.ndarray:
-        """float32 scales of an FP8 tensor. Raises ValueError for ones that cannot be."""
-        scale = self.tensors[name + SCALE_SUFFIX]
-        return fp8.checked_scales(scale.read(), f"{scale.file}: tensor {name + SCALE_SUFFIX}")
-
-    def balance_bias(self) -> np.ndarray:
+    def bias(self) -> np.ndarray:
         """float32 [layer, expert]; zeros for softmax gating. Raises ValueError where it is not finite."""
         bias = np.zeros(self.cfg.balance_bias_shape, np.float32)
         for row, name in enumerate(bias_names(self.cfg)):
@@ -221,17 +191,8 @@ def _check_one(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[
         )
 
 
-def _fp8_parts(checkpoint: Checkpoint, leaf: Leaf) -> dict[str, tuple[tuple[int, ...], np.dtype, Fill]]:
-    """Shape, dtype and filler of the two arrays of a leaf kept in FP8."""
-
-    def values(index: Index, window: tuple[slice, ...], out: np.ndarray) -> None:
-        out[...] = checkpoint.tensors[leaf.name(index)].read()[window]
-
-    def scales(index: Index, window: tuple[slice, ...], out: np.ndarray) -> None:
-        out[...] = checkpoint.scales(leaf.name(index))[window]
-
-    blocks = (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
-    return {
-        Q: ((*leaf.stack, *leaf.hf_shape), fp8.E4M3, filler(leaf, values)),
-        SCALE: (blocks, DTYPES["F32"], filler(leaf, scales)),
-    }
+def _dtype_for(stored: set[str]) -> np.dtype:
+    """The dtype of a leaf of such tensors: FP8, or what holds all of them without loss; some FP8 count as bfloat16."""
+    if stored == {"F8_E4M3"}:
+        return fp8.E4M3
+    return DTYPES["F32"] if "F32" in stored else DTYPES["BF16"]

@@ -1,29 +1,31 @@
 """Parameter tree -> Hugging Face checkpoint that `transformers` loads, MTP modules included.
 
-`tensor_specs` says which tensors a checkpoint has in a given format, `Producer` makes them one at a time from
-any source of leaf pieces, so that saving from memory and converting from disk share this code.
+`Producer` says which tensors a checkpoint has in a given format, and makes them one at a time from any source, so
+that saving from memory and converting from disk share this code.
 """
 
-import abc
-import dataclasses
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from deepseek_jax.checks import choice
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.config import quantization_config, to_hf
-from deepseek_jax.hf.files import plan_shards, write_index
+from deepseek_jax.hf.files import Layout, plan_shards, write_index
 from deepseek_jax.hf.names import Index, Leaf, bias_names, get, leaves, shared_copies
-from deepseek_jax.hf.read import SCALE, SCALE_SUFFIX, Q
+from deepseek_jax.hf.read import SCALE_SUFFIX
+from deepseek_jax.hf.source import SCALE, Q, Source, require_fit
 from deepseek_jax.hf.tensors import DTYPES, Spec, write_shard
+from pallas_kernels.quantize.reference import SCALE_FORMATS
 
 FORMATS = ("bf16", "fp8", "f32", "stored")
 SHARD_BYTES = 5_000_000_000
@@ -58,16 +60,13 @@ def save(
     path = Path(path).absolute()
     require_free(path)
     source = _MemorySource(cfg, params, balance_bias)
-    producer = Producer(cfg, source, format, scale)
+    producer = Producer(source, format, scale)
     config = producer.config() | ({} if tokenizer is None else tokenizer.generation_ids())
     layout = plan_shards(producer.specs, shard_bytes)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file, names in layout.files.items():
-        write_shard(partial / file, names, producer.specs, layout.metadata[file], producer)
-    write_index(partial, layout)
+    write_model(partial, config, layout, producer)
     if tokenizer is not None:
         tokenizer.save(partial)
     if path.exists():
@@ -81,29 +80,31 @@ def require_free(path: Path) -> None:
         raise ValueError(f"{path} exists already: remove it or write elsewhere")
 
 
-class Source(abc.ABC):
-    """Where leaf pieces come from. dtypes: of each leaf by path, `fp8.E4M3` for one kept in FP8."""
+def write_model(
+    folder: Path,
+    config: Mapping[str, Any],
+    layout: Layout,
+    producer: "Producer",
+    written: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Writes config.json, the safetensors files that are not there yet, and the index.
 
-    dtypes: dict[str, np.dtype]
-
-    @abc.abstractmethod
-    def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
-        """One tensor in this model's layout; of a leaf kept in FP8, its values in the checkpoint's layout."""
-
-    @abc.abstractmethod
-    def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
-        """Scales of a piece kept in FP8."""
-
-    @abc.abstractmethod
-    def bias(self) -> np.ndarray:
-        """balance_bias, float32 [layer, expert]."""
+    `written` is called with the number of bytes of each tensor, whether written now or found.
+    """
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file, names in layout.files.items():
+        if (folder / file).exists():
+            written(producer.nbytes(names))
+        else:
+            write_shard(folder / file, names, producer.specs, layout.metadata[file], producer, written)
+    write_index(folder, layout)
 
 
 class _MemorySource(Source):
-    """Pieces of a parameter tree in memory; of an array on devices, one layer is on the host at a time."""
+    """A parameter tree in memory; of an array on devices, one layer is on the host at a time."""
 
     def __init__(self, cfg: ModelConfig, params: Any, balance_bias: Any):
-        self._params, self._bias = params, np.asarray(balance_bias, np.float32)
+        self.cfg, self._params, self._bias = cfg, params, np.asarray(balance_bias, np.float32)
         if self._bias.shape != cfg.balance_bias_shape:
             raise ValueError(f"balance_bias has shape {self._bias.shape}, expected {cfg.balance_bias_shape}")
         self.dtypes = {}
@@ -116,14 +117,11 @@ class _MemorySource(Source):
             x = get(self._params, path)
         except KeyError as error:
             raise ValueError(f"params lack {path} of shape {leaf.shape}") from error
-        shape, allowed = leaf.shape, [DTYPES["F32"], DTYPES["BF16"]]
+        shape = leaf.shape
+        allowed: tuple[np.dtype, ...] = (DTYPES["F32"], DTYPES["BF16"])
         if isinstance(x, dict):
-            x, shape, allowed = x[Q], (*leaf.stack, *leaf.hf_shape), [fp8.E4M3]
-        if tuple(x.shape) != shape or np.dtype(x.dtype) not in allowed:
-            raise ValueError(
-                f"params.{path} is {np.dtype(x.dtype)}{list(x.shape)}, expected one of "
-                f"{[str(d) for d in allowed]} and shape {list(shape)}"
-            )
+            x, shape, allowed = x[Q], (*leaf.stack, *leaf.hf_shape), (fp8.E4M3,)
+        require_fit(f"params.{path}", (np.dtype(x.dtype), tuple(x.shape)), allowed, shape)
         return np.dtype(x.dtype)
 
     def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
@@ -147,13 +145,12 @@ class _MemorySource(Source):
         return self._layers[key][1][index[1:]]
 
 
-@dataclasses.dataclass
-class _Part:
-    """What one tensor of the checkpoint is made of. kind: "plain", "fp8", "scale" or "bias"."""
+class _Part(NamedTuple):
+    """What one tensor of the checkpoint is made of. kind: "plain", "fp8", "scale" or "bias", which has no leaf."""
 
     kind: str
     leaf: Leaf | None
-    index: Index
+    at: Index
 
 
 # By kind of part, the dtypes in which a file may have had it.
@@ -171,12 +168,11 @@ class Producer:
     Raises ValueError for an unknown format or scale.
     """
 
-    def __init__(self, cfg: ModelConfig, source: Source, format: str, scale: str = "fp32"):
-        if format not in FORMATS:
-            raise ValueError(f"format={format!r} is not one of {list(FORMATS)}")
-        if scale not in ("fp32", "ue8m0"):
-            raise ValueError(f"scale={scale!r} is not one of ['fp32', 'ue8m0']")
-        self._cfg, self._source, self._format, self._scale = cfg, source, format, scale
+    def __init__(self, source: Source, format: str, scale: str = "fp32"):
+        choice("format", format, FORMATS)
+        choice("scale", scale, SCALE_FORMATS)
+        cfg = self._cfg = source.cfg
+        self._source, self._format, self._scale = source, format, scale
         self._parts: dict[str, _Part] = {}
         self.specs: dict[str, Spec] = {}
         for leaf in leaves(cfg).values():
@@ -222,31 +218,34 @@ class Producer:
 
     def __call__(self, name: str) -> np.ndarray:
         """The tensor of that name, with the dtype and shape of its spec."""
-        part = self._parts[name]
-        if part.leaf is None:
-            return np.ascontiguousarray(self._source.bias()[part.index].astype(self.specs[name][0]))
-        stored_fp8 = self._source.dtypes[part.leaf.path] == fp8.E4M3
-        if part.kind == "plain":
-            return self._plain(part.leaf, part.index, self.specs[name][0])
-        if stored_fp8:
-            read = self._source.piece if part.kind == "fp8" else self._source.scale
-            return read(part.leaf, part.index).astype(self.specs[name][0], copy=False)
-        return self._quantise(part)
+        kind, leaf, index = self._parts[name]
+        dtype, _ = self.specs[name]
+        if leaf is None:
+            x = self._source.bias()[index]
+        elif kind == "plain":
+            x = self._plain(leaf, index, dtype)
+        elif self._source.dtypes[leaf.path] == fp8.E4M3:
+            x = self._source.piece(leaf, index) if kind == "fp8" else self._source.scale(leaf, index)
+        else:
+            x = self._quantised(kind, leaf, index)
+        return x.astype(dtype, copy=False)
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Bytes of the tensors of these names."""
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in map(self.specs.__getitem__, names))
 
     def _plain(self, leaf: Leaf, index: Index, dtype: np.dtype) -> np.ndarray:
-        x = self._source.piece(leaf, index)
-        if x.dtype == fp8.E4M3:
-            return fp8.dequantise(x, self._source.scale(leaf, index), dtype)
-        return leaf.to_hf(x).astype(dtype)
+        x = np.empty(leaf.piece_shape, dtype)
+        self._source.read(leaf, index, (slice(None),) * x.ndim, x)
+        return leaf.to_hf(x)
 
-    def _quantise(self, part: _Part) -> np.ndarray:
-        assert part.leaf is not None
-        w = self._plain(part.leaf, part.index, DTYPES["F32"])
+    def _quantised(self, kind: str, leaf: Leaf, index: Index) -> np.ndarray:
+        w = self._plain(leaf, index, DTYPES["F32"])
         try:
             scales = fp8.block_scales(w, self._scale)
         except ValueError as error:
-            raise ValueError(f"params.{part.leaf.path}{list(part.index)}: {error}") from error
-        return scales if part.kind == "scale" else fp8.quantise(w, scales)
+            raise ValueError(f"params.{leaf.path}{list(index)}: {error}") from error
+        return scales if kind == "scale" else fp8.quantise(w, scales)
 
 
 def _by_layer(name: str) -> tuple[int, int, str]:

@@ -10,7 +10,7 @@ import pytest
 import deepseek_jax
 from deepseek_jax import hf
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.hf import arrays, convert, orbax, read
+from deepseek_jax.hf import arrays, convert
 from deepseek_jax.inference.over_mesh import parameter_shardings
 from tests.oracle.tiny import V3, weights
 
@@ -40,18 +40,17 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def temporary(monkeypatch):
     """Bytes that each leaf took on the host while it was read, at most; devices have memory of their own."""
-    peaks = []
+    peaks, filled = [], arrays.filled
 
     def measured(*args):
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
-        out = arrays.filled(*args)
+        out = filled(*args)
         peaks.append(tracemalloc.get_traced_memory()[1] - before)
         return out
 
     monkeypatch.setattr(arrays, "in_host_memory", lambda device: False)
-    for module in (read, orbax):
-        monkeypatch.setattr(module, "filled", measured)
+    monkeypatch.setattr(arrays, "filled", measured)
     yield peaks
     tracemalloc.stop()
 

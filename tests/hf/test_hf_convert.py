@@ -375,13 +375,13 @@ def test_resumes_where_it_was_cut_off(released, converted, tmp_path, direction, 
             direction(source, tmp_path / "out", progress=cut_after(fraction))
         assert not (tmp_path / "out").exists()
     pieces = []
-    original = convert._FolderSource.piece if direction is convert.to_orbax else convert.TreeSource.piece
+    original = hf.Checkpoint.piece if direction is convert.to_orbax else convert.TreeSource.piece
 
     def counted(self, leaf, index):
         pieces.append((leaf.path, index))
         return original(self, leaf, index)
 
-    monkeypatch.setattr(convert._FolderSource, "piece", counted)
+    monkeypatch.setattr(hf.Checkpoint, "piece", counted)
     monkeypatch.setattr(convert.TreeSource, "piece", counted)
     done = []
     direction(source, tmp_path / "out", progress=lambda n, total: done.append((n, total)))
