@@ -21,7 +21,8 @@ from tokenizers import models
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import deepseek_jax
-from deepseek_jax import hf, inventory
+from deepseek_jax import hf
+from deepseek_jax.checkpoints import inventory
 from deepseek_jax.config import Config, DataConfig, ModelConfig, build
 from deepseek_jax.data import Tokenizer, text_files, train_tokenizer
 from deepseek_jax.hf import convert, orbax
