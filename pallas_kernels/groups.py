@@ -4,12 +4,21 @@ Convention of the grouped GEMMs, DeepGEMM's: the rows of a group are contiguous,
 `alignment` (128), and rows that only fill up a segment, or lie behind the last one, carry the id -1.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import BLOCK
 
 PADDING = -1
+
+
+class Groups(NamedTuple):
+    """Which group each row belongs to, int32 [m], -1 for padding; and the rows of each group without padding [e]."""
+
+    group_m: jax.Array
+    sizes_e: jax.Array
 
 
 def aligned_sizes(group_sizes: jax.Array, alignment: int = BLOCK) -> jax.Array:

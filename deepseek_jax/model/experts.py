@@ -1,26 +1,25 @@
 """Routed experts on one device: dropless, at a cost proportional to the (token, expert) pairs routed.
 
-Training and prefill sort the pairs by expert (`rows.py`) and run each expert over its rows (`expert_ffn.py`, or
-`deepseek_jax/precision/experts.py` in FP8). Decoding, with few tokens, gathers weights or runs all experts densely.
+Training and prefill sort the pairs by expert (`rows.py`) and run each expert over its rows (`ffn.py`). In FP8, the input
+is quantised per token before it is copied to its experts' rows, and so is the gradient of the output: these travel
+between devices. Decoding, with few tokens, gathers weights or runs all experts densely.
 
 Dims: n token, k selected expert, d hidden, f expert inner, e expert.
 """
 
-from typing import NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import expert_ffn
+from deepseek_jax.model.ffn import Gated, ffn_dgrad, ffn_fprop, ffn_wgrad, gated
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.rows import sort_rows, sum_pairs
-from deepseek_jax.model.sums import precision
-from deepseek_jax.model.swiglu import swiglu
-from deepseek_jax.precision import experts as quantised
-from deepseek_jax.precision.linear import Weight
+from deepseek_jax.precision.product import swiglu
+from deepseek_jax.precision.sums import precision
 
 DENSE_ROWS = 64  # up to this many tokens all experts run densely: weights are read once, work is small
 
@@ -34,30 +33,53 @@ def expert_params(cfg: ModelConfig) -> dict[str, Param]:
     }
 
 
-@jax.custom_vjp
-def _ffn(x_nd, weights_nk, experts_nk, w):  # type: ignore[no-untyped-def]
-    return _ffn_fwd(x_nd, weights_nk, experts_nk, w)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _routed(x_nd, weights_nk, experts_nk, w, sent, form):  # type: ignore[no-untyped-def]
+    return _routed_fwd(x_nd, weights_nk, experts_nk, w, sent, form)[0]
 
 
-def _ffn_fwd(x_nd, weights_nk, experts_nk, w):  # type: ignore[no-untyped-def]
-    rows = sort_rows(experts_nk, weights_nk, w[0].shape[0])
-    y_md, gate_mf, up_mf = expert_ffn.forward(x_nd, rows, w)
-    return sum_pairs(y_md, rows.row_nk), (x_nd, gate_mf, up_mf, rows, w)
+def _routed_fwd(x_nd, weights_nk, experts_nk, w, sent, form):  # type: ignore[no-untyped-def]
+    rows = sort_rows(experts_nk, weights_nk, w.gate.experts)
+    a = w.gate.from_dispatch(x_nd, sent, form)
+    a_m = w.gate.take(a, rows.token_m, rows.real_m1)
+    y_md, kept = ffn_fprop(w, a_m, x_nd.dtype, rows)
+    return sum_pairs(y_md, rows.row_nk), (w.gate.kept(a), kept, rows, w.kept_for_backward())
 
 
-def _ffn_bwd(saved, dy_nd):  # type: ignore[no-untyped-def]
-    x_nd, gate_mf, up_mf, rows, w = saved
-    dx_md, dgain_m, dw = expert_ffn.backward(x_nd, dy_nd, gate_mf, up_mf, rows, w)
+def _routed_bwd(form, saved, dy_nd):  # type: ignore[no-untyped-def]
+    a, kept, rows, w = saved
+    dy_m = w.down.take(w.down.gradient_from_dispatch(dy_nd), rows.token_m, rows.real_m1)
+    dx_md, dgain_m, at = ffn_dgrad(w, kept, dy_m, dy_nd.dtype, rows)
+    dw = ffn_wgrad(w, w.gate.take(a, rows.token_m, rows.real_m1), at, dy_m, rows)
     dweights = dgain_m.at[rows.row_nk].get(mode="fill", fill_value=0)
-    return (
-        sum_pairs(dx_md, rows.row_nk),
-        dweights,
-        None,
-        tuple(g.astype(x.dtype) for g, x in zip(dw, w, strict=True)),
-    )
+    return sum_pairs(dx_md, rows.row_nk), dweights, None, dw, None
 
 
-_ffn.defvjp(_ffn_fwd, _ffn_bwd)
+_routed.defvjp(_routed_fwd, _routed_bwd)
+
+
+def routed_experts(
+    p: Params,
+    x_nd: jax.Array,
+    experts_nk: jax.Array,
+    weights_nk: jax.Array,
+    sent: tuple[jax.Array, jax.Array] | None = None,
+    form: str = "",
+) -> jax.Array:
+    """sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d]: the training form, differentiable, dropless.
+
+    x_nd in the compute dtype; experts_nk int32, an id outside [0, e) marks an absent pair; weights_nk float32. `sent`:
+    the tokens as they travelled, (E4M3 [n, d], scales), in the wire's `form`: where the experts would quantise x so
+    themselves, they read these. The gradient is that of x_nd, the same numbers.
+    """
+    return _routed(x_nd, weights_nk, experts_nk, _products(p), sent, form)
+
+
+def _products(p: Params) -> Gated:
+    return gated(p["w_gate_edf"], p["w_up_edf"], p["w_down_efd"])
+
+
+# --- few tokens (decoding) ----------------------------------------------------------------------------------------
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -103,27 +125,6 @@ def _dense(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Ar
     x_end = jnp.broadcast_to(x_nd, (e, *x_nd.shape))
     act = swiglu(_dot("end,edf->enf", x_end, w_gate), _dot("end,edf->enf", x_end, w_up))
     return _dot("enf,efd->end", act * gate_ne.T[..., None], w_down).sum(0)
-
-
-class Travelled(NamedTuple):
-    """Tokens that came quantised as experts in FP8 read them. What is differentiated is `x_nd`, the same numbers."""
-
-    x_nd: jax.Array
-    quantised: tuple[jax.Array, jax.Array]  # E4M3 [n, d], scales
-
-
-def routed_experts(
-    p: Params, x_nd: jax.Array | Travelled, experts_nk: jax.Array, weights_nk: jax.Array
-) -> jax.Array:
-    """sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d]: the training form, differentiable, dropless.
-
-    x_nd in the compute dtype; experts_nk int32, an id outside [0, e) marks an absent pair; weights_nk float32.
-    """
-    w = (p["w_gate_edf"], p["w_up_edf"], p["w_down_efd"])
-    x_nd, came = x_nd if isinstance(x_nd, Travelled) else (x_nd, None)
-    if isinstance(w[0], Weight):
-        return quantised.routed_experts(x_nd, experts_nk, weights_nk, *w, came=came)
-    return _ffn(x_nd, weights_nk, experts_nk, w)
 
 
 def decode_experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:

@@ -1,22 +1,19 @@
-"""RMSNorm, linear layers, SwiGLU FFN, embedding and output head.
+"""RMSNorm, linear layers, embedding and output head.
 
-Dims: b batch, t token, d hidden, f FFN inner, v vocabulary, n flattened tokens.
+Dims: b batch, t token, d hidden, v vocabulary, m flattened tokens.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.params import Param
-from deepseek_jax.model.sums import precision
-from deepseek_jax.model.swiglu import SWIGLU_INPUTS, swiglu
-from deepseek_jax.precision import linear as quantised
+from deepseek_jax.precision.product import product
+from deepseek_jax.precision.sums import precision
 
 Params = Any
 
@@ -53,61 +50,32 @@ rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rm
 
 
 def linear(x: jax.Array, w: Any, n_in: int = 1, dtype: Any = None) -> jax.Array:
-    """Contract the last `n_in` dims of x with the first `n_in` dims of w, both cast to `dtype` (default: x's).
+    """Contract the last `n_in` dims of x with the first `n_in` dims of w; in `dtype`, by default that of x.
 
-    `w` is an array, or brings its own product along: a quantised `precision.linear.Weight`.
-
-    One two-dimensional product: with several batch dims left in, XLA transposes the operands of the weight
-    gradient through memory.
+    `w` is an array, or brings its own product along (`precision/product.py`). One two-dimensional product: with several
+    batch dims left in, XLA transposes the operands of the weight gradient through memory.
     """
-    if hasattr(w, "multiply"):
-        return w.multiply(x, n_in)
-    return _linear(x, w, n_in, dtype or x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _linear(x: jax.Array, w: jax.Array, n_in: int, dtype: Any) -> jax.Array:
-    """Saves its arguments as they are: cast or reshaped, a layer's weight would be saved a second time."""
-    x_mi, w_io = _matrices(x, w, n_in, dtype)
-    y_mo = jnp.matmul(x_mi, w_io, precision=precision(dtype))
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    y_mo = _linear(x, product(w, n_in), dtype or x.dtype, like)
     return y_mo.reshape(*x.shape[: x.ndim - n_in], *w.shape[n_in:])
 
 
-def _matrices(x: jax.Array, w: jax.Array, n_in: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """[m, in] and [in, out] in `dtype`."""
-    width = math.prod(w.shape[:n_in])
-    return x.astype(dtype).reshape(-1, width), w.astype(dtype).reshape(width, -1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear(x: jax.Array, w: Any, dtype: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return w.fprop(w.operand(x), dtype)
 
 
-def _linear_bwd(n_in, dtype, saved, g):  # type: ignore[no-untyped-def]
-    x, w = saved
-    x_mi, w_io = _matrices(x, w, n_in, dtype)
-    g_mo = g.reshape(-1, w_io.shape[1])
-    exact = precision(dtype)
-    dx_mi = jnp.matmul(g_mo, w_io.T, precision=exact)
-    tokens = (((0,), (0,)), ((), ()))
-    dw_io = lax.dot_general(x_mi, g_mo, tokens, precision=exact, preferred_element_type=jnp.float32)
-    return dx_mi.reshape(x.shape).astype(x.dtype), dw_io.reshape(w.shape).astype(w.dtype)
+def _linear_fwd(x, w, dtype, like):  # type: ignore[no-untyped-def]
+    a = w.operand(x)
+    return w.fprop(a, dtype), (w.kept(a), w.kept_for_backward())
 
 
-_linear.defvjp(lambda x, w, n_in, dtype: (_linear(x, w, n_in, dtype), (x, w)), _linear_bwd)
+def _linear_bwd(dtype, like, saved, dy):  # type: ignore[no-untyped-def]
+    a, w = saved
+    return w.dgrad(dy, like.dtype).reshape(like.shape), w.wgrad(a, dy)
 
 
-def mlp_params(d: int, f: int) -> dict[str, Param]:
-    """Dense SwiGLU FFN; also the shared experts, merged into one of inner width n_shared * f."""
-    return {
-        "w_gate_df": Param((d, f), ("embed", "mlp"), n_in=1),
-        "w_up_df": Param((d, f), ("embed", "mlp"), n_in=1),
-        "w_down_fd": Param((f, d), ("mlp", "embed"), n_in=1),
-    }
-
-
-def mlp(p: Params, x: jax.Array) -> jax.Array:
-    """w_down(silu(w_gate x) * w_up x): [..., d] -> [..., d]."""
-    if isinstance(p["w_gate_df"], quantised.Weight):
-        return quantised.mlp(x, p["w_gate_df"], p["w_up_df"], p["w_down_fd"])
-    gate, up = (checkpoint_name(linear(x, p[name]), SWIGLU_INPUTS) for name in ("w_gate_df", "w_up_df"))
-    return linear(swiglu(gate, up), p["w_down_fd"])
+_linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def embed_params(cfg: ModelConfig) -> dict[str, Param]:

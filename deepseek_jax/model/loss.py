@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.sums import precision
+from deepseek_jax.precision.sums import precision
 
 
 def _chunked(x: jax.Array, chunk: int) -> jax.Array:

@@ -18,15 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import attention
-from deepseek_jax.model.attention import CoreInputs, core_inputs
+from deepseek_jax.model.attention import (
+    CoreInputs,
+    core_inputs,
+    core_output,
+    core_output_backward,
+    core_output_forward,
+)
 from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.layers import Params, linear, rms_norm
 from deepseek_jax.model.params import Param, declare
 from deepseek_jax.model.rope import apply_rope, rope_table, softmax_scale
-from deepseek_jax.model.sums import precision
-from deepseek_jax.precision import attention as quantised
-from deepseek_jax.precision.linear import Weight
+from deepseek_jax.precision.product import product
+from deepseek_jax.precision.sums import precision
 
 # Of the two latent norms. The released code does not take rms_norm_eps there, which differs for Moonlight.
 LATENT_EPS = 1e-6
@@ -103,38 +107,13 @@ def expand(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> tuple[CoreInput
 # --- core and output projection -----------------------------------------------------------------------------------
 
 
-def _form(wo: Any) -> Any:
-    """The module with the core that belongs to an output projection's weight."""
-    return quantised if isinstance(wo, Weight) else attention
-
-
-@jax.custom_vjp
-def core_output(qkv: CoreInputs, segments_bt: jax.Array | None, wo: Any) -> jax.Array:
-    """Causal attention and output projection -> [b, t, d], the sum over the heads whose weights there are."""
-    return _form(wo).forward(qkv, segments_bt, wo)[0]
-
-
-def _core_output_fwd(qkv, segments_bt, wo):  # type: ignore[no-untyped-def]
-    y_btd, kept = _form(wo).forward(qkv, segments_bt, wo)
-    return y_btd, (qkv, segments_bt, kept)
-
-
-def _core_output_bwd(saved, dy_btd):  # type: ignore[no-untyped-def]
-    qkv, segments_bt, kept = saved
-    d_qkv, d_wo = _form(kept[-1]).backward(qkv, segments_bt, kept, dy_btd)
-    return d_qkv, None, d_wo
-
-
-core_output.defvjp(_core_output_fwd, _core_output_bwd)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expanding_again(cfg, p, low, rope, qkv, segments_bt, wo):  # type: ignore[no-untyped-def]
-    return core_output(qkv, segments_bt, wo)
+    return core_output_forward(qkv, segments_bt, wo)[0]
 
 
 def _expanding_again_fwd(cfg, p, low, rope, qkv, segments_bt, wo):  # type: ignore[no-untyped-def]
-    y_btd, (_, _, kept) = _core_output_fwd(qkv, segments_bt, wo)
+    y_btd, kept = core_output_forward(qkv, segments_bt, wo)
     return y_btd, (p, low, rope, segments_bt, kept)
 
 
@@ -143,7 +122,7 @@ def _expanding_again_bwd(cfg, saved, dy_btd):  # type: ignore[no-untyped-def]
     # Behind the gradient, so that the compiler does not take the forward pass's arrays and keep them.
     low, dy_btd = lax.optimization_barrier((low, dy_btd))
     qkv, vjp = jax.vjp(lambda p, low: expand(p, cfg, low, rope)[0], p, low)
-    d_qkv, _, d_wo = _core_output_bwd((qkv, segments_bt, kept), dy_btd)
+    d_qkv, d_wo = core_output_backward(qkv, segments_bt, kept, dy_btd)
     return *vjp(d_qkv), None, None, None, d_wo
 
 
@@ -178,7 +157,8 @@ def attend(
         return core_output(inputs.qkv, segments_bt, p["wo_hvd"])
     names = ("q_norm_q", "wq_b_qhk", "wq_dhk", "kv_norm_c", "wkv_b_chm")
     up = {name: p[name] for name in names if name in p}
-    return _expanding_again(cfg, up, inputs.low, rope, inputs.qkv, segments_bt, p["wo_hvd"])
+    wo = product(p["wo_hvd"], n_in=2)
+    return _expanding_again(cfg, up, inputs.low, rope, inputs.qkv, segments_bt, wo)
 
 
 def mla(

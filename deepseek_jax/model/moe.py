@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import expert_params, routed_experts
-from deepseek_jax.model.layers import Params, mlp, mlp_params
+from deepseek_jax.model.ffn import mlp, mlp_params
+from deepseek_jax.model.layers import Params
 from deepseek_jax.model.params import declare
 from deepseek_jax.model.router import (
     BalanceStats,

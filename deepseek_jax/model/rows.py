@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.model.router import expert_counts
 from pallas_kernels.blocks import BLOCK, round_up
-from pallas_kernels.groups import aligned_sizes, row_groups
+from pallas_kernels.groups import Groups, aligned_sizes, row_groups
 
 ALIGNMENT = BLOCK
 
@@ -27,6 +27,10 @@ class Rows(NamedTuple):
     group_m: jax.Array  # int32: expert of each row, -1 for padding
     row_nk: jax.Array  # int32: row of each pair; m for an absent one
     sizes_e: jax.Array  # int32: rows of each expert, without padding
+
+    @property
+    def groups(self) -> Groups:
+        return Groups(self.group_m, self.sizes_e)
 
     @property
     def real_m1(self) -> jax.Array:

@@ -17,6 +17,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.ffn import SWIGLU_INPUTS, mlp, mlp_params
 from deepseek_jax.model.layers import (
     EXPERT_PLAN,
     Params,
@@ -25,8 +26,6 @@ from deepseek_jax.model.layers import (
     head_params,
     linear,
     logits,
-    mlp,
-    mlp_params,
     rms_norm,
 )
 from deepseek_jax.model.mla import Expanded, Rope, attend, down, expanded, mla_params
@@ -35,7 +34,6 @@ from deepseek_jax.model.params import Param, declare, stacked
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.router import BalanceStats
 from deepseek_jax.model.sequence import WHOLE, Whole
-from deepseek_jax.model.swiglu import SWIGLU_INPUTS
 
 
 def block_params(cfg: ModelConfig, is_moe: bool) -> dict[str, Any]:

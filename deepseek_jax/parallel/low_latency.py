@@ -19,8 +19,8 @@ from deepseek_jax.model.layers import Params
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.router import expert_counts
 from deepseek_jax.model.rows import ALIGNMENT
-from deepseek_jax.model.sums import precision
-from deepseek_jax.model.swiglu import swiglu
+from deepseek_jax.precision.product import swiglu
+from deepseek_jax.precision.sums import precision
 from deepseek_jax.parallel.exchange import AS_IT_IS, FLAT, Exchange, Hop, Plan, dispatch
 from deepseek_jax.parallel.ragged import make_chunks, ragged_all_to_all
 from deepseek_jax.parallel.wire import Wire, encode

@@ -26,7 +26,8 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import LatentCache
-from deepseek_jax.model.layers import Params, mlp
+from deepseek_jax.model.ffn import mlp
+from deepseek_jax.model.layers import Params
 from deepseek_jax.model.router import BalanceStats, Routing, affinities, balance_stats, route
 from deepseek_jax.model.transformer import (
     Context,

@@ -24,11 +24,11 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from deepseek_jax.model.params import Param, tree_map, tree_map_with_name
+from deepseek_jax.model.weights import as_matrices, leading_dims
 from deepseek_jax.parallel.mesh import TOKEN_AXES, Rules, param_spec, param_specs, spec_axes
-from deepseek_jax.precision.linear import quantise_weight
 from deepseek_jax.precision.operands import Format, Operand, quantise, quantise_part, transpose
 from deepseek_jax.precision.policy import Policy
-from deepseek_jax.precision.weights import as_matrices, leading_dims
+from deepseek_jax.precision.product import quantise_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def held_specs(tree: Any) -> Any:
 
 
 def gather(params: Any, tree: Any, declared: Any, policy: Policy | None) -> tuple[Any, Any]:
-    """Master weights as held -> what the forward pass reads, for `precision.weights.attach`.
+    """Master weights as held -> what the forward pass reads, for `model.weights.attach`.
 
     Returns (parameters, quantised operands as of `quantise_weights`). The parameters are cast and all-gathered; of a
     weight whose operands are there instead, which is only differentiated, they are zeros.
@@ -153,8 +153,8 @@ def _quantised(p: Param, w: jax.Array, share: Share, policy: Policy) -> tuple[Op
         return as_matrices(p, lax.bitcast_convert_type(_all_gathered(values, share, share.dim), q.dtype))
 
     def whole_matrices(x: jax.Array, fmt: Format) -> Operand:
-        q, scale = quantise(x, fmt)
-        return Operand(bytes_gathered(q), _all_gathered(scale, share, share.dim))
+        part = quantise(x, fmt)
+        return Operand(bytes_gathered(part.q), _all_gathered(part.scale, share, share.dim), fmt)
 
     def divided_matrices(x: jax.Array, fmt: Format) -> Operand:
         assert p.n_in is not None
@@ -167,7 +167,7 @@ def _quantised(p: Param, w: jax.Array, share: Share, policy: Policy) -> tuple[Op
         else:
             x = jnp.swapaxes(x, -1, -2)
             part = transpose(quantise_part(x, fmt.transposed, rows, math.prod(whole[dims]), largest))
-        return Operand(bytes_gathered(part.q), part.scale)
+        return Operand(bytes_gathered(part.q), part.scale, part.format)
 
     return quantise_weight(matrices, policy, whole_matrices if share.dim < lead else divided_matrices)
 

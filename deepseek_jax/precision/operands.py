@@ -1,20 +1,24 @@
 """Quantised operands of a GEMM and their products (report sections 3.3.1 and 3.3.2).
 
 An operand is a matrix [rows, depth] whose last dim is contracted; a GEMM is `a @ b.T`. A `Format` says which
-elements share a scale. Fine-grained formats (128 along the contraction) multiply in `pallas_kernels.fp8_gemm`,
+elements share a scale; operands carry theirs. Fine-grained formats (128 along the contraction) multiply in `pallas_kernels.fp8_gemm`,
 promoted to float32 every 128; coarse formats scale the finished product.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.blocks import BLOCK, cdiv, expand_scale, split_blocks
 from pallas_kernels.fp8_gemm.ops import fp8_gemm
+from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_wgrad
+from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
+from pallas_kernels.groups import Groups, aligned_sizes
 from pallas_kernels.quantize.fallback import scale_from_amax
 from pallas_kernels.quantize.ops import dequantize, quantize, quantize_transposed, requantize_transposed
 from pallas_kernels.quantize.reference import divide
@@ -56,11 +60,13 @@ def power_of_two(fmt: Format) -> Format:
     return dataclasses.replace(fmt, scale="ue8m0")
 
 
-class Operand(NamedTuple):
-    """q [..., rows, depth] float8_e4m3fn, scale float32 with one entry per block."""
+@flax.struct.dataclass
+class Operand:
+    """A quantised matrix: q [..., rows, depth] float8_e4m3fn, scale float32 with one entry per block of `format`."""
 
     q: jax.Array
     scale: jax.Array
+    format: Format = flax.struct.field(pytree_node=False)
 
 
 def _block(fmt: Format, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -72,14 +78,14 @@ def _quantize_coarse(x: jax.Array, fmt: Format) -> Operand:
     axes = tuple(axis for axis, size in ((-2, fmt.rows), (-1, fmt.depth)) if size is None)
     x = x.astype(jnp.float32)
     scale = scale_from_amax(jnp.max(jnp.abs(x), axis=axes, keepdims=True), fmt.scale)
-    return Operand(divide(x, scale).astype(jnp.float8_e4m3fn), scale)
+    return Operand(divide(x, scale).astype(jnp.float8_e4m3fn), scale, fmt)
 
 
 def quantise(x: jax.Array, fmt: Format) -> Operand:
     """x [..., rows, depth] -> Operand; a non-finite element dequantises to NaN."""
     if fmt.rows is None or fmt.depth is None:
         return _quantize_coarse(x, fmt)
-    return Operand(*quantize(x, _block(fmt, x.shape), fmt.scale))
+    return Operand(*quantize(x, _block(fmt, x.shape), fmt.scale), fmt)
 
 
 def quantise_part(
@@ -106,32 +112,34 @@ def quantise_part(
     blocks = jnp.zeros((*amax.shape[:-2], cdiv(total, height), amax.shape[-1]), amax.dtype)
     scale = scale_from_amax(largest(blocks.at[..., block, :].max(amax)), fmt.scale)
     per_element = expand_scale(scale[..., block, :], (1, width), x.shape)
-    return Operand(divide(x, per_element).astype(jnp.float8_e4m3fn), scale)
+    return Operand(divide(x, per_element).astype(jnp.float8_e4m3fn), scale, fmt)
 
 
-def quantise_transposed(x: jax.Array, fmt: Format) -> Operand:
-    """x [..., depth, rows] -> Operand of its transpose: an operand of a weight gradient."""
-    if fmt.fine and fmt.rows == 1:
-        return Operand(*quantize_transposed(x, fmt.scale))
+def along_rows(x: jax.Array | Operand, fmt: Format) -> Operand:
+    """The transposed operand [..., depth, rows], which a weight gradient contracts along the rows (tokens) of x.
+
+    x is an array, or was quantised for another product: it is then dequantised, transposed and quantised again.
+    """
+    tiles = fmt.fine and fmt.rows == 1
+    if isinstance(x, Operand):
+        if tiles and x.format.fine and x.format.rows == 1:
+            return Operand(*requantize_transposed(x.q, x.scale, fmt.scale), fmt)
+        x = dequantise(x)
+    if tiles:
+        return Operand(*quantize_transposed(x, fmt.scale), fmt)
     return quantise(jnp.swapaxes(x, -1, -2), fmt)
 
 
-def dequantise(x: Operand, fmt: Format, dtype=jnp.float32) -> jax.Array:
+def dequantise(x: Operand, dtype: Any = jnp.float32) -> jax.Array:
     """q * scale, in `dtype`."""
-    if fmt.fine:
-        return dequantize(x.q, x.scale, _block(fmt, x.q.shape), dtype)
+    if x.format.fine:
+        return dequantize(x.q, x.scale, _block(x.format, x.q.shape), dtype)
     return (x.q.astype(jnp.float32) * x.scale).astype(dtype)
 
 
-def requantise_transposed(x: Operand, fmt: Format, new: Format) -> Operand:
-    """What the forward pass saved, in `fmt` -> its transpose in `new`, for the weight gradient."""
-    if fmt.rows == new.rows == 1 and fmt.fine and new.fine:
-        return Operand(*requantize_transposed(*x, new.scale))
-    return quantise_transposed(dequantise(x, fmt), new)
-
-
 def transpose(x: Operand) -> Operand:
-    return Operand(*(jnp.swapaxes(part, -1, -2) for part in x))
+    """The operand of the transposed matrix, in the transposed blocks."""
+    return Operand(jnp.swapaxes(x.q, -1, -2), jnp.swapaxes(x.scale, -1, -2), x.format.transposed)
 
 
 def keep(x: Operand) -> Operand:
@@ -140,43 +148,69 @@ def keep(x: Operand) -> Operand:
     `jax.checkpoint` puts the floats it saves through `reduce_precision`, which knows IEEE formats only: E4M3 values
     above 240 would become infinite.
     """
-    return Operand(lax.bitcast_convert_type(x.q, jnp.uint8), x.scale)
+    return x.replace(q=lax.bitcast_convert_type(x.q, jnp.uint8))  # type: ignore[attr-defined]
 
 
 def restore(x: Operand) -> Operand:
     """Inverse of `keep`."""
-    return Operand(lax.bitcast_convert_type(x.q, jnp.float8_e4m3fn), x.scale)
+    return x.replace(q=lax.bitcast_convert_type(x.q, jnp.float8_e4m3fn))  # type: ignore[attr-defined]
 
 
-def row_scales(x: Operand, fmt: Format) -> jax.Array:
+def row_scales(x: Operand) -> jax.Array:
     """Scales with one entry per row."""
     rows = x.q.shape[-2]
-    return x.scale if fmt.rows == 1 else jnp.repeat(x.scale, fmt.rows or rows, axis=-2)[..., :rows, :]
+    return x.scale if x.format.rows == 1 else jnp.repeat(x.scale, x.format.rows or rows, axis=-2)[..., :rows, :]
 
 
-def summed(
-    multiply: Callable[[Operand, Operand, Any], jax.Array],
-    first: tuple[Operand, Operand],
-    second: tuple[Operand, Operand],
-    fmt: Format,
-    dtype: Any,
-) -> jax.Array:
-    """a @ b.T of the first pair plus that of the second, in `dtype`, added up in float32: one product of both depths,
-    whose sum no memory sees, where scales go with blocks and the blocks are whole. `fmt`: of the operands a."""
-
-    def joined(x: Operand, y: Operand) -> Operand:
-        return Operand(*(jnp.concatenate(parts, axis=-1) for parts in zip(x, y, strict=True)))
-
-    if fmt.fine and first[0].q.shape[-1] % BLOCK == 0:
-        return multiply(joined(first[0], second[0]), joined(first[1], second[1]), dtype)
-    return (multiply(*first, jnp.float32) + multiply(*second, jnp.float32)).astype(dtype)
+def take_rows(x: Operand, index_m: jax.Array, real_m1: jax.Array) -> Operand:
+    """Copies of rows of x, each with a scale of its own; zeros where `real_m1` is False."""
+    q = jnp.where(real_m1, x.q[index_m], jnp.zeros((), x.q.dtype))
+    if x.format.rows is None:
+        return x.replace(q=q)  # type: ignore[attr-defined]
+    return Operand(q, row_scales(x)[index_m], dataclasses.replace(x.format, rows=1))
 
 
-def gemm(a: Operand, b: Operand, formats: tuple[Format, Format], dtype) -> jax.Array:
-    """a @ b.T [M, N] in `dtype` (bfloat16 or float32), accumulated in float32."""
-    if formats[0].fine:
-        return fp8_gemm(a.q, row_scales(a, formats[0]), b.q, b.scale, out_dtype=dtype)
+# --- products ---------------------------------------------------------------------------------------------
+
+
+def multiply(a: Operand, b: Operand, dtype: Any, groups: Groups | None = None) -> jax.Array:
+    """a @ b.T [M, N] in `dtype` (bfloat16 or float32), accumulated in float32.
+
+    With `groups`, b is [G, N, depth] and each row of a is multiplied by the matrix of its group; padding rows are zero.
+    """
+    if a.format.fine:
+        if groups is None:
+            return fp8_gemm(a.q, row_scales(a), b.q, b.scale, out_dtype=dtype)
+        return fp8_grouped_gemm(a.q, row_scales(a), b.q, b.scale, groups.group_m, out_dtype=dtype)
     # E4M3 is exact in every wider format; the scales factor out of the sum.
     a_q, b_q = a.q.astype(jnp.float32), b.q.astype(jnp.float32)
-    product = lax.dot_general(a_q, b_q, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
-    return (product * (a.scale * b.scale.T)).astype(dtype)
+    if groups is None:
+        product = lax.dot_general(a_q, b_q, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+        return (product * (a.scale * b.scale.T)).astype(dtype)
+    b_scale = jnp.swapaxes(b.scale, -1, -2)[jnp.maximum(groups.group_m, 0), 0]
+    return (grouped_gemm(a_q, b_q, groups.group_m) * (a.scale * b_scale)).astype(dtype)
+
+
+def multiply_groups(a: Operand, b: Operand, groups: Groups) -> jax.Array:
+    """a [in, M], b [out, M] -> a @ b.T over the rows of each group [G, in, out], float32."""
+    sizes = aligned_sizes(groups.sizes_e)
+    if a.format.fine:
+        return fp8_grouped_wgrad(a.q, row_scales(a), b.q, row_scales(b), sizes)
+    a_q, b_q = a.q.astype(jnp.float32).T, b.q.astype(jnp.float32).T
+    return grouped_wgrad(a_q, b_q, sizes) * (a.scale * b.scale.T)
+
+
+def sum_of_two(
+    first: tuple[Operand, Operand], second: tuple[Operand, Operand], dtype: Any, groups: Groups | None
+) -> jax.Array:
+    """a @ b.T of the first pair plus that of the second, in `dtype`, added up in float32: one product of both depths,
+    whose sum no memory sees, where scales go with blocks and the blocks are whole."""
+
+    def joined(x: Operand, y: Operand) -> Operand:
+        q, scale = (jnp.concatenate(parts, axis=-1) for parts in ((x.q, y.q), (x.scale, y.scale)))
+        return Operand(q, scale, x.format)
+
+    (a, b), (c, d) = first, second
+    if a.format.fine and a.q.shape[-1] % BLOCK == 0:
+        return multiply(joined(a, c), joined(b, d), dtype, groups)
+    return (multiply(a, b, jnp.float32, groups) + multiply(c, d, jnp.float32, groups)).astype(dtype)

@@ -25,7 +25,7 @@ from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.sequence import WHOLE, Whole
 from deepseek_jax.model.transformer import Stack, forward, stack
 from deepseek_jax.precision import preset
-from deepseek_jax.precision.weights import attach
+from deepseek_jax.model.weights import attach
 
 Batch = Mapping[str, jax.Array]  # "tokens" int32 [b, w], and with packing masks "segments" and "positions"
 
@@ -160,7 +160,7 @@ def gradients(
 
     `micro_batches` (int32 []): only the first so many of them, so that one program serves batches of all sizes.
 
-    Under an FP8 policy the weights' operands, `quantised` (`precision.weights`), serve all micro-batches, and the
+    Under an FP8 policy the weights' operands, `quantised` (`model.weights`), serve all micro-batches, and the
     backward pass runs on the losses times a power of two near the global token count: gradients of a mean over a large
     batch would lie below the quantiser's smallest scale, and vanish. Of parameters that come in the compute dtype, a
     micro-batch's gradient is rounded to it, as products are; sums are float32.

@@ -27,7 +27,7 @@ from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, rep
 from deepseek_jax.parallel.tensor import sequence_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
-from deepseek_jax.precision.weights import attach
+from deepseek_jax.model.weights import attach
 from deepseek_jax.training.frozen import frozen_leaves, trained
 from deepseek_jax.training.losses import Batch, gradients, targets, totals
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm

@@ -1,4 +1,4 @@
-"""What `model/sums.py` promises, read off the traced training step, and where BF16 sums would go wrong."""
+"""What `precision/sums.py` promises, read off the traced training step, and where BF16 sums would go wrong."""
 
 import functools
 
@@ -13,7 +13,7 @@ from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.rows import sum_pairs
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.precision import preset
-from deepseek_jax.precision.weights import quantise_weights
+from deepseek_jax.model.weights import quantise_weights
 from deepseek_jax.training.losses import gradients, totals
 from tests.tiny_run import fresh_state, tiny, tokens
 

@@ -14,7 +14,7 @@ from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.linear import Weight, quantise_weight
-from deepseek_jax.precision.weights import attach, quantise_weights
+from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.training.losses import gradients, losses, totals
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import make_train_step

@@ -7,8 +7,8 @@ import jax
 from jax import lax
 
 from deepseek_jax.model.params import Param, tree_map
-from deepseek_jax.precision.linear import Weight, quantise_weight
 from deepseek_jax.precision.policy import Policy
+from deepseek_jax.precision.product import Quantised, quantise_weight
 
 _LEADING = ("layer", "expert")
 
@@ -40,13 +40,9 @@ def quantise_weights(params: Any, declared: Any, policy: Policy | None) -> Any:
 
 
 def attach(params: Any, quantised: Any, policy: Policy | None) -> Any:
-    """Parameters with every linear weight as a `Weight`; gradients flow to `params`."""
+    """Parameters with every linear weight as a `Quantised`; gradients flow to `params`."""
     if policy is None:
         return params
     return jax.tree.map(
-        lambda w, operands: (
-            w if operands is None else Weight(w, fprop=operands[0], dgrad=operands[1], policy=policy)
-        ),
-        params,
-        quantised,
+        lambda w, operands: w if operands is None else Quantised(w, *operands, policy), params, quantised
     )

@@ -1,0 +1,287 @@
+"""A weight brings its product along: what a layer multiplies by, forward and backward, whatever its precision.
+
+A linear layer has three GEMMs (report figure 6): fprop y = x W, dgrad dx = dy W^T, wgrad dW = x^T dy. Layers
+(`model/layers.py`, `model/ffn.py`, `model/attention.py`) are written once over products: `Plain` multiplies arrays as
+they are, `Quantised` multiplies FP8 operands by a policy and keeps FP8 for the backward pass. Of a quantised weight the
+operands are made once per step, outside the loop over micro-batches. Each GEMM's operands are quantised on their own:
+an activation that the forward pass saved in FP8 is dequantised, transposed and quantised again along the tokens.
+
+The left operand `a` of a product is an array for `Plain`, an `Operand` for `Quantised`. With `groups`, the weight is that
+of several experts [e, in, out], and the rows of `a` are sorted by expert.
+
+Dims: m row (token), e expert.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.precision import e5m6
+from deepseek_jax.precision.operands import (
+    Format,
+    Operand,
+    along_rows,
+    dequantise,
+    keep,
+    multiply,
+    multiply_groups,
+    quantise,
+    restore,
+    sum_of_two,
+    take_rows,
+    transpose,
+)
+from deepseek_jax.precision.policy import PRESETS, Policy
+from deepseek_jax.precision.sums import precision
+from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
+from pallas_kernels.groups import Groups, aligned_sizes
+from pallas_kernels.quantize.ops import swiglu_quantize
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, the gated activation of every FFN, in the dtype that the arguments promote to."""
+    return jax.nn.silu(gate) * up
+
+
+@flax.struct.dataclass
+class Plain:
+    """A weight multiplied as it is, cast to the dtype of the product.
+
+    w: [in dims, out dims], the first `n_in` of which are contracted; or of several experts [e, in, out].
+    """
+
+    w: jax.Array
+    n_in: int = flax.struct.field(pytree_node=False, default=1)
+
+    @property
+    def experts(self) -> int:
+        return self.w.shape[0]
+
+    def _matrix(self, dtype: Any, groups: Groups | None) -> jax.Array:
+        """[in, out], or of experts [e, in, out]."""
+        w = self.w.astype(dtype)
+        return w if groups is not None else w.reshape(math.prod(w.shape[: self.n_in]), -1)
+
+    def operand(self, x: jax.Array) -> jax.Array:
+        """x [..., in dims] as a left operand of fprop. It stays as it is: reshaped, it would be saved a second time."""
+        return x
+
+    def from_dispatch(self, x: jax.Array, sent: Any = None, form: str = "") -> jax.Array:
+        """Tokens as they come to experts as a left operand of fprop; `sent`: quantised, as they travelled in `form`."""
+        return x
+
+    def gradient_from_dispatch(self, dy: jax.Array) -> jax.Array:
+        """Gradients as they come to experts as a left operand of dgrad."""
+        return dy
+
+    def swiglu(self, gate: jax.Array, up: jax.Array, gain_m: jax.Array | None) -> jax.Array:
+        """silu(gate) * up (* gain) as a left operand of fprop."""
+        act = swiglu(gate, up)
+        return act if gain_m is None else act * gain_m[:, None].astype(act.dtype)
+
+    def take(self, a: jax.Array, index_m: jax.Array, real_m1: jax.Array) -> jax.Array:
+        """Copies of rows of a left operand; zeros where `real_m1` is False."""
+        return jnp.where(real_m1, a[index_m], 0)
+
+    def kept(self, a: jax.Array) -> jax.Array:
+        """A left operand as the forward pass keeps it for `wgrad`."""
+        return a
+
+    def packed(self, x: jax.Array) -> jax.Array:
+        """An activation as the forward pass keeps it for arithmetic that is no product."""
+        return x
+
+    def packed_output(self, x: jax.Array) -> jax.Array:
+        """`packed` for the output of the attention core."""
+        return x
+
+    def unpacked(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """Inverse of both."""
+        return x
+
+    def kept_for_backward(self) -> Self:
+        """What the backward pass needs of this weight."""
+        return self
+
+    def fprop(self, a: jax.Array, dtype: Any, groups: Groups | None = None) -> jax.Array:
+        """a W [m, out] in `dtype`."""
+        w = self._matrix(dtype, groups)
+        if groups is not None:
+            return grouped_gemm(a.astype(dtype), w, groups.group_m, transpose_b=False)
+        return jnp.matmul(a.astype(dtype).reshape(-1, len(w)), w, precision=precision(dtype))
+
+    def dgrad(self, dy: jax.Array, dtype: Any, groups: Groups | None = None) -> jax.Array:
+        """dy W^T [m, in] in `dtype`."""
+        w = self._matrix(dy.dtype, groups)
+        if groups is not None:
+            return grouped_gemm(dy, w, groups.group_m, out_dtype=dtype)
+        wide = jnp.promote_types(dy.dtype, dtype)
+        dy_mo, exact = dy.reshape(-1, w.shape[1]), precision(dy.dtype)
+        return jnp.matmul(dy_mo, w.T, precision=exact, preferred_element_type=wide).astype(dtype)
+
+    def dgrad_of_two(
+        self, other: Self, dy: jax.Array, dy_other: jax.Array, dtype: Any, groups: Groups | None = None
+    ) -> jax.Array:
+        """The gradient [m, in] of an input of two weights, added up in float32."""
+        if groups is None:
+            return (self.dgrad(dy, jnp.float32) + other.dgrad(dy_other, jnp.float32)).astype(dtype)
+        # One product of both depths: their sum stays in the float32 accumulator.
+        w = jnp.concatenate([part._matrix(dy.dtype, groups) for part in (self, other)], axis=-1)
+        return grouped_gemm(jnp.concatenate([dy, dy_other], axis=-1), w, groups.group_m, out_dtype=dtype)
+
+    def wgrad(self, a: jax.Array, dy: jax.Array, groups: Groups | None = None) -> Any:
+        """a^T dy, accumulated in float32, as the cotangent of this weight."""
+        if groups is not None:
+            dw = grouped_wgrad(a.astype(dy.dtype), dy, aligned_sizes(groups.sizes_e))
+        else:
+            width = math.prod(self.w.shape[: self.n_in])
+            a_mi, dy_mo = a.astype(dy.dtype).reshape(-1, width), dy.reshape(-1, self.w.size // width)
+            tokens = (((0,), (0,)), ((), ()))
+            exact = precision(dy.dtype)
+            dw = lax.dot_general(a_mi, dy_mo, tokens, precision=exact, preferred_element_type=jnp.float32)
+        return dataclasses.replace(self, w=dw.reshape(self.w.shape).astype(self.w.dtype))
+
+
+@flax.struct.dataclass
+class Quantised:
+    """A weight multiplied in FP8 by a policy; the methods are those of `Plain`.
+
+    master: float32, in the shape of the parameter; it takes the gradient and is not read. None for inference.
+    fprop_operand: [..., out, in]; dgrad_operand: [..., in, out], None for inference. Leading layer and expert dims are
+    allowed.
+    """
+
+    master: jax.Array | None
+    fprop_operand: Operand | None
+    dgrad_operand: Operand | None
+    policy: Policy = flax.struct.field(pytree_node=False)
+    master_shape: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        if self.master_shape is not None:
+            return self.master_shape
+        assert self.master is not None
+        return self.master.shape
+
+    @property
+    def experts(self) -> int:
+        operand = self.fprop_operand if self.dgrad_operand is None else self.dgrad_operand
+        assert operand is not None
+        return operand.q.shape[0]
+
+    def operand(self, x: jax.Array) -> Operand:
+        assert self.fprop_operand is not None
+        return quantise(x.reshape(-1, self.fprop_operand.q.shape[-1]), self.policy.fprop[0])
+
+    def from_dispatch(self, x: jax.Array, sent: Any = None, form: str = "") -> Operand:
+        """Tokens that travelled in the format of the policy are multiplied as they came; x is then not read."""
+        fmt = self.policy.expert_input
+        return quantise(x, fmt) if sent is None or form != self.policy.dispatch else Operand(*sent, fmt)
+
+    def gradient_from_dispatch(self, dy: jax.Array) -> Operand:
+        fmt = self.policy.expert_input
+        return quantise(dy, fmt if self.policy.dgrad[0].rows == fmt.rows else self.policy.dgrad[0])
+
+    def swiglu(self, gate: jax.Array, up: jax.Array, gain_m: jax.Array | None) -> Operand:
+        """In one pass where the format allows."""
+        fmt = self.policy.fprop[0]
+        if fmt.fine and fmt.rows == 1:
+            return Operand(*swiglu_quantize(gate, up, gain_m, fmt.scale), fmt)
+        act = swiglu(gate.astype(jnp.float32), up.astype(jnp.float32))
+        return quantise(act if gain_m is None else act * gain_m[:, None], fmt)
+
+    def take(self, a: Operand, index_m: jax.Array, real_m1: jax.Array) -> Operand:
+        return take_rows(a, index_m, real_m1)
+
+    def kept(self, a: Operand) -> Operand:
+        return keep(a)
+
+    def packed(self, x: jax.Array) -> Operand:
+        return keep(quantise(x, self.policy.fprop[0]))
+
+    def packed_output(self, x: jax.Array) -> Operand | e5m6.E5M6:
+        """In E5M6 (report section 3.3.3), or FP8 where the policy says so."""
+        x = x.reshape(-1, self.operand_width)
+        return e5m6.encode(x) if self.policy.saved_attention == "e5m6" else self.packed(x)
+
+    @property
+    def operand_width(self) -> int:
+        """Channels that a product contracts."""
+        if self.dgrad_operand is not None:
+            return self.dgrad_operand.q.shape[-2]
+        assert self.fprop_operand is not None
+        return self.fprop_operand.q.shape[-1]
+
+    def unpacked(self, x: Operand | e5m6.E5M6, dtype: Any) -> jax.Array:
+        if isinstance(x, Operand):
+            return dequantise(restore(x), dtype)
+        return e5m6.decode(x, self.operand_width, dtype)
+
+    def kept_for_backward(self) -> Self:
+        """Not the master, of which an empty array says the dtype, and not the operand of fprop."""
+        assert self.master is not None
+        empty = jnp.zeros((0,), self.master.dtype)
+        return dataclasses.replace(self, master=empty, fprop_operand=None, master_shape=self.master.shape)
+
+    def fprop(self, a: Operand, dtype: Any, groups: Groups | None = None) -> jax.Array:
+        assert self.fprop_operand is not None
+        return multiply(a, self.fprop_operand, dtype, groups)
+
+    def _gradient(self, dy: jax.Array | Operand) -> Operand:
+        if isinstance(dy, Operand):
+            return dy
+        assert self.dgrad_operand is not None
+        return quantise(dy.reshape(-1, self.dgrad_operand.q.shape[-1]), self.policy.dgrad[0])
+
+    def dgrad(self, dy: jax.Array | Operand, dtype: Any, groups: Groups | None = None) -> jax.Array:
+        assert self.dgrad_operand is not None
+        return multiply(self._gradient(dy), self.dgrad_operand, dtype, groups)
+
+    def dgrad_of_two(
+        self, other: Self, dy: jax.Array, dy_other: jax.Array, dtype: Any, groups: Groups | None = None
+    ) -> jax.Array:
+        assert self.dgrad_operand is not None and other.dgrad_operand is not None
+        pairs = ((self._gradient(dy), self.dgrad_operand), (other._gradient(dy_other), other.dgrad_operand))
+        return sum_of_two(*pairs, dtype, groups)
+
+    def wgrad(self, a: Any, dy: Any, groups: Groups | None = None) -> Any:
+        """Operands in 128x1 tiles, along the tokens; the master takes it all."""
+        assert self.master is not None and self.master_shape is not None and self.dgrad_operand is not None
+        width_in, width_out = self.dgrad_operand.q.shape[-2:]
+        a = restore(a) if isinstance(a, Operand) else a.reshape(-1, width_in)
+        dy = dy if isinstance(dy, Operand) else dy.reshape(-1, width_out)
+        a_t, dy_t = along_rows(a, self.policy.wgrad[0]), along_rows(dy, self.policy.wgrad[1])
+        dw = multiply(a_t, dy_t, jnp.float32) if groups is None else multiply_groups(a_t, dy_t, groups)
+        master = dw.reshape(self.master_shape).astype(self.master.dtype)
+        return Quantised(master, None, None, self.policy)
+
+
+def product(w: Any, n_in: int = 1) -> Any:
+    """The product of a weight: its own, or that of an array whose first `n_in` dims are the input."""
+    return w if hasattr(w, "fprop") else Plain(w, n_in)
+
+
+def quantise_weight(
+    w: jax.Array, policy: Policy, quantise: Callable[[jax.Array, Format], Operand] = quantise
+) -> tuple[Operand, Operand]:
+    """w [..., in, out] -> operands of fprop and dgrad. `quantise`: of a part of w, if that is what there is."""
+    fprop, dgrad = policy.fprop[1], policy.dgrad[1]
+    in_out = quantise(w, dgrad)
+    same = fprop == dgrad and fprop.square
+    return transpose(in_out if same else quantise(w, fprop.transposed)), in_out
+
+
+def from_blocks(q: jax.Array, scale: jax.Array) -> Quantised:
+    """A weight of an FP8 checkpoint for inference, multiplied as it is: E4M3 [..., out, in], float32 scales of its
+    128x128 blocks. Activations are quantised as in training."""
+    policy = PRESETS["deepseek_fp8"]
+    assert policy is not None
+    return Quantised(None, Operand(q, scale, policy.fprop[1]), None, policy)
