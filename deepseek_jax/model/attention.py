@@ -126,9 +126,7 @@ def core_output(qkv: CoreInputs, segments_bt: jax.Array | None, wo_hvd: Any) -> 
     return _core_output(qkv, segments_bt, product(wo_hvd, n_in=2))
 
 
-def core_output_forward(
-    qkv: CoreInputs, segments_bt: jax.Array | None, wo: Any
-) -> tuple[jax.Array, Kept]:
+def core_output_forward(qkv: CoreInputs, segments_bt: jax.Array | None, wo: Any) -> tuple[jax.Array, Kept]:
     o, lse = attention_forward(*qkv, segments_bt)
     o_bthv = jnp.swapaxes(o, 1, 2)
     y = wo.fprop(wo.operand(o_bthv), o.dtype)

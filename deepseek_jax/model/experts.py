@@ -8,6 +8,7 @@ Dims: n token, k selected expert, d hidden, f expert inner, e expert.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +59,17 @@ def _routed_bwd(form, saved, dy_nd):  # type: ignore[no-untyped-def]
 _routed.defvjp(_routed_fwd, _routed_bwd)
 
 
+class Travelled(NamedTuple):
+    """Tokens, and as they travelled: (E4M3 [n, d], scales), in the wire's `form`."""
+
+    x_nd: jax.Array
+    sent: tuple[jax.Array, jax.Array]
+    form: str
+
+
 def routed_experts(
     p: Params,
-    x_nd: jax.Array,
+    x_nd: Any,
     experts_nk: jax.Array,
     weights_nk: jax.Array,
     sent: tuple[jax.Array, jax.Array] | None = None,
@@ -72,6 +81,8 @@ def routed_experts(
     the tokens as they travelled, (E4M3 [n, d], scales), in the wire's `form`: where the experts would quantise x so
     themselves, they read these. The gradient is that of x_nd, the same numbers.
     """
+    if isinstance(x_nd, Travelled):
+        x_nd, sent, form = x_nd
     return _routed(x_nd, weights_nk, experts_nk, _products(p), sent, form)
 
 

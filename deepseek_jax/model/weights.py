@@ -44,5 +44,7 @@ def attach(params: Any, quantised: Any, policy: Policy | None) -> Any:
     if policy is None:
         return params
     return jax.tree.map(
-        lambda w, operands: w if operands is None else Quantised(w, *operands, policy), params, quantised
+        lambda w, operands: w if operands is None else Quantised(w, operands[0], operands[1], policy),
+        params,
+        quantised,
     )

@@ -32,7 +32,6 @@ from deepseek_jax.model.experts import Travelled
 from deepseek_jax.model.layers import Params
 from deepseek_jax.parallel.ragged import IMPLEMENTATIONS, Axis, Chunks, before, make_chunks, ragged_all_to_all
 from deepseek_jax.parallel.wire import SCALES, Layout, Wire, decode, encode, pack, unpack
-from deepseek_jax.precision.linear import Weight
 
 INSIDE = ("local", "tensor")  # of a node
 FLAT: tuple[Axis, ...] = (("node", *INSIDE),)
@@ -211,11 +210,8 @@ class Received(NamedTuple):
     quantised: tuple[jax.Array, jax.Array] | None = None
 
     def tokens(self, p: Params, ex: Exchange) -> Any:
-        """For the experts of parameters `p`: quantised if they would quantise them so themselves."""
-        w = p["w_gate_edf"]
-        if self.quantised is None or not isinstance(w, Weight) or w.policy.dispatch != ex.wire.dispatch:
-            return self.x_rd
-        return Travelled(self.x_rd, self.quantised)
+        """For the experts, which read them as they travelled if they would quantise them so themselves."""
+        return self.x_rd if self.quantised is None else Travelled(self.x_rd, self.quantised, ex.wire.dispatch)
 
 
 def as_received(message_rw: jax.Array, layout: Layout, form: str, dtype: jnp.dtype) -> Received:

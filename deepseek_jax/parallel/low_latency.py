@@ -19,11 +19,11 @@ from deepseek_jax.model.layers import Params
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.router import expert_counts
 from deepseek_jax.model.rows import ALIGNMENT
-from deepseek_jax.precision.product import swiglu
-from deepseek_jax.precision.sums import precision
 from deepseek_jax.parallel.exchange import AS_IT_IS, FLAT, Exchange, Hop, Plan, dispatch
 from deepseek_jax.parallel.ragged import make_chunks, ragged_all_to_all
 from deepseek_jax.parallel.wire import Wire, encode
+from deepseek_jax.precision.product import swiglu
+from deepseek_jax.precision.sums import precision
 from pallas_kernels.blocks import round_up
 from pallas_kernels.grouped_gemm.ops import grouped_gemm
 from pallas_kernels.groups import PADDING

@@ -159,7 +159,9 @@ def restore(x: Operand) -> Operand:
 def row_scales(x: Operand) -> jax.Array:
     """Scales with one entry per row."""
     rows = x.q.shape[-2]
-    return x.scale if x.format.rows == 1 else jnp.repeat(x.scale, x.format.rows or rows, axis=-2)[..., :rows, :]
+    return (
+        x.scale if x.format.rows == 1 else jnp.repeat(x.scale, x.format.rows or rows, axis=-2)[..., :rows, :]
+    )
 
 
 def take_rows(x: Operand, index_m: jax.Array, real_m1: jax.Array) -> Operand:

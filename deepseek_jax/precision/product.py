@@ -184,7 +184,9 @@ class Quantised:
     def from_dispatch(self, x: jax.Array, sent: Any = None, form: str = "") -> Operand:
         """Tokens that travelled in the format of the policy are multiplied as they came; x is then not read."""
         fmt = self.policy.expert_input
-        return quantise(x, fmt) if sent is None or form != self.policy.dispatch else Operand(*sent, fmt)
+        if sent is None or form != self.policy.dispatch:
+            return quantise(x, fmt)
+        return Operand(sent[0], sent[1], fmt)
 
     def gradient_from_dispatch(self, dy: jax.Array) -> Operand:
         fmt = self.policy.expert_input

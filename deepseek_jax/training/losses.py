@@ -24,8 +24,8 @@ from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.sequence import WHOLE, Whole
 from deepseek_jax.model.transformer import Stack, forward, stack
-from deepseek_jax.precision import preset
 from deepseek_jax.model.weights import attach
+from deepseek_jax.precision import preset
 
 Batch = Mapping[str, jax.Array]  # "tokens" int32 [b, w], and with packing masks "segments" and "positions"
 

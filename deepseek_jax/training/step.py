@@ -22,12 +22,12 @@ from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
 from deepseek_jax.model.transformer import forward, model_params
+from deepseek_jax.model.weights import attach
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, replicated
 from deepseek_jax.parallel.tensor import sequence_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
-from deepseek_jax.model.weights import attach
 from deepseek_jax.training.frozen import frozen_leaves, trained
 from deepseek_jax.training.losses import Batch, gradients, targets, totals
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm

@@ -3,6 +3,7 @@
 Dims: m token, k input channel, n output channel.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -11,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.precision.linear import quantise_weight
 from deepseek_jax.precision.operands import (
     TILE,
-    Format,
     Operand,
-    gemm,
+    along_rows,
+    multiply,
     quantise,
-    quantise_transposed,
-    requantise_transposed,
 )
 from deepseek_jax.precision.policy import Policy
+from deepseek_jax.precision.product import Plain, quantise_weight
 from experiments.study.accumulation import tensor_core_product
 from pallas_kernels.testing.metrics import calc_diff, relative_l2
 
@@ -38,8 +37,8 @@ class Errors(NamedTuple):
     saturated: float
 
 
-def _errors(a: Operand, b: Operand, formats: tuple[Format, Format], plain: Any, exact: Any) -> Errors:
-    got = gemm(a, b, formats, jnp.float32)
+def _errors(a: Operand, b: Operand, plain: Any, exact: Any) -> Errors:
+    got = multiply(a, b, jnp.float32)
     q = np.abs(np.asarray(a.q, np.float32))
     present = np.asarray(plain) != 0
     count = max(1, int(present.sum()))
@@ -64,12 +63,11 @@ def gemm_errors(policy: Policy | None, x_mk: Any, w_kn: Any, dy_mn: Any) -> dict
         }
     fprop_w, dgrad_w = quantise_weight(w, policy)
     x_q, dy_q = quantise(x, policy.fprop[0]), quantise(dy, policy.dgrad[0])
-    x_t = requantise_transposed(x_q, policy.fprop[0], policy.wgrad[0])
-    dy_t = quantise_transposed(dy, policy.wgrad[1])
+    x_t, dy_t = along_rows(x_q, policy.wgrad[0]), along_rows(dy, policy.wgrad[1])
     return {
-        "fprop": _errors(x_q, fprop_w, policy.fprop, x, exact["fprop"]),
-        "dgrad": _errors(dy_q, dgrad_w, policy.dgrad, dy, exact["dgrad"]),
-        "wgrad": _errors(x_t, dy_t, policy.wgrad, x.T, exact["wgrad"]),
+        "fprop": _errors(x_q, fprop_w, x, exact["fprop"]),
+        "dgrad": _errors(dy_q, dgrad_w, dy, exact["dgrad"]),
+        "wgrad": _errors(x_t, dy_t, x.T, exact["wgrad"]),
     }
 
 
@@ -77,42 +75,22 @@ def gemm_errors(policy: Policy | None, x_mk: Any, w_kn: Any, dy_mn: Any) -> dict
 
 
 @flax.struct.dataclass
-class Probe:
-    """A linear layer's weight whose "gradient" is what the layer saw: its input and the gradient of its output.
+class Probe(Plain):
+    """An unquantised weight whose "gradient" is what its product saw: the input and the gradient of the output.
 
     x, dy: zeros [..., m, k] and [..., m, n], to be differentiated with respect to.
     """
 
-    w: jax.Array
-    x: jax.Array
-    dy: jax.Array
+    x: Any = None
+    dy: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.w.shape
 
-    def multiply(self, x: jax.Array, n_in: int = 1) -> jax.Array:
-        """The unquantised product."""
-        flat = x.reshape(-1, self.x.shape[-1])
-        y = _seen(flat, self.w.reshape(self.x.shape[-1], self.dy.shape[-1]), self.x, self.dy)
-        return y.reshape(*x.shape[: x.ndim - n_in], *self.w.shape[n_in:])
+    def wgrad(self, a: Any, dy: Any, groups: Any = None) -> Any:
+        return dataclasses.replace(self, w=None, x=a.reshape(self.x.shape), dy=dy.reshape(self.dy.shape))
 
-
-@jax.custom_vjp
-def _seen(x_mk: jax.Array, w_kn: jax.Array, x_slot: jax.Array, dy_slot: jax.Array) -> jax.Array:
-    return x_mk @ w_kn.astype(x_mk.dtype)
-
-
-def _seen_fwd(x_mk: jax.Array, w_kn: jax.Array, x_slot: jax.Array, dy_slot: jax.Array) -> Any:
-    return _seen(x_mk, w_kn, x_slot, dy_slot), (x_mk, w_kn)
-
-
-def _seen_bwd(saved: Any, dy_mn: jax.Array) -> Any:
-    x_mk, w_kn = saved
-    return dy_mn @ w_kn.astype(dy_mn.dtype).T, None, x_mk, dy_mn
-
-
-_seen.defvjp(_seen_fwd, _seen_bwd)
 
 Path = tuple[str, ...]
 
@@ -134,7 +112,7 @@ def capture(loss: Any, params: Any, where: dict[str, tuple[Path, int]], tokens: 
             w = w[key]
         k = int(np.prod(w.shape[1 : 1 + n_in]))
         n = w[0].size // k
-        probes[name] = Probe(w, jnp.zeros((len(w), tokens, k)), jnp.zeros((len(w), tokens, n)))
+        probes[name] = Probe(w, n_in, jnp.zeros((len(w), tokens, k)), jnp.zeros((len(w), tokens, n)))
 
     def probed(probes: dict[str, Probe]) -> jax.Array:
         with_probes = params

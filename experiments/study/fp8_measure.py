@@ -10,8 +10,8 @@ import numpy as np
 
 from deepseek_jax.config import PRECISIONS, Config
 from deepseek_jax.model.transformer import model_params
-from deepseek_jax.precision import PRESETS
 from deepseek_jax.model.weights import attach, quantise_weights
+from deepseek_jax.precision import PRESETS
 from deepseek_jax.training.drawing import smoothed
 from deepseek_jax.training.loop import Trainer
 from deepseek_jax.training.losses import losses, totals

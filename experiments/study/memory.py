@@ -13,8 +13,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.config import Config
 from deepseek_jax.model.params import tree_map
 from deepseek_jax.model.transformer import model_params
-from deepseek_jax.precision import preset
 from deepseek_jax.model.weights import quantise_weights
+from deepseek_jax.precision import preset
 from deepseek_jax.training.sharding import parameter_shares
 
 

@@ -23,11 +23,11 @@ from deepseek_jax.config import Config, MeshConfig, from_config_dict
 from deepseek_jax.model.params import Param, stacked
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import REMAT, Context, block_params
+from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh, param_specs, rules
 from deepseek_jax.parallel.zero import read_dtype
 from deepseek_jax.precision import PRESETS, preset
-from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.training.sharding import experts_over, moe_stack_over
 from experiments import command_line
 from experiments.study.hlo_schedule import Transfer, transfers

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.precision import preset
-from deepseek_jax.precision.linear import Weight, quantise_weight
+from deepseek_jax.precision.product import Quantised, quantise_weight
 from pallas_kernels.testing.aot import TARGET
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOP_K = 4096, 2048, 1408, 16, 6  # V2-Lite's widths
@@ -28,7 +28,7 @@ def loss(name):
     def value(p, x_nd, weights_nk, experts_nk):
         if policy is not None:
             quantised = {key: quantise_weight(lax.stop_gradient(w), policy) for key, w in p.items()}
-            p = {key: Weight(w, *quantised[key], policy) for key, w in p.items()}
+            p = {key: Quantised(w, *quantised[key], policy) for key, w in p.items()}
         return routed_experts(p, x_nd, experts_nk, weights_nk).astype(jnp.float32).sum()
 
     return value

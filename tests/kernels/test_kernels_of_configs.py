@@ -18,10 +18,11 @@ import pytest
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.hf.config import from_hf
 from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.ffn import mlp
 from deepseek_jax.model.params import tree_map_with_name
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.precision import preset
-from deepseek_jax.precision.linear import Weight, mlp, quantise_weight
+from deepseek_jax.precision.product import Quantised, quantise_weight
 from pallas_kernels import dispatch
 from pallas_kernels.blocks import BLOCK
 from pallas_kernels.compat import JAX_VERSION
@@ -32,6 +33,7 @@ from pallas_kernels.quantize.ops import quantize
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENS, EXPERTS, TOP_K = 4096, 8, 2
 POLICY = preset("deepseek_fp8")
+NAMES = ("w_gate_df", "w_up_df", "w_down_fd")
 REQUANTIZES = JAX_VERSION >= (0, 11)  # jax 0.10 does not get that kernel
 
 
@@ -67,7 +69,7 @@ def array(*shape, dtype=jnp.bfloat16):
 
 
 def weight(w, policy=POLICY):
-    return w if policy is None else Weight(w, *quantise_weight(jax.lax.stop_gradient(w), policy), policy)
+    return w if policy is None else Quantised(w, *quantise_weight(jax.lax.stop_gradient(w), policy), policy)
 
 
 def dense(width_in, width_out):
@@ -86,7 +88,13 @@ def dense(width_in, width_out):
 
 def ffn(d, f):
     def run(x, gate, up, down, dy):
-        y, vjp = jax.vjp(lambda *args: mlp(args[0], *map(weight, args[1:])), x, gate, up, down)
+        y, vjp = jax.vjp(
+            lambda *args: mlp(dict(zip(NAMES, map(weight, args[1:]), strict=True)), args[0]),
+            x,
+            gate,
+            up,
+            down,
+        )
         return y, vjp(dy)
 
     weights = [array(*shape, dtype=jnp.float32) for shape in ((d, f), (d, f), (f, d))]

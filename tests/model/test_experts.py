@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model import expert_ffn, experts
+from deepseek_jax.model import experts
 from deepseek_jax.model.experts import DENSE_ROWS, decode_experts, routed_experts
-from deepseek_jax.model.rows import sort_rows
 
 E, D, F, K = 6, 10, 7, 2
 RNG = np.random.default_rng(0)
@@ -112,25 +111,3 @@ def test_bfloat16_is_computed_in_bfloat16():
     want = loop(P, X, ids, WEIGHTS)[0]
     error = np.linalg.norm(np.float64(got) - want) / np.linalg.norm(want)
     assert 1e-4 < error < 2**-8 * np.sqrt(8)  # eight roundings: x, three weights, g, u, act, y
-
-
-@pytest.mark.parametrize("kind", ["random", "first_and_last_only", "absent"])
-def test_grouped_products_equal_the_loop_over_blocks(kind):
-    """The form for GPUs against the form for CPUs, on every row that belongs to a pair."""
-    rows = jax.jit(sort_rows, static_argnums=2)(pairs(kind).astype(np.int32), WEIGHTS, E)
-    w = tuple(jnp.asarray(x) for x in P.values())
-
-    @jax.jit
-    def both(x, dy):
-        forward, backward = [], []
-        for form in ("blockwise", "grouped"):
-            y, gate, up = getattr(expert_ffn, f"{form}_forward")(x, rows, w)
-            dx, dgain, dw = getattr(expert_ffn, f"{form}_backward")(x, dy, gate, up, rows, w)
-            real = rows.real_m1
-            forward.append([jnp.where(real, a, 0) for a in (y, gate, up)])
-            backward.append([jnp.where(real, dx, 0), jnp.where(real[:, 0], dgain, 0), *dw])
-        return forward, backward
-
-    for blockwise, grouped in both(X, DIRECTION):
-        for a, b in zip(blockwise, grouped, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * max(1.0, np.abs(a).max()))

@@ -12,8 +12,8 @@ from deepseek_jax.model.layers import embed
 from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.rows import sum_pairs
 from deepseek_jax.model.transformer import model_params
-from deepseek_jax.precision import preset
 from deepseek_jax.model.weights import quantise_weights
+from deepseek_jax.precision import preset
 from deepseek_jax.training.losses import gradients, totals
 from tests.tiny_run import fresh_state, tiny, tokens
 

@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.experts import routed_experts
-from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.model.transformer import recompute
 from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
 from deepseek_jax.parallel.low_latency import grouped_experts, low_latency_experts, masked_experts
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.wire import Wire
+from deepseek_jax.precision.product import swiglu
 from tests.parallel.comparison import BOUND, difference
 
 E, K, D, F = 16, 3, 10, 6

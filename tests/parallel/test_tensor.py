@@ -14,10 +14,10 @@ from deepseek_jax.model.mla import attend, down, expanded, mla_params
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.sequence import WHOLE
+from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.parallel.mesh import TENSOR_PARALLEL, batch_sharding, make_mesh, param_specs
 from deepseek_jax.parallel.tensor import Divided
 from deepseek_jax.precision import PRESETS
-from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.step import make_train_step

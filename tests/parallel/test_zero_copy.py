@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.transformer import model_params
+from deepseek_jax.model.weights import quantise_weights
 from deepseek_jax.parallel.zero import gather, held_specs, read_dtype, share_of
 from deepseek_jax.precision import preset
-from deepseek_jax.model.weights import quantise_weights
 from deepseek_jax.training.losses import losses, totals
 from deepseek_jax.training.sharding import parameter_shares
 from deepseek_jax.training.step import make_eval_step

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.experts import Travelled, routed_experts
-from deepseek_jax.parallel.exchange import Exchange, Received
-from deepseek_jax.parallel.wire import Wire, decode, encode
+from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.parallel.wire import decode, encode
 from deepseek_jax.precision import PRESETS
-from deepseek_jax.precision.linear import Weight, quantise_weight
+from deepseek_jax.precision.product import Plain, Quantised, quantise_weight
 from tests.precision import oracle
 
 E, D, F, K, N = 5, 136, 72, 2, 190
@@ -67,14 +66,13 @@ def run(policy, came=None):
 
     @jax.jit
     def value_and_grad(x, gain, ids, dy):
-        def tokens(x):
-            return x if came is None else Travelled(x, came)
-
         p = {
-            name: Weight(jnp.asarray(w), *quantise_weight(jnp.asarray(w), policy), policy)
+            name: Quantised(jnp.asarray(w), *quantise_weight(jnp.asarray(w), policy), policy)
             for name, w in W.items()
         }
-        y, vjp = jax.vjp(lambda x, gain, p: routed_experts(p, tokens(x), ids, gain), x, gain, p)
+        y, vjp = jax.vjp(
+            lambda x, gain, p: routed_experts(p, x, ids, gain, came, policy.dispatch), x, gain, p
+        )
         dx, dgain, dp = vjp(dy)
         return y, dx, dgain, {name: dp[name].master for name in W}
 
@@ -133,10 +131,11 @@ def test_tokens_that_came_quantised_are_taken_as_they_are():
 
 
 def test_a_format_that_the_experts_do_not_have_is_dequantised():
-    policy = PRESETS["deepseek_fp8"]
-    w = jnp.ones((1, 128, 128))
-    fp8 = {"w_gate_edf": Weight(w, *quantise_weight(w, policy), policy)}
-    came = Received(jnp.ones((2, 128)), jnp.ones((2, 1)), tuple(encode(jnp.ones((2, 128)), "fp8")))
-    assert came.tokens(fp8, Exchange(wire=Wire("fp8"))) is came.x_rd  # scales of powers of two are wanted
-    assert came.tokens({"w_gate_edf": w}, Exchange(wire=Wire(policy.dispatch))) is came.x_rd
-    assert isinstance(came.tokens(fp8, Exchange(wire=Wire(policy.dispatch))), Travelled)
+    """Scales of powers of two are wanted; and plain experts read no quantised tokens."""
+    policy, x = PRESETS["deepseek_fp8"], jnp.asarray(X)
+    w = Quantised(jnp.ones((1, D, F)), *quantise_weight(jnp.ones((1, D, F)), policy), policy)
+    sent = encode(x, "fp8")
+    want = w.from_dispatch(x)
+    jax.tree.map(np.testing.assert_array_equal, w.from_dispatch(x, sent, "fp8"), want)
+    assert w.from_dispatch(x, sent, policy.dispatch).q is sent[0]
+    assert Plain(w.master).from_dispatch(x, sent, policy.dispatch) is x

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import PRECISIONS
-from deepseek_jax.model.attention import core_inputs
-from deepseek_jax.model.layers import linear, mlp
-from deepseek_jax.model.mla import core_output
+from deepseek_jax.model.attention import core_inputs, core_output
+from deepseek_jax.model.ffn import mlp
+from deepseek_jax.model.layers import linear
 from deepseek_jax.precision import PRESETS, preset
 from deepseek_jax.precision.e5m6 import decode, encode
-from deepseek_jax.precision.linear import Weight, quantise_weight
 from deepseek_jax.precision.operands import ROW, SQUARE, TILE
 from deepseek_jax.precision.policy import Policy
+from deepseek_jax.precision.product import Quantised, quantise_weight
 from tests.precision import oracle
 
 NAMES = [name for name in PRESETS if name != "bf16"]
@@ -35,13 +35,13 @@ DY_FFN = normal(M, K)
 def weight(w, policy):
     w = jnp.asarray(w)
     matrix = w.reshape(-1, w.shape[-1])
-    return Weight(w, *quantise_weight(matrix, policy), policy)
+    return Quantised(w, *quantise_weight(matrix, policy), policy)
 
 
 def gradients(fn, dy, *args):
-    """(y, cotangents of the arguments); of a `Weight`, its master's."""
+    """(y, cotangents of the arguments); of a `Quantised`, its master's."""
     y, vjp = jax.vjp(fn, *args)
-    return y, *(d.master if isinstance(d, Weight) else d for d in vjp(dy))
+    return y, *(d.master if isinstance(d, Quantised) else d for d in vjp(dy))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,7 +80,7 @@ def test_attention_with_its_projection(name):
         RNG.standard_normal((h, v, 56)).astype(np.float32),
         RNG.standard_normal((b, t, 56)).astype(np.float32),
     )
-    wo = Weight(jnp.asarray(w), *quantise_weight(w.reshape(h * v, -1), policy), policy)
+    wo = Quantised(jnp.asarray(w), *quantise_weight(w.reshape(h * v, -1), policy), policy)
 
     def together(q, k, v, w):
         return core_output(core_inputs(q, k, v, 0.2), None, w)
@@ -115,10 +115,10 @@ def test_kept_for_the_backward_pass():
     x = jnp.zeros((256, 256), jnp.bfloat16)
     w = weight(np.ones((256, 384), np.float32), policy)
     _, vjp = jax.vjp(linear, x, w)
-    weights = w.dgrad.q.size + 4 * w.dgrad.scale.size
+    weights = w.dgrad_operand.q.size + 4 * w.dgrad_operand.scale.size
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(vjp)) == 256 * 256 + 4 * 256 * 2 + weights
     q, v = jnp.zeros((2, 64, 4, 32), jnp.bfloat16), jnp.zeros((2, 64, 4, 32), jnp.bfloat16)
-    wo = Weight(jnp.zeros((4, 32, 16)), *quantise_weight(jnp.zeros((128, 16)), policy), policy)
+    wo = Quantised(jnp.zeros((4, 32, 16)), *quantise_weight(jnp.zeros((128, 16)), policy), policy)
     _, vjp = jax.vjp(lambda q, k, v: core_output(core_inputs(q, k, v, 1.0), None, wo), q, q, v)
     leaves = jax.tree.leaves(vjp)
     assert [leaf.nbytes for leaf in leaves if leaf.dtype == jnp.uint8] == [2 * 64 * 4 * 32 * 3 // 2]

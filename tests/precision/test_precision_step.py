@@ -10,11 +10,11 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import linear
 from deepseek_jax.model.transformer import model_params
+from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.precision import PRESETS
-from deepseek_jax.precision.linear import Weight, quantise_weight
-from deepseek_jax.model.weights import attach, quantise_weights
+from deepseek_jax.precision.product import Quantised, quantise_weight
 from deepseek_jax.training.losses import gradients, losses, totals
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import make_train_step
@@ -54,8 +54,8 @@ def test_only_linear_layers_are_quantised():
     cfg, params = tiny().model, fresh_state(tiny()).params
     quantise = functools.partial(quantise_weights, declared=model_params(cfg), policy=POLICY)
     attached = attach(params, jax.eval_shape(quantise, params), POLICY)
-    leaves = jax.tree_util.tree_flatten_with_path(attached, is_leaf=lambda x: isinstance(x, Weight))[0]
-    plain = {path[-1].key for path, leaf in leaves if not isinstance(leaf, Weight)}
+    leaves = jax.tree_util.tree_flatten_with_path(attached, is_leaf=lambda x: isinstance(x, Quantised))[0]
+    plain = {path[-1].key for path, leaf in leaves if not isinstance(leaf, Quantised)}
     norms = {"scale_d", "norm_d", "enorm_d", "hnorm_d", "attn_norm_d", "ffn_norm_d", "q_norm_q", "kv_norm_c"}
     assert plain == {"w_embed_vd", "w_head_dv", "w_gate_de"} | norms
 
@@ -87,7 +87,7 @@ def test_a_matrix_is_quantised_as_the_layer_multiplies_it():
 
 def test_values_above_240_survive_recomputation():
     """E4M3 reaches 448; what `jax.checkpoint` saves must not lose the last octave."""
-    w = Weight(jnp.eye(128), *quantise_weight(jnp.eye(128), POLICY), POLICY)
+    w = Quantised(jnp.eye(128), *quantise_weight(jnp.eye(128), POLICY), POLICY)
     x = jnp.full((2, 128), 1.0).at[:, 0].set(1.1)
 
     def loss(x, w):
