@@ -19,6 +19,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.hf.config import from_hf
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.ffn import mlp
+from deepseek_jax.model.layers import linear
 from deepseek_jax.model.params import tree_map_with_name
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.precision import preset
@@ -76,7 +77,7 @@ def dense(width_in, width_out):
     """(x, w, dy) -> output and both gradients, and the arrays to give it."""
 
     def run(x, w, dy):
-        y, vjp = jax.vjp(lambda x, w: weight(w).multiply(x), x, w)
+        y, vjp = jax.vjp(lambda x, w: linear(x, weight(w)), x, w)
         return y, vjp(dy)
 
     return run, [

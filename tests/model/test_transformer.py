@@ -187,15 +187,13 @@ def test_what_is_kept_for_the_backward_pass():
         return collections.Counter(w.shape for w in arrays if w.dtype == jnp.bfloat16)
 
     stream, down = [x.shape] * 2, [(b, t, q)]  # before attention and FFN
-    core, wide = [(b, t, h, v)], [(b, t, f)]
+    core, wide = [(b, t, h, v)], [(b * t, f)] * 2  # of the FFN: gate and up
     per_head = [(b, h, t, cfg.qk_head_dim)] * 2 + [(b, h, t, v)]
     normed = [*stream, (b, t, q), (b, t, c)]
     assert kept("none") == collections.Counter(
-        weights + stream + down + [(b, t, c)] + normed + per_head + core + wide * 3
+        weights + stream + down + [(b, t, c)] + normed + per_head + core + wide
     )
-    assert kept("deepseek") == collections.Counter(
-        weights + stream + down + [(b, t, c + r)] + core + wide * 2
-    )
+    assert kept("deepseek") == collections.Counter(weights + stream + down + [(b, t, c + r)] + core + wide)
     assert kept("full") == collections.Counter([*weights, x.shape])
 
 
