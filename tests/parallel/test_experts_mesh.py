@@ -35,6 +35,7 @@ SHARDED = PartitionSpec(("node", "local"))
 
 def dense(p, x_nd, experts_nk, weights_nk):
     """All experts for all tokens: an oracle that compiles fast. Absent ids select none."""
+    x_nd = getattr(x_nd, "x_nd", x_nd)  # not the bytes that travelled
     gate_ne = (jax.nn.one_hot(experts_nk, p["w_gate_edf"].shape[0]) * weights_nk[..., None]).sum(1)
     act = swiglu(*(jnp.einsum("nd,edf->enf", x_nd, p[name]) for name in ("w_gate_edf", "w_up_edf")))
     return jnp.einsum("enf,efd,ne->nd", act, p["w_down_efd"], gate_ne)
