@@ -10,12 +10,13 @@ and run again: it must come to the same files, byte for byte, with nothing else 
 Each conversion runs in a forked process, so that imports are paid once.
 """
 
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from deepseek_jax.hf import convert
 from deepseek_jax.hf.names import leaves, unflatten
 from experiments import command_line
 
-_KILLED, _FAILED = 9, 1
+_KILLED = 9
 _EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 _TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _ENDS = 5  # operations at each end of a conversion before which it is killed in any case
@@ -78,12 +79,16 @@ class Operations:
             os._exit(_KILLED)
 
 
+def random_weights(model: ModelConfig) -> tuple[Any, np.ndarray]:
+    """(parameters, balance bias) in float32."""
+    rng = np.random.default_rng(0)
+    flat = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in leaves(model).items()}
+    return unflatten(flat), rng.standard_normal(model.balance_bias_shape, np.float32)
+
+
 def make_source(folder: Path) -> None:
     """A Hugging Face folder in FP8 with MTP modules, in several files, with a tokenizer."""
-    rng = np.random.default_rng(0)
-    flat = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in leaves(MODEL).items()}
-    bias = rng.standard_normal(MODEL.balance_bias_shape, np.float32)
-    hf.save(folder, MODEL, unflatten(flat), bias, format="fp8", shard_bytes=1500)
+    hf.save(folder, MODEL, *random_weights(MODEL), format="fp8", shard_bytes=1500)
     for name in ("tokenizer.json", "generation_config.json"):
         (folder / name).write_text("{}")
 
@@ -98,35 +103,29 @@ def conversions(folder: Path) -> dict[str, Conversion]:
     }
 
 
+def _count(
+    conversion: Conversion, target: Path, watched: Path, deadline: int | None, pipe: Connection
+) -> None:
+    operations = Operations(watched, deadline)
+    conversion(target, operations.add)
+    pipe.send(operations.count)
+
+
 def in_a_process(
     conversion: Conversion, target: Path, watched: Path, deadline: int | None = None
 ) -> int | None:
     """Runs to the end, or up to the operation `deadline`; the number of operations, None if it was killed.
 
-    Raises RuntimeError for any other end.
+    Raises RuntimeError for any other end, whose traceback is on standard error.
     """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = _FAILED
-        try:
-            operations = Operations(watched, deadline)
-            conversion(target, operations.add)
-            os.write(writing, str(operations.count).encode())
-            status = 0
-        except BaseException:
-            os.write(writing, traceback.format_exc().encode()[-4000:])
-        finally:
-            os._exit(status)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        said = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status == _KILLED:
-        return None
-    if status != 0:
-        raise RuntimeError(said)
-    return int(said)
+    fork = multiprocessing.get_context("fork")
+    count, theirs = fork.Pipe(duplex=False)
+    process = fork.Process(target=_count, args=(conversion, target, watched, deadline, theirs))
+    process.start()
+    process.join()
+    if process.exitcode not in (0, _KILLED):
+        raise RuntimeError(f"ended with {process.exitcode}; its error stands above")
+    return count.recv() if process.exitcode == 0 else None
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -157,7 +156,7 @@ def kill_everywhere(folder: Path, name: str, every: int) -> tuple[int, list[str]
             if files(place) != {f"{name}/{path}": content for path, content in expected.items()}:
                 wrong.append(f"{name}, kill {k}: other files than undisturbed")
         except RuntimeError as error:
-            wrong.append(f"{name}, kill {k}: {str(error).strip().splitlines()[-1]}")
+            wrong.append(f"{name}, kill {k}: {error}")
         shutil.rmtree(place)
     return len(kills), wrong
 

@@ -14,14 +14,27 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import safetensors.numpy
+from absl.testing import flagsaver
 
-from experiments import kill_conversion
+import deepseek_jax
+from deepseek_jax import hf
+from deepseek_jax.checkpoints import inventory
+from deepseek_jax.config import Config, DataConfig, from_config_dict, to_dict
+from deepseek_jax.data import train_tokenizer
+from deepseek_jax.hf.names import get, leaves
+from deepseek_jax.model_config import YarnConfig
+from deepseek_jax.training.checkpoint import Checkpointer
+from experiments import command_line
+from experiments.kill_conversion import MODEL as SMALLEST
+from experiments.kill_conversion import random_weights
 from experiments.mutations import Case, WorkBegins
 from experiments.mutators import mutate_arguments, mutate_bytes, mutate_json, mutate_value
 
 Read = Callable[[], str | None]
-MODEL = dataclasses.replace(kill_conversion.MODEL, vocab_size=300)
+MODEL = dataclasses.replace(SMALLEST, vocab_size=300)
 YARN = {
     "type": "yarn",
     "factor": 4.0,
@@ -47,14 +60,6 @@ def prepare(kind: str, folder: Path) -> Case:
     return makers[kind](folder)
 
 
-def _weights() -> tuple[Any, np.ndarray]:
-    from deepseek_jax.hf.names import leaves, unflatten
-
-    rng = np.random.default_rng(0)
-    flat = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in leaves(MODEL).items()}
-    return unflatten(flat), rng.standard_normal(MODEL.balance_bias_shape, np.float32)
-
-
 def _linked(source: Path, target: Path) -> Path:
     """A copy that costs no bytes; a file of it is replaced by unlinking it first."""
     shutil.rmtree(target, ignore_errors=True)
@@ -66,10 +71,14 @@ def _replace(file: Path, content: bytes) -> None:
     file.write_bytes(content)
 
 
+def _source(folder: Path, form: str, shard_bytes: int = 1 << 30) -> Path:
+    """A Hugging Face folder of random weights."""
+    hf.save(folder / "source", MODEL, *random_weights(MODEL), format=form, shard_bytes=shard_bytes)
+    return folder / "source"
+
+
 def _differing(got: Any, want: Any) -> str | None:
     """The first array that is not bit for bit equal."""
-    import jax
-
     if jax.tree.structure(got) != jax.tree.structure(want):
         return "the parameter tree has other leaves"
     named = jax.tree_util.tree_flatten_with_path(got)[0]
@@ -84,10 +93,7 @@ def _differing(got: Any, want: Any) -> str | None:
 
 
 def _configs(folder: Path) -> Case:
-    from deepseek_jax import hf
-
-    source = folder / "source"
-    hf.save(source, MODEL, *_weights(), format="f32")
+    source = _source(folder, "f32")
     want = hf.load(source)[1:]
     plain = json.loads((source / "config.json").read_text())
     rope = {"rope_theta": plain["rope_theta"], "rope_type": "default"}
@@ -117,13 +123,11 @@ def _configs(folder: Path) -> Case:
 def _disagreement(cfg: Any, said: Mapping[str, Any]) -> str | None:
     """Where a ModelConfig is not what config.json says, read field by field."""
     for field in dataclasses.fields(cfg):
-        value = said.get(field.name)
+        own, value = getattr(cfg, field.name), said.get(field.name)
         if value is None or field.name in ("rope_scaling", "rope_theta", "dtype"):
             continue
-        if getattr(cfg, field.name) != value or isinstance(value, bool) != isinstance(
-            getattr(cfg, field.name), bool
-        ):
-            return f"{field.name} is {getattr(cfg, field.name)!r}, the file says {value!r}"
+        if own != value or isinstance(value, bool) != isinstance(own, bool):
+            return f"{field.name} is {own!r}, the file says {value!r}"
     yarn = {} if cfg.rope_scaling is None else dataclasses.asdict(cfg.rope_scaling)
     for name in ("rope_scaling", "rope_parameters"):
         for key, value in (said.get(name) or {}).items():
@@ -140,21 +144,14 @@ def _disagreement(cfg: Any, said: Mapping[str, Any]) -> str | None:
 
 def _mappings(folder: Path) -> Case:
     del folder
-    from deepseek_jax.config import Config, from_config_dict, to_dict
-    from deepseek_jax.model_config import YarnConfig
-
-    model = dataclasses.replace(MODEL, rope_scaling=YarnConfig(factor=2.0), max_position_embeddings=512)
-    whole = to_dict(Config(model=dataclasses.replace(model, vocab_size=4096)))
+    yarn = YarnConfig(factor=2.0)
+    model = dataclasses.replace(MODEL, rope_scaling=yarn, max_position_embeddings=512, vocab_size=4096)
+    whole = to_dict(Config(model=model))
 
     def case(rng: random.Random) -> tuple[str, Read]:
         values = copy.deepcopy(whole)
         what = mutate_value(values, rng)
-
-        def read() -> str | None:
-            got = to_dict(from_config_dict(values))
-            return _not_within(values, got, "")
-
-        return what, read
+        return what, lambda: _not_within(values, to_dict(from_config_dict(values)), "")
 
     return case
 
@@ -171,17 +168,8 @@ def _not_within(given: Any, got: Any, path: str) -> str | None:
 # --- files of a Hugging Face folder -----------------------------------------------------------------------
 
 
-def _sharded(folder: Path) -> Path:
-    from deepseek_jax import hf
-
-    hf.save(folder / "source", MODEL, *_weights(), format="f32", shard_bytes=1500)
-    return folder / "source"
-
-
 def _indices(folder: Path) -> Case:
-    from deepseek_jax import hf
-
-    source = _sharded(folder)
+    source = _source(folder, "f32", shard_bytes=1500)
     want = hf.load(source)[1:]
     name = "model.safetensors.index.json"
 
@@ -195,9 +183,7 @@ def _indices(folder: Path) -> Case:
 
 
 def _headers(folder: Path) -> Case:
-    from deepseek_jax import hf
-
-    source = _sharded(folder)
+    source = _source(folder, "f32", shard_bytes=1500)
 
     def case(rng: random.Random) -> tuple[str, Read]:
         path = _linked(source, folder / "case")
@@ -205,9 +191,8 @@ def _headers(folder: Path) -> Case:
         raw = file.read_bytes()
         length = int.from_bytes(raw[:8], "little")
         if rng.random() < 0.15:  # the length itself, or the whole file
-            changed, what = (
-                mutate_bytes(raw, rng) if rng.random() < 0.5 else (rng.randbytes(8) + raw[8:], "length")
-            )
+            whole = rng.random() < 0.5
+            changed, what = mutate_bytes(raw, rng) if whole else (rng.randbytes(8) + raw[8:], "length")
         else:
             header, what = mutate_json(raw[8 : 8 + length], rng)
             changed = len(header).to_bytes(8, "little") + header + raw[8 + length :]
@@ -219,21 +204,15 @@ def _headers(folder: Path) -> Case:
 
 def _unlike_the_library(path: Path, cfg: Any, params: Any) -> str | None:
     """Compares every parameter with what the safetensors library reads."""
-    import safetensors.numpy
-
-    from deepseek_jax.hf.names import get, leaves
-
     tensors: dict[str, np.ndarray] = {}
     for file in path.glob("*.safetensors"):
         tensors |= safetensors.numpy.load_file(file)
     for leaf in leaves(cfg).values():
         array = np.asarray(get(params, leaf.path))
         for index in leaf.indices():
-            if (
-                leaf.to_hf(array[index]).tobytes()
-                != np.ascontiguousarray(tensors[leaf.name(index)]).tobytes()
-            ):
-                return f"tensor {leaf.name(index)} differs"
+            name = leaf.name(index)
+            if leaf.to_hf(array[index]).tobytes() != np.ascontiguousarray(tensors[name]).tobytes():
+                return f"tensor {name} differs"
     return None
 
 
@@ -242,12 +221,9 @@ def _unlike_the_library(path: Path, cfg: Any, params: Any) -> str | None:
 
 def _damage_step(step: Path, rng: random.Random) -> str:
     """Changes one file of a checkpoint; half of the time, of one that is read as JSON, the inventory is made to fit."""
-    from deepseek_jax.checkpoints import inventory
-
     files = sorted(p for p in step.rglob("*") if p.is_file())
-    described = [
-        p for p in files if p.name in ("files.json", "metadata", "_METADATA", ".zarray", ".zmetadata")
-    ]
+    json_files = ("files.json", "metadata", "_METADATA", ".zarray", ".zmetadata")
+    described = [p for p in files if p.name in json_files]
     file = rng.choice(described if rng.random() < 0.7 else files)
     raw = file.read_bytes()
     content, what = mutate_json(raw, rng) if file in described else mutate_bytes(raw, rng)
@@ -259,138 +235,115 @@ def _damage_step(step: Path, rng: random.Random) -> str:
     return f"{what} of {file.relative_to(step)}"
 
 
-def _converted(folder: Path) -> Case:
-    import deepseek_jax
-    from deepseek_jax import hf
+def _damaged_steps(
+    run: Path, step: int, folder: Path, want: Any, other: str, read_otherwise: Callable[[Path], str | None]
+) -> Case:
+    """Half of the damaged checkpoints are loaded, and give `want` or an error; the others are read otherwise."""
 
-    hf.save(folder / "source", MODEL, *_weights(), format="fp8", shard_bytes=1500)
-    hf.convert.to_orbax(folder / "source", folder / "run")
-    want = hf.load(folder / "source")[1:]
+    def loaded(path: Path) -> str | None:
+        model = deepseek_jax.load(path)
+        return _differing((model.params, model.balance_bias), want)
 
     def case(rng: random.Random) -> tuple[str, Read]:
-        path = _linked(folder / "run", folder / "case")
-        what = _damage_step(path / "checkpoints" / "0", rng)
-        back = rng.random() < 0.5
-
-        def read() -> str | None:
-            if not back:
-                model = deepseek_jax.load(path)
-                return _differing([model.params, model.balance_bias], list(want))
-            shutil.rmtree(folder / "back", ignore_errors=True)
-            shutil.rmtree(folder / "back.partial", ignore_errors=True)
-            hf.convert.to_hf(path, folder / "back")
-            return _differing(hf.load(folder / "back")[1:], want)
-
-        return f"{what}, {'converted back' if back else 'loaded'}", read
+        path = _linked(run, folder / "case")
+        what = _damage_step(path / "checkpoints" / str(step), rng)
+        otherwise = rng.random() < 0.5
+        read = read_otherwise if otherwise else loaded
+        return f"{what}, {other if otherwise else 'loaded'}", lambda: read(path)
 
     return case
+
+
+def _converted(folder: Path) -> Case:
+    source = _source(folder, "fp8", shard_bytes=1500)
+    hf.convert.to_orbax(source, folder / "run")
+    want = hf.load(source)[1:]
+
+    def back(path: Path) -> str | None:
+        for name in ("back", "back.partial"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        hf.convert.to_hf(path, folder / "back")
+        return _differing(hf.load(folder / "back")[1:], want)
+
+    return _damaged_steps(folder / "run", 0, folder, want, "converted back", back)
 
 
 def _checkpoints(folder: Path) -> Case:
-    import jax
-
-    import deepseek_jax
-    from deepseek_jax.config import Config, DataConfig, to_dict
-    from deepseek_jax.training.checkpoint import Checkpointer
-
-    params, bias = _weights()
+    params, bias = random_weights(MODEL)
     config = Config(model=MODEL, data=DataConfig(vocab_size=8, seq_len=8))
     state = {"params": params, "balance_bias": bias, "step": np.int32(2)}
     ema = {"params": params, "updates": np.int32(1)}
-    checkpointer = Checkpointer(folder / "run" / "checkpoints")
-    checkpointer.save(2, state, ema, {"config": to_dict(config), "data": {}, "tokens": 5})
-    checkpointer.close()
+    with contextlib.closing(Checkpointer(folder / "run" / "checkpoints")) as checkpointer:
+        checkpointer.save(2, state, ema, {"config": to_dict(config), "data": {}, "tokens": 5})
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), state)
 
-    def case(rng: random.Random) -> tuple[str, Read]:
-        path = _linked(folder / "run", folder / "case")
-        what = _damage_step(path / "checkpoints" / "2", rng)
-        resume = rng.random() < 0.5
+    def resumed(path: Path) -> str | None:
+        with contextlib.closing(Checkpointer(path / "checkpoints")) as checkpointer:
+            restored = checkpointer.restore(abstract, to_dict(MODEL))
+            return _differing(restored.state, state) or _differing(restored.ema["params"], params)
 
-        def read() -> str | None:
-            if not resume:
-                model = deepseek_jax.load(path)
-                return _differing([model.params, model.balance_bias], [params, bias])
-            reader = Checkpointer(path / "checkpoints")
-            try:
-                restored = reader.restore(abstract, to_dict(MODEL))
-                return _differing(restored.state, state) or _differing(restored.ema["params"], params)
-            finally:
-                reader.close()
-
-        return f"{what}, {'resumed' if resume else 'loaded'}", read
-
-    return case
+    return _damaged_steps(folder / "run", 2, folder, (params, bias), "resumed", resumed)
 
 
 # --- command lines ----------------------------------------------------------------------------------------
 
-_TRAIN = (
-    ["--config=configs/tiny.py", "--config.train.steps=7", "--config.model.hidden_size=64", "--from_step=3"],
-    ["--config=configs/tiny.py", "--config.optimizer.peak_lr=1e-3", "--fresh", "--config.data.segments=True"],
-    [
-        "--config=configs/tiny.py",
-        "--config.mesh.experts=flat",
-        "--config.data.validation=None",
-        "--stopped_status=5",
-    ],
-    [
-        "--config.distributed.coordinator=127.0.0.1:99",
-        "--config.distributed.processes=1",
-        "--config.precision=bf16",
-    ],
-)
-_GENERATE = (
-    ["--checkpoint=run", "--prompt=a", "--max_new_tokens=5", "--temperature=0.5", "--top_p=0.9", "--seed=1"],
-    ["--checkpoint=source", "--prompt=a", "--prompt=b", "--max_new_tokens=5", "--step=0", "--nomtp"],
-    ["--checkpoint=source", "--prompt=a", "--mesh=node=2,local=4,experts=flat"],
-)
-_CONVERT = (
-    ["--from=hf", "--to=orbax", "--input=source", "--output=out", "--format=bf16", "--nomtp"],
-    ["--from=orbax", "--to=hf", "--input=run", "--output=out", "--scale=ue8m0"],
-    ["--from=hf", "--to=hf", "--input=source", "--output=out", "--format=fp8"],
-)
-_PLAN = (
-    ["exchange", "--experts=16", "--topk=2", "--tokens=32", "--hidden=64"],
-    ["memory", "--config=configs/tiny.py", "--config.mesh.local=2", "--config.train.batch_size=8"],
-)
-_LAUNCH = (["--processes=2", "--restarts=1", "--grace=3.5", "--", "python", "-m", "experiments.train"],)
+# Of each command: the function where its work begins, and command lines. The work of `convert` and, on one device, of
+# `generate` is small enough to be done.
+_COMMANDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "train": (
+        "run",
+        (
+            "--config=configs/tiny.py --config.train.steps=7 --config.model.hidden_size=64 --from_step=3",
+            "--config=configs/tiny.py --config.optimizer.peak_lr=1e-3 --fresh --config.data.segments=True",
+            "--config=configs/tiny.py --config.mesh.experts=flat --config.data.validation=None --stopped_status=5",
+            "--config.distributed.coordinator=127.0.0.1:99 --config.distributed.processes=1 --config.precision=bf16",
+        ),
+    ),
+    "generate": (
+        "cpu_devices",
+        (
+            "--checkpoint=run --prompt=a --max_new_tokens=5 --temperature=0.5 --top_p=0.9 --seed=1",
+            "--checkpoint=source --prompt=a --prompt=b --max_new_tokens=5 --step=0 --nomtp",
+            "--checkpoint=source --prompt=a --mesh=node=2,local=4,experts=flat",
+        ),
+    ),
+    "convert": (
+        None,
+        (
+            "--from=hf --to=orbax --input=source --output=out --format=bf16 --nomtp",
+            "--from=orbax --to=hf --input=run --output=out --scale=ue8m0",
+            "--from=hf --to=hf --input=source --output=out --format=fp8",
+        ),
+    ),
+    "plan": (
+        "sample_rows",
+        (
+            "exchange --experts=16 --topk=2 --tokens=32 --hidden=64",
+            "memory --config=configs/tiny.py --config.mesh.local=2 --config.train.batch_size=8",
+        ),
+    ),
+    "launch": ("launch", ("--processes=2 --restarts=1 --grace=3.5 -- python -m experiments.train",)),
+}
 
 
 def _commands(name: str, folder: Path) -> Case:
-    """Up to where the work begins; that of `convert` and, on one device, of `generate` is small enough to be done."""
-    lines, begins = {
-        "train": (_TRAIN, ("experiments.train", "run")),
-        "generate": (_GENERATE, ("experiments.generate", "cpu_devices")),
-        "convert": (_CONVERT, None),
-        "plan": (_PLAN, ("experiments.plan", "sample_rows")),
-        "launch": (_LAUNCH, ("experiments.launch", "launch")),
-    }[name]
+    """Commands up to where their work begins."""
+    begins, lines = _COMMANDS[name]
     module = importlib.import_module(f"experiments.{name}")
     if begins is not None:
-        setattr(importlib.import_module(begins[0]), begins[1], _work_begins)
-    here = folder / "here"
+        setattr(module, begins, _work_begins)
+    made, here = folder / "made", folder / "here"
+    made.mkdir()
     if name in ("generate", "convert"):
-        _both_folders(folder / "made")
+        train_tokenizer(["a b c"], 300).save(_source(made, "bf16") / "tokenizer.json")
+        hf.convert.to_orbax(made / "source", made / "run")
 
     def case(rng: random.Random) -> tuple[str, Read]:
-        shutil.rmtree(here, ignore_errors=True)
-        _linked(folder / "made", here) if name in ("generate", "convert") else here.mkdir()
-        os.chdir(here)
-        arguments, what = mutate_arguments(rng.choice(lines), rng)
+        os.chdir(_linked(made, here))
+        arguments, what = mutate_arguments(rng.choice(lines).split(), rng)
         return f"{what}: {arguments!r}"[:300], lambda: _begin(module, arguments)
 
     return case
-
-
-def _both_folders(folder: Path) -> None:
-    """`source` of Hugging Face's format and `run`, the same converted."""
-    from deepseek_jax import hf
-    from deepseek_jax.data import train_tokenizer
-
-    hf.save(folder / "source", MODEL, *_weights(), format="bf16")
-    train_tokenizer(["a b c"], 300).save(folder / "source" / "tokenizer.json")
-    hf.convert.to_orbax(folder / "source", folder / "run")
 
 
 def _work_begins(*args: Any, **kwargs: Any) -> Any:
@@ -398,8 +351,6 @@ def _work_begins(*args: Any, **kwargs: Any) -> Any:
 
 
 def _begin(module: Any, arguments: list[str]) -> str | None:
-    from experiments import command_line
-
     with _as_before(), contextlib.suppress(WorkBegins):
         status = command_line.status(module.main, arguments)
         return None if status == 0 else f"ended with status {status} without an error"
@@ -409,8 +360,6 @@ def _begin(module: Any, arguments: list[str]) -> str | None:
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
     """Output is dropped, flags and signal handlers are restored."""
-    from absl.testing import flagsaver
-
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with (
         flagsaver.flagsaver(),

@@ -12,20 +12,19 @@ can be ended. Exit status 0 if all was right.
 
 import contextlib
 import dis
-import json
+import multiprocessing
 import os
 import random
 import resource
-import select
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -147,58 +146,44 @@ def _limits() -> Iterator[None]:
 # --- one process per kind ---------------------------------------------------------------------------------
 
 
-def work(kind: str) -> None:
-    """Answers each seed on standard input with a verdict on the standard output that this process began with."""
+def _work(kind: str, pipe: Connection) -> None:
+    """Answers each seed with a verdict, in a process of its own; what it prints is dropped."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "DEEPSEEK_JAX_TRACEBACK": "1"}
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     from experiments import mutation_cases
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     with tempfile.TemporaryDirectory() as folder:
         case = mutation_cases.prepare(kind, Path(folder))
-        print("ready", file=answers, flush=True)
-        for line in sys.stdin:
-            print(json.dumps(judge(kind, int(line), case)), file=answers, flush=True)
+        pipe.send("ready")
+        while True:
+            pipe.send(judge(kind, pipe.recv(), case))
 
 
 class Worker:
     """A process that judges cases of one kind."""
 
     def __init__(self, kind: str):
-        self.kind = kind
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.mutations", f"--worker={kind}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "DEEPSEEK_JAX_TRACEBACK": "1"},
-        )
-        self._buffer = b""
-        if self._answer(600) != "ready":
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(kind, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        if self._answer(600) is None:
             raise RuntimeError(f"the process for {kind} did not start")
 
     def judge(self, seed: int) -> Verdict | None:
         """None if the process hung or died; it is useless then."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{seed}\n".encode())
-        self._process.stdin.flush()
-        answer = self._answer(2 * SECONDS)
-        return Verdict(*json.loads(answer)) if answer else None
+        self._pipe.send(seed)
+        return self._answer(2 * SECONDS)
 
-    def _answer(self, seconds: float) -> str:
-        assert self._process.stdout is not None
-        end = time.monotonic() + seconds
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0, end - time.monotonic()))
-            chunk = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
-            if not chunk:
-                return ""
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line.decode()
+    def _answer(self, seconds: float) -> Any:
+        with contextlib.suppress(EOFError, ConnectionError):
+            return self._pipe.recv() if self._pipe.poll(seconds) else None
 
     def close(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.join()
 
 
 def run(kind: str, seeds: Sequence[int]) -> list[Verdict]:
@@ -232,11 +217,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=1000, help="cases of all kinds together")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; each has its own")
     parser.add_argument("--kind", choices=tuple(SHARES), help="this kind alone")
-    parser.add_argument("--worker", help="for this program itself")
     args = parser.parse_args(argv)
-    if args.worker:
-        work(args.worker)
-        return 0
     if args.count < 1:
         raise ValueError(f"--count={args.count} must be at least 1")
     unexpected: list[Verdict] = []
