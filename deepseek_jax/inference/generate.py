@@ -3,6 +3,7 @@
 Dims: b row of the batch, t prompt token, s cache slot, v vocabulary.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,16 +25,14 @@ from deepseek_jax.inference.batch import (
 from deepseek_jax.inference.driver import Method, State, advancing, complete, grown
 from deepseek_jax.inference.sampling import Sampling, keys_at, log_prob, penalised, sample
 from deepseek_jax.model.cache import view_after_padding
-from deepseek_jax.model.decoding import decode, decoding_config, prepare
-from deepseek_jax.model.experts import decode_experts, routed_experts
+from deepseek_jax.model.decoding import ONE_DEVICE, decode, decoding_config, prepare
 from deepseek_jax.model.layers import logits
-from deepseek_jax.model.moe import Experts
-from deepseek_jax.model.sequence import WHOLE, Whole
-from deepseek_jax.model.transformer import Aux, forward
+from deepseek_jax.model.layout import Layout, single_device
+from deepseek_jax.model.transformer import Aux, Inputs, forward
 
 
 def prompt_forward(
-    params: Any, cfg: ModelConfig, prompts: Prompts, bias_le: Any, experts: Experts, sequence: Whole = WHOLE
+    params: Any, cfg: ModelConfig, prompts: Prompts, bias_le: Any, layout: Layout
 ) -> tuple[jax.Array, Aux, jax.Array, jax.Array]:
     """Hidden states, `Aux` with the cache, positions and segments of left-padded prompts.
 
@@ -41,18 +40,8 @@ def prompt_forward(
     """
     slot_bt = jnp.arange(prompts.tokens_bt.shape[1])[None] - prompts.pad_b[:, None]
     positions, segments = jnp.maximum(slot_bt, 0), (slot_bt >= 0).astype(jnp.int32)
-    h, aux = forward(
-        params,
-        cfg,
-        prompts.tokens_bt,
-        bias_le,
-        positions,
-        segments,
-        experts=experts,
-        mtp=False,
-        with_cache=True,
-        sequence=sequence,
-    )
+    inputs = Inputs(jnp.asarray(prompts.tokens_bt), positions, segments)
+    h, aux = forward(params, cfg, inputs, bias_le, layout, mtp=False, with_cache=True)
     return h, aux, positions, segments
 
 
@@ -78,33 +67,30 @@ def prefill(
     prompts: Prompts,
     batch: Batch,
     bias_le: Any,
-    experts: Experts = routed_experts,
-    sequence: Whole = WHOLE,
+    layout: Layout,
 ) -> State:
-    """See `driver.Method`. With a divided `sequence`, of the prompts that this device goes on to decode: those of `batch`,
+    """See `driver.Method`. Where sequences are divided, of the prompts that this device goes on to decode: those of `batch`,
     and of prompts.seen_bv."""
-    h, aux, _, _ = prompt_forward(params, cfg, prompts, bias_le, experts, sequence)
+    h, aux, _, _ = prompt_forward(params, cfg, prompts, bias_le, layout)
     assert aux.cache is not None
-    last_bv = logits(params, sequence.last(h))
+    last_bv = logits(params, layout.sequence.last(h))
     out, token_b, seen_bv = _chosen(last_bv, jnp.asarray(prompts.seen_bv), empty_output(batch), batch)
     return State(out, token_b, aux.cache, seen_bv, jnp.int32(0))
 
 
-def step(
-    ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State, experts: Experts = decode_experts
-) -> State:
+def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State, layout: Layout) -> State:
     """One token more of each row. All rows write the same slot: the prompts end together, and each step adds one."""
     view = view_after_padding(state.cache, batch.length + state.steps, 1, batch.pad_b)
-    h, view = decode(ready, cfg, state.token_b[:, None], view, bias_le, experts)
+    h, view = decode(ready, cfg, state.token_b[:, None], view, bias_le, layout)
     out, token_b, seen_bv = _chosen(logits(ready, h[:, 0]), state.extra, state.out, batch)
     return state._replace(out=out, token_b=token_b, cache=view.cache, extra=seen_bv)
 
 
-_prefill = jax.jit(prefill, static_argnames=("cfg",))
+_prefill = jax.jit(functools.partial(prefill, layout=single_device()), static_argnames=("cfg",))
 _grow = jax.jit(grown, static_argnames=("cfg", "slots"))
 
 
-_advance = advancing(step)
+_advance = advancing(functools.partial(step, layout=ONE_DEVICE))
 
 
 def plain(params: Any, cfg: ModelConfig, balance_bias: Any = None, ready: Any = None) -> Method:

@@ -30,14 +30,15 @@ from deepseek_jax.inference.text import TextRow, check_stop
 from deepseek_jax.json_files import read_object
 from deepseek_jax.model.decoding import decoding_config, prepare
 from deepseek_jax.model.layers import logits
-from deepseek_jax.model.transformer import forward
+from deepseek_jax.model.layout import single_device
+from deepseek_jax.model.transformer import Inputs, forward
 
 Text = str | Sequence[int]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _logits(params: Any, cfg: ModelConfig, tokens_bt: jax.Array, bias_le: Any) -> jax.Array:
-    h_btd, _ = forward(params, cfg, tokens_bt, bias_le, mtp=False)
+    h_btd, _ = forward(params, cfg, Inputs(tokens_bt), bias_le, single_device(), mtp=False)
     return logits(params, h_btd)
 
 

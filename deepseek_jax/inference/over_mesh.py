@@ -28,15 +28,11 @@ from deepseek_jax.inference.driver import Method, State, complete, grown, steps
 from deepseek_jax.inference.generate import prefill, step
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
-from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.compiler import compiler_options
-from deepseek_jax.parallel.exchange import AS_IT_IS
-from deepseek_jax.parallel.experts import MeshExperts, experts_over, named_wire
-from deepseek_jax.parallel.low_latency import decoding_experts, low_latency_experts
+from deepseek_jax.parallel.layout import few_tokens, many_tokens
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, WHOLE_ATTENTION, make_mesh, param_specs, rules
-from deepseek_jax.parallel.tensor import sequence_over
 
 WHOLE, ROWS = PartitionSpec(), PartitionSpec(TOKEN_AXES)
 
@@ -121,13 +117,7 @@ def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
     """Of a model over a mesh; compiled once per size of prompts, and of the cache."""
     devices, decoding = generation_mesh(cfg, mesh), decoding_config(cfg)
     specs, options = _specs(cfg, mesh, devices), compiler_options(mesh, devices)
-    many = experts_over(cfg, mesh, devices)
-    wire = named_wire(mesh, AS_IT_IS)
-    few = (
-        low_latency_experts(masked=decoding_experts, wire=wire)
-        if isinstance(many, MeshExperts)
-        else decode_experts
-    )
+    few = few_tokens(cfg, mesh, devices)
     ready_specs = _ready_specs(decoding, specs)
     prefilled, decoded = _state_specs(BY_LAYER), _state_specs(ROWS if unrolled(decoding) else BY_LAYER)
     over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
@@ -143,9 +133,9 @@ def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
     @compiled
     @functools.partial(over_devices, in_specs=(specs, prompts_specs, BATCH, WHOLE), out_specs=prefilled)
     def run_prefill(params: Any, prompts: Prompts, batch: Batch, bias_le: Any) -> State:
-        sequence = sequence_over(devices, prompts.tokens_bt.shape[1])
-        params = sequence.own_heads(params, model_params(cfg))
-        return prefill(params, cfg, prompts, batch, bias_le, many, sequence)
+        layout = many_tokens(cfg, mesh, devices, prompts.tokens_bt.shape[1])
+        params = layout.sequence.own_heads(params, model_params(cfg))
+        return prefill(params, cfg, prompts, batch, bias_le, layout)
 
     @functools.partial(compiled, static_argnames="slots")
     def run_grow(state: State, slots: int) -> State:
@@ -155,7 +145,7 @@ def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
     @functools.partial(compiled, donate_argnames="state")
     @functools.partial(over_devices, in_specs=(ready_specs, BATCH, WHOLE, decoded, WHOLE), out_specs=decoded)
     def run_advance(ready: Any, batch: Batch, bias_le: Any, state: State, at_most: jax.Array) -> State:
-        one = functools.partial(step, ready, decoding, batch, bias_le, experts=few)
+        one = functools.partial(step, ready, decoding, batch, bias_le, layout=few)
         return steps(one, state, at_most, _anyone)
 
     return Programs(run_prepare, run_prefill, run_grow, run_advance)

@@ -40,9 +40,9 @@ from deepseek_jax.inference.sampling import (
     sample,
 )
 from deepseek_jax.model.cache import Apart, view_after_padding, with_room
-from deepseek_jax.model.decoding import decode, decoding_config, mtp_decode, prepare
-from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.decoding import ONE_DEVICE, decode, decoding_config, mtp_decode, prepare
 from deepseek_jax.model.layers import embed, logits
+from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import Context, mtp_module
 
@@ -104,13 +104,14 @@ def verify(
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _prefill(params: Any, cfg: ModelConfig, prompts: Prompts, batch: Batch, bias_le: Any) -> State:
-    h_btd, aux, positions, segments = prompt_forward(params, cfg, prompts, bias_le, routed_experts)
+    layout = single_device()
+    h_btd, aux, positions, segments = prompt_forward(params, cfg, prompts, bias_le, layout)
     out = empty_output(batch)
     choice = choose(logits(params, h_btd[:, -1]), jnp.asarray(prompts.seen_bv), out, batch)
     following = jnp.concatenate([jnp.asarray(prompts.tokens_bt)[:, 1:], choice.token_bk], axis=1)
     p = jax.tree.map(lambda x: x[0], params["mtp"])
     bias_e = None if bias_le is None else bias_le[cfg.num_moe_layers]
-    ctx = Context(rope_table(cfg, positions), segments, "none", routed_experts, True)
+    ctx = Context(rope_table(cfg, positions), segments, layout, True)
     _, out_btd, _, latent = mtp_module(p, cfg, h_btd, embed(params["embed"], cfg, following), bias_e, ctx)
     draft = Draft(logits(params, out_btd[:, -1]), Apart((latent,)), jnp.int32(0), jnp.int32(0))
     token_b, zero = choice.token_bk[:, 0], jnp.int32(0)
@@ -125,7 +126,7 @@ def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State)
 
     guess_bv = allowed(draft.logits_bv, batch.num_ids)
     guess_b, _ = sample(keys_at(sampling, count_b, DRAFT), guess_bv, sampling)
-    h_btd, view = decode(ready, cfg, jnp.stack([state.token_b, guess_b], axis=1), view, bias_le)
+    h_btd, view = decode(ready, cfg, jnp.stack([state.token_b, guess_b], axis=1), view, bias_le, ONE_DEVICE)
     raw_btv = logits(ready, h_btd)
     target_btv = allowed(raw_btv, batch.num_ids)
 

@@ -19,14 +19,17 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import Cache, LatentCache, Stacked, apart, with_room
 from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layers import Params, embed, rms_norm
+from deepseek_jax.model.layout import Layout
 from deepseek_jax.model.mla import Rope, absorb, down, latents, mla_decode
-from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import ffn, mtp_input
 
 # Up to this many layers are unrolled; a deeper model is scanned. On CPU, where a scan copies each layer's weights and
 # layers lie apart at no cost of memory, all are unrolled: 61 layers compile in 15 s.
 UNROLL_LAYERS = 8
+
+
+ONE_DEVICE = Layout(decode_experts)
 
 
 def _on_cpu() -> bool:
@@ -98,7 +101,7 @@ class Step(NamedTuple):
     """What all blocks of one pass share."""
 
     rope: Rope
-    experts: Experts
+    layout: Layout
 
 
 def _block(
@@ -108,7 +111,7 @@ def _block(
     h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
     view = view.append(i, latents(p["attn"], cfg, down(p["attn"], cfg, h_btd), ctx.rope))
     x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, ctx.rope, *view.read(i))
-    return ffn(p, cfg, x_btd, bias_e, ctx.experts)[0], view
+    return ffn(p, cfg, x_btd, bias_e, ctx.layout)[0], view
 
 
 def _scanned(
@@ -136,15 +139,16 @@ def decode(
     cfg: ModelConfig,
     tokens_bt: jax.Array,
     view: Any,
-    balance_bias: jax.Array | None = None,
-    experts: Experts = decode_experts,
+    balance_bias: jax.Array | None,
+    layout: Layout,
 ) -> tuple[jax.Array, Any]:
     """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], the view with their latents).
 
-    ready: from `prepare` with this config. view: of the cache, see `cache.View`. `experts` computes the routed experts:
-    on one device, or over a mesh (`parallel/low_latency.py`).
+    ready: from `prepare` with this config. view: of the cache, see `cache.View`. layout: `ONE_DEVICE`, or that of a mesh
+    (`parallel/layout.py: few_tokens`).
     """
-    ctx = Step(rope_table(cfg, view.positions_bt), experts)
+    layout.check()
+    ctx = Step(rope_table(cfg, view.positions_bt), layout)
     x_btd = embed(ready["embed"], cfg, tokens_bt)
     layers = _one_by_one if unrolled(cfg) else _scanned
     dense, n_moe = cfg.first_k_dense_replace, cfg.num_moe_layers
@@ -170,6 +174,6 @@ def mtp_decode(
     p = ready["mtp"]
     x_btd = mtp_input(p, cfg, h_btd, embed(ready["embed"], cfg, next_tokens_bt))
     bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    ctx = Step(rope_table(cfg, view.positions_bt), decode_experts)
+    ctx = Step(rope_table(cfg, view.positions_bt), ONE_DEVICE)
     y_btd, view = _block(p["block"], cfg, x_btd, view, 0, ctx, bias_e)
     return rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), view

@@ -16,7 +16,6 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import LatentCache
-from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.ffn import SWIGLU_INPUTS, mlp, mlp_params
 from deepseek_jax.model.layers import (
     EXPERT_PLAN,
@@ -28,12 +27,12 @@ from deepseek_jax.model.layers import (
     logits,
     rms_norm,
 )
+from deepseek_jax.model.layout import Layout, single_device
 from deepseek_jax.model.mla import Expanded, Rope, attend, down, expanded, mla_params
-from deepseek_jax.model.moe import Experts, at_source, moe_params, with_routed
+from deepseek_jax.model.moe import at_source, moe_params, with_routed
 from deepseek_jax.model.params import Param, declare, stacked
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.router import BalanceStats
-from deepseek_jax.model.sequence import WHOLE, Whole
 
 
 def block_params(cfg: ModelConfig, is_moe: bool) -> dict[str, Any]:
@@ -120,17 +119,15 @@ def no_stats(cfg: ModelConfig) -> BalanceStats:
 
 
 class Context(NamedTuple):
-    """What all blocks of one forward pass share; rope and segments are those of all tokens of a sequence.
+    """What all blocks of one pass share; rope and segments are those of all tokens of a sequence.
 
     counted_bt: which of this device's tokens are routed, and count in loads and balance losses; None for all.
     """
 
     rope: Rope
     segments_bt: jax.Array | None
-    remat: str
-    experts: Experts
+    layout: Layout
     with_cache: bool
-    sequence: Whole = WHOLE
     counted_bt: jax.Array | None = None
 
 
@@ -138,13 +135,14 @@ def attention_inputs(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Context
 ) -> tuple[Expanded, LatentCache]:
     """Norm and projections of this device's tokens -> what its heads' core reads of all tokens, and the latents."""
-    low = after_norm(down, cfg, ctx.remat)(p["attn"], p["attn_norm_d"], x_btd)
-    return expanded(p["attn"], cfg, ctx.sequence.gathered(low), ctx.rope, ctx.remat == "deepseek")
+    remat = ctx.layout.remat
+    low = after_norm(down, cfg, remat)(p["attn"], p["attn_norm_d"], x_btd)
+    return expanded(p["attn"], cfg, ctx.layout.sequence.gathered(low), ctx.rope, remat == "deepseek")
 
 
 def attention_output(p: Params, cfg: ModelConfig, inputs: Expanded, ctx: Context) -> jax.Array:
     """Core and output projection -> [b, t, d] for this device's tokens."""
-    return ctx.sequence.scattered(attend(p["attn"], cfg, inputs, ctx.rope, ctx.segments_bt))
+    return ctx.layout.sequence.scattered(attend(p["attn"], cfg, inputs, ctx.rope, ctx.segments_bt))
 
 
 def ffn(
@@ -152,16 +150,14 @@ def ffn(
     cfg: ModelConfig,
     x_btd: jax.Array,
     bias_e: Any,
-    experts: Experts,
-    sequence: Whole = WHOLE,
-    remat: str = "none",
+    layout: Layout,
     counted_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, BalanceStats]:
     if "gate" not in p["ffn"]:
-        dense = after_norm(lambda p, _, h_btd: mlp(p, h_btd), cfg, remat)
+        dense = after_norm(lambda p, _, h_btd: mlp(p, h_btd), cfg, layout.remat)
         return x_btd + dense(p["ffn"], p["ffn_norm_d"], x_btd), no_stats(cfg)
-    at = after_norm(at_source, cfg, remat)(p["ffn"], p["ffn_norm_d"], x_btd)
-    y_btd, stats = with_routed(p["ffn"], cfg, at, bias_e, experts, sequence, counted_bt)
+    at = after_norm(at_source, cfg, layout.remat)(p["ffn"], p["ffn_norm_d"], x_btd)
+    y_btd, stats = with_routed(p["ffn"], cfg, at, bias_e, layout.dispatcher, layout.sequence, counted_bt)
     return x_btd + y_btd, stats
 
 
@@ -171,7 +167,7 @@ def block(
     """One transformer block: attention, then dense or MoE FFN, each with a pre-norm and a residual."""
     inputs, latent = attention_inputs(p, cfg, x_btd, ctx)
     x_btd = x_btd + attention_output(p, cfg, inputs, ctx)
-    y_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx.experts, ctx.sequence, ctx.remat, ctx.counted_bt)
+    y_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx.layout, ctx.counted_bt)
     return y_btd, stats, latent
 
 
@@ -193,14 +189,12 @@ def stack(
     def body(x, layer):
         p_layer, bias_e = layer
         y, stats, latent = block(p_layer, cfg, x, bias_e, ctx)
-        return y, (stats, ctx.sequence.cached(latent) if ctx.with_cache else None)
+        return y, (stats, ctx.layout.sequence.cached(latent) if ctx.with_cache else None)
 
-    y_btd, (stats, latent) = lax.scan(recompute(body, ctx.remat), x_btd, (p, bias_le), unroll=unroll(p))
+    y_btd, (stats, latent) = lax.scan(
+        recompute(body, ctx.layout.remat), x_btd, (p, bias_le), unroll=unroll(p)
+    )
     return y_btd, stats, latent
-
-
-# (stacked parameters, config, x [b, t, d], bias [l, e], context) -> as `stack`
-Stack = Callable[..., tuple[jax.Array, BalanceStats, LatentCache | None]]
 
 
 class Aux(NamedTuple):
@@ -235,22 +229,39 @@ def mtp_module(
     p: Params, cfg: ModelConfig, h_btd: jax.Array, e_btd: jax.Array, bias_e: jax.Array | None, ctx: Context
 ) -> tuple[jax.Array, jax.Array, BalanceStats, LatentCache]:
     """One MTP module: (hidden state for the next depth, the same after its norm, statistics, latents)."""
-    x_btd = mtp_input(p, cfg, h_btd, e_btd, ctx.remat)
+    x_btd = mtp_input(p, cfg, h_btd, e_btd, ctx.layout.remat)
     y_btd, stats, latent = block(p["block"], cfg, x_btd, bias_e, ctx)
     return y_btd, rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), stats, latent
 
 
-def _read_ahead(tokens_bt: jax.Array, segments_bt: jax.Array | None, ahead: int) -> jax.Array:
-    """At which positions the token `ahead` positions on is one of the same sequence, and document: bool [b, t]."""
-    t = tokens_bt.shape[1]
-    there = jnp.broadcast_to(jnp.arange(t) < t - ahead, tokens_bt.shape)
-    if segments_bt is None:
-        return there
-    return there & (jnp.roll(segments_bt, -ahead, axis=1) == segments_bt)
+class Inputs(NamedTuple):
+    """What a pass reads, int32 [b, t] but the last.
+
+    positions_bt: 0..t-1 by default. segments_bt: tokens of different segments do not see each other; None: all do.
+    counted_bt: bool, False for padding, which goes to no routed expert and counts in no load or balance loss; None: all
+    tokens count.
+    """
+
+    tokens_bt: jax.Array
+    positions_bt: jax.Array | None = None
+    segments_bt: jax.Array | None = None
+    counted_bt: jax.Array | None = None
+
+
+def _read_ahead(inputs: Inputs, ahead: int) -> jax.Array:
+    """At which positions the token `ahead` positions on is one of the same sequence, and document, and both count:
+    bool [b, t]."""
+    t = inputs.tokens_bt.shape[1]
+    there = jnp.broadcast_to(jnp.arange(t) < t - ahead, inputs.tokens_bt.shape)
+    if (segments_bt := inputs.segments_bt) is not None:
+        there = there & (jnp.roll(segments_bt, -ahead, axis=1) == segments_bt)
+    if (counted_bt := inputs.counted_bt) is not None:
+        there = there & jnp.roll(counted_bt, -ahead, axis=1) & counted_bt
+    return there
 
 
 def mtp_hidden(
-    params: Params, cfg: ModelConfig, h_btd: jax.Array, tokens_bt: jax.Array, bias_le: Any, ctx: Context
+    params: Params, cfg: ModelConfig, h_btd: jax.Array, inputs: Inputs, bias_le: Any, ctx: Context
 ) -> tuple[jax.Array, BalanceStats]:
     """Hidden states of each MTP module, after its norm [depth, b, t, d] (equations 21-23).
 
@@ -258,19 +269,19 @@ def mtp_hidden(
     embedding comes first in the projection, as in the released weights. `h_btd` is the main model's state
     after its final norm. Positions without a token i + k of their own document, as the last k, are to be ignored:
     they go to no routed expert and count in no load (equation 22 has T - k positions).
-    `tokens_bt` are all tokens of the sequences, `h_btd` those of this device.
+    `inputs` are those of whole sequences, `h_btd` those of this device.
     """
-    outs, stats = [], []
+    outs, stats, sequence = [], [], ctx.layout.sequence
     for k in range(cfg.num_nextn_predict_layers):
         p = jax.tree.map(lambda x, k=k: x[k], params["mtp"])
-        e_btd = embed(params["embed"], cfg, ctx.sequence.own(jnp.roll(tokens_bt, -(k + 1), axis=1)))
+        e_btd = embed(params["embed"], cfg, sequence.own(jnp.roll(inputs.tokens_bt, -(k + 1), axis=1)))
         bias_e = None if bias_le is None else bias_le[k]
-        counted_bt = ctx.sequence.own(_read_ahead(tokens_bt, ctx.segments_bt, k + 1))
+        counted_bt = sequence.own(_read_ahead(inputs, k + 1))
 
         def module(p, h, e, bias_e, counted_bt=counted_bt):
             return mtp_module(p, cfg, h, e, bias_e, ctx._replace(counted_bt=counted_bt))[:3]
 
-        h_btd, out, s = recompute(module, ctx.remat)(p, h_btd, e_btd, bias_e)
+        h_btd, out, s = recompute(module, ctx.layout.remat)(p, h_btd, e_btd, bias_e)
         outs.append(out)
         stats.append(s)
     return jnp.stack(outs), jax.tree.map(lambda *x: jnp.stack(x), *stats)
@@ -279,29 +290,24 @@ def mtp_hidden(
 def forward(
     params: Params,
     cfg: ModelConfig,
-    tokens_bt: jax.Array,
-    balance_bias: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    segments: jax.Array | None = None,
-    *,
-    remat: str = "none",
-    experts: Experts = routed_experts,
-    moe_stack: Stack = stack,
+    inputs: Inputs,
+    balance_bias: jax.Array | None,
+    layout: Layout,
     mtp: bool = True,
     with_cache: bool = False,
-    sequence: Whole = WHOLE,
 ) -> tuple[jax.Array, Aux]:
     """Hidden states after the final norm [b, t, d] in the compute dtype, and `Aux`.
 
-    tokens_bt int32; balance_bias float32 [layer, expert] or None for zeros; positions int32 [b, t] (default
-    0..t-1); segments int32 [b, t]: tokens of different segments do not see each other. `moe_stack` runs the
-    MoE layers of the main model (`parallel/overlap.py` has another one). With a `sequence` that is divided
-    (`parallel/tensor.py`), tokens, positions and segments are those of whole sequences, all results those of this
-    device's tokens.
+    balance_bias: float32 [layer, expert], or None for zeros. Where the layout's sequences are divided
+    (`parallel/tensor.py`), `inputs` are those of whole sequences, all results those of this device's tokens. Raises
+    ValueError for the layout of another mesh.
     """
+    layout.check()
+    tokens_bt, positions, sequence = inputs.tokens_bt, inputs.positions_bt, layout.sequence
     if positions is None:
         positions = jnp.arange(tokens_bt.shape[1])[None]
-    ctx = Context(rope_table(cfg, positions), segments, remat, experts, with_cache, sequence)
+    counted_bt = None if inputs.counted_bt is None else sequence.own(inputs.counted_bt)
+    ctx = Context(rope_table(cfg, positions), inputs.segments_bt, layout, with_cache, counted_bt)
     n_moe = cfg.num_moe_layers
     x_btd = embed(params["embed"], cfg, sequence.own(tokens_bt))
     all_stats, caches = [], []
@@ -310,6 +316,7 @@ def forward(
         caches.append(cache)
     if n_moe:
         bias = None if balance_bias is None else balance_bias[:n_moe]
+        moe_stack = layout.moe_stack or stack
         x_btd, stats, cache = moe_stack(params["moe_layers"], cfg, x_btd, bias, ctx)
         all_stats.append(stats)
         caches.append(cache)
@@ -317,7 +324,7 @@ def forward(
     hidden = None
     if mtp and cfg.num_nextn_predict_layers:
         bias = None if balance_bias is None else balance_bias[n_moe:]
-        hidden, stats = mtp_hidden(params, cfg, h_btd, tokens_bt, bias, ctx)
+        hidden, stats = mtp_hidden(params, cfg, h_btd, inputs, bias, ctx)
         all_stats.append(stats)
     cache = jax.tree.map(lambda *x: jnp.concatenate(x), *caches) if with_cache else None
     if not all_stats:
@@ -346,6 +353,7 @@ class DeepSeekV3(nn.Module):
         segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
         params = declare(self, model_params(self.cfg), self.cfg.initializer_range)
-        h_btd, aux = forward(params, self.cfg, tokens_bt, balance_bias, positions, segments, remat=self.remat)
+        inputs = Inputs(tokens_bt, positions, segments)
+        h_btd, aux = forward(params, self.cfg, inputs, balance_bias, single_device(self.remat))
         mtp_logits = None if aux.mtp is None else logits(params, aux.mtp)
         return logits(params, h_btd), aux._replace(mtp=mtp_logits)

@@ -18,6 +18,7 @@ Results are those of the whole batch. Balance statistics are taken over both hal
 Dims: b sequence, t token, d hidden, n = b * t token, r row received, k selected expert, e expert.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,6 @@ from deepseek_jax.model.layers import Params
 from deepseek_jax.model.router import BalanceStats, Routing, affinities, balance_stats, route
 from deepseek_jax.model.transformer import (
     Context,
-    Stack,
     after_norm,
     attention_inputs,
     attention_output,
@@ -194,18 +194,19 @@ def layer(
     """One block for both halves; half b comes from the layer before, and leaves, with its combine to be done."""
     ctx, (rest_a, rest_b) = contexts[0], ((c.rope, c.segments_bt) for c in contexts)
     own: Any = None  # of each half, an argument
+    remat = ctx.layout.remat
     attend = attention(cfg, ctx._replace(rope=own, segments_bt=own))
-    routed_first, shared_first = (expert_work(cfg, experts, ctx.remat, first) for first in (False, True))
+    routed_first, shared_first = (expert_work(cfg, experts, remat, first) for first in (False, True))
     attn, ffn = ({name: p[name] for name in (f"{part}_norm_d", part)} for part in ("attn", "ffn"))
     x_b, (x_a, latent_a) = _combined(attn, done_b, experts, attend, (x_a, *rest_a))
-    to_a = _routed(p, cfg, x_a, bias_e, experts, ctx.remat)
+    to_a = _routed(p, cfg, x_a, bias_e, experts, remat)
     at_a, (x_b, latent_b) = _dispatched(attn, to_a, x_a, experts, attend, (x_b, *rest_b))
-    to_b = _routed(p, cfg, x_b, bias_e, experts, ctx.remat)
+    to_b = _routed(p, cfg, x_b, bias_e, experts, remat)
     at_b, (out_a, y_a) = _dispatched(ffn, to_b, x_b, experts, routed_first, at_a)
     done_a = Done(out_a, y_a, to_a.plan)
     x_a, (out_b, y_b) = _combined(ffn, done_a, experts, shared_first, at_b)
     s_bte, routing = joined((to_a.s_bte, to_a.routing), (to_b.s_bte, to_b.routing))
-    stats = balance_stats(cfg, s_bte, routing, ctx.sequence)
+    stats = balance_stats(cfg, s_bte, routing, ctx.layout.sequence)
     return (x_a, Done(out_b, y_b, to_b.plan)), stats, joined(latent_a, latent_b)
 
 
@@ -222,8 +223,8 @@ def _from_no_layer(p: Params, cfg: ModelConfig, x_btd: jax.Array, experts: MeshE
     return Done(x_btd, y_rd, plan._replace(fits_n=jnp.ones_like(plan.fits_n)))
 
 
-def overlapped(experts: MeshExperts) -> Stack:
-    """The `moe_stack` argument of `transformer.forward`, for use inside `shard_map` with these experts."""
+def overlapped(experts: MeshExperts) -> Callable[..., Any]:
+    """The `moe_stack` of a layout, for use inside `shard_map` with these experts."""
 
     def stack(
         p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_le: jax.Array | None, ctx: Context
@@ -233,10 +234,12 @@ def overlapped(experts: MeshExperts) -> Stack:
         def body(carry, xs):  # type: ignore[no-untyped-def]
             (x, held), (p_layer, bias_e) = carry, xs
             carry, stats, latent = layer(p_layer, cfg, x, held, bias_e, contexts, experts)
-            return carry, (stats, ctx.sequence.cached(latent) if ctx.with_cache else None)
+            return carry, (stats, ctx.layout.sequence.cached(latent) if ctx.with_cache else None)
 
         start = (x_a, _from_no_layer(p, cfg, x_b, experts))
-        end, (stats, latent) = lax.scan(recompute(body, ctx.remat), start, (p, bias_le), unroll=unroll(p))
+        end, (stats, latent) = lax.scan(
+            recompute(body, ctx.layout.remat), start, (p, bias_le), unroll=unroll(p)
+        )
         x_a, done_b = end
         x_b, _ = _combined((), done_b, experts, NOTHING, ())
         return joined(x_a, x_b), stats, latent

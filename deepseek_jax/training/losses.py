@@ -18,12 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import BalanceConfig, Config
-from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import head_weight
+from deepseek_jax.model.layout import Layout
 from deepseek_jax.model.loss import weighted_nll
-from deepseek_jax.model.moe import Experts
-from deepseek_jax.model.sequence import WHOLE, Whole
-from deepseek_jax.model.transformer import Stack, forward, stack
+from deepseek_jax.model.transformer import Inputs, forward
 from deepseek_jax.model.weights import attach
 from deepseek_jax.precision import preset
 
@@ -72,6 +70,15 @@ def totals(
     return Totals(there, tuple(jnp.maximum(counts, 1).astype(jnp.float32)), room)
 
 
+def inputs(batch: Batch, t: int) -> Inputs:
+    """The first t tokens of a batch's windows, as the model reads them."""
+
+    def cut(name: str) -> jax.Array | None:
+        return batch[name][:, :t] if name in batch else None
+
+    return Inputs(batch["tokens"][:, :t], cut("positions"), cut("segments"))
+
+
 def targets(batch: Batch, t: int, depth: int) -> tuple[jax.Array, jax.Array]:
     """Labels [b, t] of depth 0 (main model) or k (MTP), and which of them count.
 
@@ -101,33 +108,19 @@ def losses(
     batch: Batch,
     balance_bias: jax.Array,
     total: Totals,
-    experts: Experts = routed_experts,
-    moe_stack: Stack = stack,
-    sequence: Whole = WHOLE,
+    layout: Layout,
 ) -> Losses:
     """This device's part of the losses: sums over its tokens divided by what the global batch has in `total`.
 
     Summed over devices and micro-batches they are the global means. `batch` holds whole sequences, of which a device
-    takes its part if `sequence` is divided.
+    takes its part if sequences are divided.
     """
     model, t = cfg.model, cfg.data.seq_len
-    context: Any = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
-    inputs = batch["tokens"][:, :t]
-    h_btd, aux = forward(
-        params,
-        model,
-        inputs,
-        balance_bias,
-        remat=cfg.train.remat,
-        experts=experts,
-        moe_stack=moe_stack,
-        sequence=sequence,
-        **context,
-    )
+    h_btd, aux = forward(params, model, inputs(batch, t), balance_bias, layout)
     w_dv = head_weight(params)
 
     def nll(h, depth):
-        labels, valid = map(sequence.own, targets(batch, t, depth))
+        labels, valid = map(layout.sequence.own, targets(batch, t, depth))
         weights = valid.astype(jnp.float32).reshape(-1) / total.labels[depth]
         return weighted_nll(
             h.reshape(-1, h.shape[-1]), w_dv, labels.reshape(-1), weights, cfg.train.loss_chunk
@@ -138,7 +131,7 @@ def losses(
     for k in range(depths):
         assert aux.mtp is not None
         mtp = mtp + nll(aux.mtp[k], k + 1) / depths
-    share = inputs.shape[0] / total.sequences
+    share = batch["tokens"].shape[0] / total.sequences
     balance = _balance_loss(cfg.balance, aux.seq_loss, aux.classic_loss) * share
     return Losses(nll(h_btd, 0), mtp, balance, aux.expert_counts_le)
 
@@ -151,9 +144,7 @@ def gradients(
     balance_bias: jax.Array,
     mtp_lambda: jax.Array,
     total: Totals,
-    experts: Experts,
-    moe_stack: Stack = stack,
-    sequence: Whole = WHOLE,
+    layout: Layout,
     micro_batches: int | jax.Array | None = None,
 ) -> tuple[Any, Losses]:
     """Float32 gradients and losses of this device's tokens, in `grad_accumulation` micro-batches.
@@ -170,7 +161,7 @@ def gradients(
 
     def objective(params, micro):
         weights = attach(params, quantised, policy)
-        parts = losses(weights, cfg, micro, balance_bias, total, experts, moe_stack, sequence)
+        parts = losses(weights, cfg, micro, balance_bias, total, layout)
         return (parts.main + mtp_lambda * parts.mtp + parts.balance) * scale, parts
 
     def grad(params, micro):

@@ -31,8 +31,7 @@ from deepseek_jax.hf.names import leaves
 from deepseek_jax.training.ema import abstract_average
 from deepseek_jax.training.finite import not_finite
 from deepseek_jax.training.optimizer import adamw
-from deepseek_jax.training.sharding import state_shardings
-from deepseek_jax.training.state import TrainState
+from deepseek_jax.training.state import TrainState, state_shardings
 from deepseek_jax.training.step import abstract_state
 
 _MAX_NAMED = 8  # arrays listed in an error

@@ -4,6 +4,9 @@ The number of tokens consumed is not part of `TrainState`: it reaches 14.8e12, w
 holds exactly. It lives on the host as a Python int (and in the checkpoint's metadata); the host evaluates the
 schedules with it and passes the results into the jitted step as a `Hyper`.
 
+Between steps, parameters and moments lie where the rules of the mesh put them, divided further by `mesh.zero`
+(`parallel/zero.py`); the rest is whole on every device.
+
 Legend: L MoE layers (MTP modules last), E routed experts.
 """
 
@@ -13,6 +16,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.transformer import model_params
+from deepseek_jax.parallel.mesh import replicated, rules
+from deepseek_jax.parallel.zero import shares
+from deepseek_jax.precision import preset
+from deepseek_jax.training.optimizer import AdamWState
 
 
 class Hyper(NamedTuple):
@@ -41,3 +52,16 @@ class TrainState(flax.struct.PyTreeNode):
         # One array each: a donated state must not hold the same buffer twice.
         step, bad_steps, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))
         return cls(step, params, opt_state, balance_bias, bad_steps, skipped)
+
+
+def parameter_shares(cfg: Config, mesh: Mesh | AbstractMesh) -> Any:
+    """`zero.Share` of every parameter. Raises ValueError, with names and numbers, for what does not divide."""
+    table, quantised = rules(cfg.mesh, mesh), preset(cfg.precision) is not None
+    return shares(model_params(cfg.model), mesh, table, cfg.model.dtype, quantised, cfg.mesh.zero)
+
+
+def state_shardings(cfg: Config, mesh: Mesh | AbstractMesh) -> Any:
+    """A `TrainState` of shardings: the moments lie where their parameters are, the rest is everywhere."""
+    params = jax.tree.map(lambda share: NamedSharding(mesh, share.held), parameter_shares(cfg, mesh))
+    whole: Any = replicated(mesh)
+    return TrainState(whole, params, AdamWState(whole, params, params), whole, whole, whole)

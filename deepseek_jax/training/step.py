@@ -24,15 +24,14 @@ from deepseek_jax.model.router import update_bias
 from deepseek_jax.model.transformer import forward, model_params
 from deepseek_jax.model.weights import attach
 from deepseek_jax.parallel.compiler import compiler_options
+from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, replicated
-from deepseek_jax.parallel.tensor import sequence_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.training.frozen import frozen_leaves, trained
-from deepseek_jax.training.losses import Batch, gradients, targets, totals
+from deepseek_jax.training.losses import Batch, gradients, inputs, targets, totals
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
-from deepseek_jax.training.sharding import experts_over, moe_stack_over, parameter_shares, state_shardings
-from deepseek_jax.training.state import Hyper, TrainState
+from deepseek_jax.training.state import Hyper, TrainState, parameter_shares, state_shardings
 
 
 class Metrics(NamedTuple):
@@ -111,8 +110,7 @@ def make_train_step(
     optimizer = adamw(cfg.optimizer, frozen=frozen)
     everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
     declared, policy = model_params(cfg.model), preset(cfg.precision)
-    held, experts = held_specs(shares), experts_over(cfg, mesh)
-    moe_stack, sequence = moe_stack_over(cfg, mesh, experts), sequence_over(mesh, cfg.data.seq_len)
+    held, layout = held_specs(shares), layout_over(cfg, mesh)
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         n = _sequences(cfg, mesh, batch)
@@ -120,9 +118,7 @@ def make_train_step(
         def local(params, bias, batch, hyper):
             read, micro = gather(params, shares, declared, policy), hyper.micro_batches
             total = totals(cfg, batch, n, micro, BATCH_AXES)
-            grads, parts = gradients(
-                *read, cfg, batch, bias, hyper.mtp_lambda, total, experts, moe_stack, sequence, micro
-            )
+            grads, parts = gradients(*read, cfg, batch, bias, hyper.mtp_lambda, total, layout, micro)
             return scatter(grads, shares), lax.psum(parts, TOKEN_AXES)
 
         grads, parts = jax.shard_map(
@@ -173,23 +169,12 @@ def make_eval_step(
     """
     _check_axes(mesh)
     model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
-    shares, experts = parameter_shares(cfg, mesh), experts_over(cfg, mesh)
-    sequence = sequence_over(mesh, t)
+    shares, layout = parameter_shares(cfg, mesh), layout_over(cfg, mesh).forward_only
 
     def local(params, bias, batch):
         params = attach(*gather(params, shares, model_params(model), policy), policy)
-        context = {name: batch[name][:, :t] for name in ("positions", "segments") if name in batch}
-        h_btd, _ = forward(
-            params,
-            model,
-            batch["tokens"][:, :t],
-            bias,
-            mtp=False,
-            experts=experts,
-            sequence=sequence,
-            **context,
-        )
-        labels, valid = map(sequence.own, targets(batch, t, 0))
+        h_btd, _ = forward(params, model, inputs(batch, t), bias, layout, mtp=False)
+        labels, valid = map(layout.sequence.own, targets(batch, t, 0))
         w_dv = head_weight(params)
 
         def window(args):
@@ -197,7 +182,7 @@ def make_eval_step(
             weights = v.astype(jnp.float32)
             return weighted_nll(h, w_dv, y, weights, cfg.train.loss_chunk), weights.sum()
 
-        return sequence.total(lax.map(window, (h_btd, labels, valid)))
+        return layout.sequence.total(lax.map(window, (h_btd, labels, valid)))
 
     sharded = PartitionSpec(BATCH_AXES)
     in_specs = (held_specs(shares), PartitionSpec(), sharded)

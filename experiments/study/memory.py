@@ -15,7 +15,7 @@ from deepseek_jax.model.params import tree_map
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import quantise_weights
 from deepseek_jax.precision import preset
-from deepseek_jax.training.sharding import parameter_shares
+from deepseek_jax.training.state import parameter_shares
 
 
 class Memory(NamedTuple):

@@ -22,13 +22,13 @@ from configs import v3_671b
 from deepseek_jax.config import Config, MeshConfig, from_config_dict
 from deepseek_jax.model.params import Param, stacked
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.model.transformer import REMAT, Context, block_params
+from deepseek_jax.model.transformer import REMAT, Context, block_params, stack
 from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.parallel.compiler import compiler_options
+from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh, param_specs, rules
 from deepseek_jax.parallel.zero import read_dtype
 from deepseek_jax.precision import PRESETS, preset
-from deepseek_jax.training.sharding import experts_over, moe_stack_over
 from experiments import command_line
 from experiments.study.hlo_schedule import Transfer, transfers
 from pallas_kernels.testing.aot import TARGET, why_unavailable
@@ -63,15 +63,16 @@ def compile_stack(cfg: Config, tokens: int) -> jax.stages.Compiled:
     mesh, model, policy = make_mesh(cfg.mesh, topology.devices), cfg.model, preset(cfg.precision)
     declared = stacked(block_params(model, True), model.num_moe_layers)
     specs, batch = param_specs(declared, mesh, rules(cfg.mesh, mesh)), PartitionSpec(BATCH_AXES)
-    experts = experts_over(cfg, mesh)
-    stack, t = moe_stack_over(cfg, mesh, experts), tokens // SEQUENCES
+    t = tokens // SEQUENCES
+    layout = layout_over(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=t)), mesh)
+    moe_stack = layout.moe_stack or stack
 
     def gradient(params, x_btd):
         quantised = quantise_weights(params, declared, policy)
-        ctx = Context(rope_table(model, jnp.arange(t)[None]), None, cfg.train.remat, experts, False)
+        ctx = Context(rope_table(model, jnp.arange(t)[None]), None, layout, False)
 
         def value(params, x_btd):
-            y_btd, stats, _ = stack(attach(params, quantised, policy), model, x_btd, None, ctx)
+            y_btd, stats, _ = moe_stack(attach(params, quantised, policy), model, x_btd, None, ctx)
             return jnp.square(y_btd.astype(jnp.float32)).sum() + stats.seq_loss.sum()
 
         return jax.grad(value, (0, 1))(params, x_btd)

@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh
-from deepseek_jax.training.sharding import state_shardings
+from deepseek_jax.training.state import state_shardings
 from experiments import plan
 from experiments.command_line import status
 from experiments.study.memory import Memory, state_memory

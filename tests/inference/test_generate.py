@@ -14,8 +14,9 @@ from deepseek_jax.inference.driver import complete, stream
 from deepseek_jax.inference.generate import generate, plain
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import decoding
+from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.params import abstract
-from deepseek_jax.model.transformer import DeepSeekV3, forward, model_params
+from deepseek_jax.model.transformer import DeepSeekV3, Inputs, forward, model_params
 from tests.oracle.tiny import V2, V3, weights
 
 RNG = np.random.default_rng(11)
@@ -120,7 +121,9 @@ def test_sizes_are_few_and_not_much_larger_than_asked():
 
 def test_cache_holds_latents_and_nothing_per_head():
     params, tokens = abstract(model_params(V3)), jax.ShapeDtypeStruct((2, 5), jnp.int32)
-    _, aux = jax.eval_shape(lambda p, t: forward(p, V3, t, mtp=False, with_cache=True), params, tokens)
+    _, aux = jax.eval_shape(
+        lambda p, t: forward(p, V3, Inputs(t), None, single_device(), False, True), params, tokens
+    )
     cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux.cache)
     assert cache.c_bsc.shape == (3, 2, 5, V3.kv_lora_rank) and cache.c_bsc.dtype == V3.dtype
     assert sum(x.size for x in jax.tree.leaves(cache)) == 3 * 2 * 5 * (V3.kv_lora_rank + V3.qk_rope_head_dim)

@@ -26,10 +26,9 @@ from deepseek_jax.inference.over_mesh import (
 )
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model.cache import view_after_padding
-from deepseek_jax.model.decoding import decode, prepare
-from deepseek_jax.model.experts import decode_experts
+from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare
 from deepseek_jax.model.layers import logits
-from deepseek_jax.parallel.low_latency import low_latency_experts
+from deepseek_jax.parallel.layout import few_tokens
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from experiments.generate import parse_mesh
 from tests.inference.checkpoint import save_checkpoint, save_run
@@ -99,22 +98,23 @@ def test_logits_of_a_decoding_step_are_those_of_one_device():
     run, slots, at = programs(CFG, MESHES["tensor"]), 96, 64
     put = jax.device_put(params, parameter_shardings(CFG, MESHES["tensor"]))
 
-    def step(ready, cache, token_b, experts):
+    def step(ready, cache, token_b, layout):
         view = view_after_padding(cache, jnp.int32(at), 1, jnp.zeros_like(token_b))
-        h_btd, _ = decode(ready, CFG, token_b[:, None], view, bias, experts)
+        h_btd, _ = decode(ready, CFG, token_b[:, None], view, bias, layout)
         return logits(ready, h_btd[:, 0])
 
     ready = run.prepare(put)
+    mesh = generation_mesh(CFG, MESHES["tensor"])
     spread = jax.shard_map(
-        lambda *args: step(*args, low_latency_experts()),
-        mesh=generation_mesh(CFG, MESHES["tensor"]),
+        lambda *args: step(*args, few_tokens(CFG, MESHES["tensor"], mesh)),
+        mesh=mesh,
         in_specs=(jax.tree.map(lambda x: x.sharding.spec, ready), P(TOKEN_AXES), P(TOKEN_AXES)),
         out_specs=P(TOKEN_AXES),
         check_vma=False,
     )
     tokens, n = jnp.arange(16, dtype=jnp.int32), len(PROMPTS)
     got = jax.jit(spread)(ready, run.grow(got, slots).cache, tokens)
-    alone = jax.jit(lambda *args: step(*args, decode_experts))
+    alone = jax.jit(lambda *args: step(*args, ONE_DEVICE))
     want = alone(prepare(params, CFG), one_device._grow(want, CFG, slots).cache, tokens[:n])
     assert difference(got[:n], want) < BOUND
 

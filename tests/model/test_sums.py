@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import embed
+from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.rows import sum_pairs
 from deepseek_jax.model.transformer import model_params
@@ -42,7 +42,7 @@ def traced(dtype, precision="bf16", read="float32", remat="none"):
     def run(params, bias):
         quantised = quantise_weights(params, model_params(cfg.model), preset(precision))
         total = totals(cfg, batch, 4)
-        return gradients(params, quantised, cfg, batch, bias, jnp.float32(0.3), total, routed_experts)
+        return gradients(params, quantised, cfg, batch, bias, jnp.float32(0.3), total, single_device())
 
     return list(equations(jax.make_jaxpr(run)(params, state.balance_bias).jaxpr))
 
@@ -83,7 +83,7 @@ def test_the_gates_precision_is_in_the_lowered_program():
     def run(params, bias):
         unquantised = quantise_weights(params, model_params(cfg.model), None)
         total = totals(cfg, batch, 4)
-        return gradients(params, unquantised, cfg, batch, bias, jnp.float32(0.3), total, routed_experts)
+        return gradients(params, unquantised, cfg, batch, bias, jnp.float32(0.3), total, single_device())
 
     lowered = jax.jit(run).trace(state.params, state.balance_bias).lower(lowering_platforms=("cuda",))
     dots = [line for line in lowered.as_text().splitlines() if "dot_general" in line]

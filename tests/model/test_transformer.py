@@ -10,13 +10,14 @@ import pytest
 
 from deepseek_jax.hf.names import get, leaves
 from deepseek_jax.model import transformer
-from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import (
     REMAT,
     Context,
     DeepSeekV3,
+    Inputs,
     block,
     block_params,
     forward,
@@ -89,7 +90,9 @@ def test_positions_and_segments():
     params, bias = weights(cfg)
     segments = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1]] * 2, np.int32)
     positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2, np.int32)
-    got, _ = jax.jit(lambda p: forward(p, cfg, TOKENS, bias, positions, segments))(params)
+    got, _ = jax.jit(lambda p: forward(p, cfg, Inputs(TOKENS, positions, segments), bias, single_device()))(
+        params
+    )
     tensors, config = checkpoint(cfg, params, bias)
     first = oracle.forward(tensors, config, TOKENS[:, :4]).hidden
     second = oracle.forward(tensors, config, TOKENS[:, 4:]).hidden
@@ -178,7 +181,7 @@ def test_what_is_kept_for_the_backward_pass():
     weights = [w.shape for w in jax.tree.leaves(p)]
 
     def kept(remat):
-        ctx = Context(rope, None, remat, routed_experts, False)
+        ctx = Context(rope, None, single_device(remat), False)
         layer = recompute(lambda p, x: block(p, cfg, x, None, ctx)[0], remat)
         vjp = jax.eval_shape(lambda p, x: jax.vjp(layer, p, x)[1], p, x)
         arrays = [w for w in jax.tree.leaves(vjp) if w.ndim]
@@ -209,7 +212,7 @@ def test_the_traced_program_does_not_grow_with_depth():
     def lines(layers):
         cfg = dataclasses.replace(V3, num_hidden_layers=layers, num_nextn_predict_layers=0)
         params = abstract(model_params(cfg))
-        step = jax.grad(lambda p: forward(p, cfg, TOKENS)[0].sum())
+        step = jax.grad(lambda p: forward(p, cfg, Inputs(TOKENS), None, single_device())[0].sum())
         return jax.jit(step).lower(params).as_text().count("\n")
 
     deep = transformer.UNROLL_LAYERS + 2  # both stacks as loops: the dense one has one layer either way

@@ -21,7 +21,7 @@ import pytest
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Checkpointer
-from deepseek_jax.training.sharding import state_shardings
+from deepseek_jax.training.state import state_shardings
 from experiments.kill_test import Run
 from tests.golden.config import get_config
 from tests.golden.run import StopAfter, curves, largest_difference, trainer

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
-from deepseek_jax.training.sharding import state_shardings
-from deepseek_jax.training.state import Hyper
+from deepseek_jax.training.state import Hyper, state_shardings
 from deepseek_jax.training.step import init_state, make_eval_step, make_train_step
 from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
 from tests.tiny_run import fresh_state, tiny, tokens

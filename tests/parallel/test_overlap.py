@@ -10,8 +10,7 @@ import pytest
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
 from deepseek_jax.parallel.overlap import halves, joined
-from deepseek_jax.training.sharding import state_shardings
-from deepseek_jax.training.state import Hyper
+from deepseek_jax.training.state import Hyper, state_shardings
 from deepseek_jax.training.step import make_train_step
 from experiments.study.hlo_schedule import transfers
 from tests.parallel.comparison import assert_same_step

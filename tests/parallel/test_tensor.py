@@ -19,7 +19,7 @@ from deepseek_jax.parallel.mesh import TENSOR_PARALLEL, batch_sharding, make_mes
 from deepseek_jax.parallel.tensor import Divided
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.training.checkpoint import Checkpointer
-from deepseek_jax.training.sharding import state_shardings
+from deepseek_jax.training.state import state_shardings
 from deepseek_jax.training.step import make_train_step
 from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
 from tests.parallel.test_experts_step import HYPER

@@ -15,7 +15,7 @@ from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
 from deepseek_jax.parallel.processes.together import whole_copy
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
-from deepseek_jax.training.sharding import state_shardings
+from deepseek_jax.training.state import state_shardings
 from deepseek_jax.training.step import creation, init_state, make_train_step
 from tests.parallel.comparison import BOUND, difference, distance
 from tests.parallel.test_experts_step import HYPER, SHALLOW, SINGLE

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import quantise_weights
 from deepseek_jax.parallel.zero import gather, held_specs, read_dtype, share_of
 from deepseek_jax.precision import preset
 from deepseek_jax.training.losses import losses, totals
-from deepseek_jax.training.sharding import parameter_shares
+from deepseek_jax.training.state import parameter_shares
 from deepseek_jax.training.step import make_eval_step
 from tests.parallel.comparison import difference
 from tests.parallel.test_experts_step import SINGLE
@@ -109,7 +110,8 @@ def test_gradients_of_cast_weights():
     @jax.jit
     def both(params, cast):
         return [
-            jax.value_and_grad(lambda p: losses(p, cfg, batch, bias, total).main)(p) for p in (params, cast)
+            jax.value_and_grad(lambda p: losses(p, cfg, batch, bias, total, single_device()).main)(p)
+            for p in (params, cast)
         ]
 
     (loss, grads), (loss_cast, grads_cast) = both(params, cast)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import linear
+from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.parallel import zero
@@ -36,7 +36,11 @@ def one_device():
 def test_training_follows_bf16():
     """Every step's loss within the report's 0.25% of the unquantised model's, and not equal to it."""
     cfg = small(grad_accumulation=2)
-    plain = jax.jit(lambda params, bias, batch: losses(params, cfg, batch, bias, totals(cfg, batch, 4)).main)
+    plain = jax.jit(
+        lambda params, bias, batch: losses(
+            params, cfg, batch, bias, totals(cfg, batch, 4), single_device()
+        ).main
+    )
     step, state = make_train_step(cfg, one_device()), fresh_state(cfg)
     errors = []
     for i in range(4):
@@ -116,7 +120,7 @@ def test_gradients_do_not_depend_on_how_large_the_global_batch_is():
             state.balance_bias,
             jnp.float32(0.3),
             totals(cfg, batch, sequences),
-            routed_experts,
+            single_device(),
         )[0]
 
     small_batch, large_batch = of_batch(cfg.train.batch_size), of_batch(n)

@@ -17,8 +17,8 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.frozen import frozen_leaves
 from deepseek_jax.training.metrics import read_records
-from deepseek_jax.training.sharding import state_shardings
 from deepseek_jax.training.start import Start
+from deepseek_jax.training.state import state_shardings
 from tests.golden.run import StopAfter, trainer
 from tests.tiny_run import tiny
 

@@ -9,9 +9,10 @@ import pytest
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.layers import head_weight
+from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.transformer import forward
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from deepseek_jax.training.losses import losses, totals
+from deepseek_jax.training.losses import inputs, losses, totals
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import make_eval_step, make_train_step
 from tests.oracle.tiny import weights
@@ -145,7 +146,8 @@ def test_other_modes_leave_the_bias_alone(mode):
     if mode == "none":
         assert float(metrics.balance_loss) == 0.0
     else:
-        _, aux = jax.jit(functools.partial(forward, cfg=cfg.model))(params, tokens_bt=batch["tokens"][:, :-1])
+        run = lambda p: forward(p, cfg.model, inputs(batch, cfg.data.seq_len), None, single_device())  # noqa: E731
+        _, aux = jax.jit(run)(params)
         want = cfg.balance.classic_alpha * aux.classic_loss
         np.testing.assert_allclose(metrics.balance_loss, want, rtol=REORDERED)
         assert 1.0 <= float(aux.classic_loss) < cfg.model.n_routed_experts
@@ -187,13 +189,12 @@ def test_losses_are_the_papers_sums(packed):
     cfg, params, batch, bias = deep()
     if not packed:
         batch = {"tokens": batch["tokens"]}
-    context = {name: x[:, :-1] for name, x in batch.items() if name != "tokens"}
     sequences = 5  # of which these three are this device's
 
     @jax.jit
     def run(params):
-        hidden, aux = forward(params, cfg.model, batch["tokens"][:, :-1], bias, **context)
-        return losses(params, cfg, batch, bias, totals(cfg, batch, sequences)), hidden, aux
+        hidden, aux = forward(params, cfg.model, inputs(batch, cfg.data.seq_len), bias, single_device())
+        return losses(params, cfg, batch, bias, totals(cfg, batch, sequences), single_device()), hidden, aux
 
     got, hidden, aux = jax.device_get(run(params))
     head = np.asarray(head_weight(params), np.float64)
@@ -219,7 +220,9 @@ def test_loss_does_not_depend_on_the_chunk(chunk):
         )
         params, _ = weights(cfg.model, 3)
         batch = batch_of(cfg)
-        objective = jax.value_and_grad(lambda p: losses(p, cfg, batch, None, totals(cfg, batch, 4)).main)
+        objective = jax.value_and_grad(
+            lambda p: losses(p, cfg, batch, None, totals(cfg, batch, 4), single_device()).main
+        )
         return jax.jit(objective)(params)
 
     (loss, grads), (loss_1, grads_1) = run(chunk), run(48)  # 128 tokens: 48 leaves a remainder
@@ -257,7 +260,7 @@ def test_means_do_not_depend_on_how_many_labels_are_masked(documents):
     params = fresh_state(cfg).params
     params = params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}
     bias = np.zeros(cfg.model.balance_bias_shape, np.float32)
-    got = jax.jit(lambda p: losses(p, cfg, batch, bias, totals(cfg, batch, 4)))(params)
+    got = jax.jit(lambda p: losses(p, cfg, batch, bias, totals(cfg, batch, 4), single_device()))(params)
     np.testing.assert_allclose([got.main, got.mtp], np.log(cfg.model.vocab_size), rtol=REORDERED)
     labels = totals(cfg, batch, 4).labels
     assert [int(n) for n in labels] == ([4 * 32, 4 * 31] if documents == 1 else [4 * 17, 4 * 1])

@@ -1,0 +1,58 @@
+"""How a pass over the model runs: where its tokens are, how they reach their experts, what is computed again.
+
+One object for training, evaluation, prefill and decoding. `single_device` makes it for one device,
+`parallel/layout.py` for a mesh. No function of the library takes one by default, and a pass checks that it runs on the
+mesh that its layout was made for: a layout that is forgotten is an error, not one device's experts inside a mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.moe import Experts
+from deepseek_jax.model.sequence import WHOLE, Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a pass runs.
+
+    dispatcher: computes the routed experts, wherever they are.
+    sequence: where the tokens of a sequence are.
+    remat: what the backward pass computes again, a name of `transformer.REMAT`.
+    moe_stack: runs the MoE layers of the main model; None: `transformer.stack`, with the batch whole.
+    mesh: (name, size) of the mesh axes of more than one device inside whose `shard_map` the pass runs.
+    """
+
+    dispatcher: Experts
+    sequence: Whole = WHOLE
+    remat: str = "none"
+    moe_stack: Callable[..., Any] | None = None
+    mesh: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def forward_only(self) -> "Layout":
+        """For passes without a gradient: nothing is computed again, the batch stays whole."""
+        return dataclasses.replace(self, remat="none", moe_stack=None)
+
+    def check(self) -> None:
+        """Raises ValueError if what is traced is not inside a `shard_map` over the mesh of this layout."""
+        around = jax.sharding.get_abstract_mesh()
+        bound = {name: around.shape[name] for name in around.manual_axes if around.shape[name] > 1}
+        if bound != dict(self.mesh):
+            raise ValueError(
+                f"a layout made for {_named(self.mesh)} is used on {_named(bound.items())}: build the one of this mesh "
+                "by deepseek_jax.parallel.layout"
+            )
+
+
+def single_device(remat: str = "none") -> Layout:
+    """Everything on one device."""
+    return Layout(routed_experts, remat=remat)
+
+
+def _named(axes: Iterable[tuple[str, int]]) -> str:
+    return " x ".join(f"{name}={size}" for name, size in axes) or "a single device"

@@ -1,0 +1,72 @@
+"""The layout of a pass over a mesh (`model/layout.py`), from what the config says of it.
+
+Experts are spread over node x local x tensor as `mesh.experts` says (report section 3.2.2), the attention's heads and
+the tokens of a sequence over `tensor`. Everything else is whole on every device while it computes.
+"""
+
+import dataclasses
+
+from jax.sharding import AbstractMesh, Mesh
+
+from deepseek_jax.config import Config, MeshConfig, ModelConfig
+from deepseek_jax.model.experts import decode_experts
+from deepseek_jax.model.layout import Layout
+from deepseek_jax.parallel.exchange import AS_IT_IS
+from deepseek_jax.parallel.experts import experts_over, named_wire
+from deepseek_jax.parallel.low_latency import decoding_experts, low_latency_experts
+from deepseek_jax.parallel.mesh import expert_exchange
+from deepseek_jax.parallel.overlap import overlapped
+from deepseek_jax.parallel.tensor import sequence_over
+from deepseek_jax.parallel.wire import Wire
+from deepseek_jax.precision import preset
+
+
+def _axes(mesh: Mesh | AbstractMesh) -> tuple[tuple[str, int], ...]:
+    return tuple((name, size) for name, size in mesh.shape.items() if size > 1)
+
+
+def _tokens_travel(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> bool:
+    return bool(model.n_routed_experts) and expert_exchange(cfg, mesh) != "replicated"
+
+
+def many_tokens(
+    model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, tokens: int, wire: Wire = AS_IT_IS
+) -> Layout:
+    """Of whole sequences of `tokens` tokens: prefill, and what training and evaluation begin with.
+
+    wire: formats of the exchange that `mesh.dispatch` and `mesh.combine` leave open. Raises ValueError for what does
+    not divide over the mesh.
+    """
+    return Layout(
+        dispatcher=experts_over(model, cfg, mesh, wire),
+        sequence=sequence_over(mesh, tokens),
+        mesh=_axes(mesh),
+    )
+
+
+def few_tokens(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> Layout:
+    """Of decoding: every device attends to its own sequences, tokens reach their experts by the low-latency exchange."""
+    if _tokens_travel(model, cfg, mesh):
+        wire = named_wire(cfg, AS_IT_IS)
+        return Layout(low_latency_experts(masked=decoding_experts, wire=wire), mesh=_axes(mesh))
+    return Layout(decode_experts, mesh=_axes(mesh))
+
+
+def layout_over(cfg: Config, mesh: Mesh | AbstractMesh) -> Layout:
+    """Of training; `forward_only` of it is that of evaluation. The precision policy says in which formats tokens travel
+    where the mesh config does not.
+
+    Raises ValueError for what does not divide over the mesh, and if there is no exchange to overlap with.
+    """
+    policy = preset(cfg.precision)
+    wire = AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
+    layout = many_tokens(cfg.model, cfg.mesh, mesh, cfg.data.seq_len, wire)
+    if cfg.mesh.overlap and not _tokens_travel(cfg.model, cfg.mesh, mesh):
+        raise ValueError(
+            f"mesh.overlap=True, but no tokens travel: mesh.experts={cfg.mesh.experts!r} on mesh "
+            f"node={mesh.shape['node']} local={mesh.shape['local']} tensor={mesh.shape['tensor']} with "
+            f"n_routed_experts={cfg.model.n_routed_experts}; spread the experts over node x local x tensor, or set "
+            "config.mesh.overlap=False"
+        )
+    stack = overlapped(layout.dispatcher) if cfg.mesh.overlap else None  # type: ignore[arg-type]
+    return dataclasses.replace(layout, remat=cfg.train.remat, moe_stack=stack)
