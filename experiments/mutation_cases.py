@@ -30,8 +30,7 @@ from deepseek_jax.training.checkpoint import Checkpointer
 from experiments import command_line
 from experiments.kill_conversion import MODEL as SMALLEST
 from experiments.kill_conversion import random_weights
-from experiments.mutations import Case, WorkBegins
-from experiments.mutators import mutate_arguments, mutate_bytes, mutate_json, mutate_value
+from experiments.mutators import Case, mutate_arguments, mutate_bytes, mutate_json, mutate_value
 
 Read = Callable[[], str | None]
 MODEL = dataclasses.replace(SMALLEST, vocab_size=300)
@@ -43,6 +42,10 @@ YARN = {
     "mscale_all_dim": 1.0,
 }
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+class WorkBegins(BaseException):
+    """Raised in a command where its work would begin."""
 
 
 def prepare(kind: str, folder: Path) -> Case:

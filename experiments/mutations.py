@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from experiments import command_line
+from experiments.mutators import Case
 
 # How many of a thousand are of each kind.
 SHARES = {
@@ -61,16 +62,8 @@ class Verdict(NamedTuple):
     megabytes: int = 0
 
 
-class WorkBegins(BaseException):
-    """Raised in a command where its work would begin."""
-
-
 class TooSlow(BaseException):
     """Raised by the clock."""
-
-
-Case = Callable[[random.Random], tuple[str, Callable[[], str | None]]]
-"""Damages something; (what was done, what reads it and says what is not right, or None)."""
 
 
 def judge(kind: str, seed: int, case: Case) -> Verdict:

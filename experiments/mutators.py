@@ -3,8 +3,11 @@
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+Case = Callable[[random.Random], tuple[str, Callable[[], str | None]]]
+"""Damages something; (what was done, what reads it and says what is not right, or None)."""
 
 # Values that a field does not have, but a hand, a program or a disk may have put there.
 ODD: tuple[Any, ...] = (

@@ -5,7 +5,7 @@ import numpy as np
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.training.optimizer import adamw
-from deepseek_jax.training.state import TrainState
+from deepseek_jax.training.state import Hyper, TrainState
 from tests.oracle.tiny import weights
 
 MODEL = {
@@ -36,6 +36,7 @@ SECTIONS = {
     "optimizer": {"peak_lr": 3e-3, "mid_lr": 3e-4, "final_lr": 1e-4, "batch_start": 4, "gamma": 0.01},
     "train": {"steps": 20, "batch_size": 4, "loss_chunk": 48, "sample_tokens": 8},
 }
+HYPER = Hyper(np.float32(3e-3), np.float32(0.01), np.float32(0.3))
 
 
 def tiny(**changes) -> Config:

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import bench_exchange as bench
 from tests.parallel.comparison import BOUND, difference
-from tests.parallel.test_experts_mesh import dense, on_mesh
+from tests.parallel.harness import dense, on_mesh
 
 
 @pytest.fixture

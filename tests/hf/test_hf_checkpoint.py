@@ -21,15 +21,12 @@ from deepseek_jax.hf import fp8
 from deepseek_jax.hf.names import get, leaves, unflatten
 from deepseek_jax.model.params import logical_axes
 from deepseek_jax.model.transformer import model_params
+from tests.hf.folders import WIDE, files, rewrite, same
 from tests.oracle.tiny import V2, V3, weights
 
 # transformers has no MTP modules.
 PACKED = dataclasses.replace(V3, num_nextn_predict_layers=0)
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
-# Matrices larger than one FP8 block, with ragged edges in both directions.
-WIDE = dataclasses.replace(
-    V3, hidden_size=136, intermediate_size=260, kv_lora_rank=130, v_head_dim=43, num_nextn_predict_layers=1
-)
 
 
 def save(path, cfg, format="bf16", **options) -> Path:
@@ -46,17 +43,6 @@ def folders(tmp_path_factory):
         "fp8": save(root / "fp8", WIDE, "fp8"),
         "ue8m0": save(root / "ue8m0", WIDE, "fp8", scale="ue8m0"),
     }
-
-
-def same(a, b) -> None:
-    """Equal dtype, shape and bits."""
-    a, b = np.asarray(a), np.asarray(b)
-    assert a.dtype == b.dtype and a.shape == b.shape
-    np.testing.assert_array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 # --- round trips ------------------------------------------------------------------------------------------
@@ -253,17 +239,6 @@ def test_shardings_are_followed(folders):
 
 
 # --- damage -----------------------------------------------------------------------------------------------
-
-
-def rewrite(path: Path, change) -> None:
-    """Every shard through `change(dict of tensors)`, index kept in step."""
-    weight_map = {}
-    for file in sorted(path.glob("*.safetensors")):
-        tensors = safetensors.torch.load_file(file)
-        change(tensors)
-        safetensors.torch.save_file(tensors, file, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def edit_index(path: Path, change) -> None:

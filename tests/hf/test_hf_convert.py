@@ -27,7 +27,7 @@ from deepseek_jax.config import Config, DataConfig, ModelConfig, build
 from deepseek_jax.data import Tokenizer, text_files, train_tokenizer
 from deepseek_jax.hf import convert, orbax
 from deepseek_jax.training.checkpoint import Checkpointer, load_params
-from tests.hf.test_hf_checkpoint import WIDE, files, rewrite, same
+from tests.hf.folders import WIDE, files, rewrite, same
 from tests.oracle.tiny import V3, weights
 
 

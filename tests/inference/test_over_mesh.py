@@ -33,7 +33,7 @@ from deepseek_jax.parallel.mesh import TOKEN_AXES
 from experiments.generate import parse_mesh
 from tests.inference.checkpoint import save_checkpoint, save_run
 from tests.oracle.tiny import weights
-from tests.parallel.test_experts_mesh import BOUND, difference
+from tests.parallel.comparison import BOUND, difference
 from tests.tiny_run import tiny
 
 CFG = dataclasses.replace(tiny().model, num_nextn_predict_layers=0)  # a dense and a MoE layer, 8 experts

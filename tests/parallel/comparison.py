@@ -18,14 +18,16 @@ def difference(got, want):
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
-def assert_same_step(state, metrics, state_1, metrics_1) -> None:
-    """Loss and every gradient within BOUND, by the norm of each tensor; counts and the router's bias exactly.
+def assert_same_step(run, one) -> None:
+    """Loss and every gradient of the first step within BOUND, by the norm of each tensor; counts and the router's bias
+    exactly.
 
-    After the first step with float32 moments: the first moment shows the gradient itself.
+    Of runs with float32 moments: the first moment shows the gradient itself.
     """
-    for name in ("loss", "balance_loss", "grad_norm"):
-        assert difference(getattr(metrics, name), getattr(metrics_1, name)) < BOUND, name
-    np.testing.assert_array_equal(metrics.counts_le, metrics_1.counts_le)
+    (state, _, (got, *_)), (state_1, _, (want, *_)) = run, one
+    for name in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
+        assert difference(getattr(got, name), getattr(want, name)) < BOUND, name
+    np.testing.assert_array_equal(got.counts_le, want.counts_le)
     np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)
     moments = jax.tree_util.tree_leaves_with_path(state.opt_state.mu)
     for (path, x), y in zip(moments, jax.tree.leaves(state_1.opt_state.mu), strict=True):
@@ -38,17 +40,18 @@ def distance(state, other) -> float:
     return np.sqrt(sum(np.square(np.subtract(x, y, dtype=np.float64)).sum() for x, y in pairs))
 
 
-def assert_tracks(run, one, near, bias: float) -> None:
-    """(state, metrics of each step) of a run, of one device, and of one device that starts BOUND off.
+def assert_tracks(run, one, near, bias: float, whats=("loss",)) -> None:
+    """A run against that of one device, and against one of one device that starts BOUND off.
 
     Weights end nearer to one device's than those of the latter do: AdamW divides by the gradient's size, so what
     rounding does to small gradients grows, and such a run says by how much. The router's bias, moved by more than
-    `bias`, and the counts are the same.
+    `bias`, and the counts are the same; in each step, so are the metrics `whats` within BOUND.
     """
-    (state, history), (state_1, history_1), (state_near, _) = run, one, near
-    for step, (got, want) in enumerate(zip(history, history_1, strict=True)):
-        assert difference(got.loss, want.loss) < BOUND, step
+    for step, (got, want) in enumerate(zip(run.history, one.history, strict=True)):
+        for what in whats:
+            assert difference(getattr(got, what), getattr(want, what)) < BOUND, (step, what)
         np.testing.assert_array_equal(got.counts_le, want.counts_le, err_msg=str(step))
+    state, state_1, state_near = (jax.device_get(x.last) for x in (run, one, near))
     np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)
     assert np.abs(state_1.balance_bias).max() > bias
     assert distance(state, state_1) < distance(state_near, state_1) < 1e-3

@@ -15,7 +15,8 @@ from deepseek_jax.parallel.exchange import FLAT, TWO_HOP, Exchange, combine, dis
 from deepseek_jax.parallel.low_latency import low_latency_plan
 from deepseek_jax.parallel.ragged import Chunks, make_chunks, ragged_all_to_all
 from deepseek_jax.parallel.wire import Wire, decode, encode, num_words, pack, unpack
-from tests.parallel.test_experts_mesh import on_mesh
+from experiments.study.traffic import count_rows
+from tests.parallel.harness import on_mesh
 
 NODES, LOCAL = 4, 2
 RANKS = NODES * LOCAL
@@ -161,6 +162,16 @@ def test_a_token_crosses_to_a_node_once():
     for source, local, other in itertools.product(range(NODES), range(LOCAL), range(NODES)):
         assert counts[other, local, source].tolist() == want[source, local].tolist()
     assert want.sum() < (planned(FLAT)[2][:RANKS]).sum()
+
+
+def test_the_exchange_sends_what_is_counted():
+    """From the plans' own counts: rows between devices of different nodes."""
+    rows = count_rows(ids_of_all(), np.arange(RANKS * N) // N, RANKS * E_LOCAL, NODES, LOCAL)
+    flat = planned(FLAT)[2][:RANKS].reshape(NODES, LOCAL, NODES, LOCAL)
+    two_hop = planned(TWO_HOP)[2].reshape(NODES, LOCAL, NODES, NODES)[0]  # device of a node, from, to
+    between = ~np.eye(NODES, dtype=bool)
+    assert rows.flat.sum() == flat.sum((1, 3))[between].sum()
+    assert rows.two_hop.sum() == two_hop.sum(0)[between].sum()
 
 
 # --- formats ----------------------------------------------------------------------------------------------------

@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
-from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.transformer import recompute
 from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
 from deepseek_jax.parallel.low_latency import grouped_experts, low_latency_experts, masked_experts
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.wire import Wire
-from deepseek_jax.precision.product import swiglu
 from tests.parallel.comparison import BOUND, difference
+from tests.parallel.harness import dense, on_mesh
 
 E, K, D, F = 16, 3, 10, 6
 MESHES = {
@@ -30,17 +28,6 @@ MESHES = {
     (2, 4): 4,
     (1, 8): 3,
 }  # (node, local) -> tokens per device: fewer than peers too
-SHARDED = PartitionSpec(("node", "local"))
-
-
-def dense(p, x_nd, experts_nk, weights_nk):
-    """All experts for all tokens: an oracle that compiles fast. Absent ids select none."""
-    x_nd = getattr(x_nd, "x_nd", x_nd)  # not the bytes that travelled
-    gate_ne = (jax.nn.one_hot(experts_nk, p["w_gate_edf"].shape[0]) * weights_nk[..., None]).sum(1)
-    act = swiglu(*(jnp.einsum("nd,edf->enf", x_nd, p[name]) for name in ("w_gate_edf", "w_up_edf")))
-    return jnp.einsum("enf,efd,ne->nd", act, p["w_down_efd"], gate_ne)
-
-
 MODES = {
     "flat": mesh_experts("flat", local=dense),
     "two_hop": mesh_experts("two_hop", local=dense),
@@ -90,12 +77,6 @@ def with_gradients(experts):
         return {"y": y, "params": grads[0], "x": grads[1], "weights": grads[2]}
 
     return run
-
-
-def on_mesh(fn, shape, n_args, out_specs=SHARDED):
-    mesh = make_mesh(MeshConfig(data=1, node=shape[0], local=shape[1]))
-    sharded = jax.shard_map(fn, mesh=mesh, in_specs=(SHARDED,) * n_args, out_specs=out_specs, check_vma=False)
-    return jax.jit(sharded)
 
 
 def modes_of(shape):

@@ -1,54 +1,28 @@
 """Two halves of a batch in flight: the run of the whole batch."""
 
-import functools
 import types
 
-import jax
 import numpy as np
 import pytest
 
 from deepseek_jax.parallel.compiler import compiler_options
-from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
 from deepseek_jax.parallel.overlap import halves, joined
-from deepseek_jax.training.state import Hyper, state_shardings
 from deepseek_jax.training.step import make_train_step
 from experiments.study.hlo_schedule import transfers
+from tests.parallel import harness
 from tests.parallel.comparison import assert_same_step
-from tests.tiny_run import fresh_state, tiny, tokens
 
-HYPER = Hyper(np.float32(3e-3), np.float32(0.01), np.float32(0.3))
-MODEL = {
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 0,
-    "num_nextn_predict_layers": 0,
-    "initializer_range": 0.2,
-}
+MODEL = harness.SHALLOW | {"num_hidden_layers": 2}
 
 
-def config(batch=16, balance="loss_free", model=MODEL, train=None, **mesh):
-    return tiny(
-        model=model,
-        data={"seq_len": 8},
-        train={"batch_size": batch} | (train or {}),
+def config(overlap, tensor=1, remat="none", balance="loss_free", **mesh):
+    return harness.config(
+        (1, 4 // tensor, 2, tensor),
+        MODEL,
+        train={"batch_size": 16, "remat": remat},
+        mesh={"overlap": overlap} | mesh,
         balance={"mode": balance},
-        optimizer={"moment_dtype": "float32"},  # the first moment shows the gradient itself
-        mesh={"data": 1, "node": 4, "local": 2} | mesh,
     )
-
-
-@functools.cache
-def run(overlap, balance="loss_free", receive=0.0, tensor=1, remat="none"):
-    train = {"remat": remat}
-    cfg = config(
-        overlap=overlap, balance=balance, train=train, receive=receive, node=4 // tensor, tensor=tensor
-    )
-    mesh = make_mesh(cfg.mesh, jax.devices()[:8])
-    args = (
-        jax.device_put(fresh_state(cfg), state_shardings(cfg, mesh)),
-        jax.device_put({"tokens": tokens(cfg)}, batch_sharding(mesh)),
-        HYPER,
-    )
-    return jax.device_get(make_train_step(cfg, mesh)(*args))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +32,8 @@ def run(overlap, balance="loss_free", receive=0.0, tensor=1, remat="none"):
 )
 def test_loss_every_gradient_and_counts_equal_the_whole_batch(balance, receive, tensor, remat):
     """Each gradient is a sum over the same tokens; what differs is the order."""
-    assert_same_step(*run(True, balance, receive, tensor, remat), *run(False, balance, tensor=tensor))
+    halved = config(True, tensor, remat, balance, receive=receive)
+    assert_same_step(harness.run(halved), harness.run(config(False, tensor, balance=balance)))
 
 
 def test_a_batch_that_does_not_divide():
@@ -71,16 +46,17 @@ def test_a_batch_that_does_not_divide():
 
 
 def test_nothing_to_overlap():
-    cfg = config(overlap=True, experts="replicated")
+    cfg = config(True, experts="replicated")
     with pytest.raises(
         ValueError, match=r"mesh.overlap=True, but no tokens travel: mesh.experts='replicated'"
     ):
-        make_train_step(cfg, make_mesh(cfg.mesh, jax.devices()[:8]))
+        make_train_step(cfg, harness.mesh_of(cfg))
 
 
 def test_compiler_options_are_for_gpus():
-    cfg = config(comm_channels=20).mesh
-    assert compiler_options(cfg, make_mesh(cfg, jax.devices()[:8])) is None
+    whole = config(False, comm_channels=20)
+    cfg = whole.mesh
+    assert compiler_options(cfg, harness.mesh_of(whole)) is None
     gpus = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
     options = compiler_options(cfg, gpus)
     assert options is not None and options["xla_gpu_enable_latency_hiding_scheduler"]

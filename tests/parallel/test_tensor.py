@@ -1,6 +1,5 @@
 """Tensor and sequence parallel attention on eight devices: the run of one device."""
 
-import functools
 import re
 
 import jax
@@ -15,18 +14,16 @@ from deepseek_jax.model.params import abstract
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.sequence import WHOLE
 from deepseek_jax.model.weights import attach, quantise_weights
-from deepseek_jax.parallel.mesh import TENSOR_PARALLEL, batch_sharding, make_mesh, param_specs
+from deepseek_jax.parallel.mesh import TENSOR_PARALLEL, make_mesh, param_specs
 from deepseek_jax.parallel.tensor import Divided
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.state import state_shardings
 from deepseek_jax.training.step import make_train_step
 from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
-from tests.parallel.test_experts_step import HYPER
-from tests.tiny_run import fresh_state, tiny, tokens
+from tests.parallel.harness import SINGLE, config, mesh_of, put, run
+from tests.tiny_run import HYPER, tiny
 
-AXES = ("data", "node", "local", "tensor")
-SINGLE = (1, 1, 1, 1)
 # BOUND is for one block and here are two; with smaller weights, a rounding does not grow from one to the next.
 HEADS = {"num_attention_heads": 4, "initializer_range": 0.1, "num_hidden_layers": 1}
 MODELS = {
@@ -34,91 +31,26 @@ MODELS = {
     "MoE": HEADS | {"first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
 }
 LAYOUTS = {  # experts in one hop over tensor; over node, then local x tensor
-    "dense and MTP": ((2, 1, 1, 4), {"zero": True}),
-    "MoE": ((1, 2, 2, 2), {}),
+    "dense and MTP": config((2, 1, 1, 4), MODELS["dense and MTP"], mesh={"zero": True}),
+    "MoE": config((1, 2, 2, 2), MODELS["MoE"]),
 }
-
-
-def config(model, shape=SINGLE, **mesh):
-    return tiny(
-        model=model,
-        data={"seq_len": 8},
-        train={"batch_size": 8},
-        optimizer={"moment_dtype": "float32"},  # the first moment shows the gradient itself
-        mesh=dict(zip(AXES, shape, strict=True)) | mesh,
-    )
-
-
-def mesh_of(cfg):
-    m = cfg.mesh
-    return make_mesh(m, jax.devices()[: m.data * m.node * m.local * m.tensor])
-
-
-def packed(cfg, seed=0):
-    """A batch whose sequences end at different places, also on the border of two devices' parts."""
-    ids = tokens(cfg, seed)
-    cut = np.array([3, 4, 1, 8, 2, 6, 7, 5])[:, None]
-    at = np.arange(ids.shape[1])[None]
-    return {
-        "tokens": ids,
-        "segments": (at >= cut).astype(np.int32),
-        "positions": np.where(at >= cut, at - cut, at).astype(np.int32),
-    }
-
-
-@functools.cache
-def program(name, single):
-    """(config, mesh, lowered, compiled step) of the model and layout of that name, or of one device."""
-    shape, mesh = (SINGLE, {}) if single else LAYOUTS[name]
-    cfg = config(MODELS[name], shape, **mesh)
-    mesh = mesh_of(cfg)
-    lowered = make_train_step(cfg, mesh).lower(put(cfg, mesh, 0.0), batch_on(cfg, mesh, 0), HYPER)
-    return cfg, mesh, lowered, lowered.compile()
-
-
-def put(cfg, mesh, nudge):
-    """The first state on its mesh; `nudge` shifts every weight."""
-    state = jax.device_get(fresh_state(cfg))  # from the host, nothing is compiled to divide it
-    if nudge:
-        rng = np.random.default_rng(7)
-        params = jax.tree.map(
-            lambda x: x * (1 + np.float32(nudge) * rng.choice(np.float32([-1, 1]), x.shape)), state.params
-        )
-        state = state.replace(params=params)
-    return jax.device_put(state, state_shardings(cfg, mesh))
-
-
-def batch_on(cfg, mesh, seed):
-    return jax.device_put(packed(cfg, seed), batch_sharding(mesh))
-
-
 STEPS = 8
 
 
-@functools.cache
-def run(name, single, nudge=0.0):
-    """(states after the first and the last step, metrics of each step) of a run on other tokens in each step."""
-    cfg, mesh, _, step = program(name, single)
-    state, history, first = put(cfg, mesh, nudge), [], None
-    for i in range(STEPS):
-        state, metrics = step(state, batch_on(cfg, mesh, i), HYPER)
-        history.append(jax.device_get(metrics))
-        first = jax.device_get(state) if first is None else first
-    return first, jax.device_get(state), history
+def packed(name, single, nudge=0.0):
+    """The run on packed sequences, of the layout of that name or of one device."""
+    return run(config(model=MODELS[name]) if single else LAYOUTS[name], STEPS, nudge, packed=True)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_loss_and_every_gradient_equal_one_device(name):
-    """Of packed sequences."""
-    (state, _, (metrics, *_)), (state_1, _, (metrics_1, *_)) = run(name, False), run(name, True)
-    assert difference(metrics.mtp_loss, metrics_1.mtp_loss) < BOUND
-    assert_same_step(state, metrics, state_1, metrics_1)
+    assert_same_step(packed(name, False), packed(name, True))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_some_steps_track_one_device(name):
-    runs = run(name, False), run(name, True), run(name, True, BOUND)
-    assert_tracks(*((state, history) for _, state, history in runs), bias=2 * HYPER.gamma)
+    runs = packed(name, False), packed(name, True), packed(name, True, BOUND)
+    assert_tracks(*runs, bias=2 * HYPER.gamma)
 
 
 # --- one attention ----------------------------------------------------------------------------------------------
@@ -206,14 +138,14 @@ def test_fp8_blocks_of_a_device_are_those_of_one_device():
 def test_heads_are_spread_and_so_are_experts_and_moments():
     """The attention's up-projections over tensor alone, experts over all devices of a node too; with ZeRO, the rest
     over all that divides tokens."""
-    cfg = config(MODELS["MoE"], (1, 2, 2, 2))
+    cfg = LAYOUTS["MoE"]
     params = state_shardings(cfg, mesh_of(cfg)).params["moe_layers"]
     for name in ("wq_b_qhk", "wkv_b_chm"):
         assert params["attn"][name].spec == P(None, None, ("tensor",))
     assert params["attn"]["wo_hvd"].spec == P(None, ("tensor",))
     assert params["attn"]["wq_a_dq"].spec == params["ffn"]["gate"]["w_gate_de"].spec == P()
     assert params["ffn"]["experts"]["w_up_edf"].spec == P(None, ("node", "local", "tensor"))
-    cfg = config(MODELS["MoE"], (2, 1, 2, 2), zero=True)
+    cfg = config((2, 1, 2, 2), MODELS["MoE"], mesh={"zero": True})
     params = state_shardings(cfg, mesh_of(cfg)).params["moe_layers"]
     assert params["attn"]["wo_hvd"].spec == P(None, ("tensor",), ("data", "local"))
     assert params["attn"]["wq_a_dq"].spec == P(None, ("data", "local", "tensor"))
@@ -223,15 +155,12 @@ def test_heads_are_spread_and_so_are_experts_and_moments():
 def test_a_checkpoint_goes_to_another_mesh_and_back(tmp_path):
     """State of (data 2, tensor 4) with ZeRO, to one device and to (node 2, local 2, tensor 2), bit for bit."""
     name = "dense and MTP"
-    shape, mesh = LAYOUTS[name]
-    cfg = config(MODELS[name], shape, **mesh)
-    state = put(cfg, mesh_of(cfg), BOUND)
+    state = put(LAYOUTS[name], BOUND)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(1, state, {"average": np.zeros(1)}, {"config": {}, "data": {}, "tokens": 0})
     checkpointer.wait()
     for shape in (SINGLE, (1, 2, 2, 2)):
-        other = config(MODELS[name], shape)
-        blank = put(other, mesh_of(other), 0.0)
+        blank = put(config(shape, MODELS[name]))
         restored = checkpointer.restore(blank).state
         for x, y, like in zip(*map(jax.tree.leaves, (restored, state, blank)), strict=True):
             np.testing.assert_array_equal(x, y)
@@ -251,7 +180,7 @@ def test_sequences_that_do_not_divide():
 
 
 def test_heads_that_do_not_divide():
-    cfg = config(MODELS["MoE"] | {"num_attention_heads": 6}, (1, 1, 1, 4))
+    cfg = config((1, 1, 1, 4), MODELS["MoE"] | {"num_attention_heads": 6})
     with pytest.raises(
         ValueError,
         match=r"moe_layers.attn.wkv_b_chm \(1, 12, 6, 16\): 6 of 'heads' do not divide over 4 devices of tensor=4; "

@@ -20,17 +20,15 @@ from deepseek_jax.training.losses import losses, totals
 from deepseek_jax.training.state import parameter_shares
 from deepseek_jax.training.step import make_eval_step
 from tests.parallel.comparison import difference
-from tests.parallel.test_experts_step import SINGLE
-from tests.parallel.test_zero import batch_on, config, mesh_of, put
+from tests.parallel.harness import SHALLOW, SINGLE, batch_on, config, mesh_of, put
 from tests.tiny_run import fresh_state, tokens
 
 
 def evaluation(zero, dtype, precision):
-    cfg = config((2, 1, 1), zero=zero, dtype=dtype, precision=precision)
-    mesh = mesh_of(cfg)
-    state = put(cfg, mesh)
-    args = state.params, state.balance_bias, batch_on(cfg, mesh)
-    lowered = make_eval_step(cfg, mesh).lower(*args)
+    cfg = config((2, 1, 1), SHALLOW | {"dtype": dtype}, mesh={"zero": zero}, precision=precision)
+    state = put(cfg)
+    args = state.params, state.balance_bias, batch_on(cfg)
+    lowered = make_eval_step(cfg, mesh_of(cfg)).lower(*args)
     return jax.device_get(lowered.compile()(*args)), lowered.as_text()
 
 
@@ -42,9 +40,7 @@ def test_evaluation_is_bitwise_the_same(dtype, precision):
     np.testing.assert_array_equal(got, want)
     assert np.isfinite(got).all() and np.ptp(got) > 0
     gathered = re.findall(r'"stablehlo.all_gather".*\(tensor<\S+x(\w+)>\) ->', text)
-    names = [
-        p for p in jax.tree.leaves(model_params(config(zero=True).model), is_leaf=is_param) if not_norm(p)
-    ]
+    names = [p for p in jax.tree.leaves(model_params(config().model), is_leaf=is_param) if not_norm(p)]
     linear = sum(p.n_in is not None for p in names)
     travel = [linear, "bf16"] if precision == "bf16" else [linear, "ui8"]
     assert len(names) == linear + 3  # embedding, head and gate
@@ -78,7 +74,7 @@ DIVIDED = {  # name -> parameter and, on eight devices, what its first dim that 
 def test_parts_quantised_and_gathered_are_the_whole_quantised(policy):
     """To the bit, values and scales of both operands, whatever is divided; one device's part of a block may have its
     largest element, or another's."""
-    cfg = config((2, 2, 2), zero=True)
+    cfg = config((2, 2, 2), mesh={"zero": True})
     mesh, policy = mesh_of(cfg), preset(policy)
     rng = np.random.default_rng(0)
     params = {name: rng.standard_normal(p.shape, np.float32) for name, p in DIVIDED.items()}
@@ -97,7 +93,7 @@ def test_parts_quantised_and_gathered_are_the_whole_quantised(policy):
 
 def test_gradients_of_cast_weights():
     """Float32, and of weights in BF16 within the roundings of one more cast: 2^-8 of each element."""
-    cfg = config(zero=False, dtype="bfloat16")
+    cfg = config(model=SHALLOW | {"dtype": "bfloat16"})
     declared, params = model_params(cfg.model), fresh_state(cfg).params
     cast = jax.tree.map(
         lambda p, w: w.astype(read_dtype(p, jnp.bfloat16, False)), declared, params, is_leaf=is_param
@@ -128,7 +124,7 @@ ROWS = {"expert": ("node", "local")}
 
 
 def held(param, shape=(2, 2, 2)):
-    return share_of("w", param, mesh_of(config(shape, zero=True)), ROWS, jnp.bfloat16).held
+    return share_of("w", param, mesh_of(config(shape)), ROWS, jnp.bfloat16).held
 
 
 def test_the_first_dim_that_divides():
@@ -148,7 +144,7 @@ def test_a_matrix_that_does_not_divide():
         ValueError, match=r"w \(12, 20\): no dim divides over the 8 devices of data=2 x node=2 x local=2"
     ):
         held(Param((12, 20), ("embed", None)))
-    cfg = config((5, 1, 1), zero=True)
+    cfg = config((5, 1, 1), mesh={"zero": True})
     with pytest.raises(
         ValueError,
         match=r"w_embed_vd \(384, 32\): no dim .* data=5; change config.mesh.data, or set .*zero=False",

@@ -16,12 +16,10 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.product import Quantised, quantise_weight
 from deepseek_jax.training.losses import gradients, losses, totals
-from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import make_train_step
-from tests.tiny_run import fresh_state, tiny, tokens
+from tests.tiny_run import HYPER, fresh_state, tiny, tokens
 
 SMALL = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
-HYPER = Hyper(jnp.float32(3e-3), jnp.float32(0.01), jnp.float32(0.3))
 POLICY = PRESETS["deepseek_fp8"]
 
 

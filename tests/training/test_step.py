@@ -13,12 +13,10 @@ from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.transformer import forward
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from deepseek_jax.training.losses import inputs, losses, totals
-from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import make_eval_step, make_train_step
 from tests.oracle.tiny import weights
-from tests.tiny_run import fresh_state, tiny, tokens
+from tests.tiny_run import HYPER, fresh_state, tiny, tokens
 
-HYPER = Hyper(np.float32(3e-3), np.float32(0.01), np.float32(0.3))
 # Float32 sums in another order: 6e-8 per operation, over the 128 tokens and some 40 operations that lie in a
 # gradient's path, growing like a random walk (x 70), and a factor of 2 for cancellation.
 REORDERED = 1e-5

@@ -1,0 +1,121 @@
+"""Small training runs and experts on a mesh of the eight devices, each program compiled once for all tests."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
+from deepseek_jax.precision.product import swiglu
+from deepseek_jax.training.state import TrainState, state_shardings
+from deepseek_jax.training.step import Metrics, make_train_step
+from tests.tiny_run import HYPER, fresh_state, tiny, tokens
+
+# --- training runs ----------------------------------------------------------------------------------------------
+
+AXES = ("data", "node", "local", "tensor")
+SINGLE = (1, 1, 1, 1)
+SHALLOW = {
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "num_nextn_predict_layers": 0,
+    "initializer_range": 0.2,
+}
+
+
+def config(
+    shape=SINGLE, model: dict = SHALLOW, train: dict | None = None, mesh: dict | None = None, **sections: Any
+) -> Config:
+    """A run of `model` on a mesh of `shape`: sizes of AXES, the last may be left out."""
+    return tiny(
+        model=model,
+        data={"seq_len": 8},
+        train={"batch_size": 8} | (train or {}),
+        optimizer={"moment_dtype": "float32"},  # the first moment shows the gradient itself
+        mesh=dict(zip(AXES, shape, strict=False)) | (mesh or {}),
+        **sections,
+    )
+
+
+def mesh_of(cfg: Config) -> Mesh:
+    m = cfg.mesh
+    return make_mesh(m, jax.devices()[: m.data * m.node * m.local * m.tensor])
+
+
+def put(cfg: Config, nudge: float = 0.0) -> TrainState:
+    """The first state on its mesh; `nudge` moves every weight by so much of itself, up or down."""
+    state = jax.device_get(fresh_state(cfg))  # from the host, nothing is compiled to divide it
+    if nudge:
+        rng = np.random.default_rng(7)
+        params = jax.tree.map(
+            lambda x: x * (1 + np.float32(nudge) * rng.choice(np.float32([-1, 1]), x.shape)), state.params
+        )
+        state = state.replace(params=params)
+    return jax.device_put(state, state_shardings(cfg, mesh_of(cfg)))
+
+
+def batch_on(cfg: Config, seed: int = 0, packed: bool = False) -> dict[str, jax.Array]:
+    """Tokens on the mesh. packed: of two documents per sequence, which end at different places, also on the border
+    of two devices' parts."""
+    batch = {"tokens": tokens(cfg, seed)}
+    if packed:
+        cut = np.array([3, 4, 1, 8, 2, 6, 7, 5])[:, None]
+        at = np.arange(batch["tokens"].shape[1])[None]
+        batch["segments"] = (at >= cut).astype(np.int32)
+        batch["positions"] = np.where(at >= cut, at - cut, at).astype(np.int32)
+    return jax.device_put(batch, batch_sharding(mesh_of(cfg)))
+
+
+class Program(NamedTuple):
+    lowered: jax.stages.Lowered
+    step: jax.stages.Compiled
+
+
+@functools.cache
+def program(cfg: Config, packed: bool = False) -> Program:
+    """The training step of a config on its mesh."""
+    step = make_train_step(cfg, mesh_of(cfg))
+    lowered = step.lower(put(cfg), batch_on(cfg, 0, packed), HYPER)
+    return Program(lowered, lowered.compile())
+
+
+class Run(NamedTuple):
+    first: TrainState  # after the first step
+    last: TrainState  # after the last one, on its devices
+    history: list[Metrics]
+
+
+@functools.cache
+def run(cfg: Config, steps: int = 1, nudge: float = 0.0, packed: bool = False) -> Run:
+    """A run on other tokens in each step."""
+    state, history, first = put(cfg, nudge), [], None
+    for i in range(steps):
+        state, metrics = program(cfg, packed).step(state, batch_on(cfg, i, packed), HYPER)
+        history.append(jax.device_get(metrics))
+        first = first or jax.device_get(state)
+    assert first is not None
+    return Run(first, state, history)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------
+
+SHARDED = PartitionSpec(("node", "local"))
+
+
+def on_mesh(fn, shape: tuple[int, int], n_args: int, out_specs=SHARDED):
+    """`fn` of `n_args` arrays, spread over node x local devices along their first dim."""
+    mesh = make_mesh(MeshConfig(data=1, node=shape[0], local=shape[1]))
+    sharded = jax.shard_map(fn, mesh=mesh, in_specs=(SHARDED,) * n_args, out_specs=out_specs, check_vma=False)
+    return jax.jit(sharded)
+
+
+def dense(p, x_nd, experts_nk, weights_nk):
+    """All experts for all tokens: an oracle that compiles fast. Absent ids select none."""
+    x_nd = getattr(x_nd, "x_nd", x_nd)  # not the bytes that travelled
+    gate_ne = (jax.nn.one_hot(experts_nk, p["w_gate_edf"].shape[0]) * weights_nk[..., None]).sum(1)
+    act = swiglu(*(jnp.einsum("nd,edf->enf", x_nd, p[name]) for name in ("w_gate_edf", "w_up_edf")))
+    return jnp.einsum("enf,efd,ne->nd", act, p["w_down_efd"], gate_ne)
