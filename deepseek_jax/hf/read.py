@@ -45,8 +45,8 @@ def load(
         keep_fp8: leave FP8 matrices in FP8: {"fp8": float8_e4m3fn [stack..., out, in], "scale": float32
             [stack..., out blocks, in blocks]} in the leaf's place, instead of dequantised.
         mtp: False leaves the MTP modules out, as if the files had none: for a fine-tune that carries stale ones.
-        shardings: tree like the parameters of `jax.sharding.Sharding`; each device reads only its slice.
-            None: the default device.
+        shardings: tree like the parameters of `jax.sharding.Sharding`, or a function of the config that gives one; each
+            device reads only its slice. None: the default device.
 
     Returns:
         (config, parameters stacked by layer, balance_bias float32 [layer, expert]). Where the config promises MTP
@@ -60,6 +60,7 @@ def load(
     if dtype is not None:
         choice("dtype", dtype, tuple(_FLOATS))
         cfg = dataclasses.replace(cfg, dtype=dtype)
+    shardings = shardings(checkpoint.cfg) if callable(shardings) else shardings
     params = on_devices(checkpoint, shardings, None if dtype is None else _FLOATS[dtype], keep_fp8)
     return cfg, params, jax.device_put(checkpoint.bias())
 

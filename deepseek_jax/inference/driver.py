@@ -7,7 +7,7 @@ ends rows at stop strings, and notices Ctrl-C. Where the loop is cut changes no 
 
 import functools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from deepseek_jax.inference.batch import (
     pad_prompts,
     slots_for,
 )
-from deepseek_jax.model.decoding import room
+from deepseek_jax.model.decoding import decoding_config, prepare, room
 
 PATIENCE = 0.1  # seconds between two looks of the host, about
 
@@ -115,16 +115,40 @@ def advancing(step: Callable[..., State]) -> Any:
     return advance
 
 
+def on_one_device(prefill: Any, grow: Any, advance: Any, spare: int = 0) -> Callable[..., Method]:
+    """The `Method` over a model's parameters of three jitted programs.
+
+    prefill: (params, cfg, prompts, batch, bias) -> state; grow: (state, cfg, slots) -> state; advance: see `advancing`.
+    """
+
+    def method(params: Any, cfg: ModelConfig, balance_bias: Any = None, ready: Any = None) -> Method:
+        """`ready`: the parameters after `prepare` for `decoding_config(cfg)`, made here if None."""
+        decoding = decoding_config(cfg)
+        ready = prepare(params, decoding) if ready is None else ready
+        return Method(
+            prefill=lambda prompts, batch: prefill(params, cfg, prompts, batch, balance_bias),
+            grow=lambda state, slots: grow(state, decoding, slots),
+            advance=lambda batch, state, n: advance(ready, decoding, batch, balance_bias, state, n),
+            spare=spare,
+        )
+
+    return method
+
+
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
 def stream(
-    method: Method, cfg: ModelConfig, request: Request, first: int = 1
-) -> Generator[State, np.ndarray | None, None]:
+    method: Method,
+    cfg: ModelConfig,
+    request: Request,
+    first: int = 1,
+    ended: Callable[[], np.ndarray] = lambda: np.zeros(0, bool),
+) -> Iterator[State]:
     """States as generation goes on, of which the last is the end. Read one before asking for the next, which consumes it.
 
-    One comes after the prefill, the second after `first` steps, the others when about PATIENCE has passed. Send rows
-    (bool [b]) that have ended for a reason of the caller's own.
+    One comes after the prefill, the second after `first` steps, the others when about PATIENCE has passed. Before it goes
+    on, it asks which rows (bool, from the first on) have `ended` for a reason of the caller's own.
 
     Raises:
         ValueError: see `Request.check`; another number of seeds than prompts.
@@ -138,16 +162,24 @@ def stream(
         state, at_most = method.grow(method.prefill(prompts, batch), slots), first
         state = jax.block_until_ready(method.advance(batch, state, 0))
     while True:
-        ended = yield state
-        if ended is not None and ended.any():
-            done = state.out.done_b | jax.device_put(ended, state.out.done_b.sharding)
-            state = state._replace(out=state.out._replace(done_b=done))
+        yield state
+        state = _without(state, ended())
         if np.asarray(state.out.done_b).all():
             return
         began = time.monotonic()
         state = jax.block_until_ready(method.advance(batch, state, at_most))
         took = time.monotonic() - began
         at_most = max(1, min(2 * at_most, int(at_most * PATIENCE / max(took, 1e-6))))
+
+
+def _without(state: State, ended: np.ndarray) -> State:
+    """The state after the caller ended rows."""
+    if not ended.any():
+        return state
+    done_b = np.array(state.out.done_b)
+    done_b[: len(ended)] |= ended
+    done = jax.device_put(done_b, state.out.done_b.sharding)
+    return state._replace(out=state.out._replace(done_b=done))
 
 
 def complete(method: Method, cfg: ModelConfig, request: Request) -> tuple[list[Completion], State]:

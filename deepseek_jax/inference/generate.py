@@ -14,7 +14,6 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.batch import (
     Batch,
     Choice,
-    Completion,
     Output,
     Prompts,
     Request,
@@ -22,10 +21,10 @@ from deepseek_jax.inference.batch import (
     emit,
     empty_output,
 )
-from deepseek_jax.inference.driver import Method, State, advancing, complete, grown
-from deepseek_jax.inference.sampling import Sampling, keys_at, log_prob, penalised, sample
+from deepseek_jax.inference.driver import State, advancing, complete, grown, on_one_device
+from deepseek_jax.inference.sampling import keys_at, log_prob, penalised, sample
 from deepseek_jax.model.cache import view_after_padding
-from deepseek_jax.model.decoding import ONE_DEVICE, decode, decoding_config, prepare
+from deepseek_jax.model.decoding import ONE_DEVICE, decode
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Layout, single_device
 from deepseek_jax.model.transformer import Aux, Inputs, forward
@@ -88,20 +87,8 @@ def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State,
 
 _prefill = jax.jit(functools.partial(prefill, layout=single_device()), static_argnames=("cfg",))
 _grow = jax.jit(grown, static_argnames=("cfg", "slots"))
-
-
 _advance = advancing(functools.partial(step, layout=ONE_DEVICE))
-
-
-def plain(params: Any, cfg: ModelConfig, balance_bias: Any = None, ready: Any = None) -> Method:
-    """One token per step. `ready`: the parameters after `prepare` for `decoding_config(cfg)`, made here if None."""
-    decoding = decoding_config(cfg)
-    ready = prepare(params, decoding) if ready is None else ready
-    return Method(
-        prefill=lambda prompts, batch: _prefill(params, cfg, prompts, batch, balance_bias),
-        grow=lambda state, slots: _grow(state, decoding, slots),
-        advance=lambda batch, state, n: _advance(ready, decoding, batch, balance_bias, state, n),
-    )
+plain = on_one_device(_prefill, _grow, _advance)
 
 
 def generate(
@@ -111,20 +98,17 @@ def generate(
     max_new_tokens: int,
     *,
     balance_bias: Any = None,
-    sampling: Sampling = Sampling(),
-    stop_ids: Sequence[int] = (),
-    seed: int | Sequence[int] = 0,
-    num_ids: int | None = None,
+    **options: Any,
 ) -> list[list[int]]:
     """Continuations of the prompts, without the prompts; a stop token ends a row and is left out.
 
     Args:
         params, balance_bias: as for `forward`.
-        prompts, max_new_tokens, sampling, stop_ids, seed, num_ids: see `batch.Request`.
+        prompts, max_new_tokens, options: see `batch.Request`.
 
     Raises:
         ValueError: an empty prompt, max_new_tokens < 1, or more positions than the model has.
     """
-    request = Request(prompts, max_new_tokens, sampling, stop_ids, seed, num_ids)
-    rows: list[Completion] = complete(plain(params, cfg, balance_bias), cfg, request)[0]
+    request = Request(prompts, max_new_tokens, **options)
+    rows, _ = complete(plain(params, cfg, balance_bias), cfg, request)
     return [row.tokens for row in rows]

@@ -1,62 +1,26 @@
-"""`deepseek_jax.load(path) -> Model`: a checkpoint, ready to generate, to score and to look into.
+"""`Model`: a checkpoint ready to generate, to score and to look into; `deepseek_jax.load` makes one of a folder."""
 
-Prompts are padded to few lengths, so that a notebook compiles once per length and not once per prompt.
-"""
-
-import contextlib
-import dataclasses
-import functools
+import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax import now
-from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
-from deepseek_jax.data import text_files
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.data.chat import ChatTemplate
-from deepseek_jax.data.special_tokens import stop_ids as ids_that_stop
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.batch import Completion, Request, completions, size_for
+from deepseek_jax.inference import scoring
+from deepseek_jax.inference.batch import Completion, Request, completions
+from deepseek_jax.inference.description import describe
 from deepseek_jax.inference.driver import Method, stream
 from deepseek_jax.inference.generate import plain
-from deepseek_jax.inference.over_mesh import over_mesh, parameter_shardings, programs
+from deepseek_jax.inference.over_mesh import over_mesh, programs
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.speculative import Stats, check_speculative, speculative, stats
-from deepseek_jax.inference.text import TextRow, check_stop
-from deepseek_jax.json_files import read_object
+from deepseek_jax.inference.text import Texts, check_stop
 from deepseek_jax.model.decoding import decoding_config, prepare
-from deepseek_jax.model.layers import logits
-from deepseek_jax.model.layout import single_device
-from deepseek_jax.model.transformer import Inputs, forward
 
 Text = str | Sequence[int]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def _logits(params: Any, cfg: ModelConfig, tokens_bt: jax.Array, bias_le: Any) -> jax.Array:
-    h_btd, _ = forward(params, cfg, Inputs(tokens_bt), bias_le, single_device(), mtp=False)
-    return logits(params, h_btd)
-
-
-@jax.jit
-def _token_scores(logits_btv: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-    """Log-probability of token i + 1 at each position i, [b, t - 1]."""
-    log_prob = jax.nn.log_softmax(logits_btv[:, :-1], axis=-1)
-    return jnp.take_along_axis(log_prob, tokens_bt[:, 1:, None], axis=-1)[..., 0]
-
-
-def _count(n: int) -> str:
-    """1.2B, 340M, 56k."""
-    size, unit = next((s, u) for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if n >= s or s == 1)
-    return f"{n / size:.3g}{unit}"
-
-
-def _mesh_text(mesh: MeshConfig) -> str:
-    return ", ".join(f"{axis}={getattr(mesh, axis)}" for axis in ("data", "node", "local", "tensor"))
 
 
 class Model:
@@ -88,18 +52,7 @@ class Model:
         self._prepared: tuple[Any, Any] | None = None  # parameters, and the same as decoding reads them
 
     def __repr__(self) -> str:
-        cfg, known = self.config, "no tokenizer"
-        if self.tokenizer is not None:
-            known = f"tokenizer of {self.tokenizer.vocab_size:,} ids"
-        parts = (
-            f"{cfg.num_hidden_layers} layers ({cfg.num_moe_layers} with {cfg.n_routed_experts} experts)",
-            f"{_count(cfg.num_params())} parameters, {_count(cfg.num_active_params())} active",
-            jax.tree.leaves(self.params)[0].dtype.name,
-            f"{cfg.max_position_embeddings:,} positions",
-            known,
-            *([] if self.mesh is None else [f"over {_mesh_text(self.mesh)}"]),
-        )
-        return f"Model({'; '.join(parts)})"
+        return describe(self.config, self.params, self.tokenizer, self.mesh)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -116,45 +69,24 @@ class Model:
             return [int(token) for token in text]
         return self._tokenizer().encode_prompt(text)
 
-    def _padded_logits(self, ids: list[int]) -> tuple[jax.Array, np.ndarray]:
-        """Logits and tokens of one row, padded on the right, which no token before sees."""
-        cfg = self.config
-        if len(ids) > cfg.max_position_embeddings:
-            raise ValueError(
-                f"{len(ids)} tokens exceed max_position_embeddings={cfg.max_position_embeddings}"
-            )
-        if min(ids) < 0 or max(ids) >= cfg.vocab_size:
-            raise ValueError(
-                f"token ids {min(ids)} to {max(ids)} exceed [0, vocab_size={cfg.vocab_size}): "
-                "use the checkpoint's own tokenizer"
-            )
-        padded = np.zeros((1, size_for(len(ids))), np.int32)
-        padded[0, : len(ids)] = ids
-        return _logits(self.params, cfg, padded, self.balance_bias), padded
-
     def logits(self, text: Text | Sequence[Text]) -> Any:
         """Float32 logits [t, v] after each of the t tokens of a text (or list of ids); a list for a list of them.
 
         Raises ValueError for an empty text, one longer than the model's positions, and ids outside its vocabulary.
         """
-        if not _is_single(text):
-            return [self.logits(one) for one in text]  # type: ignore[arg-type]
-        ids = self._ids(text)  # type: ignore[arg-type]
-        if not ids:
-            raise ValueError("logits needs at least one token")
-        return np.asarray(self._padded_logits(ids)[0])[0, : len(ids)]
+        return self._each(scoring.all_logits, text)
 
     def score(self, text: Text | Sequence[Text]) -> Any:
         """Log-probability (nats) of each token given those before it, float32 [t - 1]; a list for a list of texts.
 
         Raises ValueError as `logits`, and for a single token.
         """
+        return self._each(scoring.logprobs, text)
+
+    def _each(self, fn: Any, text: Any) -> Any:
         if not _is_single(text):
-            return [self.score(one) for one in text]  # type: ignore[arg-type]
-        ids = self._ids(text)  # type: ignore[arg-type]
-        if len(ids) < 2:
-            raise ValueError(f"score needs at least two tokens, got {len(ids)}")
-        return np.asarray(_token_scores(*self._padded_logits(ids)))[0, : len(ids) - 1]
+            return [self._each(fn, one) for one in text]
+        return fn(self.params, self.config, self._ids(text), self.balance_bias)
 
     def generate(
         self,
@@ -189,13 +121,9 @@ class Model:
         many: Sequence[Any] = [prompts] if single else prompts
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
         request = self._request(many, max_new_tokens, sampling, stop_ids, seed)
-        rows = _result(self._generation(request, _texts(many, request), stop, speculative, show=False))
-        outs: list[Any] = rows
+        outs: list[Any] = _result(self._generation(many, request, stop, speculative, show=False))
         if not logprobs:
-            outs = [
-                row.text if isinstance(prompt, str) else row.tokens
-                for prompt, row in zip(many, rows, strict=True)
-            ]
+            outs = [x.text if isinstance(p, str) else x.tokens for p, x in zip(many, outs, strict=True)]
         return outs[0] if single else outs
 
     def stream(
@@ -211,8 +139,9 @@ class Model:
     ) -> Iterator[str]:
         """The text of `generate` for one prompt, in pieces, while it is generated. `sampling`: as there."""
         request = self._request([prompt], max_new_tokens, Sampling(**sampling), stop_ids, seed)
-        for pieces in self._generation(request, _texts([prompt], request), stop, speculative, show=True):
-            yield pieces[0]
+        yield from map(
+            operator.itemgetter(0), self._generation([prompt], request, stop, speculative, show=True)
+        )
 
     def chat(
         self,
@@ -269,74 +198,39 @@ class Model:
         return self._prepared[1]
 
     def _method(self, request: Request, drafts: bool) -> Method:
-        cfg, bias = self.config, self.balance_bias
-        if not drafts:
-            if self.mesh is not None:
-                return over_mesh(self.params, cfg, self.mesh, bias, self._ready())
-            return plain(self.params, cfg, bias, self._ready())
-        if self.mesh is not None:
+        if drafts and self.mesh is not None:
             raise ValueError(
                 "speculative decoding runs on one device: leave out speculative=True or the mesh"
             )
-        check_speculative(request.sampling)
-        return speculative(self.params, cfg, bias, self._ready())
+        if drafts:
+            check_speculative(self.config, request.sampling)
+        model = self.params, self.config, self.balance_bias, self._ready()
+        if self.mesh is not None:
+            return over_mesh(*model, mesh=self.mesh)
+        return speculative(*model) if drafts else plain(*model)
 
     def _generation(
-        self,
-        request: Request,
-        before: Sequence[Sequence[int]],
-        stop: str | Sequence[str],
-        drafts: bool,
-        show: bool,
+        self, prompts: Sequence[Text], request: Request, stop: str | Sequence[str], drafts: bool, show: bool
     ) -> Generator[list[str], None, list[Completion]]:
-        """Yields the text that each row has got, if it is to be shown; returns what came out.
-
-        before: the ids that the text of each row goes on from.
-        """
+        """Yields the text that each row has got, if it is to be shown; returns what came out."""
         stops = check_stop(stop)
+        if show or stops:
+            self._tokenizer()
         method = self._method(request, drafts)
-        texts = [TextRow(self._tokenizer(), stops, ids) for ids in before] if show or stops else []
-        states, ended = stream(method, self.config, request, first=1 if show else 8), None
-        with contextlib.suppress(StopIteration):
-            while True:
-                state = states.send(ended)
-                if texts:
-                    rows = completions(state.out, request)
-                    new = [text.push(row.tokens[text.count :]) for text, row in zip(texts, rows, strict=True)]
-                    ended = np.zeros(len(state.token_b), bool)
-                    ended[: len(texts)] = [text.ended for text in texts]
-                if show:
-                    yield new
+        # A continuation of text goes on from it; one of ids is a text of its own.
+        before = [ids if isinstance(p, str) else () for p, ids in zip(prompts, request.prompts, strict=True)]
+        texts = Texts(self.tokenizer, stops, before)
+        for state in stream(method, self.config, request, 1 if show else 8, texts.ended):
+            if show or stops:
+                new = texts.push(completions(state.out, request))
+            if show:
+                yield new
         if drafts:
             self.last_stats = stats(state)
-        rest = [text.close() for text in texts]
+        last, rows = texts.close(completions(state.out, request))
         if show:
-            yield rest
-        rows = completions(state.out, request)
-        if texts:
-            return [_cut(row, text) for row, text in zip(rows, texts, strict=True)]
-        if self.tokenizer is None:
-            return rows
-        return [self._with_text(row, ids) for row, ids in zip(rows, before, strict=True)]
-
-    def _with_text(self, row: Completion, before: Sequence[int]) -> Completion:
-        text = self._tokenizer().text_after(before, row.tokens, skip_special=True)
-        return dataclasses.replace(row, text=text)
-
-
-def _texts(prompts: Sequence[Text], request: Request) -> list[Sequence[int]]:
-    """The ids of the prompts that are texts, which continuations go on from; () for those that came as ids."""
-    return [
-        ids if isinstance(prompt, str) else () for prompt, ids in zip(prompts, request.prompts, strict=True)
-    ]
-
-
-def _cut(row: Completion, text: TextRow) -> Completion:
-    """A row with its text, up to a stop string where one came."""
-    if not text.ended:
-        return dataclasses.replace(row, text=text.text)
-    n = text.count
-    return Completion(row.tokens[:n], "stop", row.logprobs[:n], row.sampled_logprobs[:n], text.text)
+            yield last
+        return rows
 
 
 def _is_single(prompts: Any) -> bool:
@@ -350,65 +244,3 @@ def _result(generation: Generator[list[str], None, list[Completion]]) -> list[Co
             next(generation)
         except StopIteration as end:
             return end.value
-
-
-def load(
-    path: str | Path,
-    *,
-    step: int | None = None,
-    ema: bool = False,
-    dtype: str | None = None,
-    mtp: bool = True,
-    shardings: Any = None,
-    mesh: MeshConfig | None = None,
-) -> Model:
-    """A Hugging Face folder (config.json and safetensors) or the output folder of a training run.
-
-    Args:
-        step, ema: which checkpoint of a training run, and whether its averaged parameters.
-        dtype, mtp, shardings: of the parameters of a Hugging Face checkpoint, see `deepseek_jax.hf.load`.
-        mesh: generate over these devices, which hold the experts among them (`inference/over_mesh.py`); None: on one.
-
-    Raises:
-        ValueError: neither of the two, or a damaged checkpoint; names the file. Or a mesh that does not fit.
-    """
-    if mesh is not None and shardings is not None:
-        raise ValueError("a mesh brings its own shardings: give one of mesh and shardings")
-    with now.doing(f"loading {path}"):
-        return _load(Path(path).expanduser(), step, ema, dtype, mtp, shardings, mesh)
-
-
-def _load(
-    folder: Path,
-    step: int | None,
-    ema: bool,
-    dtype: str | None,
-    mtp: bool,
-    shardings: Any,
-    mesh: MeshConfig | None,
-) -> Model:
-    from deepseek_jax import hf
-
-    if (folder / "config.json").is_file():
-        if mesh is not None:
-            shardings = parameter_shardings(hf.Checkpoint(folder, mtp).cfg, mesh)
-        text = _text_side(folder, read_object(folder / "config.json"))
-        return Model(*hf.load(folder, dtype=dtype, mtp=mtp, shardings=shardings), *text, mesh)
-    if (folder / "checkpoints").is_dir():
-        from deepseek_jax.training.checkpoint import load_params
-
-        def read(item: Path) -> Any:
-            return hf.load_tree(item, lambda cfg: None if mesh is None else parameter_shardings(cfg, mesh))
-
-        saved, params, bias, meta = load_params(folder / "checkpoints", step, ema, read)
-        text = _text_side(folder, meta.get("huggingface", {}).get("config", {}))
-        return Model(build(Config, saved).model, params, jnp.asarray(bias), *text, mesh)
-    raise ValueError(f"{folder} holds neither config.json (Hugging Face) nor checkpoints/ (a training run)")
-
-
-def _text_side(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer | None, tuple[int, ...]]:
-    """(tokenizer, ids that end a generation) of a folder; `config` is the model's config.json."""
-    if (folder / text_files.TOKENIZER).is_file():
-        tokenizer = Tokenizer.load(folder, config)
-        return tokenizer, tokenizer.stop_ids
-    return None, ids_that_stop(text_files.read(folder), config, None)

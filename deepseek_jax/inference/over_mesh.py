@@ -26,7 +26,6 @@ from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.inference.batch import Batch, Prompts, Request
 from deepseek_jax.inference.driver import Method, State, complete, grown, steps
 from deepseek_jax.inference.generate import prefill, step
-from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import model_params
@@ -37,6 +36,7 @@ from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, WHOLE_ATTENTION, 
 WHOLE, ROWS = PartitionSpec(), PartitionSpec(TOKEN_AXES)
 
 
+@functools.cache
 def generation_mesh(cfg: ModelConfig, mesh: MeshConfig) -> Mesh:
     """The devices of `mesh`. Raises ValueError for what generation does not do, and for what does not divide."""
     for name, idle in (("pipe", 1), ("zero", False), ("overlap", False)):
@@ -50,18 +50,16 @@ def generation_mesh(cfg: ModelConfig, mesh: MeshConfig) -> Mesh:
     return devices
 
 
-def _specs(cfg: ModelConfig, mesh: MeshConfig, devices: Mesh) -> Any:
+def _specs(cfg: ModelConfig, mesh: MeshConfig) -> Any:
+    devices = generation_mesh(cfg, mesh)
     spread = "expert" in rules(mesh, devices)
     return param_specs(model_params(cfg), devices, WHOLE_ATTENTION if spread else {})
 
 
 def parameter_shardings(cfg: ModelConfig, mesh: MeshConfig) -> Any:
     """Where `generate_over_mesh` reads each parameter: a tree of shardings, for `deepseek_jax.hf.load`."""
-    devices = generation_mesh(cfg, mesh)
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    return jax.tree.map(
-        lambda spec: NamedSharding(devices, spec), _specs(cfg, mesh, devices), is_leaf=is_spec
-    )
+    put = functools.partial(NamedSharding, generation_mesh(cfg, mesh))
+    return jax.tree.map(put, _specs(cfg, mesh), is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _prepare(params: Any, cfg: ModelConfig) -> Any:
@@ -116,7 +114,7 @@ def _state_specs(cache: PartitionSpec) -> Any:
 def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
     """Of a model over a mesh; compiled once per size of prompts, and of the cache."""
     devices, decoding = generation_mesh(cfg, mesh), decoding_config(cfg)
-    specs, options = _specs(cfg, mesh, devices), compiler_options(mesh, devices)
+    specs, options = _specs(cfg, mesh), compiler_options(mesh, devices)
     few = few_tokens(cfg, mesh, devices)
     ready_specs = _ready_specs(decoding, specs)
     prefilled, decoded = _state_specs(BY_LAYER), _state_specs(ROWS if unrolled(decoding) else BY_LAYER)
@@ -155,7 +153,7 @@ def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
 
 
 def over_mesh(
-    params: Any, cfg: ModelConfig, mesh: MeshConfig, balance_bias: Any = None, ready: Any = None
+    params: Any, cfg: ModelConfig, balance_bias: Any = None, ready: Any = None, *, mesh: MeshConfig
 ) -> Method:
     """As `generate.plain`, over the devices of `mesh`. `params`: laid out by `parameter_shardings`; what lies elsewhere
     is moved there first. `ready`: as `programs(cfg, mesh).prepare` makes them of `params`, made here if None."""
@@ -166,7 +164,7 @@ def over_mesh(
         prefill=lambda prompts, batch: run.prefill(params, prompts, batch, balance_bias),
         grow=run.grow,
         advance=lambda batch, state, n: run.advance(ready, batch, balance_bias, state, n),
-        rows=make_mesh(mesh).size,
+        rows=generation_mesh(cfg, mesh).size,
         tokens=mesh.tensor,
     )
 
@@ -179,10 +177,7 @@ def generate_over_mesh(
     mesh: MeshConfig,
     *,
     balance_bias: Any = None,
-    sampling: Sampling = Sampling(),
-    stop_ids: Sequence[int] = (),
-    seed: int | Sequence[int] = 0,
-    num_ids: int | None = None,
+    **options: Any,
 ) -> list[list[int]]:
     """As `generate.generate`, over the devices of `mesh`; greedy, the same tokens.
 
@@ -194,7 +189,7 @@ def generate_over_mesh(
     Raises:
         ValueError: as `generate`, or a mesh that does not fit the devices or the model.
     """
-    request = Request(prompts, max_new_tokens, sampling, stop_ids, seed, num_ids)
+    request = Request(prompts, max_new_tokens, **options)
     request.check(cfg)
-    rows, _ = complete(over_mesh(params, cfg, mesh, balance_bias), cfg, request)
+    rows, _ = complete(over_mesh(params, cfg, balance_bias, mesh=mesh), cfg, request)
     return [row.tokens for row in rows]

@@ -21,7 +21,6 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.batch import (
     Batch,
     Choice,
-    Completion,
     Prompts,
     Request,
     allowed,
@@ -29,7 +28,7 @@ from deepseek_jax.inference.batch import (
     empty_output,
     is_stop,
 )
-from deepseek_jax.inference.driver import Method, State, advancing, complete, grown
+from deepseek_jax.inference.driver import State, advancing, complete, grown, on_one_device
 from deepseek_jax.inference.generate import choose, prompt_forward
 from deepseek_jax.inference.sampling import (
     RowSampling,
@@ -40,7 +39,7 @@ from deepseek_jax.inference.sampling import (
     sample,
 )
 from deepseek_jax.model.cache import Apart, view_after_padding, with_room
-from deepseek_jax.model.decoding import ONE_DEVICE, decode, decoding_config, mtp_decode, prepare
+from deepseek_jax.model.decoding import ONE_DEVICE, decode, mtp_decode
 from deepseek_jax.model.layers import embed, logits
 from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.rope import rope_table
@@ -164,27 +163,13 @@ def _grow(state: State, cfg: ModelConfig, slots: int) -> State:
 
 
 _advance = advancing(step)
+speculative = on_one_device(_prefill, _grow, _advance, spare=2)
 
 
-def speculative(params: Any, cfg: ModelConfig, balance_bias: Any = None, ready: Any = None) -> Method:
-    """As `generate.plain`, with drafts from the MTP module: one token per step, or two.
-
-    Raises ValueError for a model without MTP module.
-    """
+def check_speculative(cfg: ModelConfig, sampling: Sampling) -> None:
+    """Raises ValueError for what drafts do not go with."""
     if not cfg.num_nextn_predict_layers:
         raise ValueError("speculative decoding drafts with the MTP module: num_nextn_predict_layers is 0")
-    decoding = decoding_config(cfg)
-    ready = prepare(params, decoding) if ready is None else ready
-    return Method(
-        prefill=lambda prompts, batch: _prefill(params, cfg, prompts, batch, balance_bias),
-        grow=lambda state, slots: _grow(state, decoding, slots),
-        advance=lambda batch, state, n: _advance(ready, decoding, batch, balance_bias, state, n),
-        spare=2,
-    )
-
-
-def check_speculative(sampling: Sampling) -> None:
-    """Raises ValueError for what drafts do not go with."""
     if sampling.repetition_penalty != 1:
         raise ValueError(
             f"repetition_penalty={sampling.repetition_penalty} does not go with speculative decoding, whose second token "
@@ -199,18 +184,13 @@ def generate_speculative(
     max_new_tokens: int,
     *,
     balance_bias: Any = None,
-    sampling: Sampling = Sampling(),
-    stop_ids: Sequence[int] = (),
-    seed: int | Sequence[int] = 0,
-    num_ids: int | None = None,
+    **options: Any,
 ) -> tuple[list[list[int]], Stats]:
     """As `generate`, with drafts from the MTP module. Greedy output is the same as without.
 
     Raises ValueError as `generate`, for a model without MTP module, and for a repetition penalty.
     """
-    method = speculative(params, cfg, balance_bias)
-    check_speculative(sampling)
-    request = Request(prompts, max_new_tokens, sampling, stop_ids, seed, num_ids)
-    rows: list[Completion]
-    rows, state = complete(method, cfg, request)
+    request = Request(prompts, max_new_tokens, **options)
+    check_speculative(cfg, request.sampling)
+    rows, state = complete(speculative(params, cfg, balance_bias), cfg, request)
     return [row.tokens for row in rows], stats(state)

@@ -162,12 +162,10 @@ def test_the_loop_may_be_cut_anywhere():
 def test_rows_end_where_the_caller_says():
     cfg, params, bias, _ = case("v3")
     request = Request(PROMPTS, NEW)
-    states, counts = stream(plain(params, cfg, bias), cfg, request), []
-    state = next(states)
-    with pytest.raises(StopIteration):
-        while True:
-            counts.append(np.asarray(state.out.count_b).tolist())
-            state = states.send(np.array([True, len(counts) > 1, len(counts) > 2]))
+    counts = []
+    ended = lambda: np.array([True, len(counts) > 1, len(counts) > 2])  # noqa: E731
+    for state in stream(plain(params, cfg, bias), cfg, request, ended=ended):
+        counts.append(np.asarray(state.out.count_b).tolist())
     assert counts[-1][0] == 1 and counts[-1][0] < counts[-1][1] < counts[-1][2] < NEW
 
 

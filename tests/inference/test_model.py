@@ -12,6 +12,7 @@ import deepseek_jax
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference import model as model_file
+from deepseek_jax.inference import scoring
 from deepseek_jax.inference.batch import SMALLEST
 from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.sampling import Sampling
@@ -46,15 +47,15 @@ def equal(a, b) -> bool:
 
 def test_one_compilation_per_size(model):
     """Comes first, so that the tests below find these programs compiled."""
-    model_file._logits.clear_cache()
+    scoring._logits.clear_cache()
     for length in (2, 7, SMALLEST):
         model.logits(IDS[:length])
         model.score(IDS[:length])
-    assert model_file._logits._cache_size() == 1
+    assert scoring._logits._cache_size() == 1
     for length in (SMALLEST + 2, 80):
         model.score(IDS[:length])
         model.logits(IDS[:length])
-    assert model_file._logits._cache_size() == 2
+    assert scoring._logits._cache_size() == 2
 
 
 def test_a_hugging_face_folder(model):

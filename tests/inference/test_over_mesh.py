@@ -132,7 +132,7 @@ def test_draws_are_those_of_one_device():
     params, bias = model()
     request = Request(PROMPTS, NEW, Sampling(1.0, top_k=50, repetition_penalty=1.1), seed=5)
     want = complete(plain(params, CFG, bias), CFG, request)[0]
-    got = complete(over_mesh(params, CFG, MESHES["two hops"], bias), CFG, request)[0]
+    got = complete(over_mesh(params, CFG, bias, mesh=MESHES["two hops"]), CFG, request)[0]
     for x, y in zip(got, want, strict=True):
         assert (x.tokens, x.finish_reason) == (y.tokens, y.finish_reason)
         np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-4)
@@ -177,7 +177,9 @@ def test_a_checkpoint_is_loaded_onto_its_mesh(kind, folders, monkeypatch):
     assert jax.tree.map(lambda x: x.sharding, loaded.params) == parameter_shardings(loaded.config, mesh)
     w = loaded.params["moe_layers"]["ffn"]["experts"]["w_up_edf"]
     assert {shard.data.shape[1] for shard in w.addressable_shards} == {1}
-    monkeypatch.setattr(model_file, "over_mesh", lambda *args: seen.append(args[2]) or over_mesh(*args))
+    monkeypatch.setattr(
+        model_file, "over_mesh", lambda *args, mesh: seen.append(mesh) or over_mesh(*args, mesh=mesh)
+    )
     one = deepseek_jax.load(folders[kind])
     assert loaded.generate([[1, 2]], 3) == one.generate([[1, 2]], 3) and seen == [mesh]
     with pytest.raises(ValueError, match=r"speculative decoding runs on one device"):

@@ -1,0 +1,68 @@
+"""`deepseek_jax.load(path) -> Model`: a Hugging Face folder, or the output folder of a training run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from deepseek_jax import now
+from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
+from deepseek_jax.data import text_files
+from deepseek_jax.data.special_tokens import stop_ids
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inference.model import Model
+from deepseek_jax.inference.over_mesh import parameter_shardings
+from deepseek_jax.json_files import read_object
+
+
+def load(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    dtype: str | None = None,
+    mtp: bool = True,
+    shardings: Any = None,
+    mesh: MeshConfig | None = None,
+) -> Model:
+    """A Hugging Face folder (config.json and safetensors) or the output folder of a training run.
+
+    Args:
+        step, ema: which checkpoint of a training run, and whether its averaged parameters.
+        dtype, mtp, shardings: of the parameters of a Hugging Face checkpoint, see `deepseek_jax.hf.load`.
+        mesh: generate over these devices, which hold the experts among them (`inference/over_mesh.py`); None: on one.
+
+    Raises:
+        ValueError: neither of the two, or a damaged checkpoint; names the file. Or a mesh that does not fit.
+    """
+    if mesh is not None and shardings is not None:
+        raise ValueError("a mesh brings its own shardings: give one of mesh and shardings")
+
+    def over_mesh(cfg: ModelConfig) -> Any:
+        return shardings if mesh is None else parameter_shardings(cfg, mesh)
+
+    folder = Path(path).expanduser()
+    with now.doing(f"loading {path}"):
+        from deepseek_jax import hf  # with tensorstore, which takes a second to import
+
+        if (folder / "config.json").is_file():
+            text = _text_side(folder, read_object(folder / "config.json"))
+            return Model(*hf.load(folder, dtype, mtp=mtp, shardings=over_mesh), *text, mesh)
+        if (folder / "checkpoints").is_dir():
+            from deepseek_jax.training.checkpoint import load_params
+
+            saved, params, bias, meta = load_params(
+                folder / "checkpoints", step, ema, lambda item: hf.load_tree(item, over_mesh)
+            )
+            text = _text_side(folder, meta.get("huggingface", {}).get("config", {}))
+            return Model(build(Config, saved).model, params, jnp.asarray(bias), *text, mesh)
+    raise ValueError(f"{folder} holds neither config.json (Hugging Face) nor checkpoints/ (a training run)")
+
+
+def _text_side(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer | None, tuple[int, ...]]:
+    """(tokenizer, ids that end a generation) of a folder; `config` is the model's config.json."""
+    if (folder / text_files.TOKENIZER).is_file():
+        tokenizer = Tokenizer.load(folder, config)
+        return tokenizer, tokenizer.stop_ids
+    return None, stop_ids(text_files.read(folder), config, None)
