@@ -18,7 +18,6 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "hidden_size": 256,
             "num_hidden_layers": 3,
-            "intermediate_size": 512,
             "num_attention_heads": 4,
             "q_lora_rank": 128,
             "kv_lora_rank": 128,
@@ -29,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
             "num_nextn_predict_layers": 0,
         }
     )
-    config.data.update({"seq_len": 128})
+    config.data.seq_len = 128
     config.optimizer.update({"peak_lr": 1e-3, "mid_lr": 1e-4, "final_lr": 3e-5})
     config.train.update(
         {"steps": 320, "eval_every": 320, "checkpoint_every": 320, "out_dir": "runs/fp8_study"}

@@ -28,7 +28,6 @@ def get_config() -> ml_collections.ConfigDict:
             "v_head_dim": 32,
             "moe_intermediate_size": 128,
             "n_routed_experts": 16,
-            "n_shared_experts": 1,
             "num_experts_per_tok": 4,
             "n_group": 4,
             "topk_group": 2,
@@ -36,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
             "initializer_range": 0.02,
         }
     )
-    config.data.update({"vocab_size": 1024, "seq_len": 256})
-    config.optimizer.update({"batch_start": 8})
+    config.data.vocab_size = 1024
+    config.optimizer.batch_start = 8
     config.train.update({"batch_size": 8, "loss_chunk": 512, "out_dir": "runs/matched_cpu"})
     return config

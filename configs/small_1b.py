@@ -28,30 +28,12 @@ def get_config() -> ml_collections.ConfigDict:
             "v_head_dim": 64,
             "moe_intermediate_size": 320,
             "n_routed_experts": 64,
-            "n_shared_experts": 1,
             "num_experts_per_tok": 6,
-            "n_group": 8,
-            "topk_group": 4,
-            "num_nextn_predict_layers": 1,
-            "max_position_embeddings": 4096,
             "dtype": "bfloat16",
         }
     )
-    config.data.update(
-        {
-            "source": "data/*.jsonl.gz",
-            "vocab_size": 32768,
-            "seq_len": 2048,
-        }
-    )
-    config.optimizer.update(
-        {
-            "peak_lr": 0.0004,
-            "mid_lr": 4e-05,
-            "final_lr": 1.3e-05,
-            "batch_start": 64,
-        }
-    )
+    config.data.update({"source": "data/*.jsonl.gz", "vocab_size": 32768, "seq_len": 2048})
+    config.optimizer.update({"peak_lr": 4e-4, "mid_lr": 4e-5, "final_lr": 1.3e-5, "batch_start": 64})
     config.train.update(
         {
             "steps": 20000,
@@ -61,7 +43,6 @@ def get_config() -> ml_collections.ConfigDict:
             "loss_chunk": 4096,
             "eval_every": 500,
             "checkpoint_every": 500,
-            "ema_every": 10,
             "out_dir": "runs/small_1b",
         }
     )

@@ -30,24 +30,16 @@ def get_config() -> ml_collections.ConfigDict:
             "v_head_dim": 32,
             "moe_intermediate_size": 128,
             "n_routed_experts": 16,
-            "n_shared_experts": 1,
             "num_experts_per_tok": 4,
             "n_group": 4,
             "topk_group": 2,
-            "num_nextn_predict_layers": 1,
             "max_position_embeddings": 1024,
             "initializer_range": 0.02,
         }
     )
-    config.data.update({"source": "stdlib", "vocab_size": 2048, "seq_len": 256, "fim_rate": 0.1})
+    config.data.vocab_size = 2048
     config.optimizer.update(
-        {
-            "peak_lr": 3e-3,
-            "mid_lr": 3e-4,
-            "final_lr": 1e-4,
-            "warmup_steps": 20,
-            "gamma": 0.003,
-        }
+        {"peak_lr": 3e-3, "mid_lr": 3e-4, "final_lr": 1e-4, "warmup_steps": 20, "gamma": 0.003}
     )
     config.train.update(
         {
@@ -57,7 +49,6 @@ def get_config() -> ml_collections.ConfigDict:
             "checkpoint_every": 70,
             "ema_decay": 0.9,
             "ema_every": 5,
-            "out_dir": "runs/tiny",
         }
     )
     return config

@@ -21,7 +21,7 @@ from configs.defaults import defaults
 def get_config() -> ml_collections.ConfigDict:
     config = defaults()
     config.precision = "deepseek_fp8"
-    config.model.update({"dtype": "bfloat16"})
+    config.model.dtype = "bfloat16"
     config.data.update({"source": "data/*.parquet", "vocab_size": 129280, "seq_len": 4096})
     config.mesh.update({"node": 8, "local": 8, "zero": True, "overlap": True, "receive": 8.0})
     config.train.update(
