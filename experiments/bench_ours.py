@@ -26,9 +26,9 @@ def setup(spec: Mapping[str, Any]) -> Measure:
 
 
 def _train(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
-    from experiments.devices import one_device_per_core
+    from experiments.devices import devices_of_run
 
-    one_device_per_core(cfg.train.batch_size, at_most=spec["threads"])
+    devices_of_run(cfg, at_most=spec["threads"])
     import jax
     import numpy as np
 

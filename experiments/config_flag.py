@@ -26,7 +26,7 @@ _FLAG = re.compile(r"--?(no)?config(\.[^=]*)?(=.*)?", re.DOTALL)
 
 
 class Settings(NamedTuple):
-    """Of the config on a command line: the file, and text by key."""
+    """What a command line says of the config: the file, and text by key."""
 
     file: str | None
     values: dict[str, str]
@@ -102,7 +102,7 @@ def _changed(values: dict[str, Any], settings: Mapping[str, str]) -> dict[str, A
             if not isinstance(inner.get(section), dict):
                 inner[section] = {}
             inner = inner[section]
-        inner[name] = _read(key, text)
+        inner[name] = read_value(key, text)
     return values
 
 
@@ -110,8 +110,8 @@ _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 _KINDS = {bool: "True or False", int: "an integer", float: "a number", types.NoneType: "None"}
 
 
-def _read(key: str, text: str) -> Any:
-    """`text` as what the key holds. Raises ValueError."""
+def read_value(key: str, text: str) -> Any:
+    """`text` as what a key of the config holds. Raises ValueError."""
     hint = type_of(Config, key)
     if types.NoneType in options_of(hint) and text.lower() in ("none", "null"):
         return None

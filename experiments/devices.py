@@ -19,30 +19,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def one_device_per_core(divides: int, at_most: int = 0) -> int:
-    """Ask XLA for one CPU device per core: the most that divide `divides` sequences. Returns how many.
-
-    Takes effect only before JAX touches its backends; has no effect on GPU runs. An XLA_FLAGS that already
-    sets the device count is left alone.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _COUNT in flags:
-        return int(flags.split(_COUNT + "=")[1].split()[0])
-    limit = min(at_most or cores(), cores())
-    count = max(n for n in range(1, limit + 1) if divides % n == 0)
-    force_devices(count)
-    return count
-
-
-def devices_of_run(cfg: Config, processes: int = 1) -> int:
+def devices_of_run(cfg: Config, processes: int = 1, at_most: int = 0) -> int:
     """Ask XLA for the CPU devices of this process of a run; returns how many.
 
-    Those that config.mesh names; where it leaves `data` open, as many more as there are cores for and as divide the
-    sequences of a micro-batch.
+    The run has those that config.mesh names; where that leaves `data` open, as many more as there are cores for (and
+    not more than `at_most` per process, unless it is 0) and as divide the sequences of a micro-batch. This has no
+    effect on GPU runs, and none once JAX has touched its backends.
     """
     mesh, sequences = cfg.mesh, cfg.train.batch_size // cfg.train.grad_accumulation
     named, shards = named_devices(mesh), mesh.node * mesh.local
-    counts = [1] if mesh.data else range(1, max(1, processes * cores() // named) + 1)
+    available = processes * min(at_most or cores(), cores())
+    counts = [1] if mesh.data else range(1, max(1, available // named) + 1)
     fitting = [n for n in counts if sequences % (n * shards) == 0 and named * n % processes == 0]
     count = max(1, named * max(fitting, default=1) // processes)
     cpu_devices(count)

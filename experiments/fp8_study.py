@@ -49,9 +49,9 @@ def _finished(cfg: Config) -> bool:
 
 def _train(configs: Sequence[Config]) -> None:
     from deepseek_jax.training.loop import Trainer
-    from experiments.devices import one_device_per_core
+    from experiments.devices import devices_of_run
 
-    one_device_per_core(configs[0].train.batch_size // configs[0].train.grad_accumulation)
+    devices_of_run(configs[0])
     for cfg in configs:
         if _finished(cfg):
             continue

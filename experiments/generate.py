@@ -22,7 +22,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command_line, prompts
+from deepseek_jax.config import MeshConfig, build
+from experiments import command_line, config_flag, prompts
 from experiments.devices import cpu_devices
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -60,15 +61,8 @@ LINE = "-" * 75
 
 
 def _options() -> dict[str, Any]:
-    return {
-        "temperature": _TEMPERATURE.value,
-        "top_p": _TOP_P.value,
-        "top_k": _TOP_K.value,
-        "min_p": _MIN_P.value,
-        "repetition_penalty": _PENALTY.value,
-        "stop": _STOP.value,
-        "speculative": _SPECULATIVE.value,
-    }
+    given = (_TEMPERATURE, _TOP_P, _TOP_K, _MIN_P, _PENALTY, _STOP, _SPECULATIVE)
+    return {flag.name: flag.value for flag in given}
 
 
 # --- completions ----------------------------------------------------------------------------------------------------
@@ -177,22 +171,13 @@ def _chat(model: Any) -> None:
 
 def parse_mesh(text: str) -> Any:
     """ "node=2,local=4" -> MeshConfig with `data` 1 unless it is named; None for "". Raises ValueError."""
-    from deepseek_jax.config import MeshConfig, build
-
     values: dict[str, Any] = {"data": 1} if text else {}
     for pair in text.split(",") if text else ():
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--mesh={text}: {pair!r} should be KEY=VALUE, as node=2,local=4")
-        values[key.strip()] = _number(value.strip())
+        values[key.strip()] = config_flag.read_value(f"mesh.{key.strip()}", value.strip())
     return build(MeshConfig, values, "mesh.") if values else None
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return {"True": True, "False": False}.get(text, text)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -24,12 +24,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from deepseek_jax.checkpoints.files import steps_in
 from deepseek_jax.training.metrics import METRICS_FILE, TIMINGS, read_records
 from experiments import command_line
 
 
 class Timing(NamedTuple):
-    """Of the undisturbed run, seconds: until the first step was taken, and from there to the last record."""
+    """Seconds of the undisturbed run: until the first step was taken, and from there to the last record."""
 
     start_up: float
     training: float
@@ -59,11 +60,7 @@ class Run:
 
     def start(self) -> subprocess.Popen:
         return subprocess.Popen(
-            self.command,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            self.command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def finish(self, process: subprocess.Popen | None = None) -> str:
@@ -82,8 +79,7 @@ class Run:
 
     def checkpoints(self) -> list[int]:
         """Steps of the whole checkpoints."""
-        folder = self.folder / "checkpoints"
-        return [int(p.name) for p in folder.iterdir() if p.name.isdecimal()] if folder.exists() else []
+        return steps_in(self.folder / "checkpoints")
 
     def checkpoint(self) -> int:
         """The newest whole checkpoint, 0 if there is none."""
@@ -103,8 +99,7 @@ class Run:
     def arrays(self, step: int | None = None) -> dict[str, np.ndarray]:
         """Every array of a checkpoint, the last one for None, by path."""
         folder = self.folder / "checkpoints" / str(self.checkpoint() if step is None else step)
-        found = {}
-        handler = ocp.PyTreeCheckpointHandler()
+        found, handler = {}, ocp.PyTreeCheckpointHandler()
         for item in ("state", "ema"):
             as_numpy = jax.tree.map(
                 lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder / item).tree
@@ -158,16 +153,10 @@ def kill_at_random(run: Run, timing: Timing, rng: random.Random, while_training:
 
 def differences(run: Run, want: Run, step: int | None = None) -> list[str]:
     """What is not bitwise equal in two runs: finished ones, or both at `step`, of which they have checkpoints."""
-    got_arrays, want_arrays = run.arrays(step), want.arrays(step)
-    names = sorted(got_arrays.keys() | want_arrays.keys())
-    found = [
-        name
-        for name in names
-        if name not in got_arrays
-        or name not in want_arrays
-        or got_arrays[name].dtype != want_arrays[name].dtype
-        or got_arrays[name].tobytes() != want_arrays[name].tobytes()
-    ]
+    got, wanted = (
+        {name: (x.dtype, x.tobytes()) for name, x in one.arrays(step).items()} for one in (run, want)
+    )
+    found = [name for name in sorted(got.keys() | wanted.keys()) if got.get(name) != wanted.get(name)]
     return found + ([] if run.records(step) == want.records(step) else [METRICS_FILE])
 
 

@@ -15,6 +15,7 @@ the compute copy, of dense parameters and of experts.
 """
 
 import argparse
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -37,11 +38,10 @@ def _mesh(text: str) -> tuple[int, int]:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_line.Parser(
-        description="Plans on paper: `exchange`, the rows and bytes that an expert exchange sends between nodes; "
-        "`memory`, what a config keeps on each device.",
+        prog="plan exchange",
+        description="The rows and bytes that an expert exchange sends between nodes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("command", choices=("exchange", "memory"), help="memory: has flags of its own")
     parser.add_argument(
         "--mesh", type=_mesh, nargs="+", default=[(8, 8), (16, 8)], help="NODESxLOCAL, several"
     )
@@ -59,16 +59,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(args, name) < low:
             parser.error(f"--{name}={getattr(args, name)} must be at least {low}")
     return args
-
-
-def _model(args: argparse.Namespace, nodes: int, kept: int) -> ModelConfig:
-    """The model's routing; everything else is the default."""
-    return ModelConfig(
-        n_routed_experts=args.experts,
-        num_experts_per_tok=args.topk,
-        n_group=args.groups or nodes,
-        topk_group=kept,
-    )
 
 
 def _line(name: str, rows: np.ndarray, hidden: int) -> str:
@@ -96,15 +86,15 @@ def _report(title: str, rows: Rows, hidden: int) -> None:
     print(flush=True)
 
 
-def main(argv: Sequence[str]) -> int:
-    if argv and argv[0] == "memory":
-        return plan_memory.main(argv[1:])
-    if argv and argv[0] == "overlap":
-        return plan_overlap.main(argv[1:])
+def exchange(argv: Sequence[str]) -> int:
     args = _arguments(argv)
-    cases = [(nodes, local, kept) for nodes, local in args.mesh for kept in args.topk_groups]
-    for nodes, local, kept in cases:
-        model = _model(args, nodes, kept)
+    for (nodes, local), kept in itertools.product(args.mesh, args.topk_groups):
+        model = ModelConfig(
+            n_routed_experts=args.experts,
+            num_experts_per_tok=args.topk,
+            n_group=args.groups or nodes,
+            topk_group=kept,
+        )
         rows = sample_rows(model, nodes, local, args.tokens, args.seed)
         title = f"{nodes} nodes x {local} devices, {args.experts} experts, {args.topk} per token"
         _report(f"{title}, from {kept} of {model.n_group} groups", rows, args.hidden)
@@ -114,6 +104,17 @@ def main(argv: Sequence[str]) -> int:
         f"of routing weights; its expert ids, as many bytes, once per plan."
     )
     return 0
+
+
+PLANS = {"exchange": exchange, "memory": plan_memory.main, "overlap": plan_overlap.main}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = command_line.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="plan PLAN ..."
+    )
+    parser.add_argument("plan", choices=PLANS, help="--help after it tells its options")
+    return PLANS[parser.parse_args(argv[:1]).plan](argv[1:])
 
 
 if __name__ == "__main__":

@@ -12,13 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.precision.operands import (
-    TILE,
-    Operand,
-    along_rows,
-    multiply,
-    quantise,
-)
+from deepseek_jax.precision.operands import TILE, Operand, along_rows, multiply, quantise
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.precision.product import Plain, quantise_weight
 from experiments.study.accumulation import tensor_core_product
@@ -28,8 +22,8 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 
 
 class Errors(NamedTuple):
-    """Of one GEMM. underflow, saturated: share of the first operand's non-zero elements that became zero, or lie at
-    the largest E4M3 value."""
+    """Errors of one GEMM. underflow, saturated: share of the first operand's non-zero elements that became zero, or lie
+    at the largest E4M3 value."""
 
     relative_l2: float
     calc_diff: float
@@ -153,7 +147,7 @@ def accumulation_errors(
 ) -> dict[str, list[float]]:
     """Relative L2 error of a tensor core's sums of exact E4M3 products, for each contraction depth.
 
-    Of positive (uniform) and of Gaussian data, in one 14-bit accumulator or promoted to float32 every 128.
+    The data are positive (uniform) or Gaussian; they meet in one 14-bit accumulator or are promoted every 128.
     """
     draw = {
         "positive": lambda k: rng.uniform(0, 1, (size, k)),

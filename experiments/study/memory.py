@@ -53,10 +53,12 @@ def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
     operands = jax.eval_shape(lambda w: quantise_weights(w, declared, policy), read)
     moment = 2 * jnp.dtype(cfg.optimizer.moment_dtype).itemsize
 
-    def one(p: Any, share: Any, copy: Any, quantised: Any) -> Memory:
+    total = {"dense": Memory(), "experts": Memory()}
+
+    def add(p: Any, share: Any, copy: Any, quantised: Any) -> None:
         held, whole, item = math.prod(shape(share.held, p.shape)), math.prod(copy.shape), copy.dtype.itemsize
         gathered = whole * item if share.axes else 0
-        return Memory(
+        memory = Memory(
             master=4 * held,
             moments=moment * held,
             compute=gathered if quantised is None else sum(map(_bytes, jax.tree.leaves(quantised))),
@@ -65,17 +67,12 @@ def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
             scattered=4 * held if share.axes else 0,
         )
 
-    parts = tree_map(one, declared, shares, read, operands)
-    kinds = tree_map(lambda p: "experts" if "expert" in p.axes else "dense", declared)
-    total = {"dense": Memory(), "experts": Memory()}
-    for kind, part in zip(jax.tree.leaves(kinds), _memories(parts), strict=True):
-        total[kind] = Memory(*map(sum, zip(total[kind], part, strict=True)))
+        kind = "experts" if "expert" in p.axes else "dense"
+        total[kind] = Memory(*map(sum, zip(total[kind], memory, strict=True)))
+
+    tree_map(add, declared, shares, read, operands)
     return total
 
 
 def _bytes(x: jax.ShapeDtypeStruct) -> int:
     return math.prod(x.shape) * x.dtype.itemsize
-
-
-def _memories(tree: Any) -> list[Memory]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Memory))

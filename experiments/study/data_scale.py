@@ -1,16 +1,15 @@
 """Start-up time and memory against the size of the corpus:
 
-    python -m experiments.data_scale --gigabytes=0.02,2
+    python -m experiments.study.data_scale --gigabytes 0.02 2
 
 Writes that much text as shards of JSON lines into a temporary folder, opens it as a training run does, in a process
-of its own each time, and prints a table: the first start, which trains a tokenizer on a sample and encodes everything
-once, and a later one, which should take as long and as much memory for any size.
+of its own each time, and prints what each start took. The first one trains a tokenizer on a sample and encodes all
+text once; a later one should take as long and as much memory for any size.
 """
 
 import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -18,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
 
-_GIGABYTES = flags.DEFINE_list("gigabytes", ["0.02", "0.2", "2"], "Sizes of the corpora.")
+from experiments import command_line
+
 _SHARD_BYTES = 64_000_000
 _DOCUMENT_CHARS = 4000  # on average
 
@@ -42,60 +41,46 @@ def write_corpus(folder: Path, num_bytes: int) -> None:
         shard += 1
 
 
-def measure(folder: str, cache_dir: str) -> None:
-    """Opens the corpus and takes a batch; prints seconds and MB as JSON."""
+def measure(folder: Path, cache_dir: Path) -> dict[str, float]:
+    """Opens the corpus and takes a batch; in a fresh process, whose imports and memory are measured too."""
     start = time.perf_counter()
     from deepseek_jax import data
     from deepseek_jax.config import DataConfig
 
     imported = time.perf_counter()
-    cfg = DataConfig(source=folder, cache_dir=cache_dir, vocab_size=4096, seq_len=1024)
+    cfg = DataConfig(source=str(folder), cache_dir=str(cache_dir), vocab_size=4096, seq_len=1024)
     opened = data.load(cfg)
     loaded = time.perf_counter()
     opened.train.take(64)
     taken = time.perf_counter()
     (packer,) = opened.train._packers
-    found = {
-        "import_s": imported - start,
-        "load_s": loaded - imported,
-        "batch_s": taken - loaded,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
-        "documents": opened.report.documents,
-        "text_mb": opened.report.num_bytes / 1e6,
-        "tokens": len(packer.documents.ids),
-        "blocks": packer.num_blocks,
-    }
     opened.train.close()
-    print(json.dumps(found))
+    return {
+        "text MB": opened.report.num_bytes / 1e6,
+        "documents": opened.report.documents,
+        "tokens": len(packer.documents.ids),
+        "import s": imported - start,
+        "load s": loaded - imported,
+        "first batch s": taken - loaded,
+        "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+    }
 
 
-def _measured(folder: Path, cache: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "experiments.data_scale", "--measure", str(folder), str(cache)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    print("| text MB | documents | tokens | start | import s | load s | first batch s | peak MB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for gigabytes in map(float, _GIGABYTES.value):
+def main(argv: Sequence[str]) -> int:
+    parser = command_line.Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.02, 0.2, 2], help="of the corpora")
+    for gigabytes in parser.parse_args(argv).gigabytes:
         with tempfile.TemporaryDirectory() as scratch:
             corpus, cache = Path(scratch) / "corpus", Path(scratch) / "cache"
             corpus.mkdir()
             write_corpus(corpus, int(gigabytes * 1e9))
             for start in ("first", "second", "third"):
-                m = _measured(corpus, cache)
-                print(
-                    f"| {m['text_mb']:,.0f} | {m['documents']:,} | {m['tokens']:,} | {start} | "
-                    f"{m['import_s']:.1f} | {m['load_s']:.1f} | {m['batch_s']:.1f} | {m['peak_mb']:,.0f} |",
-                    flush=True,
-                )
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    found = pool.apply(measure, (corpus, cache))
+                figures = (f"{name} {x:,.{1 if name.endswith(' s') else 0}f}" for name, x in found.items())
+                print(f"{start} start: {', '.join(figures)}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    if "--measure" in sys.argv:
-        measure(*sys.argv[2:])
-    else:
-        app.run(main)
+    command_line.run(main)
