@@ -25,8 +25,9 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.moe import Experts
-from deepseek_jax.parallel.experts import mesh_experts
-from deepseek_jax.parallel.low_latency import masked_experts, sort_pairs
+from deepseek_jax.model.rows import sort_rows
+from deepseek_jax.parallel.exchange.dispatcher import Ragged
+from deepseek_jax.parallel.exchange.low_latency import masked_experts
 from deepseek_jax.parallel.mesh import EXPERT_AXES, make_mesh
 from experiments.study.traffic import count_rows
 
@@ -43,8 +44,8 @@ def _capacity_rows() -> int:
 def padded_experts(p: Any, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
     """A buffer of fixed capacity per expert and device, a dense all-to-all each way; what does not fit is dropped."""
     capacity = _capacity_rows()
-    _, place_nk, pairs_e = sort_pairs(experts_nk, E)
-    place_nk = place_nk - (jnp.cumsum(pairs_e) - pairs_e)[experts_nk]
+    rows = sort_rows(experts_nk, weights_nk, E, alignment=1)
+    place_nk = rows.row_nk - (jnp.cumsum(rows.sizes_e) - rows.sizes_e)[experts_nk]
     slot_nk = jnp.where(place_nk < capacity, experts_nk * capacity + place_nk, E * capacity)
     x_nkd = jnp.broadcast_to(x_nd[:, None], (*experts_nk.shape, x_nd.shape[1]))
     sent = jnp.zeros((E * capacity, x_nd.shape[1]), x_nd.dtype).at[slot_nk].set(x_nkd, mode="drop")
@@ -69,8 +70,8 @@ def gathered_experts(p: Any, x_nd: jax.Array, experts_nk: jax.Array, weights_nk:
 
 
 WAYS: dict[str, Experts] = {
-    "ragged, two hops": mesh_experts("two_hop"),
-    "ragged, flat": mesh_experts("flat"),
+    "ragged, two hops": Ragged(),
+    "ragged, flat": Ragged(mode="flat"),
     f"padded to {CAPACITY}": padded_experts,
     "all-gather": gathered_experts,
 }

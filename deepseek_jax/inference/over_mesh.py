@@ -1,9 +1,9 @@
 """Generation over a mesh: prefill and decoding as they are deployed (report section 3.4), in two programs.
 
 - Prefill: prompts over data x node x local, attention tensor and sequence parallel over `tensor`, tokens to their
-  experts by the exchange of training (`parallel/exchange.py`), made for many tokens.
+  experts by the exchange of training (`parallel/exchange/dispatcher.py`), made for many tokens.
 - Decoding: sequences over all devices, attention data parallel, tokens to their experts by the exchange made for few
-  (`parallel/low_latency.py`).
+  (`parallel/exchange/low_latency.py`).
 
 Both read the same parameters: experts spread over node x local x tensor, everything else whole on each device, of
 whose heads the prefill takes a slice. Between the programs nothing travels: a device keeps the latents of the

@@ -8,7 +8,6 @@ Dims: n token, k selected expert, d hidden, f expert inner, e expert.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,20 +33,20 @@ def expert_params(cfg: ModelConfig) -> dict[str, Param]:
     }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _routed(x_nd, weights_nk, experts_nk, w, sent, form):  # type: ignore[no-untyped-def]
-    return _routed_fwd(x_nd, weights_nk, experts_nk, w, sent, form)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _routed(x_nd, weights_nk, experts_nk, w, sent, form, pairs):  # type: ignore[no-untyped-def]
+    return _routed_fwd(x_nd, weights_nk, experts_nk, w, sent, form, pairs)[0]
 
 
-def _routed_fwd(x_nd, weights_nk, experts_nk, w, sent, form):  # type: ignore[no-untyped-def]
-    rows = sort_rows(experts_nk, weights_nk, w.gate.experts)
+def _routed_fwd(x_nd, weights_nk, experts_nk, w, sent, form, pairs):  # type: ignore[no-untyped-def]
+    rows = sort_rows(experts_nk, weights_nk, w.gate.experts, pairs)
     a = w.gate.from_dispatch(x_nd, sent, form)
     a_m = w.gate.take(a, rows.token_m, rows.real_m1)
     y_md, kept = ffn_fprop(w, a_m, x_nd.dtype, rows)
     return sum_pairs(y_md, rows.row_nk), (w.gate.kept(a), kept, rows, w.kept_for_backward())
 
 
-def _routed_bwd(form, saved, dy_nd):  # type: ignore[no-untyped-def]
+def _routed_bwd(form, pairs, saved, dy_nd):  # type: ignore[no-untyped-def]
     a, kept, rows, w = saved
     dy_m = w.down.take(w.down.gradient_from_dispatch(dy_nd), rows.token_m, rows.real_m1)
     dx_md, dgain_m, at = ffn_dgrad(w, kept, dy_m, dy_nd.dtype, rows)
@@ -59,31 +58,23 @@ def _routed_bwd(form, saved, dy_nd):  # type: ignore[no-untyped-def]
 _routed.defvjp(_routed_fwd, _routed_bwd)
 
 
-class Travelled(NamedTuple):
-    """Tokens, and as they travelled: (E4M3 [n, d], scales), in the wire's `form`."""
-
-    x_nd: jax.Array
-    sent: tuple[jax.Array, jax.Array]
-    form: str
-
-
 def routed_experts(
     p: Params,
-    x_nd: Any,
+    x_nd: jax.Array,
     experts_nk: jax.Array,
     weights_nk: jax.Array,
+    *,
     sent: tuple[jax.Array, jax.Array] | None = None,
     form: str = "",
+    pairs: int | None = None,
 ) -> jax.Array:
     """sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d]: the training form, differentiable, dropless.
 
     x_nd in the compute dtype; experts_nk int32, an id outside [0, e) marks an absent pair; weights_nk float32. `sent`:
     the tokens as they travelled, (E4M3 [n, d], scales), in the wire's `form`: where the experts would quantise x so
-    themselves, they read these. The gradient is that of x_nd, the same numbers.
+    themselves, they read these. The gradient is that of x_nd, the same numbers. pairs: that are present at most.
     """
-    if isinstance(x_nd, Travelled):
-        x_nd, sent, form = x_nd
-    return _routed(x_nd, weights_nk, experts_nk, _products(p), sent, form)
+    return _routed(x_nd, weights_nk, experts_nk, _products(p), sent, form, pairs)
 
 
 def _products(p: Params) -> Gated:

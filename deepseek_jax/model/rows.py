@@ -38,27 +38,36 @@ class Rows(NamedTuple):
         return self.group_m[:, None] >= 0
 
 
-def num_rows(pairs: int, n_experts: int) -> int:
+def num_rows(pairs: int, n_experts: int, alignment: int = ALIGNMENT) -> int:
     """Rows that hold `pairs` pairs whatever their routing, padding included."""
-    return round_up(pairs + min(pairs, n_experts) * (ALIGNMENT - 1), ALIGNMENT)
+    return round_up(pairs + min(pairs, n_experts) * (alignment - 1), alignment)
 
 
-def sort_rows(experts_nk: jax.Array, weights_nk: jax.Array, n_experts: int) -> Rows:
-    """Stable sort of the pairs by expert; ids outside [0, e) mark absent pairs."""
+def sort_rows(
+    experts_nk: jax.Array,
+    weights_nk: jax.Array,
+    n_experts: int,
+    pairs: int | None = None,
+    alignment: int = ALIGNMENT,
+) -> Rows:
+    """Stable sort of the pairs by expert; ids outside [0, e) mark absent pairs.
+
+    pairs: how many are present at most, if fewer than n * k; more would be lost.
+    """
     n, k = experts_nk.shape
     flat = experts_nk.reshape(-1)
     flat = jnp.where((flat >= 0) & (flat < n_experts), flat, n_experts)
     sizes_e = expert_counts(flat, n_experts)
     pair = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    padding_before_e = jnp.cumsum(aligned_sizes(sizes_e, ALIGNMENT) - sizes_e)
+    padding_before_e = jnp.cumsum(aligned_sizes(sizes_e, alignment) - sizes_e)
     padding_before_e = jnp.concatenate([jnp.zeros_like(sizes_e[:1]), padding_before_e])
-    m = num_rows(n * k, n_experts)
+    m = num_rows(n * k if pairs is None else min(pairs, n * k), n_experts, alignment)
     row = jnp.arange(n * k, dtype=jnp.int32) + padding_before_e[flat[pair]]
     row = jnp.where(flat[pair] < n_experts, row, m)
     row_nk = jnp.zeros_like(row).at[pair].set(row).reshape(n, k)
     token_m = jnp.zeros((m,), jnp.int32).at[row].set(pair // k, mode="drop")
     gain_m = jnp.zeros((m,), weights_nk.dtype).at[row].set(weights_nk.reshape(-1)[pair], mode="drop")
-    return Rows(token_m, gain_m, row_groups(sizes_e, m, ALIGNMENT), row_nk, sizes_e)
+    return Rows(token_m, gain_m, row_groups(sizes_e, m, alignment), row_nk, sizes_e)
 
 
 def sum_pairs(rows_md: jax.Array, row_nk: jax.Array) -> jax.Array:

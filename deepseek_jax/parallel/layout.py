@@ -9,15 +9,16 @@ import dataclasses
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.config import Config, MeshConfig, ModelConfig
-from deepseek_jax.model.experts import decode_experts
+from deepseek_jax.model.experts import decode_experts, routed_experts
 from deepseek_jax.model.layout import Layout
-from deepseek_jax.parallel.exchange import AS_IT_IS
-from deepseek_jax.parallel.experts import experts_over, named_wire
-from deepseek_jax.parallel.low_latency import decoding_experts, low_latency_experts
+from deepseek_jax.model.moe import Experts
+from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS, Ragged
+from deepseek_jax.parallel.exchange.low_latency import LowLatency, decoding_experts
+from deepseek_jax.parallel.exchange.placement import nodes_per_token
+from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.parallel.mesh import expert_exchange
 from deepseek_jax.parallel.overlap import overlapped
 from deepseek_jax.parallel.tensor import sequence_over
-from deepseek_jax.parallel.wire import Wire
 from deepseek_jax.precision import preset
 
 
@@ -29,6 +30,25 @@ def _tokens_travel(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMes
     return bool(model.n_routed_experts) and expert_exchange(cfg, mesh) != "replicated"
 
 
+def _wire(cfg: MeshConfig, default: Wire) -> Wire:
+    """The formats of an exchange: what the config names, else the default's."""
+    named = {name: getattr(cfg, name) for name in ("dispatch", "combine")}
+    return dataclasses.replace(default, **{name: form for name, form in named.items() if form != "auto"})
+
+
+def dispatcher_over(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, wire: Wire) -> Experts:
+    """What brings many tokens to their experts, as `cfg` says; `wire`: the formats that it leaves open ("auto")."""
+    if not _tokens_travel(model, cfg, mesh):
+        return routed_experts
+    mode = expert_exchange(cfg, mesh)
+    return Ragged(
+        mode=mode,
+        wire=_wire(cfg, wire),
+        most=nodes_per_token(model, mesh.shape["node"]) if mode == "two_hop" else None,
+        receive=cfg.receive or None,
+    )
+
+
 def many_tokens(
     model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, tokens: int, wire: Wire = AS_IT_IS
 ) -> Layout:
@@ -38,7 +58,7 @@ def many_tokens(
     not divide over the mesh.
     """
     return Layout(
-        dispatcher=experts_over(model, cfg, mesh, wire),
+        dispatcher=dispatcher_over(model, cfg, mesh, wire),
         sequence=sequence_over(mesh, tokens),
         mesh=_axes(mesh),
     )
@@ -47,8 +67,8 @@ def many_tokens(
 def few_tokens(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> Layout:
     """Of decoding: every device attends to its own sequences, tokens reach their experts by the low-latency exchange."""
     if _tokens_travel(model, cfg, mesh):
-        wire = named_wire(cfg, AS_IT_IS)
-        return Layout(low_latency_experts(masked=decoding_experts, wire=wire), mesh=_axes(mesh))
+        wire = _wire(cfg, AS_IT_IS)
+        return Layout(LowLatency(masked=decoding_experts, wire=wire), mesh=_axes(mesh))
     return Layout(decode_experts, mesh=_axes(mesh))
 
 

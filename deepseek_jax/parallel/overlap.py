@@ -27,6 +27,7 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import LatentCache
+from deepseek_jax.model.dispatch import Received
 from deepseek_jax.model.ffn import mlp
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.router import BalanceStats, Routing, affinities, balance_stats, route
@@ -38,9 +39,10 @@ from deepseek_jax.model.transformer import (
     recompute,
     unroll,
 )
-from deepseek_jax.parallel.exchange import Plan, Received
-from deepseek_jax.parallel.experts import MeshExperts, fitting
-from deepseek_jax.parallel.side_by_side import Work, combining, dispatching, side_by_side
+from deepseek_jax.parallel.exchange.dispatcher import Ragged, Results, fitting
+from deepseek_jax.parallel.exchange.hops import Plan
+from deepseek_jax.parallel.exchange.transport import COMBINE, DISPATCH
+from deepseek_jax.parallel.side_by_side import Work, side_by_side
 
 HALVES = 2
 
@@ -115,7 +117,7 @@ class Done(NamedTuple):
     plan: Plan
 
 
-def expert_work(cfg: ModelConfig, experts: MeshExperts, remat: str, shared_first: bool) -> Work:
+def expert_work(cfg: ModelConfig, experts: Ragged, remat: str, shared_first: bool) -> Work:
     """Inputs `AtExperts` -> (x [b, t, d], y [r, d]) of `Done`."""
 
     def shared(p: Params, at: AtExperts) -> jax.Array:
@@ -126,13 +128,12 @@ def expert_work(cfg: ModelConfig, experts: MeshExperts, remat: str, shared_first
             return at.x_btd + again(p["ffn"]["shared"], p["ffn_norm_d"], at.x_btd)
         return at.x_btd + mlp(p["ffn"]["shared"], at.h_btd)
 
-    def routed(p: Params, at: AtExperts) -> tuple[jax.Array, jax.Array]:
+    def routed(p: Params, at: AtExperts) -> Results:
         h_nd = at.h_btd.reshape(-1, at.h_btd.shape[-1])
-        return experts.received(p["ffn"]["experts"], at.came, h_nd, at.weights_nk, at.plan)
+        return experts.experts(p["ffn"]["experts"], at.came, h_nd, at.weights_nk, at.plan)
 
-    def result(x_btd: jax.Array, outcome: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        y_rd, more_nd = outcome
-        return x_btd + more_nd.reshape(x_btd.shape), y_rd
+    def result(x_btd: jax.Array, y: Results) -> tuple[jax.Array, jax.Array]:
+        return x_btd if y.more_nd is None else x_btd + y.more_nd.reshape(x_btd.shape), y.y_rd
 
     if shared_first:
         return Work(shared, lambda p, at, x_btd: result(x_btd, routed(p, at)))
@@ -153,7 +154,7 @@ class Routed(NamedTuple):
 
 
 def _routed(
-    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: MeshExperts, remat: str
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: Any, experts: Ragged, remat: str
 ) -> Routed:
     def gated(p: Params, cfg: ModelConfig, h_btd: jax.Array) -> tuple[jax.Array, jax.Array]:
         return h_btd, affinities(p, cfg, h_btd)
@@ -161,24 +162,20 @@ def _routed(
     h_btd, s_bte = after_norm(gated, cfg, remat)(p["ffn"]["gate"], p["ffn_norm_d"], x_btd)
     routing = route(cfg, s_bte, bias_e)
     ids_nk, weights_nk = (x.reshape(-1, x.shape[-1]) for x in routing)
-    return Routed(h_btd, s_bte, routing, weights_nk, experts.plan(p["ffn"]["experts"], ids_nk))
+    plan = experts.plan(ids_nk, p["ffn"]["experts"]["w_gate_edf"].shape[0])
+    return Routed(h_btd, s_bte, routing, weights_nk, plan)
 
 
-def _dispatched(
-    p: Params, to: Routed, x_btd: jax.Array, experts: MeshExperts, work: Work, inputs: Any
-) -> tuple[AtExperts, Any]:
+def _dispatched(p: Params, to: Routed, x_btd: jax.Array, work: Work, inputs: Any) -> tuple[AtExperts, Any]:
     """Dispatch of one half beside `work` of the other."""
     h_nd = to.h_btd.reshape(-1, to.h_btd.shape[-1])
-    route = dispatching(experts.ex, experts.buffer(len(h_nd), to.plan))
-    came, result = side_by_side(route, work, (h_nd, to.weights_nk), to.plan, p, inputs)
+    came, result = side_by_side(DISPATCH, work, (h_nd, to.weights_nk), to.plan, p, inputs)
     return AtExperts(x_btd, to.h_btd, to.weights_nk, to.plan, came), result
 
 
-def _combined(p: Params, done: Done, experts: MeshExperts, work: Work, inputs: Any) -> tuple[jax.Array, Any]:
+def _combined(p: Params, done: Done, work: Work, inputs: Any) -> tuple[jax.Array, Any]:
     """Combine of one half beside `work` of the other -> (x [b, t, d] after its layer, result of the work)."""
-    b, t, _ = done.x_btd.shape
-    route = combining(experts.ex, experts.buffer(b * t, done.plan))
-    (y_nd,), result = side_by_side(route, work, (done.y_rd,), done.plan, p, inputs)
+    (y_nd,), result = side_by_side(COMBINE, work, (done.y_rd,), done.plan, p, inputs)
     return done.x_btd + fitting(y_nd, done.plan).reshape(done.x_btd.shape), result
 
 
@@ -189,7 +186,7 @@ def layer(
     done_b: Done,
     bias_e: jax.Array | None,
     contexts: tuple[Context, Context],
-    experts: MeshExperts,
+    experts: Ragged,
 ) -> tuple[tuple[jax.Array, Done], BalanceStats, LatentCache]:
     """One block for both halves; half b comes from the layer before, and leaves, with its combine to be done."""
     ctx, (rest_a, rest_b) = contexts[0], ((c.rope, c.segments_bt) for c in contexts)
@@ -198,13 +195,13 @@ def layer(
     attend = attention(cfg, ctx._replace(rope=own, segments_bt=own))
     routed_first, shared_first = (expert_work(cfg, experts, remat, first) for first in (False, True))
     attn, ffn = ({name: p[name] for name in (f"{part}_norm_d", part)} for part in ("attn", "ffn"))
-    x_b, (x_a, latent_a) = _combined(attn, done_b, experts, attend, (x_a, *rest_a))
+    x_b, (x_a, latent_a) = _combined(attn, done_b, attend, (x_a, *rest_a))
     to_a = _routed(p, cfg, x_a, bias_e, experts, remat)
-    at_a, (x_b, latent_b) = _dispatched(attn, to_a, x_a, experts, attend, (x_b, *rest_b))
+    at_a, (x_b, latent_b) = _dispatched(attn, to_a, x_a, attend, (x_b, *rest_b))
     to_b = _routed(p, cfg, x_b, bias_e, experts, remat)
-    at_b, (out_a, y_a) = _dispatched(ffn, to_b, x_b, experts, routed_first, at_a)
+    at_b, (out_a, y_a) = _dispatched(ffn, to_b, x_b, routed_first, at_a)
     done_a = Done(out_a, y_a, to_a.plan)
-    x_a, (out_b, y_b) = _combined(ffn, done_a, experts, shared_first, at_b)
+    x_a, (out_b, y_b) = _combined(ffn, done_a, shared_first, at_b)
     s_bte, routing = joined((to_a.s_bte, to_a.routing), (to_b.s_bte, to_b.routing))
     stats = balance_stats(cfg, s_bte, routing, ctx.layout.sequence)
     return (x_a, Done(out_b, y_b, to_b.plan)), stats, joined(latent_a, latent_b)
@@ -213,17 +210,16 @@ def layer(
 # --- the stack ----------------------------------------------------------------------------------------------------
 
 
-def _from_no_layer(p: Params, cfg: ModelConfig, x_btd: jax.Array, experts: MeshExperts) -> Done:
+def _from_no_layer(p: Params, cfg: ModelConfig, x_btd: jax.Array, experts: Ragged) -> Done:
     """A half with a combine that brings nothing, for the first layer."""
     one = jax.tree.map(lambda w: w[0], p)
     plan = jax.eval_shape(lambda x: _routed(one, cfg, x, None, experts, "none").plan, x_btd)
     plan = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), plan)
-    rows = experts.buffer(x_btd.shape[0] * x_btd.shape[1], plan) or plan.hops[-1].rows
-    y_rd = jnp.zeros((rows, x_btd.shape[-1]), x_btd.dtype)
-    return Done(x_btd, y_rd, plan._replace(fits_n=jnp.ones_like(plan.fits_n)))
+    y_rd = jnp.zeros((plan.hops[-1].rows, x_btd.shape[-1]), x_btd.dtype)
+    return Done(x_btd, y_rd, plan.replace(fits_n=jnp.ones_like(plan.fits_n)))
 
 
-def overlapped(experts: MeshExperts) -> Callable[..., Any]:
+def overlapped(experts: Ragged) -> Callable[..., Any]:
     """The `moe_stack` of a layout, for use inside `shard_map` with these experts."""
 
     def stack(
@@ -241,7 +237,7 @@ def overlapped(experts: MeshExperts) -> Callable[..., Any]:
             recompute(body, ctx.layout.remat), start, (p, bias_le), unroll=unroll(p)
         )
         x_a, done_b = end
-        x_b, _ = _combined((), done_b, experts, NOTHING, ())
+        x_b, _ = _combined((), done_b, NOTHING, ())
         return joined(x_a, x_b), stats, latent
 
     return stack

@@ -21,8 +21,8 @@ import jax
 from jax import lax
 
 from deepseek_jax.model.layers import Params
-from deepseek_jax.parallel import exchange
-from deepseek_jax.parallel.exchange import Exchange, Plan, from_experts, homewards, outwards, to_experts
+from deepseek_jax.parallel.exchange.hops import Plan
+from deepseek_jax.parallel.exchange.transport import COMBINE, DISPATCH, Direction
 
 
 class Work(NamedTuple):
@@ -30,42 +30,6 @@ class Work(NamedTuple):
 
     first: Callable[[Params, Any], Any]
     second: Callable[[Params, Any, Any], Any]
-
-
-class Route(NamedTuple):
-    """A kind of exchange: the functions of `exchange.py` that bring values there and their gradients back."""
-
-    name: str
-    there: Callable[..., exchange.Trip]
-    back: Callable[..., exchange.Trip]
-    ex: Exchange
-    rows: int | None
-
-    def prepare(self, values: tuple[jax.Array, ...], plan: Plan) -> exchange.Trip:
-        """All of its work is done under the route's name."""
-        with jax.named_scope(self.name):
-            trip = self.there(values, plan, self.ex, self.rows)
-        return exchange.Trip(trip.ready, self._named(trip.first), self._named(trip.last))
-
-    def _named(self, stage: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def named(x):  # type: ignore[no-untyped-def]
-            with jax.named_scope(self.name):
-                return stage(x)
-
-        return named
-
-    def reversed(self) -> "Route":
-        return self._replace(there=self.back, back=self.there)
-
-
-def dispatching(ex: Exchange, rows: int | None) -> Route:
-    """Values (x [n, d], weights [n, k]) -> `exchange.Received`."""
-    return Route("dispatch", to_experts, from_experts, ex, rows)
-
-
-def combining(ex: Exchange, rows: int | None) -> Route:
-    """Values (y [r, d],) -> (sums [n, d],)."""
-    return Route("combine", homewards, outwards, ex, rows)
 
 
 def _together(*values: Any) -> Any:
@@ -78,35 +42,50 @@ def _together(*values: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def side_by_side(
-    route: Route, work: Work, values: tuple[jax.Array, ...], plan: Plan, p: Params, inputs: Any
+    direction: Direction, work: Work, values: tuple[jax.Array, ...], plan: Plan, p: Params, inputs: Any
 ) -> tuple[Any, Any]:
-    """(what the trip brings, the result of the work), differentiable in `values`, `p` and `inputs`.
+    """(what the direction brings, the result of the work), differentiable in `values`, `p` and `inputs`.
 
     The plan is finished before the segment starts.
     """
-    return _forward(route, work, values, plan, p, inputs)[0]
+    return _forward(direction, work, values, plan, p, inputs)[0]
 
 
-def _forward(route, work, values, plan, p, inputs):  # type: ignore[no-untyped-def]
-    trip = route.prepare(values, plan)
-    ready, _, inputs = _together(trip.ready, plan, inputs)
+def _in_stages(direction: Direction, values: tuple[jax.Array, ...], plan: Plan) -> tuple[Any, Any, Any]:
+    """(messages made ready, functions of the first and of the last stage), under the direction's name."""
+
+    def named(stage: Callable[[Any, Plan], Any]) -> Callable[[Any], Any]:
+        def run(x: Any) -> Any:
+            with jax.named_scope(direction.name):
+                return stage(x, plan)
+
+        return run
+
+    load, start, finish = map(named, (direction.load, direction.start, direction.finish))
+    return load(values), start, finish
+
+
+def _forward(direction, work, values, plan, p, inputs):  # type: ignore[no-untyped-def]
+    ready, start, finish = _in_stages(direction, values, plan)
+    ready, _, inputs = _together(ready, plan, inputs)
     between, first_vjp = jax.vjp(work.first, p, inputs)
-    on_the_way, between, inputs = _together(trip.first(ready), between, inputs)
+    on_the_way, between, inputs = _together(start(ready), between, inputs)
     result, second_vjp = jax.vjp(work.second, p, inputs, between)
-    out = _together(trip.last(on_the_way), result)
+    out = _together(finish(on_the_way), result)
     return out, (plan, first_vjp, second_vjp)
 
 
-def _backward(route, work, saved, g):  # type: ignore[no-untyped-def]
+def _backward(direction, work, saved, g):  # type: ignore[no-untyped-def]
     plan, first_vjp, second_vjp = saved
     g_values, g_result = g
-    trip = route.reversed().prepare(g_values, plan)
-    ready, g_result = _together(trip.ready, g_result)
+    back = COMBINE if direction is DISPATCH else DISPATCH
+    ready, start, finish = _in_stages(back, direction.values(g_values), plan)
+    ready, g_result = _together(ready, g_result)
     dp_second, d_inputs, d_between = second_vjp(g_result)
-    on_the_way, dp_second, d_inputs, d_between = _together(trip.first(ready), dp_second, d_inputs, d_between)
+    on_the_way, dp_second, d_inputs, d_between = _together(start(ready), dp_second, d_inputs, d_between)
     dp_first, d_inputs_first = first_vjp(d_between)
-    d_values, dp_first, d_inputs_first = _together(trip.last(on_the_way), dp_first, d_inputs_first)
-    return d_values, None, _add(dp_first, dp_second), _add(d_inputs_first, d_inputs)
+    d_values, dp_first, d_inputs_first = _together(finish(on_the_way), dp_first, d_inputs_first)
+    return back.values(d_values), None, _add(dp_first, dp_second), _add(d_inputs_first, d_inputs)
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.router import route
-from deepseek_jax.parallel.wire import SCALES, num_words
+from deepseek_jax.parallel.exchange.wire import SCALES, num_words
 from pallas_kernels.blocks import BLOCK, cdiv
 
 

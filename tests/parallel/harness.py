@@ -104,6 +104,7 @@ def run(cfg: Config, steps: int = 1, nudge: float = 0.0, packed: bool = False) -
 # --- experts ----------------------------------------------------------------------------------------------------
 
 SHARDED = PartitionSpec(("node", "local"))
+E, K, D, F = 16, 3, 10, 6  # experts, experts per token, hidden, inner
 
 
 def on_mesh(fn, shape: tuple[int, int], n_args: int, out_specs=SHARDED):
@@ -113,9 +114,55 @@ def on_mesh(fn, shape: tuple[int, int], n_args: int, out_specs=SHARDED):
     return jax.jit(sharded)
 
 
-def dense(p, x_nd, experts_nk, weights_nk):
+def dense(p, x_nd, experts_nk, weights_nk, **_):
     """All experts for all tokens: an oracle that compiles fast. Absent ids select none."""
-    x_nd = getattr(x_nd, "x_nd", x_nd)  # not the bytes that travelled
     gate_ne = (jax.nn.one_hot(experts_nk, p["w_gate_edf"].shape[0]) * weights_nk[..., None]).sum(1)
     act = swiglu(*(jnp.einsum("nd,edf->enf", x_nd, p[name]) for name in ("w_gate_edf", "w_up_edf")))
     return jnp.einsum("enf,efd,ne->nd", act, p["w_down_efd"], gate_ne)
+
+
+def routings(n):
+    """Expert ids int32 [n, K] by name; -1 selects none."""
+    rng = np.random.default_rng(1)
+    absent = np.full((n, K), -1)
+    one = absent.copy()
+    one[:, 1] = 5
+    few = rng.permuted(np.tile(np.arange(0, E, 4), (n, 1)), axis=1)[:, :K]
+    some = rng.permuted(np.tile(np.arange(E), (n, 1)), axis=1)[:, :K]
+    return {
+        "balanced": (np.arange(n)[:, None] * K + np.arange(K)) % E,
+        "random": some,
+        "all to one expert": one,
+        "all to one device": np.tile(np.array([E - 1, E - 2, -1]), (n, 1)),
+        "experts without tokens": few,
+        "tokens without experts": np.where(rng.random((n, K)) < 0.6, -1, some),
+        "nobody": absent,
+    }
+
+
+def arrays(n):
+    """(params, x, weights, cotangent of the result)"""
+    rng = np.random.default_rng(0)
+    shapes = {"w_gate_edf": (E, D, F), "w_up_edf": (E, D, F), "w_down_efd": (E, F, D)}
+    p = {name: rng.normal(0, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
+    x, g = rng.normal(size=(2, n, D)).astype(np.float32)
+    return p, x, rng.uniform(0.1, 1, (n, K)).astype(np.float32), g
+
+
+def with_gradients(experts):
+    """(params, x, weights, g, ids) -> (y, gradients of <y, g> for params, x, weights)"""
+
+    def run(p, x, w, g, ids):
+        def product(p, x, w):
+            y = experts(p, x, ids, w)
+            return (y * g).sum(), y
+
+        (_, y), grads = jax.value_and_grad(product, argnums=(0, 1, 2), has_aux=True)(p, x, w)
+        return {"y": y, "params": grads[0], "x": grads[1], "weights": grads[2]}
+
+    return run
+
+
+@functools.cache
+def single_device():
+    return jax.jit(with_gradients(dense))

@@ -15,13 +15,13 @@ import pytest
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.transformer import recompute
-from deepseek_jax.parallel.experts import mesh_experts, nodes_per_token
-from deepseek_jax.parallel.low_latency import grouped_experts, low_latency_experts, masked_experts
-from deepseek_jax.parallel.wire import Wire
+from deepseek_jax.parallel.exchange.dispatcher import Ragged
+from deepseek_jax.parallel.exchange.low_latency import LowLatency, grouped_experts, masked_experts
+from deepseek_jax.parallel.exchange.placement import nodes_per_token
+from deepseek_jax.parallel.exchange.wire import Wire
 from tests.parallel.comparison import BOUND, difference
-from tests.parallel.harness import dense, on_mesh
+from tests.parallel.harness import D, E, arrays, dense, on_mesh, routings, single_device, with_gradients
 
-E, K, D, F = 16, 3, 10, 6
 MESHES = {
     (8, 1): 6,
     (4, 2): 5,
@@ -29,54 +29,12 @@ MESHES = {
     (1, 8): 3,
 }  # (node, local) -> tokens per device: fewer than peers too
 MODES = {
-    "flat": mesh_experts("flat", local=dense),
-    "two_hop": mesh_experts("two_hop", local=dense),
-    "flat in rounds": mesh_experts("flat", local=dense, capacity=0.7),
-    "two_hop in rounds": mesh_experts("two_hop", local=dense, capacity=1.5),
-    "low latency": low_latency_experts(),
+    "flat": Ragged(mode="flat", function=dense),
+    "two_hop": Ragged(function=dense),
+    "flat in rounds": Ragged(mode="flat", function=dense, receive=0.7),
+    "two_hop in rounds": Ragged(function=dense, receive=1.5),
+    "low latency": LowLatency(),
 }
-
-
-def routings(n):
-    """Expert ids int32 [n, K] by name; -1 selects none."""
-    rng = np.random.default_rng(1)
-    absent = np.full((n, K), -1)
-    one = absent.copy()
-    one[:, 1] = 5
-    few = rng.permuted(np.tile(np.arange(0, E, 4), (n, 1)), axis=1)[:, :K]
-    some = rng.permuted(np.tile(np.arange(E), (n, 1)), axis=1)[:, :K]
-    return {
-        "balanced": (np.arange(n)[:, None] * K + np.arange(K)) % E,
-        "random": some,
-        "all to one expert": one,
-        "all to one device": np.tile(np.array([E - 1, E - 2, -1]), (n, 1)),
-        "experts without tokens": few,
-        "tokens without experts": np.where(rng.random((n, K)) < 0.6, -1, some),
-        "nobody": absent,
-    }
-
-
-def arrays(n):
-    """(params, x, weights, cotangent of the result)"""
-    rng = np.random.default_rng(0)
-    shapes = {"w_gate_edf": (E, D, F), "w_up_edf": (E, D, F), "w_down_efd": (E, F, D)}
-    p = {name: rng.normal(0, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
-    x, g = rng.normal(size=(2, n, D)).astype(np.float32)
-    return p, x, rng.uniform(0.1, 1, (n, K)).astype(np.float32), g
-
-
-def with_gradients(experts):
-    """(params, x, weights, g, ids) -> (y, gradients of <y, g> for params, x, weights)"""
-
-    def run(p, x, w, g, ids):
-        def product(p, x, w):
-            y = experts(p, x, ids, w)
-            return (y * g).sum(), y
-
-        (_, y), grads = jax.value_and_grad(product, argnums=(0, 1, 2), has_aux=True)(p, x, w)
-        return {"y": y, "params": grads[0], "x": grads[1], "weights": grads[2]}
-
-    return run
 
 
 def modes_of(shape):
@@ -91,11 +49,6 @@ def all_modes(shape):
     """One program per mesh: its modes with their gradients."""
     runs = {name: with_gradients(MODES[name]) for name in modes_of(shape)}
     return on_mesh(lambda *args: {name: run(*args) for name, run in runs.items()}, shape, 5)
-
-
-@functools.cache
-def single_device():
-    return jax.jit(with_gradients(dense))
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -113,12 +66,14 @@ def test_every_mode_and_gradient_equal_one_device(shape):
                 assert difference(a, b) < BOUND, where
 
 
-def test_rounds_send_what_one_exchange_sends_in_fp8():
-    wire, n = Wire("fp8", "bf16"), 24
+@pytest.mark.parametrize(("mode", "combine"), [("flat", "bf16"), ("two_hop", "same")])
+def test_rounds_send_what_one_exchange_sends_in_fp8(mode, combine):
+    """With two hops, the sums of the first round and of the others cross nodes apart: in BF16 each would be rounded."""
+    wire, n = Wire("fp8", combine), 24
     p, x, w, g = arrays(n)
 
     def both(*args):
-        runs = (mesh_experts("two_hop", local=dense, wire=wire, capacity=c) for c in (None, 1.0))
+        runs = (Ragged(mode=mode, function=dense, wire=wire, receive=c) for c in (None, 1.0))
         return [with_gradients(experts)(*args) for experts in runs]
 
     once, rounds = on_mesh(both, (2, 4), 5)(p, x, w, g, routings(n)["random"].astype(np.int32))
@@ -140,9 +95,9 @@ def test_the_oracle_is_the_models_function():
 # --- one plan ---------------------------------------------------------------------------------------------------
 
 
-def collectives(remat, capacity):
+def collectives(remat, receive):
     """How often each collective stands in the traced gradient of one layer."""
-    experts = mesh_experts("two_hop", local=dense, capacity=capacity)
+    experts = Ragged(function=dense, receive=receive)
 
     def layer(p, x, ids, w):
         return recompute(lambda p, x, w: experts(p, x, ids, w), remat)(p, x, w)
@@ -153,12 +108,13 @@ def collectives(remat, capacity):
     return {name: len(re.findall(rf"\b{name}\[", text)) for name in ("all_gather", "ragged_all_to_all")}
 
 
-@pytest.mark.parametrize(("capacity", "once", "recomputed"), [(None, 10, 12), (2.0, 12, 12)])
-def test_the_layout_is_computed_once_whatever_is_recomputed(capacity, once, recomputed):
-    """Two hops each: ids, dispatch, combine and the two of the backward pass. Recomputing everything dispatches the
-    tokens again, which rounds do anyway; it exchanges neither counts nor ids again."""
-    for remat, want in (("none", once), ("deepseek", once), ("full", recomputed)):
-        assert collectives(remat, capacity) == {"all_gather": 2, "ragged_all_to_all": want}, remat
+@pytest.mark.parametrize(("receive", "plans", "once"), [(None, 1, 9), (2.0, 3, 19)])
+def test_the_layout_is_computed_once_whatever_is_recomputed(receive, plans, once):
+    """Two hops each: dispatch, combine and the two of the backward pass; the plan exchanges ids between nodes, and counts
+    by an all-gather per hop. Recomputing everything dispatches the tokens again; it exchanges neither counts nor ids
+    again. Further rounds, where there can be any, plan their last hop and dispatch again, forwards and backwards."""
+    for remat, want in (("none", once), ("deepseek", once), ("full", once + 2)):
+        assert collectives(remat, receive) == {"all_gather": 1 + plans, "ragged_all_to_all": want}, remat
 
 
 # --- node limit -------------------------------------------------------------------------------------------------
@@ -196,7 +152,7 @@ def test_deepseek_v3_reaches_four_nodes():
 
 def test_a_token_of_more_nodes_than_told_is_not_silently_wrong():
     """A limit that is too low must not cost a token part of its experts: it becomes NaN, the others are right."""
-    experts, n = mesh_experts("two_hop", local=dense, most=2), 40
+    experts, n = Ragged(function=dense, most=2), 40
     p, x, w, _ = arrays(n)
     ids = routings(n)["random"].astype(np.int32)
     got = np.asarray(on_mesh(experts, (4, 2), 4)(p, x, ids, w))
@@ -210,12 +166,12 @@ def test_a_token_of_more_nodes_than_told_is_not_silently_wrong():
     ("kwargs", "message"),
     [
         ({"mode": "three_hop"}, r"mode='three_hop' is not one of \['flat', 'two_hop'\]"),
-        ({"capacity": 0}, "capacity=0 must be positive, or None"),
+        ({"receive": 0}, "receive=0 must be positive, or None"),
     ],
 )
-def test_what_mesh_experts_refuses(kwargs, message):
+def test_what_ragged_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        mesh_experts(**kwargs)
+        Ragged(**kwargs)
 
 
 def test_grouped_experts_of_a_masked_buffer_are_the_batched_ones():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model.experts import routed_experts
-from deepseek_jax.parallel.wire import decode, encode
+from deepseek_jax.parallel.exchange.wire import decode, encode
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.product import Plain, Quantised, quantise_weight
 from tests.precision import oracle
@@ -71,7 +71,7 @@ def run(policy, came=None):
             for name, w in W.items()
         }
         y, vjp = jax.vjp(
-            lambda x, gain, p: routed_experts(p, x, ids, gain, came, policy.dispatch), x, gain, p
+            lambda x, gain, p: routed_experts(p, x, ids, gain, sent=came, form=policy.dispatch), x, gain, p
         )
         dx, dgain, dp = vjp(dy)
         return y, dx, dgain, {name: dp[name].master for name in W}

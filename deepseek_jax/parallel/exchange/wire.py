@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -90,3 +91,31 @@ def unpack(message_nw: jax.Array, layout: Layout) -> tuple[jax.Array, ...]:
         parts.append(x.reshape(x.shape[0], -1)[:, :columns])
         start = stop
     return tuple(parts)
+
+
+@flax.struct.dataclass
+class Message:
+    """Rows as they travel: words uint32 [n, w], and how to read them."""
+
+    words_nw: jax.Array
+    layout: Layout = flax.struct.field(pytree_node=False)
+    form: str = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
+
+    def with_words(self, words_nw: jax.Array) -> "Message":
+        """The same rows elsewhere."""
+        return Message(words_nw, self.layout, self.form, self.dtype)
+
+
+def write(values: tuple[jax.Array, ...], form: str) -> Message:
+    """One message per row of `values`: the first [n, d] in `form`, the others [n, ...] as they are."""
+    words_nw, layout = pack((*encode(values[0], form), *values[1:]))
+    return Message(words_nw, layout, form, values[0].dtype)
+
+
+def read(message: Message) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array] | None]:
+    """(values that were written; the first as it travelled, if that was in FP8)."""
+    parts = unpack(message.words_nw, message.layout)
+    if message.form not in SCALES:
+        return (decode(parts[:1], message.form, message.dtype), *parts[1:]), None
+    return (decode(parts[:2], message.form, message.dtype), *parts[2:]), (parts[0], parts[1])

@@ -90,30 +90,19 @@ def before(x: jax.Array, dim: int) -> jax.Array:
     return jnp.cumsum(x, dim) - x
 
 
-def make_chunks(
-    counts_pc: jax.Array, axis: Axis, stride: int = 0, window: tuple[jax.Array, int] | None = None
-) -> Chunks:
+def make_chunks(counts_pc: jax.Array, axis: Axis, stride: int = 0) -> Chunks:
     """Chunks of this device from everybody's counts (`counts_pc[q]`: rows of device q's chunks).
 
     What lands at a device lies chunk by chunk, `stride` rows apart, and within a chunk in the order of the senders.
-    `window` (first row, rows): only what lands there, counted from its first row.
     """
     p, c = counts_pc.shape
     per = c // p
     start_pc = before(counts_pc, 1)
-    landing_pc = before(counts_pc, 0)
-    size_pc = counts_pc
-    if window is not None:
-        low, rows = window
-        first, last = (jnp.clip(x, low, low + rows) for x in (landing_pc, landing_pc + size_pc))
-        size_pc = last - first
-        start_pc = jnp.where(size_pc > 0, start_pc + first - landing_pc, 0)
-        landing_pc = jnp.where(size_pc > 0, first - low, 0)
-    landing_pc = landing_pc + stride * (jnp.arange(c, dtype=jnp.int32) % per)
+    landing_pc = before(counts_pc, 0) + stride * (jnp.arange(c, dtype=jnp.int32) % per)
     me = lax.axis_index(axis)
 
     def mine(x_pc):
         return lax.dynamic_slice_in_dim(x_pc, me * per, per, 1).reshape(-1)
 
-    sent = (start_pc[me], size_pc[me], landing_pc[me])
-    return Chunks(*sent, mine(landing_pc), mine(size_pc), mine(start_pc))
+    sent = (start_pc[me], counts_pc[me], landing_pc[me])
+    return Chunks(*sent, mine(landing_pc), mine(counts_pc), mine(start_pc))

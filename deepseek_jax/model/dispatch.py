@@ -1,0 +1,77 @@
+"""How tokens reach their routed experts: what a MoE layer asks of whatever brings them there.
+
+    plan = d.plan(experts_nk, n_local)                  layout of a routing; serves forward, recomputation and backward
+    came = d.dispatch(x_nd, weights_nk, plan)           tokens -> rows of this device's experts
+    y    = d.experts(p, came, x_nd, weights_nk, plan)   the experts on these rows
+    y_nd = d.combine(y, plan)                           plain sums over experts, at the tokens' sources
+
+`Local` is the dispatcher of one device; those of a mesh are in `parallel/exchange/`. Each step is differentiable. Over
+a mesh, the transpose of a dispatch is the combine of the gradients and the other way round.
+
+Dims: n token of this device, r row received, d hidden, k selected expert, e expert of this device.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.layers import Params
+
+
+class Received(NamedTuple):
+    """Rows for this device's experts. What is differentiated is `x_rd` and `weights_rk`."""
+
+    x_rd: jax.Array  # in the compute dtype; zeros where nobody sent a row
+    weights_rk: Any = None  # float32: routing weights
+    experts_rk: Any = None  # int32: experts of this device; ids outside of [0, e) are absent
+    sent: tuple[jax.Array, jax.Array] | None = (
+        None  # the rows as they travelled, if in FP8: (E4M3 [r, d], scales)
+    )
+
+
+class Dispatcher(Protocol):
+    """Plans and results `y` are pytrees that only the dispatcher reads."""
+
+    def plan(self, experts_nk: jax.Array, n_local: int) -> Any:
+        """experts_nk int32 [n, k]: ids outside of the experts are absent. n_local: experts on each device."""
+
+    def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: Any) -> Received: ...
+
+    def experts(
+        self, p: Params, came: Received, x_nd: jax.Array, weights_nk: jax.Array, plan: Any
+    ) -> Any: ...
+
+    def combine(self, y: Any, plan: Any) -> jax.Array: ...
+
+
+def through(
+    d: Dispatcher, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
+) -> jax.Array:
+    """sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d], wherever the experts are."""
+    plan = d.plan(experts_nk, p["w_gate_edf"].shape[0])
+    came = d.dispatch(x_nd, weights_nk, plan)
+    return d.combine(d.experts(p, came, x_nd, weights_nk, plan), plan)
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """All experts are here. `function`: (p, x [n, d], ids [n, k], weights [n, k]) -> [n, d]."""
+
+    function: Callable[..., jax.Array] = routed_experts
+
+    def plan(self, experts_nk: jax.Array, n_local: int) -> jax.Array:
+        return experts_nk
+
+    def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: jax.Array) -> Received:
+        return Received(x_nd, weights_nk, plan)
+
+    def experts(
+        self, p: Params, came: Received, x_nd: jax.Array, weights_nk: jax.Array, plan: jax.Array
+    ) -> jax.Array:
+        return self.function(p, x_nd, plan, weights_nk)
+
+    def combine(self, y: jax.Array, plan: jax.Array) -> jax.Array:
+        return y

@@ -1,0 +1,107 @@
+"""Rounds of an exchange: bounded by one number, whatever the routing, and all of them together bring everything.
+
+Dims: n token (of all devices), k selected expert, i round, p peer.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.parallel.exchange.dispatcher import Ragged
+from deepseek_jax.parallel.exchange.hops import for_peers
+from deepseek_jax.parallel.exchange.transport import DISPATCH, at_last_hop
+from tests.parallel.comparison import BOUND, difference
+from tests.parallel.harness import E, K, arrays, on_mesh, single_device, with_gradients
+
+NODES, LOCAL, N = 4, 2, 6
+DEVICES, E_LOCAL = NODES * LOCAL, E // (NODES * LOCAL)
+
+
+def skewed(share):
+    """int32 [devices * N, K]: of each device's tokens, `share` go to the experts of one device, the others anywhere."""
+    rng = np.random.default_rng(0)
+    ids = rng.permuted(np.tile(np.arange(E), (DEVICES * N, 1)), axis=1)[:, :K]
+    favoured = np.arange(DEVICES * N) % N < share * N
+    return np.where(favoured[:, None], [E - 1, E - 2, -1], ids).astype(np.int32)
+
+
+def pairs_between(ids, mode):
+    """(token, expert) pairs that a device sends to another by the last hop: [source, destination]."""
+    device = np.where(ids < 0, -1, ids // E_LOCAL)
+    to = (device[..., None] == np.arange(DEVICES)).sum(1).reshape(NODES, LOCAL, N, DEVICES).sum(2)
+    if mode == "flat":
+        return to.reshape(DEVICES, DEVICES)
+    by_index = to.sum(
+        0
+    )  # the first hop brought them to the device of the same index in the destination's node
+    return np.repeat(by_index[None], NODES, 0).reshape(DEVICES, DEVICES)
+
+
+@functools.cache
+def brought(mode, receive, rounds):
+    """Program: ids -> (rounds needed, [rows sent, rows received, pairs] of each round [i, 3], numbers of the tokens that
+    came [i, r]); and the sizes of the buffers."""
+    sizes = {}
+
+    def run(ids, number):
+        plan = Ragged(mode=mode, receive=receive).plan(ids, E_LOCAL)
+        message, out = at_last_hop((number, jnp.ones((N, K))), plan), []
+        for i in range(rounds):
+            here = plan.at_round(i)
+            hop = here.hops[-1]
+            came = DISPATCH.finish(for_peers(message, hop), here)
+            counts = (hop.chunks.size.sum(), hop.live_r.sum(), (came.experts_rk >= 0).sum())
+            out.append((jnp.stack(counts), came.x_rd[:, 0]))
+            sizes.update(
+                sent=len(hop.token_s), received=hop.rows, pairs=here.pairs, budget=plan.rounds.budget
+            )
+        counts, came = map(jnp.stack, zip(*out, strict=True))
+        return plan.rounds.needed[None], counts[None], came[None]
+
+    return on_mesh(run, (NODES, LOCAL), 2), sizes
+
+
+@pytest.mark.parametrize(
+    ("mode", "receive", "share", "rounds"),
+    [
+        ("two_hop", 5, 0, 1),
+        ("two_hop", 4, 0.5, 2),
+        ("two_hop", 3, 1, 6),
+        ("flat", 4, 0, 1),
+        ("flat", 4, 1, 5),
+    ],
+)
+def test_every_round_is_bounded_and_together_they_bring_each_row_once(mode, receive, share, rounds):
+    ids = skewed(share)
+    run, sizes = brought(mode, receive, 6)
+    needed, counts, came = jax.device_get(run(ids, np.arange(1, DEVICES * N + 1, dtype=np.float32)[:, None]))
+    peers = LOCAL if mode == "two_hop" else DEVICES
+    budget = int(np.ceil(receive * N / peers))
+    between = pairs_between(ids, mode)
+    assert sizes["budget"] == budget and set(needed) == {np.ceil(between.max() / budget)} == {rounds}
+    assert sizes["sent"] <= peers * budget and sizes["received"] <= peers * budget
+    assert sizes["pairs"] <= peers * (budget + E_LOCAL - 1)
+    assert (counts <= [sizes["sent"], sizes["received"], sizes["pairs"]]).all()
+    assert not counts[:, rounds:].any()
+    for device in range(DEVICES):
+        mine = (ids // E_LOCAL == device).any(1)
+        got = came[device][came[device] > 0].astype(int) - 1
+        assert sorted(got) == np.flatnonzero(mine).tolist()
+
+
+@functools.cache
+def sorted_rows_program():
+    return on_mesh(with_gradients(Ragged(receive=3.0)), (NODES, LOCAL), 5)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_experts_over_sorted_rows_sized_by_pairs(share):
+    """The real experts, whose buffer holds the pairs of a round: result and gradients of one device, in 1, 2, 6 rounds."""
+    p, x, w, g = arrays(DEVICES * N)
+    ids = skewed(share)
+    got, want = sorted_rows_program()(p, x, w, g, ids), single_device()(p, x, w, g, ids)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert difference(a, b) < BOUND, jax.tree_util.keystr(path)
