@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update({"source": "data/*.parquet", "vocab_size": 102400, "seq_len": 4096})
     config.optimizer.update({"peak_lr": 2.4e-4, "mid_lr": 2.4e-5, "final_lr": 8e-6})
     config.optimizer.update({"batch_start": 2304, "batch_ramp_tokens": 225e9})
-    config.mesh.update({"node": 4, "local": 8, "zero": True, "receive": 8.0})
+    config.mesh.update({"node": 4, "local": 8, "zero": True, "receive": 7.5})
     config.train.update(
         {
             "steps": 220000,

@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.precision = "deepseek_fp8"
     config.model.dtype = "bfloat16"
     config.data.update({"source": "data/*.parquet", "vocab_size": 129280, "seq_len": 4096})
-    config.mesh.update({"node": 8, "local": 8, "zero": True, "overlap": True, "receive": 8.0})
+    config.mesh.update({"node": 8, "local": 8, "zero": True, "overlap": True, "receive": 10.0})
     config.train.update(
         {
             "steps": 242785,

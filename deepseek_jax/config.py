@@ -156,7 +156,9 @@ class MeshConfig:
     experts: str = "auto"
     dispatch: str = "auto"  # format of tokens on the way to experts: same (as computed), bf16, fp8, fp8_ue8m0
     combine: str = "auto"  # of results on the way back: same, bf16; auto: as `precision` says
-    # rows received at once, in units of a device's tokens, more in rounds; 0: all at once
+    # (token, expert) pairs that a device sends, receives and computes in one round, per token of its own; the rest comes
+    # in further rounds. Balanced routing needs k, num_experts_per_tok, if perfectly so: give 1.25 k, for one round with
+    # a peer that gets a quarter more than its share. 0: one round, with buffers for the worst routing
     receive: float = 0.0
     zero: bool = False  # ZeRO-1: master weights and moments divided over all axes that divide tokens
     # two halves of each device's batch in flight: one computes while the other's tokens travel
