@@ -40,7 +40,7 @@ from deepseek_jax.precision.operands import (
 from deepseek_jax.precision.policy import PRESETS, Policy
 from deepseek_jax.precision.sums import precision
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
-from pallas_kernels.groups import Groups, aligned_sizes
+from pallas_kernels.groups import Groups
 from pallas_kernels.quantize.ops import swiglu_quantize
 
 
@@ -138,7 +138,7 @@ class Plain:
     def wgrad(self, a: jax.Array, dy: jax.Array, groups: Groups | None = None) -> Any:
         """a^T dy, accumulated in float32, as the cotangent of this weight."""
         if groups is not None:
-            dw = grouped_wgrad(a.astype(dy.dtype), dy, aligned_sizes(groups.sizes_e))
+            dw = grouped_wgrad(a.astype(dy.dtype), dy, groups.sizes_e)
         else:
             width = math.prod(self.w.shape[: self.n_in])
             a_mi, dy_mo = a.astype(dy.dtype).reshape(-1, width), dy.reshape(-1, self.w.size // width)

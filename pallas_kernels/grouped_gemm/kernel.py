@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import pad_last2
 from pallas_kernels.compat import swizzled
+from pallas_kernels.groups import aligned_sizes
 from pallas_kernels.matmul import Problem, TileConfig, persistent_matmul
 
 TILE_K = 64  # one 128-byte swizzle of 16-bit elements
@@ -64,10 +65,12 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileC
     return persistent_matmul(problem, config, a, b, group_ids=group_ids)[:, :n]
 
 
-@functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
-def grouped_wgrad(a, b, group_sizes, accumulate=None, *, out_dtype, config: TileConfig) -> jax.Array:
-    """a [T, M], b [T, N], group_sizes [G] multiples of 64 -> [G, M, N]. Ragged M and N are padded with zeros to whole
-    tiles."""
+@functools.partial(jax.jit, static_argnames=("out_dtype", "alignment", "config"))
+def grouped_wgrad(
+    a, b, group_sizes, accumulate=None, *, out_dtype, alignment: int, config: TileConfig
+) -> jax.Array:
+    """a [T, M], b [T, N], group_sizes [G] -> [G, M, N]. Ragged M and N are padded with zeros to whole tiles."""
+    group_sizes = aligned_sizes(group_sizes, alignment)
     (t, m), n = a.shape, b.shape[1]
     tm, tn = config.tile_m, config.tile_n
     a, b = pad_last2(a, (1, tm)), pad_last2(b, (1, tn))

@@ -78,8 +78,8 @@ def grouped_wgrad(
 
     Args:
       a, b: [T, M] and [T, N] rows sorted by group, padding rows zero in at least one of them.
-      group_sizes: [G] int32, tokens per group with padding: multiples of `alignment`, at most T together. An empty
-        group yields zeros, or `accumulate` unchanged.
+      group_sizes: [G] int32, tokens per group, with or without its padding: each segment ends at the next multiple of
+        `alignment`, the last one within T. An empty group yields zeros, or `accumulate` unchanged.
       accumulate: [G, M, N] of out_dtype, added to the product.
 
     Returns:
@@ -93,6 +93,7 @@ def grouped_wgrad(
     (t, m), n = a.shape, b.shape[1]
     check_accumulate("grouped_wgrad", accumulate, (group_sizes.shape[0], m, n), out_dtype)
     config = config or wgrad_config(m, n)
+    static = {"out_dtype": out_dtype, "alignment": alignment}
     return dispatch(
         "grouped_wgrad",
         implementation,
@@ -100,9 +101,9 @@ def grouped_wgrad(
         b,
         group_sizes,
         accumulate,
-        mosaic=functools.partial(kernel.grouped_wgrad, out_dtype=out_dtype, config=config),
-        xla=functools.partial(fallback.grouped_wgrad, out_dtype=out_dtype, alignment=alignment),
-        reference=functools.partial(reference.grouped_wgrad, out_dtype=out_dtype),
+        mosaic=functools.partial(kernel.grouped_wgrad, config=config, **static),
+        xla=functools.partial(fallback.grouped_wgrad, **static),
+        reference=functools.partial(reference.grouped_wgrad, **static),
         unsupported=_unsupported(a.dtype, m, n, t, out_dtype, alignment, kernel.TILE_K),
     )
 

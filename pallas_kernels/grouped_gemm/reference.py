@@ -6,6 +6,9 @@ Legend: G groups, M rows, N outputs, K contraction, T tokens contracted by a wei
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import BLOCK
+from pallas_kernels.groups import aligned_sizes
+
 
 def grouped_gemm(a, b, group_ids, *, transpose_b: bool = True, out_dtype) -> jax.Array:
     """a [M, K], b [G, N, K] (or [G, K, N]), group_ids [M] -> [M, N]; rows of id -1 are zero."""
@@ -17,8 +20,9 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool = True, out_dtype) -> jax
     return out.astype(out_dtype)
 
 
-def grouped_wgrad(a, b, group_sizes, accumulate=None, *, out_dtype) -> jax.Array:
+def grouped_wgrad(a, b, group_sizes, accumulate=None, *, out_dtype, alignment: int = BLOCK) -> jax.Array:
     """a [T, M], b [T, N], group_sizes [G] -> [G, M, N]: a.T @ b over the rows of each group."""
+    group_sizes = aligned_sizes(group_sizes, alignment)
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     ends = jnp.cumsum(group_sizes)
     token = jnp.arange(a.shape[0])
