@@ -19,7 +19,9 @@ BLOCK, SMALL_BLOCK = 128, 32  # rows; a product of fewer packs its group's matri
 Step = Callable[[jax.Array, jax.Array, jax.Array, int, jax.Array], jax.Array]
 
 
-def _over_blocks(starts: jax.Array, sizes: jax.Array, alignment: int, step: Step, out: jax.Array, m: int) -> jax.Array:
+def _over_blocks(
+    starts: jax.Array, sizes: jax.Array, alignment: int, step: Step, out: jax.Array, m: int
+) -> jax.Array:
     """`step` for every block of m rows; starts and sizes [G]: where each group begins, and its rows without padding."""
     left, small = sizes, math.gcd(SMALL_BLOCK, alignment)
     for rows, padded in ((min(BLOCK, m), 0), (small, small - 1)):
