@@ -15,7 +15,7 @@ COMMANDS = (
 
 
 def about(name: str) -> str:
-    """The first sentence of the command's docstring, up to the colon or full stop that ends it."""
+    """Returns the first sentence of the command's docstring, up to the colon or full stop that ends it."""
     text = ast.get_docstring(ast.parse((Path(__file__).parent / f"{name}.py").read_text())) or ""
     first = " ".join(text.split("\n\n")[0].split())
     return min((first.partition(end)[0] for end in (": `", ". ")), key=len).rstrip(".:")

@@ -1,4 +1,4 @@
-"""What all commands share: how they begin, and how they end when something is wrong: with one line.
+"""All commands begin here, and end here with one line when something is wrong.
 
     if __name__ == "__main__":
         command_line.run(main)
@@ -48,7 +48,7 @@ def run(main: Main) -> NoReturn:
 
 
 def _showing() -> contextlib.AbstractContextManager[None]:
-    """The library's work is named on standard error; of commands that load it."""
+    """Commands that load the library show its work on standard error."""
     if "deepseek_jax" not in sys.modules:
         return contextlib.nullcontext()
     from deepseek_jax import now
@@ -57,7 +57,7 @@ def _showing() -> contextlib.AbstractContextManager[None]:
 
 
 def status(main: Main, argv: Sequence[str]) -> int:
-    """Exit status of a command. What a user can mend, or the machine caused, is said in one line, no traceback.
+    """Runs a command; returns its exit status. An error that a user can mend, or that the machine caused, is one line.
 
     2: a mistake in the command line, a config or a path; 1: what else the operating system refused (a full disk, no
     memory); 130: Ctrl-C. With DEEPSEEK_JAX_TRACEBACK=1 in the environment, errors are raised.
@@ -82,7 +82,7 @@ def status(main: Main, argv: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Names `path` in errors of the operating system that name no file, as those of a full disk."""
+    """Adds `path` to errors of the operating system that name no file, such as a full disk's."""
     try:
         yield
     except OSError as error:
@@ -96,7 +96,7 @@ def complain(message: str) -> None:
 
 
 def one_line(message: str) -> str:
-    """A message as a line that can be read; what somebody typed may be endless."""
+    """Puts a message on one line and cuts it: somebody may have typed an endless argument."""
     line = " ".join(message.split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
@@ -119,10 +119,10 @@ def _check_text(argv: Sequence[str]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are ValueErrors, for `run`."""
+    """An argparse that raises ValueError for a mistake, as `run` expects."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse, which takes the "--" of "--name=--" for the end of the options and leaves a list as the value."""
+        """Parses as argparse does, but refuses "--name=--": argparse takes that "--" for the end of the options."""
         for argument in args or ():
             if argument == "--":
                 break
@@ -156,7 +156,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, mor
 
 
 def _quieten_failed_writes() -> None:
-    """A failed write is raised, in one line; orbax logs it with a traceback, and so do futures that come too late."""
+    """Silences orbax's log and late futures, which show a traceback of a failed write that is raised anyway."""
     logging.set_verbosity(logging.FATAL)
 
     def hook(unraisable: Any) -> None:

@@ -23,7 +23,7 @@ _SETTINGS = {
 
 
 def keep() -> Path | None:
-    """Switches the cache on, in this process and those that it starts; the folder, or None without one."""
+    """Switches the cache on, in this process and those that it starts; returns its folder, or None without one."""
     if any(name in os.environ for name in _JAX_SETTINGS):
         return None
     folder = _folder()
@@ -39,7 +39,7 @@ def keep() -> Path | None:
 
 
 def _folder() -> Path | None:
-    """The cache's folder, made and cleared of what is old; None if it is off or cannot be written."""
+    """Makes the cache's folder and removes old programs; returns None if it is off or cannot be written."""
     wish = os.environ.get("DEEPSEEK_JAX_CACHE", "")
     if wish.lower() in ("off", "0", "none"):
         return None
@@ -64,7 +64,7 @@ def _clear(folder: Path) -> None:
 
 
 def _cpu() -> str:
-    """Of the CPU's instructions: a home may be shared by machines that do not run each other's programs."""
+    """Returns a hash of the CPU's instructions: machines that share a home may not run each other's programs."""
     kinds = [platform.machine()]
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         kinds += [line for line in file if line.startswith(("flags", "Features"))][:1]

@@ -26,14 +26,14 @@ _FLAG = re.compile(r"--?(no)?config(\.[^=]*)?(=.*)?", re.DOTALL)
 
 
 class Settings(NamedTuple):
-    """What a command line says of the config: the file, and text by key."""
+    """The config's file on a command line, and the text of each key that it sets."""
 
     file: str | None
     values: dict[str, str]
 
 
 def parse(argv: Sequence[str], default: str, values: flags.FlagValues = flags.FLAGS) -> Config:
-    """The checked config; the other arguments are absl's flags (`command_line.parse_flags`).
+    """Returns the checked config; parses the other arguments as absl's flags (`command_line.parse_flags`).
 
     `--help` lists every key with its value and documentation, `--print_config` the values; both end the process.
 
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str], default: str, values: flags.FlagValues = flags.FL
 
 
 def take(argv: Sequence[str]) -> tuple[Settings, list[str]]:
-    """What `argv` says of the config, and the other arguments. The last of several settings of a key holds."""
+    """Splits `argv` into settings of the config and other arguments. The last of several settings of a key holds."""
     file, values, rest = None, {}, []
     arguments = iter(argv)
     for argument in arguments:
@@ -94,7 +94,7 @@ def _value(name: str, text: str | None, arguments: Iterator[str]) -> str:
 
 
 def _changed(values: dict[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
-    """`values` with the keys of `settings` set; a section that was None is made."""
+    """Sets the keys of `settings` in `values`; makes a section that was None."""
     for key, text in settings.items():
         *sections, name = key.split(".")
         inner = values
@@ -111,7 +111,7 @@ _KINDS = {bool: "True or False", int: "an integer", float: "a number", types.Non
 
 
 def read_value(key: str, text: str) -> Any:
-    """`text` as what a key of the config holds. Raises ValueError."""
+    """Reads `text` as the type that a key of the config has. Raises ValueError."""
     hint = type_of(Config, key)
     if types.NoneType in options_of(hint) and text.lower() in ("none", "null"):
         return None
@@ -143,7 +143,7 @@ def _as(option: Any, text: str) -> Any:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The nested dict of a config file.
+    """Reads a config file as a nested dict.
 
     A path that is not there is looked for beside this package too, so that an installed command finds `configs/`.
 
@@ -167,7 +167,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def _line(path: str, error: Exception) -> str:
-    """Where in the file, as ", line 3"."""
+    """Names the line of the file where an error arose, as ", line 3"."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]

@@ -1,4 +1,4 @@
-"""Every key of a config with its value and its documentation, which stands beside it in the dataclass.
+"""Lists every key of a config with its value and its documentation, which stands beside it in the dataclass.
 
 A field is documented by the comments on its lines, else by those right above it (`# ---` begins a group, no
 documentation).
@@ -23,7 +23,7 @@ _COLUMN = 42  # where the documentation begins
 
 @functools.cache
 def docs(cls: Any) -> dict[str, str]:
-    """Field of a dataclass -> its documentation, "" if it has none."""
+    """Maps each field of a dataclass to its documentation, "" if it has none."""
     source = textwrap.dedent(inspect.getsource(cls))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
@@ -39,7 +39,7 @@ def docs(cls: Any) -> dict[str, str]:
 
 
 def _above(line: int, alone: set[int], comments: dict[int, str]) -> list[int]:
-    """Lines of the comment that ends right above `line`."""
+    """Returns the lines of the comment that ends right above `line`."""
     first = line
     while first - 1 in alone and not comments[first - 1].startswith("---"):
         first -= 1
@@ -47,7 +47,7 @@ def _above(line: int, alone: set[int], comments: dict[int, str]) -> list[int]:
 
 
 def fields(value: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(key, value, documentation) of all that a config holds; the keys of a section that is None, too."""
+    """Yields (key, value, documentation) of every key of a config, also of a section that is None."""
     for field in dataclasses.fields(value):
         here, key = getattr(value, field.name), f"{path}{field.name}"
         section = section_of(type_of(Config, key))
@@ -60,12 +60,12 @@ def fields(value: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
 
 
 def listing(cfg: Config) -> str:
-    """KEY = VALUE, a line each."""
+    """Returns a line KEY = VALUE for each key."""
     return "".join(f"{key} = {value}\n" for key, value, _ in fields(cfg) if value != "-")
 
 
 def keys(cfg: Config, file: str) -> str:
-    """For `--help`."""
+    """Returns the keys, values and documentation that `--help` shows."""
     head = f"\nkeys of the config (--config.KEY=VALUE), as {file} and this command line set them:\n"
     return head + "".join(_entry(f"  {key} = {value}", doc) for key, value, doc in fields(cfg))
 

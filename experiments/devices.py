@@ -1,4 +1,4 @@
-"""Devices of a run. On CPU every core becomes one JAX device, and the batch is sharded over them.
+"""Chooses the devices of a run. On CPU every core becomes one JAX device, and the batch is sharded over them.
 
 One single-threaded device per core beats one device with a thread pool: matrix products of a model this size
 are too small to be split well, and everything else would run on one core.
@@ -18,12 +18,12 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Returns how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def devices_of_run(cfg: Config, processes: int = 1, at_most: int = 0) -> int:
-    """Ask XLA for the CPU devices of this process of a run; returns how many.
+    """Asks XLA for the CPU devices of this process of a run; returns how many.
 
     The run has those that config.mesh names; where that leaves `data` open, as many more as there are cores for (and
     not more than `at_most` per process, unless it is 0) and as divide the sequences of a micro-batch. This has no
@@ -40,13 +40,13 @@ def devices_of_run(cfg: Config, processes: int = 1, at_most: int = 0) -> int:
 
 
 def cpu_devices(count: int) -> None:
-    """`force_devices`, unless an XLA_FLAGS already sets the device count; or it is more than XLA can make."""
+    """Calls `force_devices`, unless XLA_FLAGS already sets the device count or XLA cannot make so many."""
     if _COUNT not in os.environ.get("XLA_FLAGS", "") and count <= _MOST:
         force_devices(count)
 
 
 def force_devices(count: int) -> None:
-    """Ask XLA for `count` single-threaded CPU devices; in vain once JAX has touched its backends."""
+    """Asks XLA for `count` single-threaded CPU devices; this has no effect once JAX has touched its backends."""
     _keep_freed_memory()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}={count} {_SINGLE}".strip()
 

@@ -1,4 +1,4 @@
-"""`python -m experiments.train --dry_run`: what a run would be, checked as far as this machine can; no data are read."""
+"""`python -m experiments.train --dry_run` says what a run would be and checks what this machine can; it reads no data."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def model_line(cfg: Config) -> str:
 
 
 def report(cfg: Config) -> str:
-    """Several lines. Raises ValueError for what a run would refuse before it reads its data, on however many devices."""
+    """Describes the run in several lines. Raises ValueError for what a run would refuse before it reads its data."""
     at_hand, named = jax.device_count(), named_devices(cfg.mesh)
     mesh = abstract_mesh(cfg.mesh, max(at_hand, named))
     size = granularity(cfg, mesh)

@@ -1,4 +1,4 @@
-"""What each precision preset costs: GEMM errors, training curves, one picture.
+"""Measures what each precision preset costs: GEMM errors, training curves, one picture.
 
     python -m experiments.fp8_study [--out=runs/fp8_study] [--seeds=3] [--config=configs/fp8_study.py] [--config.KEY=...]
 
@@ -33,7 +33,7 @@ _PRESET = flags.DEFINE_enum(
 
 
 def _configs(cfg: Config, out: Path, seeds: int) -> Runs:
-    """Preset -> the config of each seed."""
+    """Returns the config of each seed, by preset."""
 
     def one(preset: str, seed: int) -> Config:
         folder = str(out / preset / f"seed{seed}")
@@ -67,7 +67,7 @@ def _train(configs: Sequence[Config]) -> None:
 
 
 def _train_all(runs: Runs) -> None:
-    """Each preset in a process of its own: a compiled program's memory goes with it."""
+    """Trains each preset in a process of its own, which frees the memory of its compiled programs."""
     for preset, configs in runs.items():
         left = sum(not _finished(cfg) for cfg in configs)
         print(

@@ -49,12 +49,12 @@ _PENALTY = flags.DEFINE_float(
 _STOP = flags.DEFINE_multi_string(
     "stop", [], "Text that ends a completion, and is left out; repeat for more."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
 _LOGPROBS = flags.DEFINE_bool("logprobs", False, "Log-probabilities (nats) of the tokens, too.")
 _SPECULATIVE = flags.DEFINE_bool("speculative", False, "Draft with the MTP module.")
 _CHAT = flags.DEFINE_bool("chat", False, "Talk: one line of input is one turn; an empty line ends.")
 _SYSTEM = flags.DEFINE_string("system", None, "The system's message at the beginning of a chat.")
-_MESH = flags.DEFINE_string("mesh", "", "Over which devices, as node=2,local=4; empty: on one.")
+_MESH = flags.DEFINE_string("mesh", "", "Mesh of devices, such as node=2,local=4; empty: one device.")
 _EMA = flags.DEFINE_bool("ema", False, "Use the averaged parameters.")
 
 LINE = "-" * 75
@@ -78,9 +78,9 @@ def _records() -> list[prompts.Record]:
 
 
 def _show(before: str, file: Any, pieces: Iterator[str], shown: list[str]) -> None:
-    """Prints text as it comes, and notes it in `shown`; then ends the line, also at Ctrl-C.
+    """Prints text as it comes and appends it to `shown`; then ends the line, also at Ctrl-C.
 
-    `before` goes to `file` when the first piece is there: until then, the line belongs to what the command does now.
+    It writes `before` to `file` when the first piece has come: until then, the line shows what the command does.
     """
     first = next(pieces, "")
     print(before, end="", file=file, flush=True)
@@ -93,7 +93,7 @@ def _show(before: str, file: Any, pieces: Iterator[str], shown: list[str]) -> No
 
 
 def _generated(model: Any, texts: list[Any]) -> Iterator[Any]:
-    """The `Completion` of each prompt, batch by batch; the last batch is filled up, so that its size compiles nothing."""
+    """Yields the `Completion` of each prompt, batch by batch; fills up the last batch, whose size would be compiled."""
     size = min(_BATCH.value, len(texts))
     for start in range(0, len(texts), size):
         part = texts[start : start + size]
@@ -137,7 +137,7 @@ def _complete(model: Any, records: list[prompts.Record]) -> None:
 
 
 def _turns() -> Iterator[str]:
-    """Lines of standard input up to an empty one. Roles go to standard error: what is piped on are the replies alone."""
+    """Yields lines of standard input up to an empty one. Roles go to standard error, so that a pipe gets the replies."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (makes the line editable)
@@ -170,7 +170,7 @@ def _chat(model: Any) -> None:
 
 
 def parse_mesh(text: str) -> Any:
-    """ "node=2,local=4" -> MeshConfig with `data` 1 unless it is named; None for "". Raises ValueError."""
+    """Reads "node=2,local=4" as a MeshConfig, with `data` 1 unless it is named, and "" as None. Raises ValueError."""
     values: dict[str, Any] = {"data": 1} if text else {}
     for pair in text.split(",") if text else ():
         key, equals, value = pair.partition("=")

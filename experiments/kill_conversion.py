@@ -3,10 +3,11 @@
     python -m experiments.kill_conversion [--every=1] [--only=hf-orbax]
 
 A tiny FP8 checkpoint of random weights goes from Hugging Face to orbax, back, and to another Hugging Face folder.
-Counted are operations that change files (open to write, mkdir, rename, remove, rmdir, truncate, each piece written) and
+It counts operations that change files (open to write, mkdir, rename, remove, rmdir, truncate, each piece written) and
 the opening of a source tensor, before which an array may have been laid out; a kill before any other leaves what a kill
-before the next of these leaves. A conversion with n of them is killed (`os._exit`: nothing is flushed or cleaned up) right before the k-th, for every k,
-and run again: it must come to the same files, byte for byte, with nothing else left behind. Exit status 0 if all do.
+before the next of these leaves. A conversion with n of them is killed (`os._exit`: nothing is flushed or cleaned up)
+right before the k-th, for every k, and run again: it must come to the same files, byte for byte, with nothing else left
+behind. The exit status is 0 if all do.
 Each conversion runs in a forked process, so that imports are paid once.
 """
 
@@ -56,7 +57,7 @@ Conversion = Callable[[Path, convert.Progress], None]  # to a folder
 
 
 class Operations:
-    """Counts the file operations of this process under a folder; before number `deadline` the process ends."""
+    """Counts the file operations of this process under a folder; ends the process before number `deadline`."""
 
     def __init__(self, folder: Path, deadline: int | None):
         self._folder, self._deadline = str(folder), deadline
@@ -73,28 +74,28 @@ class Operations:
             self.add()
 
     def add(self, *_: int) -> None:
-        """Called for each operation; as a conversion's progress, for each piece."""
+        """Counts one operation; a conversion calls it as its progress, once per piece."""
         self.count += 1
         if self.count == self._deadline:
             os._exit(_KILLED)
 
 
 def random_weights(model: ModelConfig) -> tuple[Any, np.ndarray]:
-    """(parameters, balance bias) in float32."""
+    """Draws (parameters, balance bias) in float32."""
     rng = np.random.default_rng(0)
     flat = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in leaves(model).items()}
     return unflatten(flat), rng.standard_normal(model.balance_bias_shape, np.float32)
 
 
 def make_source(folder: Path) -> None:
-    """A Hugging Face folder in FP8 with MTP modules, in several files, with a tokenizer."""
+    """Writes a Hugging Face folder in FP8 with MTP modules, in several files, with a tokenizer."""
     hf.save(folder, MODEL, *random_weights(MODEL), format="fp8", shard_bytes=1500)
     for name in ("tokenizer.json", "generation_config.json"):
         (folder / name).write_text("{}")
 
 
 def conversions(folder: Path) -> dict[str, Conversion]:
-    """By name; the second reads what the first has written to `folder`/hf-orbax."""
+    """Returns the conversions by name; the second reads what the first has written to `folder`/hf-orbax."""
     source, run = folder / "source", folder / "hf-orbax"
     return {
         "hf-orbax": lambda target, count: convert.to_orbax(source, target, progress=count),
@@ -114,7 +115,7 @@ def _count(
 def in_a_process(
     conversion: Conversion, target: Path, watched: Path, deadline: int | None = None
 ) -> int | None:
-    """Runs to the end, or up to the operation `deadline`; the number of operations, None if it was killed.
+    """Runs to the end or up to the operation `deadline`; returns how many there were, or None if it was killed.
 
     Raises RuntimeError for any other end, whose traceback is on standard error.
     """
@@ -129,7 +130,7 @@ def in_a_process(
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its path, and every empty folder."""
+    """Reads every file below a folder by its path; an empty folder counts as an empty file."""
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else b""
         for p in sorted(folder.rglob("*"))
@@ -138,7 +139,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def kill_everywhere(folder: Path, name: str, every: int) -> tuple[int, list[str]]:
-    """(kills, what went wrong) of one conversion; its undisturbed result stays at `folder`/name."""
+    """Returns (kills, failures in words) of one conversion; its undisturbed result stays at `folder`/name."""
     conversion, want, wrong = conversions(folder)[name], folder / name, []
     operations = in_a_process(conversion, want, folder)
     assert operations is not None

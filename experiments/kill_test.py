@@ -30,7 +30,7 @@ from experiments import command_line
 
 
 class Timing(NamedTuple):
-    """Seconds of the undisturbed run: until the first step was taken, and from there to the last record."""
+    """The undisturbed run takes `start_up` seconds to its first step and `training` from there to its last record."""
 
     start_up: float
     training: float
@@ -40,8 +40,8 @@ class Run:
     """A training run in a folder, by `experiments.train` in a process of its own.
 
     Args:
-        folder: for its output; a compilation and a data cache beside it are shared between runs.
-        arguments: of `experiments.train`, config first.
+        folder: holds its output; a compilation and a data cache beside it are shared between runs.
+        arguments: those of `experiments.train`, config first.
     """
 
     def __init__(self, folder: Path, arguments: Sequence[str]):
@@ -64,7 +64,7 @@ class Run:
         )
 
     def finish(self, process: subprocess.Popen | None = None) -> str:
-        """Runs to the end; what was printed. Raises ValueError, with all of it, if it fails."""
+        """Runs to the end; returns what was printed. Raises ValueError, with all of it, if the run fails."""
         process = process or self.start()
         printed, _ = process.communicate()
         if process.returncode:
@@ -72,17 +72,17 @@ class Run:
         return printed
 
     def step(self) -> int:
-        """Steps taken, as far as recorded; 0 before the first."""
+        """Returns how many steps are recorded."""
         path = self.folder / METRICS_FILE
         records = read_records(path) if path.exists() else []
         return records[-1]["step"] if records else 0
 
     def checkpoints(self) -> list[int]:
-        """Steps of the whole checkpoints."""
+        """Returns the steps of the complete checkpoints."""
         return steps_in(self.folder / "checkpoints")
 
     def checkpoint(self) -> int:
-        """The newest whole checkpoint, 0 if there is none."""
+        """Returns the step of the newest complete checkpoint, 0 if there is none."""
         return max(self.checkpoints(), default=0)
 
     def wait_for_step(self, process: subprocess.Popen) -> None:
@@ -97,7 +97,7 @@ class Run:
             time.sleep(0.005)
 
     def arrays(self, step: int | None = None) -> dict[str, np.ndarray]:
-        """Every array of a checkpoint, the last one for None, by path."""
+        """Reads every array of a checkpoint by its path; the newest checkpoint for None."""
         folder = self.folder / "checkpoints" / str(self.checkpoint() if step is None else step)
         found, handler = {}, ocp.PyTreeCheckpointHandler()
         for item in ("state", "ema"):
@@ -110,7 +110,7 @@ class Run:
         return found
 
     def records(self, step: int | None = None) -> list[dict]:
-        """Metrics, up to a step if one is given, without what is measured in seconds."""
+        """Reads the metrics, up to a step if one is given, without those measured in seconds."""
         return [
             {name: value for name, value in record.items() if name not in TIMINGS}
             for record in read_records(self.folder / METRICS_FILE)
@@ -131,7 +131,7 @@ def undisturbed(run: Run) -> Timing:
 
 
 def kill_at_random(run: Run, timing: Timing, rng: random.Random, while_training: bool) -> str | None:
-    """Starts the run and kills it at a random moment; says where it was, or None if it ended before."""
+    """Starts the run and kills it at a random moment; describes that moment, or returns None if the run had ended."""
     process = run.start()
     began = time.monotonic()
     if while_training:
@@ -152,7 +152,7 @@ def kill_at_random(run: Run, timing: Timing, rng: random.Random, while_training:
 
 
 def differences(run: Run, want: Run, step: int | None = None) -> list[str]:
-    """What is not bitwise equal in two runs: finished ones, or both at `step`, of which they have checkpoints."""
+    """Names what is not bitwise equal in two finished runs, or in their checkpoints and records up to `step`."""
     got, wanted = (
         {name: (x.dtype, x.tobytes()) for name, x in one.arrays(step).items()} for one in (run, want)
     )
@@ -161,7 +161,7 @@ def differences(run: Run, want: Run, step: int | None = None) -> list[str]:
 
 
 def kill_test(folder: Path, arguments: Sequence[str], kills: int, seed: int) -> bool:
-    """The whole test; prints the moments and the verdict."""
+    """Runs the whole test; prints the moments and the verdict; returns whether all runs were equal."""
     rng = random.Random(seed)
     reference = Run(folder / "undisturbed", arguments)
     timing = undisturbed(reference)

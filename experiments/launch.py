@@ -7,8 +7,8 @@ Every process gets the address of process 0, the number of processes and its own
 process. SIGTERM and Ctrl-C are passed on to all and end the restarts. When a process fails, the others get `--grace`
 seconds to notice and are then killed. None outlives this command, however it ends.
 
-Exit status: of the process that failed first in the last attempt (128 + the signal's number if one killed it), but
-not of one that left because another did; else 0. Status 2, a mistake in the command, is not tried again.
+The exit status is that of the process that failed first in the last attempt (128 + the signal's number if one killed
+it), but not of one that left because another did; else 0. Status 2, a mistake in the command, is not tried again.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ _MOST_PROCESSES = 1024  # on one machine
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+    """Finds a TCP port of this machine that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
@@ -54,8 +54,8 @@ class Group:
     """The processes of one attempt; each leads a process group, so that what it starts ends with it.
 
     Args:
-        command: run by each.
-        processes: how many.
+        command: what each process runs.
+        processes: how many there are.
     """
 
     def __init__(self, command: Sequence[str], processes: int):
@@ -78,28 +78,28 @@ class Group:
 
     @property
     def pids(self) -> list[int]:
-        """By rank."""
+        """Lists the process ids by rank."""
         return [process.pid for process in self._processes]
 
     def send(self, signum: int) -> None:
-        """To each process that runs; not to what it started itself."""
+        """Sends a signal to each process that runs, but not to what it started itself."""
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(signum)
 
     def failed(self) -> tuple[int, int] | None:
-        """(rank, status as a shell gives it) of a process that failed, or None; rather of one that did so by itself
-        than of one that left because of another."""
+        """Returns (rank, status as a shell gives it) of a process that failed, or None. It prefers one that failed by
+        itself to one that left because of another."""
         statuses = [(rank, process.poll()) for rank, process in enumerate(self._processes)]
         failed = [(rank, status if status > 0 else 128 - status) for rank, status in statuses if status]
         return min(failed, key=lambda one: one[1] == ABANDONED, default=None)
 
     def running(self) -> list[int]:
-        """Ranks of the processes that have not ended."""
+        """Returns the ranks of the processes that have not ended."""
         return [rank for rank, process in enumerate(self._processes) if process.poll() is None]
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until all have ended or the time is over."""
+        """Waits until all have ended or the time is over."""
         end = None if seconds is None else time.monotonic() + seconds
         while self.running() and (end is None or time.monotonic() < end):
             time.sleep(_POLL)
@@ -115,7 +115,7 @@ class Group:
 
 
 def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
-    """Start `command` in a session of its own. Raises FileNotFoundError if there is no such program."""
+    """Starts `command` in a session of its own. Raises FileNotFoundError if there is no such program."""
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
     if sys.platform == "linux":
@@ -142,7 +142,7 @@ def _show(rank: int, output: IO[str] | None) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Those received in the block, SIGTERM and SIGINT, in order."""
+    """Collects SIGTERM and SIGINT, in the order in which the block receives them."""
     received: list[int] = []
 
     def on_signal(signum: int, _frame: Any) -> None:
@@ -159,7 +159,7 @@ def _signals() -> Iterator[list[int]]:
 def _attempt(
     command: Sequence[str], processes: int, grace: float, received: list[int]
 ) -> tuple[int, int] | None:
-    """Runs all processes to their end; (rank, status) of the one that failed first by itself."""
+    """Runs all processes to their end; returns (rank, status) of the one that failed first by itself, or None."""
     group = Group(command, processes)
     _say(f"processes {' '.join(map(str, group.pids))}")
     try:
@@ -182,7 +182,7 @@ def _attempt(
 
 
 def launch(command: Sequence[str], processes: int, restarts: int = 0, grace: float = 30.0) -> int:
-    """Runs `command` as `processes` processes, at most `1 + restarts` times; the exit status."""
+    """Runs `command` as `processes` processes, at most `1 + restarts` times; returns the exit status."""
     with _signals() as received:
         for attempt in range(restarts + 1):
             failed = _attempt(command, processes, grace, received)

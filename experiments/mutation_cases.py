@@ -1,4 +1,4 @@
-"""What `experiments.mutations` damages, and how each reading is compared with an independent one."""
+"""`experiments.mutations` damages these things, and compares each reading with an independent one."""
 
 import contextlib
 import copy
@@ -49,7 +49,7 @@ class WorkBegins(BaseException):
 
 
 def prepare(kind: str, folder: Path) -> Case:
-    """The cases of one kind; what they damage is made in `folder`."""
+    """Returns the cases of one kind; makes what they damage in `folder`."""
     if kind.startswith("command-"):
         return _commands(kind.removeprefix("command-"), folder)
     makers = {
@@ -64,7 +64,7 @@ def prepare(kind: str, folder: Path) -> Case:
 
 
 def _linked(source: Path, target: Path) -> Path:
-    """A copy that costs no bytes; a file of it is replaced by unlinking it first."""
+    """Copies a folder with hard links; replace a file of it by unlinking it first."""
     shutil.rmtree(target, ignore_errors=True)
     return shutil.copytree(source, target, copy_function=os.link)
 
@@ -75,13 +75,13 @@ def _replace(file: Path, content: bytes) -> None:
 
 
 def _source(folder: Path, form: str, shard_bytes: int = 1 << 30) -> Path:
-    """A Hugging Face folder of random weights."""
+    """Writes a Hugging Face folder of random weights."""
     hf.save(folder / "source", MODEL, *random_weights(MODEL), format=form, shard_bytes=shard_bytes)
     return folder / "source"
 
 
 def _differing(got: Any, want: Any) -> str | None:
-    """The first array that is not bit for bit equal."""
+    """Names the first array that is not bit for bit equal."""
     if jax.tree.structure(got) != jax.tree.structure(want):
         return "the parameter tree has other leaves"
     named = jax.tree_util.tree_flatten_with_path(got)[0]
@@ -124,7 +124,7 @@ def _configs(folder: Path) -> Case:
 
 
 def _disagreement(cfg: Any, said: Mapping[str, Any]) -> str | None:
-    """Where a ModelConfig is not what config.json says, read field by field."""
+    """Names the first field of a ModelConfig that is not what config.json says."""
     for field in dataclasses.fields(cfg):
         own, value = getattr(cfg, field.name), said.get(field.name)
         if value is None or field.name in ("rope_scaling", "rope_theta", "dtype"):
@@ -241,7 +241,7 @@ def _damage_step(step: Path, rng: random.Random) -> str:
 def _damaged_steps(
     run: Path, step: int, folder: Path, want: Any, other: str, read_otherwise: Callable[[Path], str | None]
 ) -> Case:
-    """Half of the damaged checkpoints are loaded, and give `want` or an error; the others are read otherwise."""
+    """Loads half of the damaged checkpoints, which must give `want` or an error, and reads the others otherwise."""
 
     def loaded(path: Path) -> str | None:
         model = deepseek_jax.load(path)
@@ -290,8 +290,8 @@ def _checkpoints(folder: Path) -> Case:
 
 # --- command lines ----------------------------------------------------------------------------------------
 
-# Of each command: the function where its work begins, and command lines. The work of `convert` and, on one device, of
-# `generate` is small enough to be done.
+# Each command has the function where its work begins, and command lines. `convert` and, on one device, `generate` do
+# their work, which is small.
 _COMMANDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "train": (
         "run",
@@ -330,7 +330,7 @@ _COMMANDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
 
 
 def _commands(name: str, folder: Path) -> Case:
-    """Commands up to where their work begins."""
+    """Damages command lines and runs the command up to where its work begins."""
     begins, lines = _COMMANDS[name]
     module = importlib.import_module(f"experiments.{name}")
     if begins is not None:
@@ -362,7 +362,7 @@ def _begin(module: Any, arguments: list[str]) -> str | None:
 
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
-    """Output is dropped, flags and signal handlers are restored."""
+    """Drops the output of the block, and restores flags and signal handlers after it."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with (
         flagsaver.flagsaver(),

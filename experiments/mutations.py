@@ -4,10 +4,10 @@
 
 Kinds: `config` (config.json), `build` (the mapping of a run's config), `index`, `header` (of safetensors), `converted` (a
 checkpoint converted to orbax), `checkpoint` (a training run's), `command-*` (command lines, up to where work begins).
-Right is what an independent reading of the damaged file says, or the undamaged result where the damage changes nothing.
-A deliberate error is raised by a `raise` of this project, as ValueError of one line; of a command, whatever it turns
-into one. Neither may take more than 20 seconds or 4 GiB. Each kind runs in a process of its own, so that one that hangs
-can be ended. Exit status 0 if all was right.
+A result is right if an independent reading of the damaged file agrees with it, or if it is the undamaged one. An error
+is deliberate if a `raise` of this project made it, a ValueError of one line; in a command, if the command turns it into
+one line. Neither may take more than 20 seconds or 4 GiB. Each kind runs in a process of its own, so that one that hangs
+can be ended. The exit status is 0 if nothing else happened.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def judge(kind: str, seed: int, case: Case) -> Verdict:
 
 
 def deliberate(error: BaseException, message: str) -> bool:
-    """Whether this project raised the error on purpose, with a message that fits a line."""
+    """Says whether this project raised the error on purpose, with a message that fits a line."""
     if not message or not message.isprintable() or len(message) > _LONGEST:
         return False
     if isinstance(error, flags.Error):  # commands say it as it is
@@ -117,7 +117,7 @@ def _described(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """At most so many seconds, and so much more address space than there is."""
+    """Allows the block SECONDS, and MEMORY more address space than the process has now."""
 
     def on_alarm(signum: int, frame: object) -> None:
         raise TooSlow
@@ -166,7 +166,7 @@ class Worker:
             raise RuntimeError(f"the process for {kind} did not start")
 
     def judge(self, seed: int) -> Verdict | None:
-        """None if the process hung or died; it is useless then."""
+        """Returns None if the process hung or died; it is useless then."""
         self._pipe.send(seed)
         return self._answer(2 * SECONDS)
 
@@ -180,7 +180,7 @@ class Worker:
 
 
 def run(kind: str, seeds: Sequence[int]) -> list[Verdict]:
-    """The verdicts of one kind."""
+    """Judges one kind, in a process of its own and a new one after it hung or died."""
     verdicts: list[Verdict] = []
     worker = Worker(kind)
     try:

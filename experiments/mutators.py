@@ -1,4 +1,4 @@
-"""Seeded damage: to a JSON value, a JSON file, any file, a command line. Each says in words what it did."""
+"""Seeded damage to a JSON value, a JSON file, any file and a command line. Each function says in words what it did."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def mutate_value(root: Any, rng: random.Random) -> str:
 
 
 def _place(root: Any, rng: random.Random) -> tuple[Any, Any, str]:
-    """(container, key, dotted name) of something below `root`, the nearer the likelier."""
+    """Picks (container, key, dotted name) of something below `root`; near places are likelier."""
     container, path = root, ""
     while True:
         key = rng.choice(list(container)) if isinstance(container, dict) else rng.randrange(len(container))
@@ -82,7 +82,7 @@ def _place(root: Any, rng: random.Random) -> tuple[Any, Any, str]:
 
 
 def mutate_json(raw: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A JSON file with one value or, once in four times, some bytes changed."""
+    """Changes one value of a JSON file or, once in four times, some of its bytes."""
     if rng.random() < 0.25:
         return mutate_bytes(raw, rng)
     value = json.loads(raw)
@@ -107,7 +107,7 @@ def mutate_bytes(raw: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def mutate_arguments(arguments: Sequence[str], rng: random.Random) -> tuple[list[str], str]:
-    """A command line with one or two arguments changed."""
+    """Changes one or two arguments of a command line."""
     changed, said = list(arguments), []
     for _ in range(rng.choice((1, 1, 2))):
         at = rng.randrange(len(changed)) if changed else 0

@@ -1,4 +1,4 @@
-"""Plans on paper: what a mesh and a model will cost, before any machine is asked.
+"""Computes on paper what a mesh and a model will cost, before any machine is asked.
 
     python -m experiments.plan exchange                              # DeepSeek-V3: rows and bytes between nodes
     python -m experiments.plan exchange --mesh 4x8 --topk_groups 2   # 4 nodes of 8 devices, tokens of 2 groups

@@ -1,4 +1,4 @@
-"""Prompts of a file in, completions as JSON lines out."""
+"""Reads prompts from files and writes completions as JSON lines."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ Record = dict[str, Any]
 
 
 def read_prompts(path: str) -> list[Record]:
-    """One record for each prompt, as it is to be written again.
+    """Reads a record for each prompt, as it is to be written again.
 
     A .jsonl file has an object on each line, with "prompt" (text, or token ids) or "messages" (a conversation), and any
     other keys. Any other file is text, with one prompt on each line. Empty lines are left out.
@@ -49,8 +49,8 @@ def _json(line: bytes, where: str) -> Record:
 
 
 def for_model(model: Any, records: list[Record], max_new_tokens: int) -> list[Any]:
-    """Each record's prompt as `Model.generate` takes it: text, or ids. Raises ValueError that names the first one which
-    does not fit the model."""
+    """Returns each record's prompt as `Model.generate` takes it: text, or ids. Raises ValueError that names the first one
+    which does not fit the model."""
     positions, found = model.config.max_position_embeddings, []
     for i, record in enumerate(records, start=1):
         try:
@@ -79,7 +79,7 @@ def _ids(model: Any, record: Record) -> list[int]:
 
 
 class Writer:
-    """Completions as JSON lines: the prompt's record with "completion", "finish_reason", and token by token, if asked
+    """Writes completions as JSON lines: the prompt's record with "completion", "finish_reason", and token by token, if asked
     for, "tokens", "logprobs" and "sampled_logprobs" (`deepseek_jax.inference.batch.Completion`). Each is in the file as
     soon as it is written. Raises ValueError for a file that has something in it already."""
 

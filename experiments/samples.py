@@ -1,4 +1,4 @@
-"""What a trained model writes, beside what held-out documents really say."""
+"""Shows what a trained model writes beside what held-out documents really say."""
 
 from typing import Any, NamedTuple
 
@@ -22,13 +22,13 @@ class Gap(NamedTuple):
     after: str = ""
 
     def filled(self, text: str) -> str:
-        """The document with `text` in the gap, and what really stands there."""
+        """Returns the document with `text` in the gap, and below it what really stands there."""
         end = f"<<{self.after}" if self.after else ""
         return f"{self.before}>>{text}{end}\n--- really:\n{self.really}"
 
 
 def documents(validation: Validation, eos_id: int) -> list[np.ndarray]:
-    """Ids of the held-out documents from their beginning, as far as they lie in a window; no eos."""
+    """Returns the ids of the held-out documents from their beginning, as far as they lie in a window; no eos."""
     found = []
     for row, tokens in enumerate(validation.tokens):
         ends = np.flatnonzero(tokens == eos_id)
@@ -40,7 +40,7 @@ def documents(validation: Validation, eos_id: int) -> list[np.ndarray]:
 
 
 def chosen(found: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """At most `count` documents, spread evenly over those with room for a prompt and more, else the longest."""
+    """Picks at most `count` documents, spread evenly over those with room for a prompt and more, else the longest."""
     count = min(count, len(found))
     if not count:
         return []
@@ -50,20 +50,20 @@ def chosen(found: list[np.ndarray], count: int) -> list[np.ndarray]:
 
 
 def continuation(ids: np.ndarray, tokenizer: Tokenizer, new_tokens: int) -> Gap:
-    """The beginning of a document, and what follows it."""
+    """Cuts a document into a beginning and what follows it."""
     cut = min(_PROMPT, len(ids) // 2)
     return Gap(tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + new_tokens]))
 
 
 def hole(ids: np.ndarray, tokenizer: Tokenizer) -> Gap:
-    """A document's beginning with a hole in its middle third."""
+    """Cuts the middle third out of a document's beginning."""
     ids = ids[: 3 * _PROMPT]
     first, last = len(ids) // 3, max(len(ids) // 3 + 1, 2 * len(ids) // 3)
     return Gap(*(tokenizer.decode(part) for part in (ids[:first], ids[first:last], ids[last:])))
 
 
 def gaps(cfg: Config, tokenizer: Tokenizer, validation: Validation) -> dict[str, Gap]:
-    """Two held-out documents to be continued, and with `data.fim_rate` the middle of a third one; by name."""
+    """Returns, by name, two held-out documents to be continued and, with `data.fim_rate`, the middle of a third one."""
     picked = chosen(documents(validation, tokenizer.eos_id), 3)
     found = {
         f"continuation_{i}": continuation(ids, tokenizer, cfg.train.sample_tokens)
@@ -77,7 +77,7 @@ def gaps(cfg: Config, tokenizer: Tokenizer, validation: Validation) -> dict[str,
 def samples(
     cfg: Config, params: Any, balance_bias: Any, tokenizer: Tokenizer, validation: Validation
 ) -> dict[str, str]:
-    """The gaps as the model fills them. Sampled, because so small a model repeats itself when greedy."""
+    """Fills the gaps with the model, by sampling: so small a model repeats itself when greedy."""
     found = gaps(cfg, tokenizer, validation)
     prompts = [
         fim_prompt(gap.before, gap.after, tokenizer) if gap.after else tokenizer.encode(gap.before)

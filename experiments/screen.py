@@ -1,4 +1,4 @@
-"""What the command does now, with its seconds, on standard error.
+"""Shows on standard error what the command does now, with its seconds.
 
 On a terminal one line counts the seconds and stays when the work is done, if that took long. Elsewhere, and above a
 progress bar, which has its own line, the work is named once it takes long, and again with its seconds when it is done.
@@ -17,7 +17,7 @@ _REMINDER = 30.0  # seconds between lines where none counts
 
 
 class Screen:
-    """Args: file: default standard error, as it is when something is shown."""
+    """Writes to `file`; to standard error, as it is when something is shown, for None."""
 
     def __init__(self, file=None):  # type: ignore[no-untyped-def]
         self._file = file
@@ -25,14 +25,14 @@ class Screen:
         self._inside: list[threading.Event] = []  # work within work; the innermost is shown
 
     def line(self, text: str) -> None:
-        """Now, whatever is shown; from any thread."""
+        """Writes a line at once, whatever is shown; any thread may call it."""
         if not self.quiet:
             file = self._file or sys.stderr
             _line(text, file, counts=file.isatty() and not tqdm._instances)
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """`deepseek_jax.now.Show`: shows `what` while the block runs."""
+        """Shows `what` while the block runs, as a `deepseek_jax.now.Show`."""
         if self.quiet:
             yield
             return
@@ -57,7 +57,7 @@ class Screen:
 
 
 def _tell(what: str, file, counts: bool, over: threading.Event, shown) -> None:  # type: ignore[no-untyped-def]
-    """Until `over`, while it is `shown`."""
+    """Shows `what` until `over`, as long as `shown` says that it is the innermost work."""
     seconds = 0.0
     while counts:
         if shown():
@@ -74,7 +74,7 @@ def _tell(what: str, file, counts: bool, over: threading.Event, shown) -> None: 
 
 
 def _line(text: str, file, counts: bool) -> None:  # type: ignore[no-untyped-def]
-    """A line of its own, above the progress bars."""
+    """Writes a line of its own, above the progress bars."""
     if counts:
         _write(f"\r\x1b[K{text}\n", file)
     else:

@@ -60,7 +60,7 @@ def _describe(cfg: Config, trainer) -> None:
 
 
 def _finish(trainer, result, weights) -> None:
-    """Report of a finished run; `weights`: whole parameters and bias, or None for no completions."""
+    """Reports a finished run. `weights` are whole parameters and bias, or None for no completions."""
     out_dir, unigram = trainer.out_dir, trainer.unigram
     last, averaged = result.evaluation, result.ema_evaluation
     print(f"\nvalidation loss {last.loss:.3f} nats per token, {last.bits_per_byte:.3f} bits per byte")
@@ -78,7 +78,7 @@ def _finish(trainer, result, weights) -> None:
 
 
 def _draw(trainer) -> list[str]:
-    """The picture of the run; gives what is wrong with it."""
+    """Draws the picture of the run; returns warnings of what is wrong with the run."""
     from deepseek_jax.training.advice import History, advice, layer_names
     from deepseek_jax.training.metrics import METRICS_FILE, read_records
     from deepseek_jax.training.report import write_report
@@ -104,7 +104,7 @@ def _show_samples(trainer, step: int, weights) -> None:
 
 
 def _first_and_last(steps: str | None) -> tuple[int, int] | None:
-    """(10, 15) of "10:15". Raises ValueError for anything else."""
+    """Reads "10:15" as (10, 15). Raises ValueError for anything else."""
     if steps is None:
         return None
     first, _, last = steps.partition(":")
@@ -135,7 +135,7 @@ def run(
     discard_newer: bool = False,
     profile_steps: tuple[int, int] | None = None,
 ) -> int:
-    """Train; the process's exit status."""
+    """Trains; returns the process's exit status."""
     from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
 
     # Innermost, `failing_fast` spares a process that lost the others the waiting in `close`.

@@ -63,7 +63,7 @@ def compiled_row(w: Workload, report: CaseReport | None) -> list[str]:
 
 
 def table(columns: Sequence[str], rows: list[list[str]]) -> str:
-    """Markdown, aligned for the terminal."""
+    """Returns a Markdown table, aligned for the terminal."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     lines = [columns, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -72,7 +72,7 @@ def table(columns: Sequence[str], rows: list[list[str]]) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a mark if it has uncommitted changes."""
+    """Returns the short hash of the checkout, with a mark if it has uncommitted changes."""
     where = pathlib.Path(__file__).parent
     command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True)

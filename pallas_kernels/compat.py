@@ -1,4 +1,4 @@
-"""What differs between jax 0.10.2, 0.11 and 0.12, in one place, and what the present device can run.
+"""Hides what differs between jax 0.10.2, 0.11 and 0.12, and says what the present device can run.
 
 Mosaic GPU kernels of this package compile for sm_90a (Hopper) on all three versions. The CPU interpreter executes FP8
 kernels from 0.11 on; 0.10.2 cannot interpret a `wgmma` whose second operand is a transposed reference.
@@ -13,26 +13,26 @@ HAS_INTERPRETER: bool = JAX_VERSION >= (0, 11)
 
 
 def compiler_params(**kwargs) -> plgpu.CompilerParams:
-    """Mosaic GPU compiler parameters with warpgroup semantics, the default only from jax 0.11 on."""
+    """Returns Mosaic GPU compiler parameters with warpgroup semantics, the default only from jax 0.11 on."""
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **kwargs)
 
 
 def swizzled(dtype, minor: int) -> tuple:
-    """Shared-memory transforms (8-row tiles, widest swizzle) for a buffer whose minor extent is `minor` elements."""
+    """Returns the shared-memory transforms (8-row tiles, widest swizzle) of a buffer with `minor` elements per row."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(minor * itemsize * 8)
     return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
 def load_global(ref, layout) -> jax.Array:
-    """Read a slice of global memory straight into registers of `layout` (without shared memory, for small vectors)."""
+    """Reads a small slice of global memory into registers of `layout`, without shared memory."""
     if JAX_VERSION < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
 
 
 def interpret_mode():
-    """Context manager under which every Mosaic GPU kernel traced runs in the CPU interpreter, with race detection.
+    """Runs every Mosaic GPU kernel that the block traces in the CPU interpreter, with race detection.
 
     Raises:
       ValueError: jax is older than 0.11, whose interpreter cannot run the kernels of this package.
@@ -44,21 +44,21 @@ def interpret_mode():
 
 
 def reset_interpreter() -> None:
-    """Forget the interpreter's simulated memory: after a failed kernel it would poison the next one."""
+    """Clears the interpreter's simulated memory: after a failed kernel it would poison the next one."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
 def races_found() -> bool:
-    """Whether the last interpreted kernel had a data race (jax 0.12 raises by itself as well)."""
+    """Says whether the last interpreted kernel had a data race (jax 0.12 raises by itself as well)."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     return bool(getattr(gpu_callbacks.get_races(), "races_found", False))
 
 
 def why_not_hopper() -> str | None:
-    """Why the default device cannot run an sm_90a kernel; None where it can, or where no GPU is in this process.
+    """Says why the default device cannot run an sm_90a kernel; None where it can, or where this process has no GPU.
 
     Without a GPU the kernel is still lowered for the platform "cuda", as in compiling ahead of time for a machine
     elsewhere, and that machine is taken to be a Hopper.

@@ -1,4 +1,4 @@
-"""How a public op picks one of its implementations.
+"""Picks the implementation that a public op runs.
 
 `implementation=None` picks by platform when the program is lowered: the Mosaic GPU kernel on CUDA if it supports the
 operands, the XLA path everywhere else. Where CUDA gets the XLA path, a warning says so once per op, shapes and reason. A
@@ -30,7 +30,7 @@ def dispatch(
     reference: Callable[..., Any],
     unsupported: str | None,
 ) -> Any:
-    """Apply one implementation of `op` to `operands`.
+    """Applies one implementation of `op` to `operands`.
 
     Args:
       op: name of the op, for messages.
@@ -61,7 +61,7 @@ def dispatch(
     return lax.platform_dependent(*operands, cuda=mosaic, default=xla)
 
 
-# --- what a program for CUDA says of a fallback -----------------------------------------------------------
+# --- a program for CUDA logs its fallbacks ---------------------------------------------------------------
 
 _note_p = Primitive("note")  # the identity; lowered for CUDA, it logs
 _note_p.def_impl(lambda x, *, message: x)
@@ -89,5 +89,5 @@ def _shapes(operands: Any) -> str:
 
 
 def _noted(xla: Callable[..., Any], message: str) -> Callable[..., Any]:
-    """`xla`, whose lowering for CUDA logs `message`."""
+    """Returns `xla` with a note at its first operand: lowering it for CUDA logs `message`."""
     return lambda first, *rest: xla(_note_p.bind(first, message=message), *rest)

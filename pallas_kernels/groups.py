@@ -1,6 +1,6 @@
-"""Rows sorted by group (expert): where the segments lie, and what the tiles of a kernel belong to.
+"""Lays out rows sorted by group (expert), and tells which group each tile of a kernel belongs to.
 
-Convention of the grouped GEMMs, DeepGEMM's: the rows of a group are contiguous, each segment starts at a multiple of
+The grouped GEMMs follow DeepGEMM's convention: the rows of a group are contiguous, each segment starts at a multiple of
 `alignment` (128), and rows that only fill up a segment, or lie behind the last one, carry the id -1.
 """
 
@@ -15,19 +15,19 @@ PADDING = -1
 
 
 class Groups(NamedTuple):
-    """Which group each row belongs to, int32 [m], -1 for padding; and the rows of each group without padding [e]."""
+    """`group_m` int32 [m] is the group of each row, -1 for padding; `sizes_e` [e] counts each group's rows without it."""
 
     group_m: jax.Array
     sizes_e: jax.Array
 
 
 def aligned_sizes(group_sizes: jax.Array, alignment: int = BLOCK) -> jax.Array:
-    """Rows that each group occupies with its padding."""
+    """Returns how many rows each group occupies with its padding."""
     return (group_sizes + alignment - 1) // alignment * alignment
 
 
 def row_groups(group_sizes: jax.Array, num_rows: int, alignment: int = BLOCK) -> jax.Array:
-    """group_sizes [G] -> id of each of `num_rows` rows, int32, -1 for padding.
+    """Returns the group of each of `num_rows` rows, int32, -1 for padding, from group_sizes [G].
 
     Rows of groups that do not fit into `num_rows` are cut off: the caller provides enough room, at most
     `sum(sizes) + G * (alignment - 1)` rows.
@@ -42,12 +42,12 @@ def row_groups(group_sizes: jax.Array, num_rows: int, alignment: int = BLOCK) ->
 
 
 def tile_groups(group_ids: jax.Array, tile: int) -> jax.Array:
-    """Group of each tile of rows, -1 where it is all padding: [M] -> [M / tile]."""
+    """Returns the group of each tile of rows, -1 where it is all padding: [M] -> [M / tile]."""
     return jnp.max(group_ids.reshape(-1, tile), axis=1)
 
 
 def check_rows(op: str, rows: int, group_ids: jax.Array, alignment: int) -> None:
-    """Raise ValueError unless `group_ids` fits an operand of `rows` rows."""
+    """Raises ValueError unless `group_ids` fits an operand of `rows` rows."""
     if group_ids.shape != (rows,) or group_ids.dtype != jnp.int32:
         raise ValueError(
             f"{op}: group_ids is {group_ids.dtype}{list(group_ids.shape)}; expected int32[{rows}]"
@@ -59,7 +59,7 @@ def check_rows(op: str, rows: int, group_ids: jax.Array, alignment: int) -> None
 
 
 def check_sizes(op: str, length: int, group_sizes: jax.Array, alignment: int) -> None:
-    """Raise ValueError unless `group_sizes` is a vector of counts for a contraction of `length`."""
+    """Raises ValueError unless `group_sizes` is a vector of counts for a contraction of `length`."""
     if group_sizes.ndim != 1 or group_sizes.dtype != jnp.int32:
         raise ValueError(
             f"{op}: group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}; expected int32[G]"

@@ -64,7 +64,7 @@ class TileConfig:
 
 
 def tile_columns(n: int) -> int:
-    """Width of the tiles of `n` columns (or height of those of `n` rows): 128, or 64 where that pads less."""
+    """Returns the width of the tiles of `n` columns (or height of those of `n` rows): 128, or 64 where that pads less."""
     return 128 if round_up(n, 64) % 128 == 0 else 64
 
 
@@ -79,7 +79,7 @@ class Share:
 
     @classmethod
     def of(cls, config: TileConfig) -> "Share":
-        """Half of the rows, or of the columns where the tile is only one wgmma high."""
+        """Takes half of the rows, or of the columns where the tile is only one wgmma high."""
         wg = lax.axis_index("wg")
         if config.tile_m > WGMMA_ROWS:
             rows = config.tile_m // COMPUTE_WARPGROUPS
@@ -88,7 +88,7 @@ class Share:
         return cls(pl.ds(0, config.tile_m), pl.ds(wg * cols, cols), config.tile_m, cols)
 
     def slabs(self) -> list[Any]:
-        """Row ranges of one wgmma each: accumulators of 64 rows keep the register demand in bounds."""
+        """Returns row ranges of one wgmma each: accumulators of 64 rows keep the register demand in bounds."""
         return [pl.ds(self.rows.start + r, WGMMA_ROWS) for r in range(0, self.num_rows, WGMMA_ROWS)]
 
 
@@ -110,7 +110,7 @@ class Tile:
         return pl.ds(self.ni * self.config.tile_n, self.config.tile_n)
 
     def of(self, ref):
-        """This tile of an array [M, N] or [G, M, N]."""
+        """Returns this tile of an array [M, N] or [G, M, N]."""
         return ref.at[self.ms, self.ns] if len(ref.shape) == 2 else ref.at[self.g, self.ms, self.ns]
 
 
@@ -137,8 +137,8 @@ class Problem:
 
 
 def unsupported(m: int, n: int, k: int, out_dtype, alignment: int = 0, multiple: int = 1) -> str | None:
-    """Why the kernel cannot compute a product [M, K] x [K, N], or None. `alignment`: of groups, which must be a
-    `multiple` of something."""
+    """Says why the kernel cannot compute a product [M, K] x [K, N], or None. The `alignment` of groups must be a multiple
+    of `multiple`."""
     if alignment % multiple:
         return f"alignment={alignment} is no multiple of {multiple}"
     if 0 in (m, n, k):
@@ -149,7 +149,7 @@ def unsupported(m: int, n: int, k: int, out_dtype, alignment: int = 0, multiple:
 
 
 def check_accumulate(op: str, accumulate: jax.Array | None, shape: tuple[int, ...], out_dtype) -> None:
-    """Raise ValueError unless `accumulate` can be added to an output of `shape` and `out_dtype`."""
+    """Raises ValueError unless `accumulate` can be added to an output of `shape` and `out_dtype`."""
     dtype = jnp.dtype(out_dtype)
     if accumulate is not None and (accumulate.shape != shape or accumulate.dtype != dtype):
         raise ValueError(
@@ -165,7 +165,7 @@ def persistent_matmul(
     group_ids: jax.Array | None = None,
     accumulate: jax.Array | None = None,
 ) -> jax.Array:
-    """Run `problem` over `operands`.
+    """Runs `problem` over `operands`.
 
     Args:
       problem: what to compute; its M and N are multiples of the tile.
@@ -237,7 +237,7 @@ def persistent_matmul(
 
 
 def _stored_slab(config: TileConfig) -> tuple[int, int]:
-    """Rows and columns a warpgroup stores at a time."""
+    """Returns how many rows and columns a warpgroup stores at a time."""
     return WGMMA_ROWS, config.tile_n if config.tile_m > WGMMA_ROWS else config.tile_n // COMPUTE_WARPGROUPS
 
 
@@ -246,7 +246,7 @@ def _ignore(*_, **__) -> None:
 
 
 def _static_steps(problem: Problem) -> int:
-    """Number of steps if it is known, else any number that does not bound the stages."""
+    """Returns the number of steps if it is known, else any number that does not bound the stages."""
     return problem.num_steps if isinstance(problem.num_steps, int) else 1 << 20
 
 

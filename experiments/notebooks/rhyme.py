@@ -27,7 +27,7 @@ RHYME = "\n".join("This is " + "\n".join(_LINES[n::-1]) + ".\n" for n in range(l
 
 
 def config(folder: str | Path) -> Config:
-    """The run that `train` makes in `folder`: 2 layers, 8 routed experts, one MTP module."""
+    """Returns the config of the run in `folder`: 2 layers, 8 routed experts, one MTP module."""
     folder = Path(folder)
     return from_config_dict(
         {

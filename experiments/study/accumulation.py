@@ -1,8 +1,8 @@
-"""What a Hopper tensor core does to a sum (report section 3.3.2; "Insights into DeepSeek-V3", section 3.1.1).
+"""Models how a Hopper tensor core adds up (report section 3.3.2; "Insights into DeepSeek-V3", section 3.1.1).
 
 An FP8 wgmma aligns 32 products to the largest of them and keeps 13 fraction bits of each; their sum is added to a
-register with 13 mantissa bits. Promotion empties that register into float32 every 128 of the contraction. NumPy, for
-study: exact in what it models, slow.
+register with 13 mantissa bits. Promotion empties that register into float32 every 128 of the contraction. This NumPy
+code is exact in what it models, and slow.
 """
 
 import numpy as np
@@ -12,12 +12,12 @@ FRACTION_BITS = 13
 
 
 def _exponent(x: np.ndarray) -> np.ndarray:
-    """floor(log2 |x|), and the smallest exponent for zero."""
+    """Returns floor(log2 |x|), and the smallest exponent for zero."""
     return np.where(x == 0, -126, np.frexp(x)[1] - 1)
 
 
 def _cut(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
-    """x without the bits below 2^(exponent - 13), towards zero."""
+    """Cuts off the bits of x below 2^(exponent - 13), towards zero."""
     step = np.exp2(exponent - float(FRACTION_BITS))
     return np.trunc(x / step) * step
 

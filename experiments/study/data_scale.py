@@ -1,4 +1,4 @@
-"""Start-up time and memory against the size of the corpus:
+"""Measures start-up time and memory against the size of the corpus:
 
     python -m experiments.study.data_scale --gigabytes 0.02 2
 
@@ -25,7 +25,7 @@ _DOCUMENT_CHARS = 4000  # on average
 
 
 def write_corpus(folder: Path, num_bytes: int) -> None:
-    """Documents of log-normal length out of lines of the standard library, in an order of their own."""
+    """Writes documents of log-normal length out of shuffled lines of the standard library."""
     rng = np.random.default_rng(0)
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines(keepends=True)]
@@ -42,7 +42,7 @@ def write_corpus(folder: Path, num_bytes: int) -> None:
 
 
 def measure(folder: Path, cache_dir: Path) -> dict[str, float]:
-    """Opens the corpus and takes a batch; in a fresh process, whose imports and memory are measured too."""
+    """Opens the corpus and takes a batch, in a fresh process: its imports and memory are measured too."""
     start = time.perf_counter()
     from deepseek_jax import data
     from deepseek_jax.config import DataConfig

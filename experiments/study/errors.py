@@ -1,4 +1,4 @@
-"""Errors of a policy's GEMMs against the unquantised product, for study.
+"""Measures the errors of a policy's GEMMs against the unquantised product.
 
 Dims: m token, k input channel, n output channel.
 """
@@ -22,8 +22,8 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 
 
 class Errors(NamedTuple):
-    """Errors of one GEMM. underflow, saturated: share of the first operand's non-zero elements that became zero, or lie
-    at the largest E4M3 value."""
+    """Errors of one GEMM. `underflow` and `saturated` are the shares of the first operand's non-zero elements that became
+    zero, or lie at the largest E4M3 value."""
 
     relative_l2: float
     calc_diff: float
@@ -45,7 +45,7 @@ def _errors(a: Operand, b: Operand, plain: Any, exact: Any) -> Errors:
 
 
 def gemm_errors(policy: Policy | None, x_mk: Any, w_kn: Any, dy_mn: Any) -> dict[str, Errors]:
-    """Errors of fprop, dgrad and wgrad of a linear layer; of BF16 operands for no policy."""
+    """Returns the errors of fprop, dgrad and wgrad of a linear layer; with BF16 operands for no policy."""
     x, w, dy = (jnp.asarray(v, jnp.float32) for v in (x_mk, w_kn, dy_mn))
     x64, w64, dy64 = (np.asarray(v, np.float64) for v in (x, w, dy))
     exact = dict(zip(GEMMS, (x64 @ w64, dy64 @ w64.T, x64.T @ dy64), strict=True))
@@ -94,7 +94,7 @@ def _replace(tree: Any, path: Path, new: Any) -> Any:
 
 
 def capture(loss: Any, params: Any, where: dict[str, tuple[Path, int]], tokens: int) -> dict[str, Any]:
-    """What linear layers see in one backward pass: name -> (x [m, k], w [k, n], dy [m, n]) of the last layer.
+    """Returns what linear layers see in a backward pass: name -> (x [m, k], w [k, n], dy [m, n]) of the last layer.
 
     loss: params -> scalar. where: path of each stacked weight [layer, ...] in `params`, and how many of its dims are
     the input. tokens: m. Raises KeyError for a path that is not there.
@@ -125,7 +125,7 @@ def capture(loss: Any, params: Any, where: dict[str, tuple[Path, int]], tokens: 
 
 
 def synthetic(kind: str, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """float32 [rows, columns]: "gaussian", "heavy-tailed" (Student t, 2 degrees of freedom) or "outlier channels"
+    """Draws float32 [rows, columns]: "gaussian", "heavy-tailed" (Student t, 2 degrees of freedom) or "outlier channels"
     (Gaussian, one channel in a hundred 100 times larger)."""
     if kind == "gaussian":
         x = rng.standard_normal((rows, columns))
@@ -145,7 +145,7 @@ KINDS = ("gaussian", "heavy-tailed", "outlier channels")
 def accumulation_errors(
     depths: Iterable[int], rng: np.random.Generator, size: int = 32
 ) -> dict[str, list[float]]:
-    """Relative L2 error of a tensor core's sums of exact E4M3 products, for each contraction depth.
+    """Returns the relative L2 error of a tensor core's sums of exact E4M3 products, for each contraction depth.
 
     The data are positive (uniform) or Gaussian; they meet in one 14-bit accumulator or are promoted every 128.
     """

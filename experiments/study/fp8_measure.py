@@ -49,7 +49,7 @@ def mean(samples: Any) -> Mean:
 
 
 class Curves(NamedTuple):
-    """Of one preset. loss [seed, step]: training loss, smoothed. validation [seed]: at the end."""
+    """Curves of one preset. loss [seed, step] is the smoothed training loss, validation [seed] the loss at the end."""
 
     loss: np.ndarray
     validation: np.ndarray
@@ -77,12 +77,12 @@ def curves(runs: Runs) -> dict[str, Curves]:
 
 
 def relative(values: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Signed difference, per cent."""
+    """Returns the signed difference in per cent."""
     return 100 * (values / of - 1)
 
 
 def noise(curves: dict[str, Curves]) -> np.ndarray:
-    """How far one bf16 run lies from another seed's, per cent [pair, step]."""
+    """Returns how far one bf16 run lies from another seed's, per cent [pair, step]."""
     loss = curves["bf16"].loss
     return np.stack([relative(loss[j], loss[i]) for i in range(len(loss)) for j in range(i + 1, len(loss))])
 
@@ -116,7 +116,7 @@ def _windows(trained: Trained, first: int, count: int) -> dict[str, jax.Array]:
 
 
 def captured(trained: Trained) -> dict[str, Any]:
-    """What the watched layers see on two windows."""
+    """Returns what the watched layers see on two windows."""
     cfg, b = trained.cfg, 2
 
     def loss(params):
@@ -127,14 +127,14 @@ def captured(trained: Trained) -> dict[str, Any]:
 
 
 class SameWeights(NamedTuple):
-    """Against bf16, per cent. loss: signed error over groups of windows. gradient: relative L2 error."""
+    """Errors against bf16 in per cent: the signed one of the loss over groups of windows, relative L2 of the gradient."""
 
     loss: Mean
     gradient: float
 
 
 def same_weights(trained: Trained) -> dict[str, SameWeights]:
-    """What each preset makes of loss and gradient on the same weights."""
+    """Measures loss and gradient of each preset on the same weights."""
     cfg, declared = trained.cfg, model_params(trained.cfg.model)
     scale = float(WINDOWS * cfg.data.seq_len)  # of the backward pass, as in `training/losses.py`
     groups = len(trained.batch["tokens"]) // WINDOWS
@@ -172,7 +172,7 @@ def same_weights(trained: Trained) -> dict[str, SameWeights]:
 
 
 def errors(trained: Trained) -> Table:
-    """GEMM errors on synthetic and captured tensors."""
+    """Measures GEMM errors on synthetic and captured tensors."""
     m, k, n = SHAPE
     rng = np.random.default_rng(0)
     data = {

@@ -1,4 +1,4 @@
-"""Tables and the picture of `experiments.fp8_study`."""
+"""Prints the tables and draws the picture of `experiments.fp8_study`."""
 
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def _signed(m: Mean, digits: int = 2) -> str:
 
 
 def print_training(curves: dict[str, Curves]) -> None:
-    """Means and standard errors over the seeds; each run against the bf16 run of its own seed."""
+    """Prints means and standard errors over the seeds; each run is compared with the bf16 run of its own seed."""
     bf16 = curves["bf16"]
     half = bf16.loss.shape[1] // 2
     print(
@@ -180,7 +180,7 @@ def draw(
 
 
 def write(runs: Runs, out: Path) -> None:
-    """Everything that needs no training: measurements, tables, `fp8_study.png`."""
+    """Does everything that needs no training: measurements, tables, `fp8_study.png`."""
     trained = fp8_measure.load(runs["bf16"][0])
     table, same = fp8_measure.errors(trained), fp8_measure.same_weights(trained)
     accumulation = accumulation_errors(DEPTHS, np.random.default_rng(0))

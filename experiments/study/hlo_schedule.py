@@ -1,4 +1,4 @@
-"""What the schedule of a compiled program says: which collectives run while matrices are multiplied.
+"""Reads in the schedule of a compiled program which collectives run while matrices are multiplied.
 
 XLA prints the optimised program in the order in which it will be issued. An asynchronous collective is a pair of
 instructions, start and done; what lies between them is issued while the data travel. A pair without work between is
@@ -35,14 +35,14 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from: scopes, separated by /."""
+        """Says where in the Python program it comes from: scopes, separated by /."""
         match = _OP_NAME.search(self.text)
         return match[1] if match else ""
 
     @property
     def is_gemm(self) -> bool:
-        """Whether it multiplies matrices: XLA's own fusions, cuBLAS, or a kernel named after it; of a layer of
-        stacked weights, the latter two are a fusion with the slice."""
+        """Says whether it multiplies matrices: in a fusion of XLA, by cuBLAS or by a kernel named after it. In a layer
+        of stacked weights, the latter two are fused with the slice."""
         sliced = self.opcode == "fusion" and self.name.startswith("dynamic_slice_fusion")
         if sliced or self.opcode == "custom-call":
             kernel = _KERNEL.search(self.op_name)
@@ -58,7 +58,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """One collective. `gemms`: the GEMMs issued between its start and its done, by their scopes."""
+    """One collective. `gemms` are the GEMMs issued between its start and its done, by their scopes."""
 
     name: str
     opcode: str
@@ -69,7 +69,7 @@ class Transfer:
 
     @property
     def hidden(self) -> bool:
-        """Asynchronous, around at least one GEMM."""
+        """Says whether it is asynchronous around at least one GEMM."""
         return not self.is_sync and bool(self.gemms)
 
     @property
@@ -77,12 +77,12 @@ class Transfer:
         return "transpose(" in self.op_name
 
     def within(self, *scopes: str) -> str:
-        """The innermost of `scopes` that it lies in, or ""."""
+        """Returns the innermost of `scopes` that it lies in, or ""."""
         return next((part for part in reversed(self.op_name.split("/")) if part in scopes), "")
 
 
 def computations(program: str) -> Iterator[tuple[str, list[Instruction]]]:
-    """Name and instructions, in order, of each computation of an HLO text."""
+    """Yields name and instructions, in order, of each computation of an HLO text."""
     name = ""
     body: list[Instruction] = []
     for line in program.splitlines():
@@ -96,7 +96,7 @@ def computations(program: str) -> Iterator[tuple[str, list[Instruction]]]:
 
 
 def _origin(body: list[Instruction], start: Instruction, done: Instruction) -> str:
-    """The op_name of a collective: its own, or, where XLA keeps none, of what reads its result."""
+    """Returns the op_name of a collective: its own or, where XLA keeps none, that of what reads its result."""
     readers = (x for x in body if x.reads(done.name))
     return next((x.op_name for x in (start, done, *readers) if x.op_name), "")
 
@@ -121,7 +121,7 @@ def _transfer(computation: str, body: list[Instruction], at: int, opcode: str) -
 
 
 def transfers(program: str) -> list[Transfer]:
-    """The collectives of a scheduled HLO text (`compiled.as_text()`), in the order of the text."""
+    """Lists the collectives of a scheduled HLO text (`compiled.as_text()`), in the order of the text."""
     found = []
     for name, body in computations(program):
         for at, instruction in enumerate(body):

@@ -1,4 +1,4 @@
-"""Bytes per device of parameters, moments and gradients, from the specs that training uses; no device is needed.
+"""Counts bytes per device of parameters, moments and gradients by the specs that training uses; needs no device.
 
 Activations, the exchange's buffers and temporary copies (a gradient while it is cast and scattered) are not counted.
 """
@@ -34,12 +34,12 @@ class Memory(NamedTuple):
 
     @property
     def in_step(self) -> int:
-        """Upper end: all of them at once."""
+        """Adds up all parts: an upper bound."""
         return sum(self)
 
 
 def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
-    """`Memory` of "dense" parameters (whatever is no routed expert) and of "experts".
+    """Returns the `Memory` of "dense" parameters (whatever is no routed expert) and of "experts".
 
     Raises ValueError for what does not divide over the mesh.
     """

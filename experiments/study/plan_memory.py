@@ -1,4 +1,4 @@
-"""`python -m experiments.plan memory`: bytes of state and weights per device; see `experiments/plan.py`."""
+"""`python -m experiments.plan memory` prints bytes of state and weights per device; see `experiments/plan.py`."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ def _line(name: str, dense: int, experts: int) -> str:
 
 
 def report(memory: dict[str, Memory]) -> str:
-    """The table, GiB."""
+    """Returns the table, in GiB."""
     dense, experts = memory["dense"], memory["experts"]
     lines = [f"  {'GiB per device':<26}{'dense':>12}{'experts':>12}{'all':>12}"]
     rows = [(NAMES[key], getattr(dense, key), getattr(experts, key)) for key in NAMES]

@@ -1,4 +1,4 @@
-"""What of an expert exchange is hidden behind GEMMs on H100s, read from the compiled program; no GPU is needed.
+"""Reads in the compiled program what of an expert exchange is hidden behind GEMMs on H100s; needs no GPU.
 
     python -m experiments.plan overlap          # 64 GPUs, DeepSeek-V3's layer and recomputation, BF16
     python -m experiments.plan overlap --precision=deepseek_fp8 --receive=0 --no-overlap
@@ -40,7 +40,7 @@ GIB = 2**30
 
 
 def layer_config(nodes: int, local: int, precision: str, receive: float, overlap: bool, remat: str) -> Config:
-    """A stack of DeepSeek-V3's MoE layers on nodes x local devices."""
+    """Returns the config of a stack of DeepSeek-V3's MoE layers on nodes x local devices."""
     whole = from_config_dict(v3_671b.get_config())
     model = dataclasses.replace(
         whole.model,
@@ -55,7 +55,7 @@ def layer_config(nodes: int, local: int, precision: str, receive: float, overlap
 
 
 def compile_stack(cfg: Config, tokens: int) -> jax.stages.Compiled:
-    """The gradient of the stack, for as many H100s as the mesh has, with `tokens` per device."""
+    """Compiles the gradient of the stack for as many H100s as the mesh has, with `tokens` per device."""
     nodes, local = cfg.mesh.node, cfg.mesh.local
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text(), topology=f"1x{nodes}x{local}"

@@ -1,4 +1,4 @@
-"""What an exchange sends between nodes: rows and bytes per token, counted on routings (report section 3.2.2).
+"""Counts what an exchange sends between nodes: rows and bytes per token of given routings (report section 3.2.2).
 
 A row is one token sent to one place. It depends on the exchange how many of a token's k experts share a row: none
 of them (one row per expert, as with `low_latency`), those of a device (flat), or those of a node (two hops, where
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 
 def count_rows(experts_nk: np.ndarray, source_n: np.ndarray, n_experts: int, nodes: int, local: int) -> Rows:
-    """Rows of each token of device `source_n` (rank node * local + index); negative expert ids are absent.
+    """Counts the rows of each token of device `source_n` (rank node * local + index); negative expert ids are absent.
 
     Raises ValueError if the experts do not divide over the devices.
     """
@@ -57,7 +57,7 @@ def _route(model: ModelConfig, scores_bte: jax.Array) -> jax.Array:
 
 
 def sample_rows(model: ModelConfig, nodes: int, local: int, tokens: int, seed: int = 0) -> Rows:
-    """Rows of `tokens` tokens of independent random affinities, routed as the model does, from random devices."""
+    """Counts the rows of `tokens` tokens with random affinities, routed as the model does, from random devices."""
     rng = np.random.default_rng(seed)
     affinities = 1 / (1 + np.exp(-rng.standard_normal((1, tokens, model.n_routed_experts), np.float32)))
     experts_nk = np.asarray(_route(model, jnp.asarray(affinities)))
@@ -67,12 +67,12 @@ def sample_rows(model: ModelConfig, nodes: int, local: int, tokens: int, seed: i
 
 
 def row_bytes(hidden: int, form: str) -> int:
-    """Bytes of one row of `hidden` channels: "bf16", or "fp8" with its float32 scales."""
+    """Returns the bytes of one row of `hidden` channels: "bf16", or "fp8" with its float32 scales."""
     if form in SCALES:
         return hidden + 4 * cdiv(hidden, BLOCK)
     return 2 * hidden
 
 
 def routing_bytes(k: int) -> int:
-    """Bytes of the k routing weights that travel with a dispatched row. As many again, once per plan: the ids."""
+    """Returns the bytes of the k routing weights that travel with a dispatched row. The ids take as many, once per plan."""
     return 4 * num_words(k, np.float32)

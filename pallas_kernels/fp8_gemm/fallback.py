@@ -1,4 +1,4 @@
-"""The FP8 GEMM in XLA, adding up in DeepSeek's order: 128-deep products, scaled and promoted to float32 one by one."""
+"""Runs the FP8 GEMM in XLA and adds up in DeepSeek's order: 128-deep products, each scaled and promoted to float32."""
 
 import jax
 import jax.numpy as jnp

@@ -35,7 +35,7 @@ def scale_spec(rows: int) -> plgpu.BlockSpec:
 
 
 def promoted(acc, a_smem, b_smem, scale):
-    """acc + scale * (a @ b.T) over one 128-deep step: four wgmma, then float32 on the CUDA cores."""
+    """Returns acc + scale * (a @ b.T) over one 128-deep step: four wgmma, then float32 on the CUDA cores."""
 
     def product(wgmma_acc):
         plgpu.wgmma(wgmma_acc, a_smem, b_smem.T)
@@ -45,7 +45,7 @@ def promoted(acc, a_smem, b_smem, scale):
 
 
 def step_1d2d(b_scale_of):
-    """Step with one weight scale per step: b_scale_of(refs, tile, k) -> scalar."""
+    """Makes a step with one weight scale: b_scale_of(refs, tile, k) -> scalar."""
 
     def step(refs, tile, share, k, smem, accs):
         a_smem, b_smem, a_scale_smem = smem
@@ -62,7 +62,7 @@ def step_1d2d(b_scale_of):
 
 
 def step_1d1d(refs, tile, share, k, smem, accs):
-    """Step with one scale per row of either operand."""
+    """Runs a step with one scale per row of either operand."""
     a_smem, b_smem, a_scale_smem, b_scale_smem = smem
     shape = (WGMMA_ROWS, share.num_cols)
     b_scale = lax.broadcast_in_dim(b_scale_smem[0, share.cols], shape, (1,))

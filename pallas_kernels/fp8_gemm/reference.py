@@ -1,4 +1,4 @@
-"""What the FP8 GEMM means: dequantise both operands to float32 and multiply."""
+"""Defines what the FP8 GEMM means: dequantise both operands to float32 and multiply."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from pallas_kernels.quantize.reference import dequantize
 
 
 def b_block(b: jax.Array, b_scale: jax.Array) -> tuple[int, int]:
-    """Block of the second operand, read from its scales: one row each (1D1D) or 128 rows each (1D2D)."""
+    """Reads the block of the second operand in its scales: one row each (1D1D) or 128 rows each (1D2D)."""
     return ROW_TILE if b_scale.shape[-2] == b.shape[-2] else SQUARE_BLOCK
 
 

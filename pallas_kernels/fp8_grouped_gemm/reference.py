@@ -1,4 +1,4 @@
-"""What the grouped FP8 GEMMs mean: one dequantised float32 product per group, rows of other groups zero.
+"""Defines what the grouped FP8 GEMMs mean: one dequantised float32 product per group, rows of other groups zero.
 
 Legend: G groups, M rows, N outputs, K contraction, T tokens contracted by a weight gradient.
 """

@@ -32,7 +32,7 @@ class GroupedShape:
         return 2 * self.groups * self.present_rows * self.n * self.k
 
     def bytes(self, element: int = 1) -> int:
-        """Bytes moved at least once, `element` bytes per operand element."""
+        """Counts bytes moved at least once, with `element` bytes per operand element."""
         rows, out = self.present_rows, 8 if self.kind == "wgrad" else 2
         return self.groups * (element * (rows + self.n) * self.k + out * rows * self.n)
 

@@ -1,4 +1,4 @@
-"""What the grouped GEMMs mean: one float32 product per group over all rows, of which only the group's are kept.
+"""Defines what the grouped GEMMs mean: one float32 product per group over all rows, of which only the group's are kept.
 
 Legend: G groups, M rows, N outputs, K contraction, T tokens contracted by a weight gradient.
 """

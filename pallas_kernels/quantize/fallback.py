@@ -1,4 +1,4 @@
-"""Quantisation in XLA, for any device and any leading dims. Bit for bit equal to `reference.py`."""
+"""Quantises in XLA, on any device and with any leading dims, bit for bit as `reference.py` does."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from pallas_kernels.quantize.reference import divide, scale_of_amax
 
 
 def ceil_to_power_of_two(s: jax.Array) -> jax.Array:
-    """Round a positive normal float32 up to a power of two, on its bits: `ceil(log2 s)` in floating point can miss.
+    """Rounds a positive normal float32 up to a power of two, on its bits: `ceil(log2 s)` in floating point can miss.
 
     Adding all mantissa bits carries into the exponent unless the mantissa is zero. NaN and infinity stay.
     """
@@ -19,7 +19,7 @@ def ceil_to_power_of_two(s: jax.Array) -> jax.Array:
 
 
 def scale_from_amax(amax: jax.Array, scale: str) -> jax.Array:
-    """Scale of a block whose largest magnitude is `amax`."""
+    """Returns the scale of a block whose largest magnitude is `amax`."""
     s = scale_of_amax(amax)
     return ceil_to_power_of_two(s) if scale == "ue8m0" else s
 

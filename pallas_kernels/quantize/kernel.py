@@ -1,4 +1,4 @@
-"""Quantisation on Hopper: one tile per thread block, one pass over memory.
+"""Quantises on Hopper: one tile per thread block, one pass over memory.
 
 A warpgroup loads a tile by TMA, holds it in registers as [64, 128], reduces each row to its scale, and stores q and
 scales by TMA. Tiles along columns are read through a transposed reference, so that the reduction still runs along rows.
@@ -30,7 +30,7 @@ ROWS = 64  # height of a tile in registers: the rows of one wgmma layout
 
 
 def unsupported(shape: tuple[int, ...], dtype) -> str | None:
-    """Why the kernels cannot quantise such an array, or None."""
+    """Says why the kernels cannot quantise such an array, or None."""
     if dtype not in (jnp.bfloat16, jnp.float32, E4M3):
         return f"dtype {jnp.dtype(dtype).name}; the kernel reads bfloat16 or float32"
     return f"the array is empty, {list(shape)}" if 0 in shape else None
@@ -75,12 +75,12 @@ def _row_amax(y: jax.Array) -> jax.Array:
 
 
 def _over(v: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
-    """Broadcast a vector that lies along `dim`."""
+    """Broadcasts a vector that lies along `dim`."""
     return lax.broadcast_in_dim(plgpu.layout_cast(v, plgpu.Layout.WGMMA.reduce(1 - dim)), shape, (dim,))
 
 
 def _launch(body, operands, buffers, shape, tile: Block, scale_shape, copies: int = 1) -> list[jax.Array]:
-    """One thread block per tile of the output.
+    """Runs one thread block per tile of the output.
 
     Args:
       body: (*operand refs, q and s in global memory, *buffers, q and s in shared memory, barrier of the loads) -> None.
@@ -108,7 +108,7 @@ def _launch(body, operands, buffers, shape, tile: Block, scale_shape, copies: in
 
 
 def _row_tiles(source: _Source, shape: tuple[int, ...], scale: str) -> tuple[jax.Array, jax.Array]:
-    """Quantise an [R, C] array in 1x128 tiles: q [R, C], s [R, C/128]."""
+    """Quantises an [R, C] array in 1x128 tiles: q [R, C], s [R, C/128]."""
     r, c = shape
     num_operands = len(source.operands)
 
@@ -150,7 +150,7 @@ def quantize(x: jax.Array, *, block: Block, scale: str) -> tuple[jax.Array, jax.
 
 
 def _cut(source: _Source, shape: tuple[int, ...], scale: str) -> tuple[jax.Array, jax.Array]:
-    """Quantised rows of an array [..., C] of `shape`; the source holds them padded to whole tiles."""
+    """Quantises the rows of an array [..., C] of `shape`; the source holds them padded to whole tiles."""
     *lead, c = shape
     r = math.prod(lead)
     q, s = _row_tiles(source, (round_up(r, ROWS), round_up(c, BLOCK)), scale)

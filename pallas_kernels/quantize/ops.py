@@ -22,7 +22,7 @@ FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 def quantize(
     x: jax.Array, block: Block = ROW_TILE, scale: str = "fp32", implementation: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Quantise to E4M3 with one scale per block, so that `x ~= q * s`.
+    """Quantises to E4M3 with one scale per block, so that `x ~= q * s`.
 
     Args:
       x: [..., M, K] bfloat16, float16 or float32.
@@ -32,7 +32,7 @@ def quantize(
 
     Returns:
       q [..., M, K] float8_e4m3fn and s [..., ceil(M/bm), ceil(K/bk)] float32. Infinities and NaN
-      dequantise to NaN, an infinity with its whole block; `count_nonfinite` counts those elements.
+      dequantise to NaN, an infinity with its whole block.
     """
     _check("quantize", x=x)
     block = _check_block(block)
@@ -54,9 +54,9 @@ def dequantize(
     dtype=jnp.float32,
     implementation: str | None = None,
 ) -> jax.Array:
-    """q * scale, the inverse of `quantize` up to its rounding; computed in float32, returned in `dtype`.
+    """Returns q * scale in `dtype`, computed in float32: the inverse of `quantize` up to its rounding.
 
-    Elementwise, so XLA fuses it with its consumer: there is no kernel of its own.
+    It has no kernel: XLA fuses an elementwise product with its consumer.
     """
     block = _check_block(block)
     check_quantized("dequantize", "q", q, scale, None, block)
@@ -67,11 +67,6 @@ def dequantize(
     return fallback.dequantize(q, scale, block).astype(dtype)
 
 
-def count_nonfinite(q: jax.Array, scale: jax.Array, block: Block = ROW_TILE) -> jax.Array:
-    """How many elements of the dequantised array are NaN or infinite, int32: 0 for a sound tensor."""
-    return jnp.sum(~jnp.isfinite(dequantize(q, scale, block)), dtype=jnp.int32)
-
-
 def swiglu_quantize(
     gate_up: jax.Array,
     up: jax.Array | None = None,
@@ -79,7 +74,7 @@ def swiglu_quantize(
     scale: str = "fp32",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Quantise `silu(gate) * up * routing_weight` in 1x128 tiles, in one pass over its inputs.
+    """Quantises `silu(gate) * up * routing_weight` in 1x128 tiles, in one pass over its inputs.
 
     Args:
       gate_up: [..., M, 2F] with the gate in the first half, or the gate alone [..., M, F] if `up` is given.
@@ -124,7 +119,7 @@ def swiglu_quantize(
 def quantize_transposed(
     x: jax.Array, scale: str = "fp32", implementation: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Quantise 128x1 tiles of x and transpose: the operand of a weight gradient, contracted over its last dim.
+    """Quantises 128x1 tiles of x and transposes: the operand of a weight gradient, contracted over its last dim.
 
     Args:
       x: [..., T, K] bfloat16, float16 or float32.
@@ -147,7 +142,7 @@ def quantize_transposed(
 def requantize_transposed(
     q: jax.Array, q_scale: jax.Array, scale: str = "fp32", implementation: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """1x128 tiles saved by the forward pass -> dequantise, transpose, requantise for the weight gradient.
+    """Dequantises 1x128 tiles that the forward pass saved, transposes and quantises them again for the weight gradient.
 
     Args:
       q, q_scale: [..., T, K] float8_e4m3fn and [..., T, ceil(K/128)] float32 of `quantize(x, (1, 128))`.
@@ -173,7 +168,7 @@ def requantize_transposed(
 
 
 def _portable(scale: str, block: Block, prepare: Callable[..., jax.Array]) -> dict[str, Callable]:
-    """The two implementations without a kernel: each quantises what `prepare` makes with it of the operands."""
+    """Returns the two implementations without a kernel: each quantises what `prepare` makes with it of the operands."""
 
     def through(module):
         return lambda *operands: module.quantize(prepare(module, *operands), block, scale)

@@ -1,4 +1,4 @@
-"""What quantisation means, in float32 arithmetic and without the float8 conversion of the compiler.
+"""Defines what quantisation means, in float32 arithmetic and without the float8 conversion of the compiler.
 
 DeepSeek-V3 report, section 3.3.2: all tensors are E4M3 (3 mantissa bits, exponents -6..8, largest value 448, no
 infinity), each block has one scale from its own largest magnitude (no delayed scaling).
@@ -21,7 +21,7 @@ SCALE_FORMATS = ("fp32", "ue8m0")
 
 
 def round_to_e4m3(y: jax.Array) -> jax.Array:
-    """Round float32 to the nearest E4M3 value, ties to even, as float32; beyond 464 and NaN -> NaN."""
+    """Rounds float32 to the nearest E4M3 value, ties to even, as float32; beyond 464 and NaN -> NaN."""
     _, exponent = jnp.frexp(y)  # |y| in [2^(e-1), 2^e)
     ulp_exponent = jnp.maximum(exponent - 1, -6) - 3  # below 2^-6 the format is subnormal: fixed spacing 2^-9
     rounded = jnp.ldexp(jnp.round(jnp.ldexp(y, -ulp_exponent)), ulp_exponent)
@@ -44,7 +44,7 @@ def scale_of_amax(amax: jax.Array) -> jax.Array:
 
 
 def scale_from_amax(amax: jax.Array, scale: str) -> jax.Array:
-    """Scale of a block whose largest magnitude is `amax`."""
+    """Returns the scale of a block whose largest magnitude is `amax`."""
     s = scale_of_amax(amax)
     if scale == "ue8m0":
         mantissa, exponent = jnp.frexp(s)  # s = mantissa * 2^exponent, mantissa in [0.5, 1)

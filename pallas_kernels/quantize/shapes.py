@@ -15,7 +15,7 @@ class QuantizeShape:
 
     @property
     def bytes(self) -> int:
-        """Bytes read and written once: BF16 or FP8 in, FP8 and one float32 scale per block out."""
+        """Counts bytes read and written once: BF16 or FP8 in, FP8 and one float32 scale per block out."""
         per_element_in = {"swiglu_quantize": 4, "requantize_transposed": 1 + 4 / 128}.get(self.op, 2)
         per_element_out = 1 + 4 / (self.block[0] * self.block[1])
         return int(self.rows * self.cols * (per_element_in + per_element_out))

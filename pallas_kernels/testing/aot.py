@@ -1,4 +1,4 @@
-"""Compile a kernel for an H100 on a machine without a GPU, and read what the compiler says about it.
+"""Compiles a kernel for an H100 on a machine without a GPU, and reads what the compiler says about it.
 
 Needs `jax-cuda13-plugin` and `jax-cuda13-pjrt` of the jaxlib version (install with `--no-deps`: no CUDA library is
 loaded) and `ptxas` from a CUDA toolkit or from the wheel `nvidia-cuda-nvcc`. Mosaic GPU reads its dump folder once per
@@ -50,7 +50,7 @@ class KernelReport:
 
     @property
     def blocks_per_sm(self) -> int:
-        """Predicted occupancy: thread blocks that fit on one SM by registers, shared memory and threads."""
+        """Predicts how many thread blocks fit on one SM by registers, shared memory and threads."""
         by_registers = REGISTERS_PER_SM // max(1, self.registers * self.threads)
         by_shared = SHARED_BYTES_PER_SM // (self.shared_bytes + SHARED_BYTES_RESERVED)
         return min(by_registers, by_shared, THREADS_PER_SM // self.threads)
@@ -69,7 +69,7 @@ class CaseReport:
 
 
 def why_unavailable() -> str | None:
-    """Why this machine cannot compile for H100, or None if it can."""
+    """Says why this machine cannot compile for H100, or None if it can."""
     if importlib.util.find_spec("jax_plugins") is None or not _has_plugin():
         return "the packages jax-cuda13-plugin and jax-cuda13-pjrt are not installed"
     in_path = shutil.which("ptxas") or pathlib.Path("/usr/local/cuda/bin/ptxas").exists()
@@ -83,7 +83,7 @@ def _has_plugin() -> bool:
 
 
 def compile_for_h100(workloads: Sequence["Workload"]) -> list[CaseReport]:
-    """Compile the kernels of workloads for one H100, all in one subprocess.
+    """Compiles the kernels of workloads for one H100, all in one subprocess.
 
     Args:
       workloads: no two may hold the same kernel, which would be compiled only once.
@@ -117,7 +117,7 @@ def compile_for_h100(workloads: Sequence["Workload"]) -> list[CaseReport]:
 
 
 def read_dump(folder: pathlib.Path, stems: list[str]) -> tuple[KernelReport, ...]:
-    """Parse what Mosaic GPU dumped for the kernels named."""
+    """Parses what Mosaic GPU dumped for the kernels named."""
     reports = []
     for stem in stems:
         log = (folder / f"{stem}.ptxas").read_text()
@@ -142,7 +142,7 @@ def read_dump(folder: pathlib.Path, stems: list[str]) -> tuple[KernelReport, ...
 
 
 def _compile_all(cases: list[tuple[str, dict, dict]]) -> None:
-    """In the subprocess: compile each case for the H100 of `h100.txtpb`, print one JSON line per case."""
+    """Compiles each case, in the subprocess, for the H100 of `h100.txtpb`; prints one JSON line per case."""
     import jax
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh

@@ -1,4 +1,4 @@
-"""Correctness and speed of one workload on the present device, next to a peer that runs in the same process."""
+"""Measures correctness and speed of a workload on the present device, next to a peer in the same process."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ class Measurement:
 
 
 def check(workload: Workload, implementation: str) -> tuple[float, bool]:
-    """(diff, whether it is where it belongs) on fresh inputs."""
+    """Returns (diff, whether it lies in its band) on fresh inputs."""
     sources = workload.make(0)
     operands = jax.jit(workload.operands)(*sources)
     out = jax.jit(lambda *xs: workload.run(*xs, implementation))(*operands)
@@ -47,7 +47,7 @@ def check(workload: Workload, implementation: str) -> tuple[float, bool]:
 
 
 def measure(workload: Workload, implementation: str, torch_peer: bool, **timing) -> Measurement:
-    """Check and time `workload`; `timing` goes to `median_seconds`."""
+    """Checks and times `workload`; `timing` goes to `median_seconds`."""
     diff, correct = check(workload, implementation)
     sets = input_sets(lambda seed: jax.jit(workload.operands)(*workload.make(seed)))
     seconds = median_seconds(lambda *xs: workload.run(*xs, implementation), sets, **timing)
@@ -73,7 +73,7 @@ def measure(workload: Workload, implementation: str, torch_peer: bool, **timing)
 
 
 def torch_scaled_mm_seconds(workload: Workload, repeats: int = 30) -> float | None:
-    """Median seconds of torch's row-wise scaled FP8 product on the same shape; None where torch cannot run it."""
+    """Returns the median seconds of torch's row-wise scaled FP8 product on this shape; None where torch cannot run it."""
     if workload.op != "fp8_gemm":
         return None
     try:

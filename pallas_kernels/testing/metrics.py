@@ -21,13 +21,13 @@ def calc_diff(x, y) -> float:
 
 @jax.jit
 def calc_diff_on_device(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`calc_diff` in float32 where the arrays lie, for outputs too large to move."""
+    """Computes `calc_diff` in float32 where the arrays lie, for outputs too large to move."""
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     denominator = jnp.sum(x * x + y * y)
     return jnp.where(denominator == 0, 0, jnp.sum((x - y) ** 2) / denominator)
 
 
 def relative_l2(x, y) -> float:
-    """||x - y|| / ||y|| in float64."""
+    """Returns ||x - y|| / ||y|| in float64."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))

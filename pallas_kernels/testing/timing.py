@@ -1,4 +1,4 @@
-"""Time of one op on the device, without launch overhead and with cold caches.
+"""Times one op on the device, without launch overhead and with cold caches.
 
 Calls are chained inside one compiled program, so that the host launches once. Each call takes the next of several sets
 of inputs, together larger than the L2 cache. The time of a short chain is subtracted from that of a long one, which
@@ -19,7 +19,7 @@ MAX_SETS = 16
 
 
 def input_sets(make: Callable[[int], tuple], memory_bytes: int = 16 * 2**30) -> list[tuple]:
-    """Copies of the operands, from seeds 0, 1, ...: enough to exceed twice the cache, within `memory_bytes`."""
+    """Makes operands from seeds 0, 1, ...: enough to exceed twice the cache, within `memory_bytes`."""
     first = make(0)
     size = sum(x.nbytes for x in jax.tree.leaves(first))
     wanted = min(MAX_SETS, -(-2 * CACHE_BYTES // max(size, 1)) + 1, max(1, memory_bytes // max(size, 1)))
@@ -27,7 +27,7 @@ def input_sets(make: Callable[[int], tuple], memory_bytes: int = 16 * 2**30) -> 
 
 
 def chain(fn: Callable, length: int) -> Callable:
-    """sets -> last output of `length` calls, each ordered after the one before and none shared."""
+    """Returns a program: sets -> last output of `length` calls, each ordered after the one before and none shared."""
     fn = jax.jit(fn)  # lowered once, however long the chain
 
     def run(sets):
@@ -45,7 +45,7 @@ def chain(fn: Callable, length: int) -> Callable:
 def median_seconds(
     fn: Callable, sets: list[tuple], short: int = SHORT, long: int = LONG, repeats: int = REPEATS
 ) -> float:
-    """Seconds per call of `fn`."""
+    """Returns the median seconds per call of `fn`."""
     programs = [chain(fn, length) for length in (short, long)]
     for program in programs:
         jax.block_until_ready(program(sets))  # compile and warm up

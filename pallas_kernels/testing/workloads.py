@@ -1,4 +1,4 @@
-"""What is compiled and measured: an op on a shape, with its operands, its exact result and its peer.
+"""Defines what is compiled and measured: an op on a shape, with its operands, its exact result and its peer.
 
 Legend: G groups, M rows, N outputs, K contraction, T tokens.
 """
@@ -68,7 +68,7 @@ class Workload:
 
     @property
     def bound_seconds(self) -> float:
-        """Roofline: the time that arithmetic or memory needs on an H100, whichever is longer."""
+        """Returns the roofline: the time that arithmetic or memory needs on an H100, whichever is longer."""
         arithmetic = self.flops / (self.peak_tflops * 1e12) if self.peak_tflops else 0.0
         return max(arithmetic, self.bytes / (MEMORY_GB_S * 1e9))
 
@@ -77,13 +77,13 @@ class Workload:
         return "memory" if self.bound_seconds == self.bytes / (MEMORY_GB_S * 1e9) else "compute"
 
     def program(self) -> tuple[Callable, tuple]:
-        """(the kernel as a function, shapes of its operands), to compile: a shape that the kernel refuses raises."""
+        """Returns (the kernel as a function, shapes of its operands), to compile; a shape that the kernel refuses raises."""
         shapes = jax.eval_shape(lambda: self.operands(*self.make(0)))
         return lambda *operands: self.run(*operands, "mosaic"), shapes
 
 
 def workload(op: str, shape: Any, **options: Any) -> Workload:
-    """`op` on `shape`.
+    """Builds the workload of `op` on `shape`.
 
     Args:
       op: a key of `workloads()`.
@@ -97,7 +97,7 @@ def workload(op: str, shape: Any, **options: Any) -> Workload:
 
 
 def _normal(seed: int, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """Gaussian data in BF16, drawn in float32: drawn in BF16 its tails are cut, and with them the largest values."""
+    """Draws Gaussian data in float32 and rounds to BF16: drawn in BF16 they would lack the largest values."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return tuple(
         jax.random.normal(key, shape).astype(jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
@@ -105,7 +105,7 @@ def _normal(seed: int, *shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
 
 
 def _products(equation: str, out_dtype) -> dict[str, Callable]:
-    """`exact` and `peer` of a product."""
+    """Returns `exact` and `peer` of a product."""
     product = functools.partial(jnp.einsum, equation)
     return {
         "exact": functools.partial(product, preferred_element_type=jnp.float32),
@@ -222,7 +222,7 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
 
 
 def workloads() -> dict[str, list[Workload]]:
-    """Every named shape, by op."""
+    """Lists the workloads of every named shape, by op."""
     trained = [s for s in grouped_shapes.SHAPES if s.kind != "masked"]
     shapes = {
         "quantize": quantize_shapes.SHAPES,
