@@ -11,7 +11,7 @@ selected expert, one per device (flat), and one per node (two hops). Bytes: toke
 scales, results combined in BF16.
 
 `memory` adds up what training keeps of a config on each device of its mesh: master weights, moments, gradients and
-the compute copy, of dense parameters and of experts.
+the compute copy, of dense parameters and of experts; and the buffers of one exchange of tokens.
 """
 
 import argparse

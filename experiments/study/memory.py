@@ -1,6 +1,7 @@
 """Counts bytes per device of parameters, moments and gradients by the specs that training uses; needs no device.
 
-Activations, the exchange's buffers and temporary copies (a gradient while it is cast and scattered) are not counted.
+Activations and temporary copies (a gradient while it is cast and scattered) are not counted; `exchange_memory.py` counts
+the exchange's buffers.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""`python -m experiments.plan memory` prints bytes of state and weights per device; see `experiments/plan.py`."""
+"""`python -m experiments.plan memory` prints bytes of state, weights and an exchange per device (`experiments/plan.py`)."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ from absl import flags
 
 from deepseek_jax.parallel.mesh import abstract_mesh, named_devices
 from experiments import config_flag
+from experiments.study.exchange_memory import Buffer, exchange_buffers, tokens_at_once
 from experiments.study.memory import Memory, state_memory
 
 GIB = 1 << 30
@@ -34,6 +35,15 @@ def report(memory: dict[str, Memory]) -> str:
     return "\n".join(lines)
 
 
+def exchange_report(buffers: list[Buffer], tokens: int) -> str:
+    """The buffers of one exchange, rows also per token."""
+    lines = [
+        f"  {'exchange, ' + str(tokens) + ' tokens per device':<36}{'rows':>10}{'per token':>11}{'MiB':>10}"
+    ]
+    lines += [f"  {b.name:<36}{b.rows:>10}{b.rows / tokens:>11.2f}{b.bytes / 2**20:>10.1f}" for b in buffers]
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     devices = flags.DEFINE_integer(
@@ -45,5 +55,7 @@ def main(argv: Sequence[str]) -> int:
     axes = " x ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "no axes"
     print(f"{mesh.size} device(s): {axes}; zero={cfg.mesh.zero}, precision={cfg.precision}")
     print(report(memory))
-    print("  without activations, buffers of the exchange and temporary copies")
+    print("  without activations and temporary copies")
+    if buffers := exchange_buffers(cfg, mesh):
+        print(exchange_report(buffers, tokens_at_once(cfg, mesh)))
     return 0

@@ -15,20 +15,10 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import quantise_weights
 from deepseek_jax.precision import preset
 from deepseek_jax.training.losses import gradients, totals
+from tests.programs import equations
 from tests.tiny_run import fresh_state, tiny, tokens
 
 SUMS = {"reduce_sum", "scatter-add", "cumsum", "reduce_window_sum", "psum", "reduce_scatter"}
-
-
-def equations(jaxpr):
-    """All of a program's, those of inner programs included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
 
 
 @functools.cache

@@ -64,6 +64,7 @@ class OverMesh:
         return jax.tree.map(lambda a: checkpoint_name(a, EXPERT_PLAN), plan)
 
     def _layout(self, experts_nk: jax.Array, n_local: int) -> Any:
+        """The plan for physical ids."""
         raise NotImplementedError
 
     def __call__(self, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
