@@ -11,7 +11,7 @@ from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.loading import load
 from deepseek_jax.inference.model import Model
 from deepseek_jax.inference.over_mesh import generate_over_mesh
-from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.model.modules import DeepSeekV3
 
 __all__ = [
     "Config",

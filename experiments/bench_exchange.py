@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.experts import routed_experts
-from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.rows import sort_rows
 from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.low_latency import masked_experts
@@ -69,7 +68,7 @@ def gathered_experts(p: Any, x_nd: jax.Array, experts_nk: jax.Array, weights_nk:
     return lax.psum_scatter(routed_experts(p, x, mine, w), EXPERT_AXES, tiled=True)
 
 
-WAYS: dict[str, Experts] = {
+WAYS: dict[str, Callable[..., jax.Array]] = {
     "ragged, two hops": Ragged(),
     "ragged, flat": Ragged(mode="flat"),
     f"padded to {CAPACITY}": padded_experts,
@@ -106,7 +105,7 @@ def _arrays() -> tuple[Any, ...]:
     return p, x, np.full((DEVICES * N, K), 1 / K, np.float32)
 
 
-def _program(experts: Experts) -> Callable[..., Any]:
+def _program(experts: Callable[..., jax.Array]) -> Callable[..., Any]:
     """(params, x, weights, ids) -> (y, gradients of its squares)."""
 
     def run(p, x, w, ids):

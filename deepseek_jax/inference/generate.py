@@ -26,8 +26,8 @@ from deepseek_jax.inference.sampling import keys_at, log_prob, penalised, sample
 from deepseek_jax.model.cache import view_after_padding
 from deepseek_jax.model.decoding import ONE_DEVICE, decode
 from deepseek_jax.model.layers import logits
-from deepseek_jax.model.layout import Layout, single_device
-from deepseek_jax.model.transformer import Aux, Inputs, forward
+from deepseek_jax.model.layout import Inputs, Layout, single_device
+from deepseek_jax.model.transformer import Aux, forward
 
 
 def prompt_forward(

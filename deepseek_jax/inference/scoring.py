@@ -13,8 +13,8 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.batch import size_for
 from deepseek_jax.model.layers import logits
-from deepseek_jax.model.layout import single_device
-from deepseek_jax.model.transformer import Inputs, forward
+from deepseek_jax.model.layout import Inputs, single_device
+from deepseek_jax.model.transformer import forward
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

@@ -41,9 +41,9 @@ from deepseek_jax.inference.sampling import (
 from deepseek_jax.model.cache import Apart, view_after_padding, with_room
 from deepseek_jax.model.decoding import ONE_DEVICE, decode, mtp_decode
 from deepseek_jax.model.layers import embed, logits
-from deepseek_jax.model.layout import single_device
+from deepseek_jax.model.layout import Context, single_device
+from deepseek_jax.model.mtp import mtp_module
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.model.transformer import Context, mtp_module
 
 # What a row draws for one token, apart from the token itself (0): the draft, its acceptance, its replacement.
 DRAFT, ACCEPT, REPLACE = 1, 2, 3
@@ -110,7 +110,7 @@ def _prefill(params: Any, cfg: ModelConfig, prompts: Prompts, batch: Batch, bias
     following = jnp.concatenate([jnp.asarray(prompts.tokens_bt)[:, 1:], choice.token_bk], axis=1)
     p = jax.tree.map(lambda x: x[0], params["mtp"])
     bias_e = None if bias_le is None else bias_le[cfg.num_moe_layers]
-    ctx = Context(rope_table(cfg, positions), segments, layout, True)
+    ctx = Context(rope_table(cfg, positions), layout, segments, with_cache=True)
     _, out_btd, _, latent = mtp_module(p, cfg, h_btd, embed(params["embed"], cfg, following), bias_e, ctx)
     draft = Draft(logits(params, out_btd[:, -1]), Apart((latent,)), jnp.int32(0), jnp.int32(0))
     token_b, zero = choice.token_bk[:, 0], jnp.int32(0)

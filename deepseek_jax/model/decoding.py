@@ -8,7 +8,7 @@ Dims: b sequence, t new token, d hidden, l layer, e expert.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,22 @@ import numpy as np
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.block import ffn
 from deepseek_jax.model.cache import Cache, LatentCache, Stacked, apart, with_room
+from deepseek_jax.model.dispatch import Local
 from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layers import Params, embed, rms_norm
-from deepseek_jax.model.layout import Layout
-from deepseek_jax.model.mla import Rope, absorb, down, latents, mla_decode
+from deepseek_jax.model.layout import Context, Layout
+from deepseek_jax.model.mla import absorb, down, latents, mla_decode
+from deepseek_jax.model.mtp import mtp_input
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.model.transformer import ffn, mtp_input
 
 # Up to this many layers are unrolled; a deeper model is scanned. On CPU, where a scan copies each layer's weights and
 # layers lie apart at no cost of memory, all are unrolled: 61 layers compile in 15 s.
 UNROLL_LAYERS = 8
 
 
-ONE_DEVICE = Layout(decode_experts)
+ONE_DEVICE = Layout(Local(decode_experts))
 
 
 def _on_cpu() -> bool:
@@ -97,25 +99,18 @@ def room(latents: LatentCache, cfg: ModelConfig, slots: int) -> Cache:
     return apart(latents) if unrolled(cfg) else Stacked(latents)
 
 
-class Step(NamedTuple):
-    """What all blocks of one pass share."""
-
-    rope: Rope
-    layout: Layout
-
-
 def _block(
-    p: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, i: Any, ctx: Step, bias_e: Any
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, i: Any, ctx: Context, bias_e: Any
 ) -> tuple[jax.Array, Any]:
     """Layer i."""
     h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
     view = view.append(i, latents(p["attn"], cfg, down(p["attn"], cfg, h_btd), ctx.rope))
     x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, ctx.rope, *view.read(i))
-    return ffn(p, cfg, x_btd, bias_e, ctx.layout)[0], view
+    return ffn(p, cfg, x_btd, bias_e, ctx)[0], view
 
 
 def _scanned(
-    stack: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, start: int, ctx: Step, bias: Any
+    stack: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, start: int, ctx: Context, bias: Any
 ) -> Any:
     def body(carry, xs):
         (x, view), (p, bias_e, i) = carry, xs
@@ -126,7 +121,7 @@ def _scanned(
 
 
 def _one_by_one(
-    stack: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, start: int, ctx: Step, bias: Any
+    stack: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, start: int, ctx: Context, bias: Any
 ) -> Any:
     for i, p in enumerate(stack):
         bias_e = None if bias is None else bias[i]
@@ -148,7 +143,7 @@ def decode(
     (`parallel/layout.py: few_tokens`).
     """
     layout.check()
-    ctx = Step(rope_table(cfg, view.positions_bt), layout)
+    ctx = Context(rope_table(cfg, view.positions_bt), layout)
     x_btd = embed(ready["embed"], cfg, tokens_bt)
     layers = _one_by_one if unrolled(cfg) else _scanned
     dense, n_moe = cfg.first_k_dense_replace, cfg.num_moe_layers
@@ -174,6 +169,6 @@ def mtp_decode(
     p = ready["mtp"]
     x_btd = mtp_input(p, cfg, h_btd, embed(ready["embed"], cfg, next_tokens_bt))
     bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    ctx = Step(rope_table(cfg, view.positions_bt), ONE_DEVICE)
+    ctx = Context(rope_table(cfg, view.positions_bt), ONE_DEVICE)
     y_btd, view = _block(p["block"], cfg, x_btd, view, 0, ctx, bias_e)
     return rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), view

@@ -7,12 +7,12 @@ mesh that its layout was made for: a layout that is forgotten is an error, not o
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from deepseek_jax.model.experts import routed_experts
-from deepseek_jax.model.moe import Experts
+from deepseek_jax.model.dispatch import Dispatcher, Local
+from deepseek_jax.model.mla import Rope
 from deepseek_jax.model.sequence import WHOLE, Whole
 
 
@@ -20,14 +20,14 @@ from deepseek_jax.model.sequence import WHOLE, Whole
 class Layout:
     """How a pass runs.
 
-    dispatcher: computes the routed experts, wherever they are.
+    dispatcher: brings tokens to their routed experts, wherever they are.
     sequence: where the tokens of a sequence are.
-    remat: what the backward pass computes again, a name of `transformer.REMAT`.
-    moe_stack: runs the MoE layers of the main model; None: `transformer.stack`, with the batch whole.
+    remat: what the backward pass computes again, a name of `recompute.REMAT`.
+    moe_stack: runs the MoE layers of the main model; None: `block.stack`, with the batch whole.
     mesh: (name, size) of the mesh axes of more than one device inside whose `shard_map` the pass runs.
     """
 
-    dispatcher: Experts
+    dispatcher: Dispatcher
     sequence: Whole = WHOLE
     remat: str = "none"
     moe_stack: Callable[..., Any] | None = None
@@ -51,8 +51,35 @@ class Layout:
 
 def single_device(remat: str = "none") -> Layout:
     """Everything on one device."""
-    return Layout(routed_experts, remat=remat)
+    return Layout(Local(), remat=remat)
 
 
 def _named(axes: Iterable[tuple[str, int]]) -> str:
     return " x ".join(f"{name}={size}" for name, size in axes) or "a single device"
+
+
+class Inputs(NamedTuple):
+    """What a pass reads, int32 [b, t] but the last.
+
+    positions_bt: 0..t-1 by default. segments_bt: tokens of different segments do not see each other; None: all do.
+    counted_bt: bool, False for padding, which goes to no routed expert and counts in no load or balance loss; None: all
+    tokens count.
+    """
+
+    tokens_bt: jax.Array
+    positions_bt: jax.Array | None = None
+    segments_bt: jax.Array | None = None
+    counted_bt: jax.Array | None = None
+
+
+class Context(NamedTuple):
+    """What all blocks of one pass share; rope and segments are those of all tokens of a sequence.
+
+    counted_bt: which of this device's tokens are routed, and count in loads and balance losses; None for all.
+    """
+
+    rope: Rope
+    layout: Layout
+    segments_bt: jax.Array | None = None
+    with_cache: bool = False
+    counted_bt: jax.Array | None = None

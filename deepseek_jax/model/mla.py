@@ -12,7 +12,6 @@ n nope head dim, r rope head dim, k = n + r, v value head dim.
 import functools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,8 +26,8 @@ from deepseek_jax.model.attention import (
 )
 from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.layers import Params, linear, rms_norm
-from deepseek_jax.model.params import Param, declare
-from deepseek_jax.model.rope import apply_rope, rope_table, softmax_scale
+from deepseek_jax.model.params import Param
+from deepseek_jax.model.rope import apply_rope, softmax_scale
 from deepseek_jax.precision.product import product
 from deepseek_jax.precision.sums import precision
 
@@ -168,9 +167,10 @@ def mla(
     rope: Rope,
     segments_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, LatentCache]:
-    """Expanded form: causal self-attention over the t tokens. Returns (output [b, t, d], latents)."""
-    qkv, latent = expand(p, cfg, down(p, cfg, x_btd), rope)
-    return core_output(qkv, segments_bt, p["wo_hvd"]), latent
+    """Expanded form: causal self-attention over the t tokens. Returns (output [b, t, d], latents). `block.py` has the
+    same with norm, residual and recomputation."""
+    inputs, latent = expanded(p, cfg, down(p, cfg, x_btd), rope, recompute=False)
+    return attend(p, cfg, inputs, rope, segments_bt), latent
 
 
 def absorb(p: Params, cfg: ModelConfig) -> Params:
@@ -199,16 +199,3 @@ def mla_decode(
     o_bhtc = jnp.einsum("bhts,bsc->bhtc", prob, cache.c_bsc, precision=exact)
     o_bthv = jnp.einsum("bhtc,hcv->bthv", o_bhtc, p["wv_hcv"].astype(dtype), precision=exact)
     return linear(o_bthv, p["wo_hvd"], n_in=2)
-
-
-class MLA(nn.Module):
-    """Multi-head Latent Attention over [b, t, d], as a module of its own (study, notebooks)."""
-
-    cfg: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_btd: jax.Array, positions: jax.Array | None = None) -> Any:
-        if positions is None:
-            positions = jnp.arange(x_btd.shape[1])[None]
-        p = declare(self, mla_params(self.cfg), self.cfg.initializer_range)
-        return mla(p, self.cfg, x_btd, rope_table(self.cfg, positions))[0]

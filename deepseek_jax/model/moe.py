@@ -1,35 +1,31 @@
-"""DeepSeekMoE layer: shared experts for every token, routed experts by the gate (equations 12-16).
+"""DeepSeekMoE layer as phases: shared experts for every token, routed experts by the gate (equations 12-16).
 
-The routed computation is an argument (`experts`), so that the same layer runs on one device
-(`experts.routed_experts`), while decoding (`experts.decode_experts`) and over a mesh.
+The layout's dispatcher (`dispatch.py`) brings tokens to their routed experts and the sums back, on one device or over a
+mesh; between its calls a caller may do other work (`parallel/overlap.py`).
 
-Dims: b batch, t token, d hidden, e routed expert, k selected expert.
+Dims: b batch, t token, n = b * t, d hidden, e routed expert, k selected expert.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.experts import expert_params, routed_experts
+from deepseek_jax.model.dispatch import Received
+from deepseek_jax.model.experts import expert_params
 from deepseek_jax.model.ffn import mlp, mlp_params
 from deepseek_jax.model.layers import Params
-from deepseek_jax.model.params import declare
+from deepseek_jax.model.layout import Context
+from deepseek_jax.model.recompute import after_norm
 from deepseek_jax.model.router import (
     BalanceStats,
+    Routing,
     affinities,
     balance_stats,
     gate_params,
     only_counted,
     route,
 )
-from deepseek_jax.model.sequence import WHOLE, Whole
-
-# (expert params, x [n, d], expert ids [n, k], weights [n, k]) -> [n, d]
-Experts = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def moe_params(cfg: ModelConfig) -> dict[str, Any]:
@@ -39,58 +35,72 @@ def moe_params(cfg: ModelConfig) -> dict[str, Any]:
     return tree
 
 
-class AtSource(NamedTuple):
-    """What a token's own device makes of it."""
-
-    s_bte: jax.Array  # affinities
-    x_btd: jax.Array  # to be dispatched
-    shared_btd: jax.Array | None  # result of the shared experts, where there are any
+def _flat(x_btx: jax.Array) -> jax.Array:
+    return x_btx.reshape(-1, x_btx.shape[-1])
 
 
-def at_source(p: Params, cfg: ModelConfig, x_btd: jax.Array) -> AtSource:
-    shared_btd = mlp(p["shared"], x_btd) if "shared" in p else None
-    return AtSource(affinities(p["gate"], cfg, x_btd), x_btd, shared_btd)
+class Routed(NamedTuple):
+    """Tokens after the gate. h_btd: normed, to be dispatched; s_bte: affinities; plan: of the dispatcher."""
+
+    h_btd: jax.Array
+    s_bte: jax.Array
+    routing: Routing
+    plan: Any
+
+    @property
+    def values(self) -> tuple[jax.Array, jax.Array]:
+        """What a dispatch brings to the experts: tokens [n, d] and routing weights [n, k]."""
+        return _flat(self.h_btd), _flat(self.routing.weights_btk)
 
 
-def with_routed(
-    p: Params,
-    cfg: ModelConfig,
-    at: AtSource,
-    bias_e: jax.Array | None,
-    experts: Experts,
-    sequence: Whole,
-    counted_bt: jax.Array | None = None,
-) -> tuple[jax.Array, BalanceStats]:
-    """Results of `moe`, from `at_source`. Tokens that do not count (`counted_bt` False) go to no routed expert."""
-    routing = only_counted(cfg, route(cfg, at.s_bte, bias_e), counted_bt)
-    ids_nk, weights_nk = (x.reshape(-1, x.shape[-1]) for x in routing)
-    y = experts(p["experts"], at.x_btd.reshape(-1, at.x_btd.shape[-1]), ids_nk, weights_nk)
-    y_btd = y.reshape(at.x_btd.shape)
-    if at.shared_btd is not None:
-        y_btd = y_btd + at.shared_btd
-    return y_btd, balance_stats(cfg, at.s_bte, routing, sequence, counted_bt)
+class AtExperts(NamedTuple):
+    """Tokens after their dispatch: the stream, normed tokens and routing weights as they are here, and rows received."""
+
+    x_btd: jax.Array
+    h_btd: jax.Array
+    weights_nk: jax.Array
+    plan: Any
+    received: Received
+
+
+def gate(p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None, ctx: Context) -> Routed:
+    """Norm, affinities and routing. Tokens that do not count go to no routed expert."""
+
+    def scored(p: Params, cfg: ModelConfig, h_btd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return h_btd, affinities(p, cfg, h_btd)
+
+    h_btd, s_bte = after_norm(scored, cfg, ctx.layout.remat)(p["ffn"]["gate"], p["ffn_norm_d"], x_btd)
+    routing = only_counted(cfg, route(cfg, s_bte, bias_e), ctx.counted_bt)
+    n_local = p["ffn"]["experts"]["w_gate_edf"].shape[0]
+    return Routed(h_btd, s_bte, routing, ctx.layout.dispatcher.plan(_flat(routing.experts_btk), n_local))
+
+
+def shared(p: Params, cfg: ModelConfig, at: AtExperts, ctx: Context) -> jax.Array:
+    """x [b, t, d] plus the shared experts, where there are any."""
+    if "shared" not in p["ffn"]:
+        return at.x_btd
+    if ctx.layout.remat == "deepseek":  # from the norm's input, which is kept
+        again = after_norm(lambda p, _, h_btd: mlp(p, h_btd), cfg, "deepseek")
+        return at.x_btd + again(p["ffn"]["shared"], p["ffn_norm_d"], at.x_btd)
+    return at.x_btd + mlp(p["ffn"]["shared"], at.h_btd)
+
+
+def experts(p: Params, at: AtExperts, ctx: Context) -> Any:
+    """This device's routed experts on the rows received -> what the dispatcher's combine takes."""
+    h_nd = _flat(at.h_btd)
+    return ctx.layout.dispatcher.experts(p["ffn"]["experts"], at.received, h_nd, at.weights_nk, at.plan)
 
 
 def moe(
-    p: Params,
-    cfg: ModelConfig,
-    x_btd: jax.Array,
-    bias_e: jax.Array | None = None,
-    experts: Experts = routed_experts,
-    sequence: Whole = WHOLE,
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None, ctx: Context
 ) -> tuple[jax.Array, BalanceStats]:
-    """Shared plus routed experts -> ([b, t, d], load and balance losses of this layer)."""
-    return with_routed(p, cfg, at_source(p, cfg, x_btd), bias_e, experts, sequence)
-
-
-class DeepSeekMoE(nn.Module):
-    """The MoE layer over [b, t, d] as a module of its own (study, notebooks): returns (y, BalanceStats)."""
-
-    cfg: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_btd: jax.Array, bias_e: jax.Array | None = None) -> Any:
-        p = declare(self, moe_params(self.cfg), self.cfg.initializer_range)
-        if bias_e is None and self.cfg.has_balance_bias:
-            bias_e = jnp.zeros((self.cfg.n_routed_experts,), jnp.float32)
-        return moe(p, self.cfg, x_btd, bias_e)
+    """The phases in their order -> (x plus shared and routed experts, load and balance losses of this layer)."""
+    dispatcher, to = ctx.layout.dispatcher, gate(p, cfg, x_btd, bias_e, ctx)
+    h_nd, weights_nk = to.values
+    with jax.named_scope("dispatch"):
+        received = dispatcher.dispatch(h_nd, weights_nk, to.plan)
+    at = AtExperts(x_btd, to.h_btd, weights_nk, to.plan, received)
+    x_btd, y = shared(p, cfg, at, ctx), experts(p, at, ctx)
+    with jax.named_scope("combine"):
+        x_btd = x_btd + dispatcher.combine(y, to.plan).reshape(x_btd.shape)
+    return x_btd, balance_stats(cfg, to.s_bte, to.routing, ctx.layout.sequence, ctx.counted_bt)

@@ -9,9 +9,9 @@ import dataclasses
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.config import Config, MeshConfig, ModelConfig
-from deepseek_jax.model.experts import decode_experts, routed_experts
+from deepseek_jax.model.dispatch import Dispatcher, Local
+from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layout import Layout
-from deepseek_jax.model.moe import Experts
 from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS, Ragged
 from deepseek_jax.parallel.exchange.low_latency import LowLatency, decoding_experts
 from deepseek_jax.parallel.exchange.placement import nodes_per_token
@@ -36,10 +36,10 @@ def _wire(cfg: MeshConfig, default: Wire) -> Wire:
     return dataclasses.replace(default, **{name: form for name, form in named.items() if form != "auto"})
 
 
-def dispatcher_over(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, wire: Wire) -> Experts:
+def dispatcher_over(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, wire: Wire) -> Dispatcher:
     """What brings many tokens to their experts, as `cfg` says; `wire`: the formats that it leaves open ("auto")."""
     if not _tokens_travel(model, cfg, mesh):
-        return routed_experts
+        return Local()
     mode = expert_exchange(cfg, mesh)
     return Ragged(
         mode=mode,
@@ -69,7 +69,7 @@ def few_tokens(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh) -
     if _tokens_travel(model, cfg, mesh):
         wire = _wire(cfg, AS_IT_IS)
         return Layout(LowLatency(masked=decoding_experts, wire=wire), mesh=_axes(mesh))
-    return Layout(decode_experts, mesh=_axes(mesh))
+    return Layout(Local(decode_experts), mesh=_axes(mesh))
 
 
 def layout_over(cfg: Config, mesh: Mesh | AbstractMesh) -> Layout:
@@ -88,5 +88,5 @@ def layout_over(cfg: Config, mesh: Mesh | AbstractMesh) -> Layout:
             f"n_routed_experts={cfg.model.n_routed_experts}; spread the experts over node x local x tensor, or set "
             "config.mesh.overlap=False"
         )
-    stack = overlapped(layout.dispatcher) if cfg.mesh.overlap else None  # type: ignore[arg-type]
+    stack = overlapped if cfg.mesh.overlap else None
     return dataclasses.replace(layout, remat=cfg.train.remat, moe_stack=stack)

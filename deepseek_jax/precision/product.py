@@ -281,9 +281,9 @@ def quantise_weight(
     return transpose(in_out if same else quantise(w, fprop.transposed)), in_out
 
 
-def from_blocks(q: jax.Array, scale: jax.Array) -> Quantised:
+def from_blocks(q: jax.Array, scale: jax.Array, shape: tuple[int, ...]) -> Quantised:
     """A weight of an FP8 checkpoint for inference, multiplied as it is: E4M3 [..., out, in], float32 scales of its
-    128x128 blocks. Activations are quantised as in training."""
+    128x128 blocks. `shape`: of the parameter, without layer dim. Activations are quantised as in training."""
     policy = PRESETS["deepseek_fp8"]
     assert policy is not None
-    return Quantised(None, Operand(q, scale, policy.fprop[1]), None, policy)
+    return Quantised(None, Operand(q, scale, policy.fprop[1]), None, policy, shape)

@@ -19,9 +19,9 @@ from jax import lax
 
 from deepseek_jax.config import BalanceConfig, Config
 from deepseek_jax.model.layers import head_weight
-from deepseek_jax.model.layout import Layout
+from deepseek_jax.model.layout import Inputs, Layout
 from deepseek_jax.model.loss import weighted_nll
-from deepseek_jax.model.transformer import Inputs, forward
+from deepseek_jax.model.transformer import forward
 from deepseek_jax.model.weights import attach
 from deepseek_jax.precision import preset
 

@@ -20,9 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import v3_671b
 from deepseek_jax.config import Config, MeshConfig, from_config_dict
+from deepseek_jax.model.block import block_params, stack
+from deepseek_jax.model.layout import Context
 from deepseek_jax.model.params import Param, stacked
+from deepseek_jax.model.recompute import REMAT
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.model.transformer import REMAT, Context, block_params, stack
 from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.layout import layout_over
@@ -69,7 +71,7 @@ def compile_stack(cfg: Config, tokens: int) -> jax.stages.Compiled:
 
     def gradient(params, x_btd):
         quantised = quantise_weights(params, declared, policy)
-        ctx = Context(rope_table(model, jnp.arange(t)[None]), None, layout, False)
+        ctx = Context(rope_table(model, jnp.arange(t)[None]), layout)
 
         def value(params, x_btd):
             y_btd, stats, _ = moe_stack(attach(params, quantised, policy), model, x_btd, None, ctx)

@@ -14,9 +14,10 @@ from deepseek_jax.inference.driver import complete, stream
 from deepseek_jax.inference.generate import generate, plain
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import decoding
-from deepseek_jax.model.layout import single_device
+from deepseek_jax.model.layout import Inputs, single_device
+from deepseek_jax.model.modules import DeepSeekV3
 from deepseek_jax.model.params import abstract
-from deepseek_jax.model.transformer import DeepSeekV3, Inputs, forward, model_params
+from deepseek_jax.model.transformer import forward, model_params
 from tests.oracle.tiny import V2, V3, weights
 
 RNG = np.random.default_rng(11)

@@ -17,7 +17,7 @@ from deepseek_jax.inference.batch import SMALLEST
 from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model.decoding import prepare
-from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.model.modules import DeepSeekV3
 from tests.data.family import make
 from tests.inference.checkpoint import CFG, save_checkpoint, save_run, tokenizer
 from tests.oracle.tiny import weights

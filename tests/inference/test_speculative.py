@@ -20,7 +20,7 @@ from deepseek_jax.inference.driver import complete
 from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.sampling import Sampling, keys_at, row_sampling
 from deepseek_jax.inference.speculative import Stats, generate_speculative, verify
-from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.model.modules import DeepSeekV3
 from tests.oracle.tiny import V3, weights
 
 CFG = dataclasses.replace(V3, num_hidden_layers=2, max_position_embeddings=128)  # two MTP modules

@@ -2,28 +2,24 @@
 
 import collections
 import dataclasses
+import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deepseek_jax.hf.names import get, leaves
-from deepseek_jax.model import transformer
-from deepseek_jax.model.layout import single_device
+from deepseek_jax.model.block import UNROLL_LAYERS, block, block_params
+from deepseek_jax.model.layers import rms_norm
+from deepseek_jax.model.layout import Context, Inputs, single_device
+from deepseek_jax.model.modules import MLA, DeepSeekMoE, DeepSeekV3
+from deepseek_jax.model.mtp import mtp_hidden
 from deepseek_jax.model.params import abstract
+from deepseek_jax.model.recompute import REMAT, recompute
 from deepseek_jax.model.rope import rope_table
-from deepseek_jax.model.transformer import (
-    REMAT,
-    Context,
-    DeepSeekV3,
-    Inputs,
-    block,
-    block_params,
-    forward,
-    model_params,
-    recompute,
-)
+from deepseek_jax.model.transformer import context, embedded, final_norm, forward, layers, model_params
 from tests.oracle import model as oracle
 from tests.oracle.tiny import V2, V3, checkpoint, rel, weights
 
@@ -181,7 +177,7 @@ def test_what_is_kept_for_the_backward_pass():
     weights = [w.shape for w in jax.tree.leaves(p)]
 
     def kept(remat):
-        ctx = Context(rope, None, single_device(remat), False)
+        ctx = Context(rope, single_device(remat))
         layer = recompute(lambda p, x: block(p, cfg, x, None, ctx)[0], remat)
         vjp = jax.eval_shape(lambda p, x: jax.vjp(layer, p, x)[1], p, x)
         arrays = [w for w in jax.tree.leaves(vjp) if w.ndim]
@@ -202,7 +198,53 @@ def test_what_is_kept_for_the_backward_pass():
 
 def test_unknown_recomputation_is_named():
     with pytest.raises(ValueError, match="remat='half'"):
-        transformer.recompute(lambda x: x, "half")
+        recompute(lambda x: x, "half")
+
+
+# --- parts ---------------------------------------------------------------------------------------------
+
+
+def test_the_halves_of_a_block_as_modules():
+    """The Linen modules are the functions that a block runs."""
+    cfg = dataclasses.replace(V3, num_nextn_predict_layers=0)
+    params, _ = weights(cfg)
+    p = jax.tree.map(lambda w: w[0], params["moe_layers"])
+    x = np.random.default_rng(2).standard_normal((2, 9, cfg.hidden_size)).astype(np.float32)
+    ctx = context(cfg, Inputs(TOKENS), single_device())
+
+    @jax.jit
+    def both(p, x):
+        attended = x + MLA(cfg).apply({"params": p["attn"]}, rms_norm(x, p["attn_norm_d"], cfg.rms_norm_eps))
+        second = {name: p[name] for name in ("ffn", "ffn_norm_d")}
+        return block(p, cfg, x, None, ctx)[:2], DeepSeekMoE(cfg).apply({"params": second}, attended)
+
+    (want, stats), (got, got_stats) = both(p, x)
+    assert rel(got, want) < CLOSE
+    chex.assert_trees_all_close(got_stats, stats, rtol=CLOSE)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (1, 3, 4)], ids=str)
+def test_stages_cut_out_of_the_model(cuts):
+    """Embedding, layers i to j, final norm and MTP, one after the other, are the whole."""
+    cfg = dataclasses.replace(V3, num_hidden_layers=5, first_k_dense_replace=2)
+    params, bias = weights(cfg)
+
+    @jax.jit
+    def both(params):
+        inputs = Inputs(TOKENS)
+        ctx = context(cfg, inputs, single_device(), with_cache=True)
+        x, parts = embedded(params, cfg, inputs, ctx), []
+        for start, stop in itertools.pairwise((0, *cuts, 5)):
+            x, part = layers(params, cfg, x, bias, ctx, range(start, stop))
+            parts.append(part)
+        h = final_norm(params, cfg, x)
+        hidden, stats = mtp_hidden(params, cfg, h, inputs, bias[cfg.num_moe_layers :], ctx)
+        counts = [part.stats.counts_e for part in parts] + [stats.counts_e]
+        return (h, hidden, jnp.concatenate(counts)), forward(params, cfg, inputs, bias, single_device())
+
+    (h, hidden, counts), (want, aux) = both(params)
+    assert rel(h, want) < CLOSE and rel(hidden, aux.mtp) < CLOSE
+    np.testing.assert_array_equal(counts, aux.expert_counts_le)
 
 
 # --- depth ------------------------------------------------------------------------------------------------
@@ -215,5 +257,5 @@ def test_the_traced_program_does_not_grow_with_depth():
         step = jax.grad(lambda p: forward(p, cfg, Inputs(TOKENS), None, single_device())[0].sum())
         return jax.jit(step).lower(params).as_text().count("\n")
 
-    deep = transformer.UNROLL_LAYERS + 2  # both stacks as loops: the dense one has one layer either way
+    deep = UNROLL_LAYERS + 2  # both stacks as loops: the dense one has one layer either way
     assert lines(61) == lines(deep)

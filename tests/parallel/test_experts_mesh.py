@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import routed_experts
-from deepseek_jax.model.transformer import recompute
+from deepseek_jax.model.recompute import recompute
 from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.low_latency import LowLatency, grouped_experts, masked_experts
 from deepseek_jax.parallel.exchange.placement import nodes_per_token

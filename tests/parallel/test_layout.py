@@ -12,9 +12,9 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.model import decoding
 from deepseek_jax.model.cache import Apart, LatentCache, view_after_padding
 from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare
-from deepseek_jax.model.layout import single_device
+from deepseek_jax.model.layout import Inputs, single_device
 from deepseek_jax.model.params import abstract
-from deepseek_jax.model.transformer import Inputs, forward, model_params
+from deepseek_jax.model.transformer import forward, model_params
 from deepseek_jax.parallel.layout import few_tokens, layout_over
 from deepseek_jax.parallel.mesh import BATCH_AXES, abstract_mesh
 from deepseek_jax.training.step import make_eval_step, make_train_step

@@ -14,7 +14,7 @@ import transformers
 
 from deepseek_jax import hf
 from deepseek_jax.hf.names import get, leaves
-from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.model.modules import DeepSeekV3
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from deepseek_jax import hf
-from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.model.modules import DeepSeekV3
 
 from .conftest import PROMPT, torch_tensors
 

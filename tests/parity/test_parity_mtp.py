@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers.modeling_layers import MtpLayer
 
 from deepseek_jax import hf
-from deepseek_jax.model.transformer import DeepSeekV3
+from deepseek_jax.model.modules import DeepSeekV3
 from tests.oracle import model as oracle
 from tests.oracle.tiny import V3, rel, weights
 
