@@ -11,6 +11,7 @@
 (d) `fp8_study.png` and Markdown tables on standard output.
 """
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -55,15 +56,12 @@ def _train(configs: Sequence[Config]) -> None:
     for cfg in configs:
         if _finished(cfg):
             continue
-        trainer = Trainer(cfg)
-        try:
+        with contextlib.closing(Trainer(cfg)) as trainer:
             trainer.resume()
             evaluation = trainer.run().evaluation
             assert evaluation is not None
             result = {"validation": evaluation.loss, "config": to_dict(cfg)}
             result_file(cfg).write_text(json.dumps(result, indent=1))
-        finally:
-            trainer.close()
 
 
 def _train_all(runs: Runs) -> None:

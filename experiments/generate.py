@@ -26,29 +26,19 @@ from deepseek_jax.config import MeshConfig, build
 from experiments import command_line, config_flag, prompts
 from experiments.devices import cpu_devices
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A training run's output folder, or a Hugging Face folder.", required=True
-)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run or of Hugging Face.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat for a batch.")
 _FILE = flags.DEFINE_string("prompts_file", None, "Prompts of a file: lines of text, or JSON lines (.jsonl).")
 _OUT = flags.DEFINE_string("out", None, "A new file for the completions, as JSON lines.")
-_BATCH = flags.DEFINE_integer(
-    "batch_size", 16, "Prompts of a file that are generated together.", lower_bound=1
-)
+_BATCH = flags.DEFINE_integer("batch_size", 16, "Prompts of a file that run together.", lower_bound=1)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default: the newest.")
 _TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-_TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Only the most likely tokens with this probability together; 1: all."
-)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens with this probability in all; 1: all.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k most likely tokens; 0: all.")
 _MIN_P = flags.DEFINE_float("min_p", 0.0, "Only tokens this times as likely as the most likely one; 0: all.")
-_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Above 1: tokens that were there already are less likely."
-)
-_STOP = flags.DEFINE_multi_string(
-    "stop", [], "Text that ends a completion, and is left out; repeat for more."
-)
+_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: tokens seen before are less likely.")
+_STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a completion and is cut; repeat for more.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
 _LOGPROBS = flags.DEFINE_bool("logprobs", False, "Log-probabilities (nats) of the tokens, too.")
 _SPECULATIVE = flags.DEFINE_bool("speculative", False, "Draft with the MTP module.")

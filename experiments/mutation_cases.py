@@ -290,51 +290,38 @@ def _checkpoints(folder: Path) -> Case:
 
 # --- command lines ----------------------------------------------------------------------------------------
 
-# Each command has the function where its work begins, and command lines. `convert` and, on one device, `generate` do
-# their work, which is small.
-_COMMANDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
+# Where the work of a command begins. `convert` and, on one device, `generate` do their work, which is small.
+_WORK = {"train": "run", "generate": "cpu_devices", "plan": "sample_rows", "launch": "launch"}
+_LINES = {
     "train": (
-        "run",
-        (
-            "--config=configs/tiny.py --config.train.steps=7 --config.model.hidden_size=64 --from_step=3",
-            "--config=configs/tiny.py --config.optimizer.peak_lr=1e-3 --fresh --config.data.segments=True",
-            "--config=configs/tiny.py --config.mesh.experts=flat --config.data.validation=None --stopped_status=5",
-            "--config.distributed.coordinator=127.0.0.1:99 --config.distributed.processes=1 --config.precision=bf16",
-        ),
+        "--config=configs/tiny.py --config.train.steps=7 --config.model.hidden_size=64 --from_step=3",
+        "--config=configs/tiny.py --config.optimizer.peak_lr=1e-3 --fresh --config.data.segments=True",
+        "--config=configs/tiny.py --config.mesh.experts=flat --config.data.validation=None --stopped_status=5",
+        "--config.distributed.coordinator=127.0.0.1:99 --config.distributed.processes=1 --config.precision=bf16",
     ),
     "generate": (
-        "cpu_devices",
-        (
-            "--checkpoint=run --prompt=a --max_new_tokens=5 --temperature=0.5 --top_p=0.9 --seed=1",
-            "--checkpoint=source --prompt=a --prompt=b --max_new_tokens=5 --step=0 --nomtp",
-            "--checkpoint=source --prompt=a --mesh=node=2,local=4,experts=flat",
-        ),
+        "--checkpoint=run --prompt=a --max_new_tokens=5 --temperature=0.5 --top_p=0.9 --seed=1",
+        "--checkpoint=source --prompt=a --prompt=b --max_new_tokens=5 --step=0 --nomtp",
+        "--checkpoint=source --prompt=a --mesh=node=2,local=4,experts=flat",
     ),
     "convert": (
-        None,
-        (
-            "--from=hf --to=orbax --input=source --output=out --format=bf16 --nomtp",
-            "--from=orbax --to=hf --input=run --output=out --scale=ue8m0",
-            "--from=hf --to=hf --input=source --output=out --format=fp8",
-        ),
+        "--from=hf --to=orbax --input=source --output=out --format=bf16 --nomtp",
+        "--from=orbax --to=hf --input=run --output=out --scale=ue8m0",
+        "--from=hf --to=hf --input=source --output=out --format=fp8",
     ),
     "plan": (
-        "sample_rows",
-        (
-            "exchange --experts=16 --topk=2 --tokens=32 --hidden=64",
-            "memory --config=configs/tiny.py --config.mesh.local=2 --config.train.batch_size=8",
-        ),
+        "exchange --experts=16 --topk=2 --tokens=32 --hidden=64",
+        "memory --config=configs/tiny.py --config.mesh.local=2 --config.train.batch_size=8",
     ),
-    "launch": ("launch", ("--processes=2 --restarts=1 --grace=3.5 -- python -m experiments.train",)),
+    "launch": ("--processes=2 --restarts=1 --grace=3.5 -- python -m experiments.train",),
 }
 
 
 def _commands(name: str, folder: Path) -> Case:
     """Damages command lines and runs the command up to where its work begins."""
-    begins, lines = _COMMANDS[name]
     module = importlib.import_module(f"experiments.{name}")
-    if begins is not None:
-        setattr(module, begins, _work_begins)
+    if name in _WORK:
+        setattr(module, _WORK[name], _work_begins)
     made, here = folder / "made", folder / "here"
     made.mkdir()
     if name in ("generate", "convert"):
@@ -343,7 +330,7 @@ def _commands(name: str, folder: Path) -> Case:
 
     def case(rng: random.Random) -> tuple[str, Read]:
         os.chdir(_linked(made, here))
-        arguments, what = mutate_arguments(rng.choice(lines).split(), rng)
+        arguments, what = mutate_arguments(rng.choice(_LINES[name]).split(), rng)
         return f"{what}: {arguments!r}"[:300], lambda: _begin(module, arguments)
 
     return case

@@ -1,5 +1,6 @@
 """The measurements of `experiments.fp8_study`: on its finished runs, and on the model that bf16 trained."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,15 +66,11 @@ def _training_loss(cfg: Config) -> np.ndarray:
 
 
 def curves(runs: Runs) -> dict[str, Curves]:
-    def validation(cfg: Config) -> float:
-        return json.loads(result_file(cfg).read_text())["validation"]
-
-    return {
-        preset: Curves(
-            np.stack([_training_loss(cfg) for cfg in configs]), np.array([validation(cfg) for cfg in configs])
-        )
-        for preset, configs in runs.items()
-    }
+    found = {}
+    for preset, configs in runs.items():
+        validation = [json.loads(result_file(cfg).read_text())["validation"] for cfg in configs]
+        found[preset] = Curves(np.stack([*map(_training_loss, configs)]), np.array(validation))
+    return found
 
 
 def relative(values: np.ndarray, of: np.ndarray) -> np.ndarray:
@@ -100,15 +97,12 @@ class Trained(NamedTuple):
 
 
 def load(cfg: Config) -> Trained:
-    trainer = Trainer(cfg)
-    try:
+    with contextlib.closing(Trainer(cfg)) as trainer:
         trainer.resume()
         windows = trainer.data.validation.subset(GROUPS * WINDOWS)
         batch = {k: jnp.asarray(v) for k, v in windows.batch.items()}
         state = jax.tree.map(jnp.asarray, jax.device_get((trainer.state.params, trainer.state.balance_bias)))
         return Trained(cfg, *state, batch)
-    finally:
-        trainer.close()
 
 
 def _windows(trained: Trained, first: int, count: int) -> dict[str, jax.Array]:
@@ -153,14 +147,10 @@ def same_weights(trained: Trained) -> dict[str, SameWeights]:
 
             return jax.value_and_grad(loss)(params)
 
-        values, gradient = [], None
-        for group in range(groups):
-            value, grads = run(trained.params, _windows(trained, group * WINDOWS, WINDOWS))
-            values.append(float(value))
-            if gradient is None:
-                gradient = np.concatenate([np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(grads)])
-        assert gradient is not None
-        return np.array(values), gradient
+        runs = (run(trained.params, _windows(trained, i * WINDOWS, WINDOWS)) for i in range(groups))
+        first, grads = next(runs)
+        gradient = np.concatenate([np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(grads)])
+        return np.array([float(first), *(float(value) for value, _ in runs)]), gradient
 
     loss, gradient = measured("bf16")
     out = {}

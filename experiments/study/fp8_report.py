@@ -30,32 +30,29 @@ GOAL = 0.25  # per cent, the report's bound on the relative loss error
 # --- tables -------------------------------------------------------------------------------------------------
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Prints a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    print(f"\n{title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in lines), flush=True)
 
 
 def print_gemm_errors(table: Table) -> None:
-    print("\nRelative L2 error of fprop / dgrad / wgrad, per cent\n")
-    rows = [
+    relative = [
         [preset, *(" / ".join(f"{100 * table[d][preset][g].relative_l2:.2f}" for g in GEMMS) for d in table)]
         for preset in PRECISIONS
     ]
-    print(_markdown(["", *table], rows))
-    print("\nfprop: calc_diff; elements that underflow, elements at 448, per million\n")
-    rows = []
-    for preset in PRECISIONS:
-        e = [table[d][preset]["fprop"] for d in table]
-        rows.append(
-            [preset, *(f"{x.calc_diff:.1e}; {1e6 * x.underflow:.0f}, {1e6 * x.saturated:.0f}" for x in e)]
-        )
-    print(_markdown(["", *table], rows))
+    _print("Relative L2 error of fprop / dgrad / wgrad, per cent", ["", *table], relative)
+    fprop = {preset: [table[d][preset]["fprop"] for d in table] for preset in PRECISIONS}
+    rows = [
+        [preset, *(f"{x.calc_diff:.1e}; {1e6 * x.underflow:.0f}, {1e6 * x.saturated:.0f}" for x in errors)]
+        for preset, errors in fprop.items()
+    ]
+    _print("fprop: calc_diff; elements that underflow, elements at 448, per million", ["", *table], rows)
 
 
 def print_accumulation(accumulation: dict[str, list[float]]) -> None:
-    print("\nSums of exact products in a tensor core, relative L2 error\n")
     rows = [[name, *(f"{x:.1e}" for x in values)] for name, values in accumulation.items()]
-    print(_markdown(["K", *map(str, DEPTHS)], rows))
+    _print("Sums of exact products in a tensor core, relative L2 error", ["K", *map(str, DEPTHS)], rows)
 
 
 def _signed(m: Mean, digits: int = 2) -> str:
@@ -66,9 +63,9 @@ def print_training(curves: dict[str, Curves]) -> None:
     """Prints means and standard errors over the seeds; each run is compared with the bf16 run of its own seed."""
     bf16 = curves["bf16"]
     half = bf16.loss.shape[1] // 2
-    print(
-        f"\nTraining against bf16 of the same seed, per cent, {len(bf16.loss)} seeds, mean ± standard error: training "
-        f"loss smoothed ({SMOOTHING}) at the last step and over the last half, validation loss at the end\n"
+    title = (
+        f"Training against bf16 of the same seed, per cent, {len(bf16.loss)} seeds, mean ± standard error: training "
+        f"loss smoothed ({SMOOTHING}) at the last step and over the last half, validation loss at the end"
     )
     rows = []
     for preset in PRECISIONS[1:]:
@@ -80,13 +77,13 @@ def print_training(curves: dict[str, Curves]) -> None:
     apart_v = [abs(relative(v[j], v[i])) for i in range(len(v)) for j in range(i + 1, len(v))]
     floor = (apart[:, -1].mean(), apart[:, half:].mean(), np.mean(apart_v))
     rows.append(["two bf16 seeds, mean distance", *(f"{x:.2f}" for x in floor)])
-    print(_markdown(["", "last", "last half", "validation"], rows))
+    _print(title, ["", "last", "last half", "validation"], rows)
 
 
 def print_same_weights(same: dict[str, SameWeights]) -> None:
-    print("\nOn the trained bf16 weights, per cent: error of the loss; relative L2 error of the gradient\n")
+    title = "On the trained bf16 weights, per cent: error of the loss; relative L2 error of the gradient"
     rows = [[preset, _signed(s.loss, 4), f"{s.gradient:.1f}"] for preset, s in same.items()]
-    print(_markdown(["", "loss", "gradient"], rows), flush=True)
+    _print(title, ["", "loss", "gradient"], rows)
 
 
 # --- picture ------------------------------------------------------------------------------------------------
@@ -103,7 +100,7 @@ def _draw_gemms(wide: Any, narrow: Any, table: Table) -> None:
             ax.bar(np.arange(len(groups)) + i * width, values, width, label=preset, color=COLOURS[preset])
         labels = [f"{g}\n{d}" if g == "dgrad" else g for d, g in groups]
         if ax is narrow:
-            labels = [d.replace(" ", "\n") for d, _ in groups]
+            labels = [d.replace(" ", "\n") for d in table]
         ax.set_xticks(np.arange(len(groups)) + 0.4 - width / 2, labels, fontsize=8)
         ax.set_yscale("log")
     wide.set_title("GEMM error, relative L2")
@@ -122,13 +119,9 @@ def _draw_sums(ax: Any, accumulation: dict[str, list[float]]) -> None:
 
 def _draw_same_weights(ax: Any, same: dict[str, SameWeights]) -> None:
     presets = list(same)
-    ax.bar(
-        presets,
-        [same[p].loss.value for p in presets],
-        yerr=[2 * same[p].loss.error for p in presets],
-        color=[COLOURS[p] for p in presets],
-        capsize=4,
-    )
+    losses = [(same[p].loss.value, 2 * same[p].loss.error) for p in presets]
+    values, spreads = zip(*losses, strict=True)
+    ax.bar(presets, values, yerr=spreads, color=[COLOURS[p] for p in presets], capsize=4)
     ax.set_xticks(range(len(presets)), [p.replace("_", "\n", 1) for p in presets], fontsize=8)
     ax.axhline(0, color="0.5", linewidth=0.8)
     ax.set_title("loss on equal weights, % above bf16, ± 2 standard errors", fontsize=10)
