@@ -37,16 +37,21 @@ def _normed(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     return x32 * inv, inv
 
 
-def _rms_norm_bwd(eps, saved, g):  # type: ignore[no-untyped-def]
-    x, scale = saved
-    (normed, inv), g32 = _normed(x, eps), g.astype(jnp.float32)
-    d_scale = (g32 * normed).sum(tuple(range(x.ndim - 1)))
-    d_normed = g32 * scale.astype(jnp.float32)
-    dx = inv * (d_normed - normed * (d_normed * normed).mean(-1, keepdims=True))
-    return dx.astype(x.dtype), d_scale.astype(scale.dtype)
+def _rms_norm_dgrad(x: jax.Array, scale: jax.Array, eps: float, g: jax.Array) -> jax.Array:
+    normed, inv = _normed(x, eps)
+    d_normed = g.astype(jnp.float32) * scale.astype(jnp.float32)
+    return (inv * (d_normed - normed * (d_normed * normed).mean(-1, keepdims=True))).astype(x.dtype)
 
 
-rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rms_norm_bwd)
+def _rms_norm_wgrad(x: jax.Array, scale: jax.Array, eps: float, g: jax.Array) -> jax.Array:
+    by_token = g.astype(jnp.float32) * _normed(x, eps)[0]
+    return by_token.sum(tuple(range(x.ndim - 1))).astype(scale.dtype)
+
+
+rms_norm.defvjp(
+    lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)),
+    lambda eps, saved, g: (_rms_norm_dgrad(*saved, eps, g), _rms_norm_wgrad(*saved, eps, g)),
+)
 
 
 def linear(x: jax.Array, w: Any, n_in: int = 1, dtype: Any = None) -> jax.Array:
