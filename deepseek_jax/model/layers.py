@@ -48,10 +48,12 @@ def _rms_norm_wgrad(x: jax.Array, scale: jax.Array, eps: float, g: jax.Array) ->
     return by_token.sum(tuple(range(x.ndim - 1))).astype(scale.dtype)
 
 
-rms_norm.defvjp(
-    lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)),
-    lambda eps, saved, g: (_rms_norm_dgrad(*saved, eps, g), _rms_norm_wgrad(*saved, eps, g)),
-)
+def _rms_norm_bwd(eps, saved, g):  # type: ignore[no-untyped-def]
+    x, scale = saved
+    return _rms_norm_dgrad(x, scale, eps, g), _rms_norm_wgrad(x, scale, eps, g)
+
+
+rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rms_norm_bwd)
 
 
 def linear(x: jax.Array, w: Any, n_in: int = 1, dtype: Any = None) -> jax.Array:
