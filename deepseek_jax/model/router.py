@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
 
 class BalanceStats(NamedTuple):
-    """Of one layer: tokens per expert (int32 [e]) and the two balance losses (float32, weight excluded)."""
+    """One layer's load, tokens per expert (int32 [e]), and its two balance losses (float32, weight excluded)."""
 
     counts_e: jax.Array
     seq_loss: jax.Array

@@ -31,7 +31,7 @@ class Whole:
         return x
 
     def cached(self, latent: LatentCache) -> LatentCache:
-        """Of the latents of all tokens, the sequences that this device goes on to decode."""
+        """The latents of the sequences that this device goes on to decode, from those of all."""
         return latent
 
     def own_heads(self, params: Any, declared: Any) -> Any:

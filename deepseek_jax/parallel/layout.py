@@ -52,7 +52,7 @@ def dispatcher_over(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMe
 def many_tokens(
     model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, tokens: int, wire: Wire = AS_IT_IS
 ) -> Layout:
-    """Of whole sequences of `tokens` tokens: prefill, and what training and evaluation begin with.
+    """The layout for whole sequences of `tokens` tokens: prefill, and what training and evaluation begin with.
 
     wire: formats of the exchange that `mesh.dispatch` and `mesh.combine` leave open. Raises ValueError for what does
     not divide over the mesh.
@@ -65,7 +65,8 @@ def many_tokens(
 
 
 def few_tokens(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> Layout:
-    """Of decoding: every device attends to its own sequences, tokens reach their experts by the low-latency exchange."""
+    """The layout of decoding: every device attends to its own sequences, tokens reach their experts by the low-latency
+    exchange."""
     if _tokens_travel(model, cfg, mesh):
         wire = _wire(cfg, AS_IT_IS)
         return Layout(LowLatency(masked=decoding_experts, wire=wire), mesh=_axes(mesh))
@@ -73,7 +74,7 @@ def few_tokens(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh) -
 
 
 def layout_over(cfg: Config, mesh: Mesh | AbstractMesh) -> Layout:
-    """Of training; `forward_only` of it is that of evaluation. The precision policy says in which formats tokens travel
+    """The layout of training; `forward_only` of it is that of evaluation. The precision policy says in which formats tokens travel
     where the mesh config does not.
 
     Raises ValueError for what does not divide over the mesh, and if there is no exchange to overlap with.

@@ -22,6 +22,6 @@ from jax import lax
 
 
 def precision(dtype: Any) -> lax.Precision | None:
-    """Of a product of operands in `dtype`: HIGHEST for float32, which GPUs else round to TF32's 10 bits (TPUs to
-    BF16); None for narrower dtypes, whose products are exact in float32."""
+    """The precision that a product of operands in `dtype` needs: HIGHEST for float32, which GPUs else round to TF32's 10
+    bits (TPUs to BF16); None for narrower dtypes, whose products are exact in float32."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None

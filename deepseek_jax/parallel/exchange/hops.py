@@ -129,7 +129,7 @@ class Plan:
 
     @property
     def rank(self) -> jax.Array:
-        """Of this device among those that hold experts."""
+        """Where this device stands among those that hold experts."""
         return lax.axis_index(mesh_axes(tuple(hop.axis for hop in self.hops)))
 
 
