@@ -4,6 +4,9 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.model.layout import single_device
+from deepseek_jax.training.gradients import by_micro_batches, value_of
+from deepseek_jax.training.objectives import pretraining
 from deepseek_jax.training.optimizer import adamw
 from deepseek_jax.training.state import Hyper, TrainState
 from tests.oracle.tiny import weights
@@ -53,6 +56,18 @@ def fresh_state(cfg: Config, seed: int = 0) -> TrainState:
     """A state before the first step, on the default device. NumPy's weights: nothing to compile."""
     params, bias = jax.tree.map(jax.numpy.asarray, weights(cfg.model, seed, bias=0.0))
     return TrainState.create(params, adamw(cfg.optimizer).init(params), bias)
+
+
+def losses(params, cfg: Config, batch, bias, total) -> dict:
+    """The metrics of pre-training on one device."""
+    value = value_of(cfg, single_device(cfg.train.remat), pretraining(cfg))
+    return value(params, batch, bias, total, HYPER)[1].metrics
+
+
+def gradients(params, quantised, cfg: Config, batch, bias, total):
+    """Of pre-training on one device."""
+    of = by_micro_batches(cfg, single_device(cfg.train.remat), pretraining(cfg))
+    return of(params, quantised, batch, bias, total, HYPER)[0]
 
 
 def tokens(cfg: Config, seed: int = 0, size: int | None = None) -> np.ndarray:

@@ -1,7 +1,10 @@
-"""Cross-entropy through the output head in chunks: float32 logits of all tokens never exist at once.
+"""Log-probabilities and cross-entropy through the output head in chunks: float32 logits of all tokens never exist at
+once.
 
-The gradient is formed in the forward pass, chunk by chunk, while a chunk's logits are at hand: three
-products per chunk and no recomputation; backward only scales by the incoming cotangent.
+`weighted_nll` is the sum of a batch under weights that are known beforehand. It forms its gradient in the forward pass,
+chunk by chunk, while a chunk's logits are at hand: three products per chunk and no recomputation; backward only scales
+by the incoming cotangent. `token_logprobs` gives each token's own, for losses that are functions of them; their
+cotangents are known only in the backward pass, which computes a chunk's logits again: a fourth product.
 
 Dims: n token, d hidden, v vocabulary.
 """
@@ -35,6 +38,24 @@ def _nll(h_nd: jax.Array, w_dv: jax.Array, labels_n: jax.Array) -> tuple[jax.Arr
     return (jnp.log(total) - picked)[:, 0], e, total
 
 
+def _through_head(
+    h_nd: jax.Array, w_dv: jax.Array, labels_n: jax.Array, probs_nv: jax.Array, weights_n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients (dh [n, d] in h's dtype, dw [d, v] float32) of sum_n weights_n * -log probs_nv[labels_n]."""
+    onehot = labels_n[:, None] == jnp.arange(w_dv.shape[1])
+    dlogits = ((probs_nv - onehot) * weights_n[:, None]).astype(h_nd.dtype)
+    dh_nd = _dot("nv,dv->nd", dlogits, w_dv.astype(h_nd.dtype)).astype(h_nd.dtype)
+    return dh_nd, _dot("nd,nv->dv", h_nd, dlogits)
+
+
+def _tokens(x: jax.Array, n: int) -> jax.Array:
+    """The inverse of `_chunked` for n tokens."""
+    return x.reshape(-1, *x.shape[2:])[:n]
+
+
+# --- a weighted sum -----------------------------------------------------------------------------------------------
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_nll(
     h_nd: jax.Array, w_dv: jax.Array, labels_n: jax.Array, weights_n: jax.Array, chunk: int
@@ -52,27 +73,57 @@ def weighted_nll(
     return lax.map(one, (_chunked(h_nd, chunk), _chunked(labels_n, chunk), _chunked(weights_n, chunk))).sum()
 
 
-def _fwd(h_nd, w_dv, labels_n, weights_n, chunk):  # type: ignore[no-untyped-def]
+def _weighted_fwd(h_nd, w_dv, labels_n, weights_n, chunk):  # type: ignore[no-untyped-def]
     def one(dw, args):
         h, labels, weights = args
         nll, e, total = _nll(h, w_dv, labels)
-        onehot = labels[:, None] == jnp.arange(w_dv.shape[1])
-        dlogits = ((e / total - onehot) * weights[:, None]).astype(h.dtype)
-        dw = dw + _dot("nd,nv->dv", h, dlogits)
-        dh = _dot("nv,dv->nd", dlogits, w_dv.astype(h.dtype)).astype(h.dtype)
-        return dw, ((nll * weights).sum(), dh)
+        dh, more = _through_head(h, w_dv, labels, e / total, weights)
+        return dw + more, ((nll * weights).sum(), dh)
 
     chunks = (_chunked(h_nd, chunk), _chunked(labels_n, chunk), _chunked(weights_n, chunk))
     dw, (losses, dh) = lax.scan(one, jnp.zeros(w_dv.shape, jnp.float32), chunks)
-    dh_nd = dh.reshape(-1, h_nd.shape[1])[: h_nd.shape[0]]
-    return losses.sum(), (dh_nd, dw.astype(w_dv.dtype))
+    return losses.sum(), (_tokens(dh, len(h_nd)), dw.astype(w_dv.dtype))
 
 
-def _bwd(chunk, saved, g):  # type: ignore[no-untyped-def]
-    dh, dw = (
-        saved  # scaled in float32: in BF16 the cotangent, as the weight of the MTP loss, would be 0.3% off
-    )
+def _weighted_bwd(chunk, saved, g):  # type: ignore[no-untyped-def]
+    # Scaled in float32: in BF16 the cotangent, as the weight of the MTP loss, would be 0.3% off.
+    dh, dw = saved
     return (dh * g).astype(dh.dtype), (dw * g).astype(dw.dtype), None, None
 
 
-weighted_nll.defvjp(_fwd, _bwd)
+weighted_nll.defvjp(_weighted_fwd, _weighted_bwd)
+
+
+# --- each token's own ---------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_logprobs(h_nd: jax.Array, w_dv: jax.Array, labels_n: jax.Array, chunk: int) -> jax.Array:
+    """log softmax(h w)[labels_n] of each token, float32 [n].
+
+    h_nd compute dtype, w_dv the head (cast to it), labels_n int32; at most `chunk` rows of logits are in memory, forward
+    and backward.
+    """
+    args = (_chunked(h_nd, chunk), _chunked(labels_n, chunk))
+    return -_tokens(lax.map(lambda one: _nll(one[0], w_dv, one[1])[0], args), len(h_nd))
+
+
+def _logprobs_fwd(h_nd, w_dv, labels_n, chunk):  # type: ignore[no-untyped-def]
+    return token_logprobs(h_nd, w_dv, labels_n, chunk), (h_nd, w_dv, labels_n)
+
+
+def _logprobs_bwd(chunk, saved, g_n):  # type: ignore[no-untyped-def]
+    h_nd, w_dv, labels_n = saved
+
+    def one(dw, args):
+        h, labels, g = args
+        _, e, total = _nll(h, w_dv, labels)
+        dh, more = _through_head(h, w_dv, labels, e / total, -g)
+        return dw + more, dh
+
+    chunks = (_chunked(h_nd, chunk), _chunked(labels_n, chunk), _chunked(g_n, chunk))
+    dw, dh = lax.scan(one, jnp.zeros(w_dv.shape, jnp.float32), chunks)
+    return _tokens(dh, len(h_nd)), dw.astype(w_dv.dtype), None
+
+
+token_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd)

@@ -104,16 +104,18 @@ def balance_stats(
     share_bte = s_bte / (s_bte.sum(-1, keepdims=True) + 1e-20)
     _, top = jax.lax.top_k(jax.lax.stop_gradient(s_bte), k)
     t_b1 = jnp.full((b, 1), own * sequence.parts, jnp.float32)  # tokens of each sequence
+    t = t_b1.sum()
     if counted_bt is not None:
         share_bte = jnp.where(counted_bt[..., None], share_bte, 0.0)
         top = jnp.where(counted_bt[..., None], top, e)
-        t_b1 = jnp.maximum(sequence.total(counted_bt.sum(1, keepdims=True)), 1).astype(jnp.float32)
+        there_b1 = sequence.total(counted_bt.sum(1, keepdims=True))
+        t_b1, t = (jnp.maximum(n, 1).astype(jnp.float32) for n in (there_b1, there_b1.sum()))
     hits_be = jax.vmap(lambda ids: expert_counts(ids, e))(top)
     f_be = sequence.total(hits_be).astype(jnp.float32) * (e / (k * t_b1))
     seq_loss = (f_be * share_bte.sum(1) / t_b1).sum(-1).mean()
     counts_e = expert_counts(routing.experts_btk, e)
-    f_e = sequence.total(counts_e).astype(jnp.float32) * (e / (k * t_b1.sum()))
-    return BalanceStats(counts_e, seq_loss, (f_e * share_bte.sum((0, 1))).sum() / t_b1.sum())
+    f_e = sequence.total(counts_e).astype(jnp.float32) * (e / (k * t))
+    return BalanceStats(counts_e, seq_loss, (f_e * share_bte.sum((0, 1))).sum() / t)
 
 
 def update_bias(bias_le: jax.Array, counts_le: jax.Array, gamma: jax.Array | float) -> jax.Array:

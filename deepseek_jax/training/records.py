@@ -132,10 +132,7 @@ class Records:
             return
         counted = done.step % max(1, host.counts_le.size // _COUNTS) == 0
         values = {
-            "loss": float(host.loss),
-            "mtp_loss": float(host.mtp_loss) if self._cfg.model.num_nextn_predict_layers else None,
-            "balance_loss": float(host.balance_loss),
-            "grad_norm": float(host.grad_norm),
+            **{name: float(x) for name, x in host.scalars.items()},
             "lr": float(done.hyper.lr),
             "gamma": float(done.hyper.gamma),
             "mtp_lambda": float(done.hyper.mtp_lambda),
@@ -162,8 +159,7 @@ class Records:
             self._progress.write(text)
 
     def _not_finite(self, step: int, host: Metrics) -> None:
-        names = ("loss", "mtp_loss", "grad_norm")
-        what = ", ".join(f"{n}={getattr(host, n)}" for n in names if not np.isfinite(getattr(host, n)))
+        what = ", ".join(f"{name}={x}" for name, x in host.scalars.items() if not np.isfinite(x))
         self.say(f"step {step} skipped: {what} ({int(host.bad_steps)} in a row)")
         limit = self._cfg.train.max_bad_steps
         if host.bad_steps >= limit:

@@ -1,6 +1,6 @@
 """One training step: gradients over the mesh, guarded update, bias update (report sections 2.1.2, 4.2).
 
-The forward and backward pass (`losses.py`) runs inside `shard_map`, each device on its own sequences, or with a mesh
+The forward and backward pass (`gradients.py`) runs inside `shard_map`, each device on its own sequences, or with a mesh
 axis `tensor` on its part of each. Expert loads are summed as integers, so the bias update is exact whatever the number
 of devices.
 
@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.layers import head_weight
+from deepseek_jax.model.layout import Layout
 from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
@@ -29,22 +30,27 @@ from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, rep
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.training.frozen import frozen_leaves, trained
-from deepseek_jax.training.losses import Batch, gradients, inputs, targets, totals
+from deepseek_jax.training.gradients import Gradients, by_micro_batches
+from deepseek_jax.training.labels import Batch, inputs, targets, totals
+from deepseek_jax.training.objectives import Objective, pretraining
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
 from deepseek_jax.training.state import Hyper, TrainState, parameter_shares, state_shardings
 
 
 class Metrics(NamedTuple):
-    """Of one step; `finite` is False where the update was not applied."""
+    """Of one step: the objective's metrics by name; `finite` is False where the update was not applied."""
 
-    loss: jax.Array
-    mtp_loss: jax.Array
-    balance_loss: jax.Array
+    objective: dict[str, jax.Array]
     grad_norm: jax.Array
     counts_le: jax.Array
     finite: jax.Array
     bad_steps: jax.Array
     skipped: jax.Array
+
+    @property
+    def scalars(self) -> dict[str, jax.Array]:
+        """The objective's metrics and the norm of the gradient: a step is skipped if one of them is not finite."""
+        return {**self.objective, "grad_norm": self.grad_norm}
 
 
 def creation(cfg: Config, mesh: Mesh | AbstractMesh) -> Any:
@@ -92,7 +98,10 @@ def _check_axes(mesh: Mesh | AbstractMesh) -> None:
 
 
 def make_train_step(
-    cfg: Config, mesh: Mesh | AbstractMesh
+    cfg: Config,
+    mesh: Mesh | AbstractMesh,
+    objective: Objective | None = None,
+    gradients: Callable[[Config, Layout, Objective], Gradients] = by_micro_batches,
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch, hyper) -> (state, metrics). `state` is donated.
 
@@ -100,7 +109,9 @@ def make_train_step(
     spread over node x local x tensor as `mesh.experts` says, and with `mesh.zero` parameters are gathered and gradients
     scattered once per step. Give it a state of `init_state`, or one laid out by `state_shardings`.
 
-    A loss or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
+    objective: `objectives.pretraining(cfg)` by default. gradients: how its gradients are computed on each device.
+
+    A metric or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
     One program serves all batch sizes of a ramp: each device's rows are filled up to the full batch, and
     `hyper.micro_batches` says how many micro-batches of it are there. Raises ValueError for a mesh with a pipeline axis,
     whose devices would all do the same work, and for what does not divide over the mesh.
@@ -110,15 +121,16 @@ def make_train_step(
     optimizer = adamw(cfg.optimizer, frozen=frozen)
     everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
     declared, policy = model_params(cfg.model), preset(cfg.precision)
-    held, layout = held_specs(shares), layout_over(cfg, mesh)
+    held = held_specs(shares)
+    grads_of = gradients(cfg, layout_over(cfg, mesh), objective or pretraining(cfg))
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         n = _sequences(cfg, mesh, batch)
 
         def local(params, bias, batch, hyper):
-            read, micro = gather(params, shares, declared, policy), hyper.micro_batches
-            total = totals(cfg, batch, n, micro, BATCH_AXES)
-            grads, parts = gradients(*read, cfg, batch, bias, hyper.mtp_lambda, total, layout, micro)
+            read = gather(params, shares, declared, policy)
+            total = totals(cfg, batch, n, hyper.micro_batches, BATCH_AXES)
+            grads, parts = grads_of(*read, batch, bias, total, hyper)
             return scatter(grads, shares), lax.psum(parts, TOKEN_AXES)
 
         grads, parts = jax.shard_map(
@@ -129,7 +141,7 @@ def make_train_step(
             check_vma=False,
         )(state.params, state.balance_bias, batch, hyper)
         norm = global_norm(trained(grads, frozen))
-        finite = jnp.isfinite(parts.main) & jnp.isfinite(parts.mtp) & jnp.isfinite(norm)
+        finite = jnp.isfinite(jnp.stack([norm, *parts.metrics.values()])).all()
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper.lr, norm, finite)
         params = optax.apply_updates(state.params, updates)
         bias = state.balance_bias
@@ -146,10 +158,7 @@ def make_train_step(
             bad_steps=bad_steps,
             skipped=skipped,
         )
-        metrics = Metrics(
-            parts.main, parts.mtp, parts.balance, norm, parts.counts_le, finite, bad_steps, skipped
-        )
-        return state, metrics
+        return state, Metrics(parts.metrics, norm, parts.counts_le, finite, bad_steps, skipped)
 
     return jax.jit(
         step,

@@ -10,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import PRECISIONS, Config
+from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.training.drawing import smoothed
+from deepseek_jax.training.gradients import value_of
+from deepseek_jax.training.labels import totals
 from deepseek_jax.training.loop import Trainer
-from deepseek_jax.training.losses import losses, totals
 from deepseek_jax.training.metrics import read_records
+from deepseek_jax.training.objectives import pretraining
+from deepseek_jax.training.state import Hyper
 from experiments.study.errors import KINDS, Errors, capture, gemm_errors, synthetic
 
 SHAPE = (256, 1024, 512)  # m, k, n of the synthetic GEMMs
@@ -109,13 +113,21 @@ def _windows(trained: Trained, first: int, count: int) -> dict[str, jax.Array]:
     return {k: v[first : first + count] for k, v in trained.batch.items()}
 
 
+def _loss(params: Any, trained: Trained, windows: dict[str, jax.Array]) -> jax.Array:
+    """The main model's, nats per token."""
+    cfg, total = trained.cfg, totals(trained.cfg, windows, len(windows["tokens"]))
+    value = value_of(cfg, single_device(cfg.train.remat), pretraining(cfg))
+    _, parts = value(params, windows, trained.bias, total, Hyper(*jnp.zeros(3)))
+    return parts.metrics["loss"]
+
+
 def captured(trained: Trained) -> dict[str, Any]:
     """Returns what the watched layers see on two windows."""
     cfg, b = trained.cfg, 2
 
     def loss(params):
         windows = _windows(trained, 0, b)
-        return losses(params, cfg, windows, trained.bias, totals(cfg, windows, b)).main * b * cfg.data.seq_len
+        return _loss(params, trained, windows) * b * cfg.data.seq_len
 
     return capture(loss, trained.params, WATCHED, b * cfg.data.seq_len)
 
@@ -130,7 +142,7 @@ class SameWeights(NamedTuple):
 def same_weights(trained: Trained) -> dict[str, SameWeights]:
     """Measures loss and gradient of each preset on the same weights."""
     cfg, declared = trained.cfg, model_params(trained.cfg.model)
-    scale = float(WINDOWS * cfg.data.seq_len)  # of the backward pass, as in `training/losses.py`
+    scale = float(WINDOWS * cfg.data.seq_len)  # of the backward pass, as in `training/gradients.py`
     groups = len(trained.batch["tokens"]) // WINDOWS
 
     def measured(preset: str) -> tuple[np.ndarray, np.ndarray]:
@@ -142,8 +154,7 @@ def same_weights(trained: Trained) -> dict[str, SameWeights]:
 
             def loss(params):
                 with_policy = attach(params, quantised, policy)
-                total = totals(cfg, batch, WINDOWS)
-                return losses(with_policy, cfg, batch, trained.bias, total).main * scale
+                return _loss(with_policy, trained, batch) * scale
 
             return jax.value_and_grad(loss)(params)
 

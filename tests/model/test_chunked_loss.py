@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.loss import weighted_nll
+from deepseek_jax.model.loss import token_logprobs, weighted_nll
 
 N, D, V = 37, 11, 23
 RNG = np.random.default_rng(0)
@@ -44,6 +44,74 @@ def test_whole_logits_never_exist():
     h, w = jnp.zeros((n, D)), jnp.zeros((D, v))
     labels, weights = jnp.zeros(n, jnp.int32), jnp.ones(n)
     step = jax.grad(lambda h, w: weighted_nll(h, w, labels, weights, 64), (0, 1))
+    text = jax.jit(step).lower(h, w).as_text()
+    assert f"64x{v}xf32" in text
+    assert f"{n}x{v}x" not in text and f"10x64x{v}x" not in text
+
+
+# --- each token's own ---------------------------------------------------------------------------------------------
+
+ADVANTAGE = RNG.standard_normal(N)
+OLD = 0.1 * RNG.standard_normal(N)  # of the policy that sampled, beside log p of H and W
+
+
+def log_p(h, w):
+    """In float64."""
+    logits = h.astype(np.float64) @ w.astype(np.float64)
+    largest = logits.max(-1, keepdims=True)
+    return (logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True)))[np.arange(N), LABELS]
+
+
+BEFORE = log_p(H, W) + OLD
+
+
+def clipped(xp, logp):
+    """A policy's clipped objective: no linear function of log-probabilities, and flat where it clips."""
+    ratio = xp.exp(logp - BEFORE.astype(logp.dtype))
+    advantage = ADVANTAGE.astype(logp.dtype)
+    return xp.minimum(ratio * advantage, xp.clip(ratio, 0.95, 1.05) * advantage).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 8, N, 64])
+def test_log_probabilities_and_a_function_of_them(chunk):
+    """Gradients against differences of the float64 objective along random directions."""
+    got = token_logprobs(H, W, LABELS, chunk)
+    assert got.shape == (N,) and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, log_p(H, W), rtol=1e-5)
+    ratio = np.exp(-OLD)
+    edges = np.abs(ratio - 0.95), np.abs(ratio - 1.05)
+    assert min(map(np.min, edges)) > 1e-4 and 5 < ((ratio > 0.95) & (ratio < 1.05)).sum() < N - 5
+    run = jax.value_and_grad(lambda h, w: clipped(jnp, token_logprobs(h, w, LABELS, chunk)), (0, 1))
+    value, (dh, dw) = jax.jit(run)(H, W)
+    np.testing.assert_allclose(value, clipped(np, log_p(H, W)), rtol=1e-5)
+    rng, step = np.random.default_rng(1), 1e-6  # moves a ratio by less than its distance to an edge
+    for _ in range(5):
+        h, w = rng.standard_normal(H.shape), rng.standard_normal(W.shape)
+        ahead, back = (clipped(np, log_p(H + s * h, W + s * w)) for s in (step, -step))
+        slope = (np.vdot(dh, h) + np.vdot(dw, w)).item()
+        # Float32 sums of N x V terms on one side, differences of float64 over 2e-6 on the other.
+        assert abs(slope - (ahead - back) / (2 * step)) < 1e-4 * np.sqrt(np.sum(dh**2) + np.sum(dw**2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_weighted_sum_is_that_of_the_log_probabilities(dtype):
+    """Bitwise, gradients too: both form them from the same weights."""
+    h = jnp.asarray(H, dtype)
+
+    def grads(of):
+        return jax.jit(jax.grad(of, (0, 1)))(h, W)
+
+    got = grads(lambda h, w: -(WEIGHTS * token_logprobs(h, w, LABELS, 8)).sum())
+    want = grads(lambda h, w: weighted_nll(h, w, LABELS, WEIGHTS, 8))
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def test_whole_logits_never_exist_for_log_probabilities():
+    n, v = 640, 999
+    h, w, labels = jnp.zeros((n, D)), jnp.zeros((D, v)), jnp.zeros(n, jnp.int32)
+    step = jax.grad(lambda h, w: jnp.exp(token_logprobs(h, w, labels, 64)).sum(), (0, 1))
     text = jax.jit(step).lower(h, w).as_text()
     assert f"64x{v}xf32" in text
     assert f"{n}x{v}x" not in text and f"10x64x{v}x" not in text

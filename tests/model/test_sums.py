@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model.layers import embed
-from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.rows import sum_pairs
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import quantise_weights
 from deepseek_jax.precision import preset
-from deepseek_jax.training.losses import gradients, totals
+from deepseek_jax.training.labels import totals
 from tests.programs import equations
-from tests.tiny_run import fresh_state, tiny, tokens
+from tests.tiny_run import fresh_state, gradients, tiny, tokens
 
 SUMS = {"reduce_sum", "scatter-add", "cumsum", "reduce_window_sum", "psum", "reduce_scatter"}
 
@@ -32,7 +31,7 @@ def traced(dtype, precision="bf16", read="float32", remat="none"):
     def run(params, bias):
         quantised = quantise_weights(params, model_params(cfg.model), preset(precision))
         total = totals(cfg, batch, 4)
-        return gradients(params, quantised, cfg, batch, bias, jnp.float32(0.3), total, single_device())
+        return gradients(params, quantised, cfg, batch, bias, total)
 
     return list(equations(jax.make_jaxpr(run)(params, state.balance_bias).jaxpr))
 
@@ -73,7 +72,7 @@ def test_the_gates_precision_is_in_the_lowered_program():
     def run(params, bias):
         unquantised = quantise_weights(params, model_params(cfg.model), None)
         total = totals(cfg, batch, 4)
-        return gradients(params, unquantised, cfg, batch, bias, jnp.float32(0.3), total, single_device())
+        return gradients(params, unquantised, cfg, batch, bias, total)
 
     lowered = jax.jit(run).trace(state.params, state.balance_bias).lower(lowering_platforms=("cuda",))
     dots = [line for line in lowered.as_text().splitlines() if "dot_general" in line]

@@ -25,8 +25,8 @@ def assert_same_step(run, one) -> None:
     Of runs with float32 moments: the first moment shows the gradient itself.
     """
     (state, _, (got, *_)), (state_1, _, (want, *_)) = run, one
-    for name in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
-        assert difference(getattr(got, name), getattr(want, name)) < BOUND, name
+    for name, x in want.scalars.items():
+        assert difference(got.scalars[name], x) < BOUND, name
     np.testing.assert_array_equal(got.counts_le, want.counts_le)
     np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)
     moments = jax.tree_util.tree_leaves_with_path(state.opt_state.mu)
@@ -49,7 +49,7 @@ def assert_tracks(run, one, near, bias: float, whats=("loss",)) -> None:
     """
     for step, (got, want) in enumerate(zip(run.history, one.history, strict=True)):
         for what in whats:
-            assert difference(getattr(got, what), getattr(want, what)) < BOUND, (step, what)
+            assert difference(got.scalars[what], want.scalars[what]) < BOUND, (step, what)
         np.testing.assert_array_equal(got.counts_le, want.counts_le, err_msg=str(step))
     state, state_1, state_near = (jax.device_get(x.last) for x in (run, one, near))
     np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)

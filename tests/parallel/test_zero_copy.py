@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import quantise_weights
 from deepseek_jax.parallel.zero import gather, held_specs, read_dtype, share_of
 from deepseek_jax.precision import preset
-from deepseek_jax.training.losses import losses, totals
+from deepseek_jax.training.labels import totals
 from deepseek_jax.training.state import parameter_shares
 from deepseek_jax.training.step import make_eval_step
 from tests.parallel.comparison import difference
 from tests.parallel.harness import SHALLOW, SINGLE, batch_on, config, mesh_of, put
-from tests.tiny_run import fresh_state, tokens
+from tests.tiny_run import fresh_state, losses, tokens
 
 
 def evaluation(zero, dtype, precision):
@@ -106,7 +105,7 @@ def test_gradients_of_cast_weights():
     @jax.jit
     def both(params, cast):
         return [
-            jax.value_and_grad(lambda p: losses(p, cfg, batch, bias, total, single_device()).main)(p)
+            jax.value_and_grad(lambda p: losses(p, cfg, batch, bias, total)["loss"])(p)
             for p in (params, cast)
         ]
 

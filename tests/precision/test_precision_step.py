@@ -8,16 +8,15 @@ import numpy as np
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.layers import linear
-from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.product import Quantised, quantise_weight
-from deepseek_jax.training.losses import gradients, losses, totals
+from deepseek_jax.training.labels import totals
 from deepseek_jax.training.step import make_train_step
-from tests.tiny_run import HYPER, fresh_state, tiny, tokens
+from tests.tiny_run import HYPER, fresh_state, gradients, losses, tiny, tokens
 
 SMALL = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
 POLICY = PRESETS["deepseek_fp8"]
@@ -35,9 +34,7 @@ def test_training_follows_bf16():
     """Every step's loss within the report's 0.25% of the unquantised model's, and not equal to it."""
     cfg = small(grad_accumulation=2)
     plain = jax.jit(
-        lambda params, bias, batch: losses(
-            params, cfg, batch, bias, totals(cfg, batch, 4), single_device()
-        ).main
+        lambda params, bias, batch: losses(params, cfg, batch, bias, totals(cfg, batch, 4))["loss"]
     )
     step, state = make_train_step(cfg, one_device()), fresh_state(cfg)
     errors = []
@@ -45,7 +42,7 @@ def test_training_follows_bf16():
         batch = {"tokens": jnp.asarray(tokens(cfg, i))}
         want = float(plain(state.params, state.balance_bias, batch))
         state, metrics = step(state, batch, HYPER)
-        errors.append(abs(float(metrics.loss) / want - 1))
+        errors.append(abs(float(metrics.scalars["loss"]) / want - 1))
     assert metrics.finite and min(errors) > 0 and max(errors) < 2.5e-3
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
     moments = [x for x in jax.tree.leaves(state.opt_state) if jnp.ndim(x) > 1]
@@ -111,15 +108,7 @@ def test_gradients_do_not_depend_on_how_large_the_global_batch_is():
     @functools.partial(jax.jit, static_argnums=0)
     def of_batch(sequences):
         params = state.params, quantise_weights(state.params, model_params(cfg.model), POLICY)
-        return gradients(
-            *params,
-            cfg,
-            batch,
-            state.balance_bias,
-            jnp.float32(0.3),
-            totals(cfg, batch, sequences),
-            single_device(),
-        )[0]
+        return gradients(*params, cfg, batch, state.balance_bias, totals(cfg, batch, sequences))
 
     small_batch, large_batch = of_batch(cfg.train.batch_size), of_batch(n)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b * 2.0**19), small_batch, large_batch)

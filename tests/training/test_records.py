@@ -14,7 +14,7 @@ from deepseek_jax.training.throughput import Throughput
 from tests.tiny_run import tiny
 
 TOKENS = 128  # of a step
-METRICS = Metrics(3.0, 3.5, 0.0, 1.0, np.full((2, 8), 32), True, 0, 0)
+METRICS = Metrics({"loss": 3.0, "mtp_loss": 3.5, "balance_loss": 0.0}, 1.0, np.full((2, 8), 32), True, 0, 0)
 
 
 class Run:

@@ -12,10 +12,10 @@ from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.transformer import forward
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from deepseek_jax.training.losses import inputs, losses, totals
+from deepseek_jax.training.labels import inputs, totals
 from deepseek_jax.training.step import make_eval_step, make_train_step
 from tests.oracle.tiny import weights
-from tests.tiny_run import HYPER, fresh_state, tiny, tokens
+from tests.tiny_run import HYPER, fresh_state, losses, tiny, tokens
 
 # Float32 sums in another order: 6e-8 per operation, over the 128 tokens and some 40 operations that lie in a
 # gradient's path, growing like a random walk (x 70), and a factor of 2 for cancellation.
@@ -61,7 +61,7 @@ def assert_equal_up_to_order(got, want):
     (state, metrics), (state_1, metrics_1) = got, want
     for name in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
         np.testing.assert_allclose(
-            getattr(metrics, name), getattr(metrics_1, name), rtol=REORDERED, err_msg=name
+            metrics.scalars[name], metrics_1.scalars[name], rtol=REORDERED, err_msg=name
         )
     np.testing.assert_array_equal(metrics.counts_le, metrics_1.counts_le)
     np.testing.assert_array_equal(state.balance_bias, state_1.balance_bias)
@@ -142,12 +142,12 @@ def test_other_modes_leave_the_bias_alone(mode):
     state, metrics = step(state, batch)
     assert not np.asarray(state.balance_bias).any()
     if mode == "none":
-        assert float(metrics.balance_loss) == 0.0
+        assert float(metrics.scalars["balance_loss"]) == 0.0
     else:
         run = lambda p: forward(p, cfg.model, inputs(batch, cfg.data.seq_len), None, single_device())  # noqa: E731
         _, aux = jax.jit(run)(params)
         want = cfg.balance.classic_alpha * aux.classic_loss
-        np.testing.assert_allclose(metrics.balance_loss, want, rtol=REORDERED)
+        np.testing.assert_allclose(metrics.scalars["balance_loss"], want, rtol=REORDERED)
         assert 1.0 <= float(aux.classic_loss) < cfg.model.n_routed_experts
 
 
@@ -192,14 +192,16 @@ def test_losses_are_the_papers_sums(packed):
     @jax.jit
     def run(params):
         hidden, aux = forward(params, cfg.model, inputs(batch, cfg.data.seq_len), bias, single_device())
-        return losses(params, cfg, batch, bias, totals(cfg, batch, sequences), single_device()), hidden, aux
+        return losses(params, cfg, batch, bias, totals(cfg, batch, sequences)), hidden, aux
 
     got, hidden, aux = jax.device_get(run(params))
     head = np.asarray(head_weight(params), np.float64)
-    np.testing.assert_allclose(got.main, by_hand(hidden, head, batch, 0, sequences), rtol=REORDERED)
+    np.testing.assert_allclose(got["loss"], by_hand(hidden, head, batch, 0, sequences), rtol=REORDERED)
     mtp = [by_hand(aux.mtp[k], head, batch, k + 1, sequences) for k in range(2)]
-    np.testing.assert_allclose(got.mtp, np.mean(mtp), rtol=REORDERED)
-    np.testing.assert_allclose(got.balance, cfg.balance.seq_alpha * aux.seq_loss * 3 / 5, rtol=REORDERED)
+    np.testing.assert_allclose(got["mtp_loss"], np.mean(mtp), rtol=REORDERED)
+    np.testing.assert_allclose(
+        got["balance_loss"], cfg.balance.seq_alpha * aux.seq_loss * 3 / 5, rtol=REORDERED
+    )
 
 
 def test_segments_mask_some_labels_and_not_all():
@@ -218,9 +220,7 @@ def test_loss_does_not_depend_on_the_chunk(chunk):
         )
         params, _ = weights(cfg.model, 3)
         batch = batch_of(cfg)
-        objective = jax.value_and_grad(
-            lambda p: losses(p, cfg, batch, None, totals(cfg, batch, 4), single_device()).main
-        )
+        objective = jax.value_and_grad(lambda p: losses(p, cfg, batch, None, totals(cfg, batch, 4))["loss"])
         return jax.jit(objective)(params)
 
     (loss, grads), (loss_1, grads_1) = run(chunk), run(48)  # 128 tokens: 48 leaves a remainder
@@ -237,7 +237,9 @@ def test_evaluation_sums_each_window():
     nats, labels = evaluate(state.params, state.balance_bias, batch_of(cfg))
     assert nats.shape == labels.shape == (4,) and nats.dtype == labels.dtype == jnp.float32
     assert labels.tolist() == [cfg.data.seq_len] * 4
-    np.testing.assert_allclose(np.mean(nats) / cfg.data.seq_len, one_step()[1].loss, rtol=REORDERED)
+    np.testing.assert_allclose(
+        np.mean(nats) / cfg.data.seq_len, one_step()[1].scalars["loss"], rtol=REORDERED
+    )
 
 
 def packed_in(documents):
@@ -258,8 +260,8 @@ def test_means_do_not_depend_on_how_many_labels_are_masked(documents):
     params = fresh_state(cfg).params
     params = params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}
     bias = np.zeros(cfg.model.balance_bias_shape, np.float32)
-    got = jax.jit(lambda p: losses(p, cfg, batch, bias, totals(cfg, batch, 4), single_device()))(params)
-    np.testing.assert_allclose([got.main, got.mtp], np.log(cfg.model.vocab_size), rtol=REORDERED)
+    got = jax.jit(lambda p: losses(p, cfg, batch, bias, totals(cfg, batch, 4)))(params)
+    np.testing.assert_allclose([got["loss"], got["mtp_loss"]], np.log(cfg.model.vocab_size), rtol=REORDERED)
     labels = totals(cfg, batch, 4).labels
     assert [int(n) for n in labels] == ([4 * 32, 4 * 31] if documents == 1 else [4 * 17, 4 * 1])
     nats, counted = make_eval_step(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))(params, bias, batch)

@@ -1,0 +1,103 @@
+"""What a batch holds: the inputs of a pass, the labels of each depth, and how many of them count over all devices.
+
+Losses are divided by the *global* number of labels on each device, so that plain sums over devices give global means,
+whatever the micro-batches and devices. Without masks a window has t labels, also of an MTP depth, whose last ones are
+missing (equation 24). With segments, a loss mask or padding, what counts of each depth is counted.
+
+Dims: b sequence, t token, w window (t + 1 or more tokens), k MTP depth.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.layout import Inputs
+
+# Arrays [b, w]. "tokens" int32; and optional
+# "segments", "positions" int32: of packed documents, which do not see each other;
+# "loss_mask" bool: which tokens count as labels (of a conversation, the answers);
+# "padding" bool: what is no token. It goes to no routed expert, counts in no load and no loss. Attention leaves it out
+#   only where it is a segment of its own, or comes after all that reads it.
+Batch = Mapping[str, jax.Array]
+MASKS = ("segments", "loss_mask", "padding")
+
+
+class Totals(NamedTuple):
+    """Of a global batch, what its losses are divided by: sequences, and labels of the main model (depth 0) and of each
+    MTP depth. room: tokens of the largest batch, which is static."""
+
+    sequences: int | jax.Array
+    labels: tuple[int | jax.Array, ...]
+    room: int
+
+
+def totals(
+    cfg: Config, batch: Batch, sequences: int, micro_batches: jax.Array | None = None, axes: Any = ()
+) -> Totals:
+    """Totals of a global batch with room for `sequences`, of which `batch` are this device's rows.
+
+    micro_batches: of the `grad_accumulation` ones that there is room for, the first so many are there; None: all.
+    axes: the mesh axes that divide the global batch, inside `shard_map`.
+    """
+    t, depths, rows = cfg.data.seq_len, 1 + cfg.model.num_nextn_predict_layers, batch["tokens"].shape[0]
+    room = sequences * t
+    here: int | jax.Array = rows
+    there: int | jax.Array = sequences
+    if micro_batches is not None:
+        here = micro_batches * (rows // cfg.train.grad_accumulation)
+        # Float32: times t, an int32 would overflow from 2^31 tokens on.
+        there = micro_batches.astype(jnp.float32) * (sequences // cfg.train.grad_accumulation)
+    if not any(name in batch for name in MASKS):
+        return Totals(there, (there * t,) * depths, room)
+    present_b1 = jnp.arange(rows)[:, None] < here
+    counts = [(targets(batch, t, depth)[1] & present_b1).sum() for depth in range(depths)]
+    counts.append((with_tokens(batch, t) & present_b1[:, 0]).sum())
+    total = lax.psum(jnp.stack(counts), axes) if axes else jnp.stack(counts)
+    numbers = tuple(jnp.maximum(total, 1).astype(jnp.float32))
+    return Totals(numbers[-1] if "padding" in batch else there, numbers[:depths], room)
+
+
+def inputs(batch: Batch, t: int) -> Inputs:
+    """The first t tokens of a batch's windows, as the model reads them."""
+
+    def cut(name: str) -> jax.Array | None:
+        return batch[name][:, :t] if name in batch else None
+
+    padding = cut("padding")
+    return Inputs(
+        batch["tokens"][:, :t],
+        cut("positions"),
+        cut("segments"),
+        None if padding is None else ~padding,
+    )
+
+
+def with_tokens(batch: Batch, t: int) -> jax.Array:
+    """Which sequences are not just padding: bool [b]."""
+    if "padding" in batch:
+        return ~batch["padding"][:, :t].all(1)
+    return jnp.ones(batch["tokens"].shape[0], bool)
+
+
+def targets(batch: Batch, t: int, depth: int) -> tuple[jax.Array, jax.Array]:
+    """Labels [b, t] of depth 0 (main model) or k (MTP), and which of them count.
+
+    Depth k predicts token i + k + 1 at position i. The last k positions of a window have no label within the window.
+    With segments, a label of another document does not count.
+    """
+
+    def ahead(x: jax.Array) -> jax.Array:
+        return jnp.roll(x[:, : t + 1], -(depth + 1), axis=1)[:, :t]
+
+    valid = jnp.broadcast_to(jnp.arange(t) < t - depth, (batch["tokens"].shape[0], t))
+    if "segments" in batch:
+        valid &= ahead(batch["segments"]) == batch["segments"][:, :t]
+    if "loss_mask" in batch:
+        valid &= ahead(batch["loss_mask"])
+    if "padding" in batch:
+        valid &= ~(ahead(batch["padding"]) | batch["padding"][:, :t])
+    return ahead(batch["tokens"]), valid
