@@ -41,33 +41,20 @@ def _hint(value: Any, choices: tuple[str, ...]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def integer(name: str, value: Any, low: int, high: int) -> None:
-    """Raises ValueError unless `value` is an integer in [low, high]."""
-    _number(name, value, numbers.Integral, "an integer", low, high)
+def ranges(path: str, config: Any, names: str, low: float, high: float) -> None:
+    """Raises ValueError unless the fields `names` of the section `path` are numbers in [low, high].
 
-
-def real(name: str, value: Any, low: float, high: float) -> None:
-    """Raises ValueError unless `value` is a number in [low, high]."""
-    _number(name, value, numbers.Real, "a finite number", low, high)
-
-
-def _number(name: str, value: Any, kind: Any, words: str, low: float, high: float) -> None:
-    number = isinstance(value, kind) and not isinstance(value, bool) and value == value  # not NaN
-    require(number, f"{name}={shown(value)} must be {words}")
-    least = "positive" if low == 1 and kind is numbers.Integral else f">= {low}"
-    require(value >= low, f"{name}={shown(value)} must be {least}")
-    require(value <= high, f"{name}={shown(value)} must be <= {high}")
-
-
-Ranges = Mapping[str, tuple[float, float]]
-
-
-def ranges(path: str, config: Any, integers: Ranges | None = None, reals: Ranges | None = None) -> None:
-    """Raises ValueError unless these fields of the section `path` lie within (smallest, largest)."""
-    for name, (low, high) in (integers or {}).items():
-        integer(f"{path}.{name}".lstrip("."), getattr(config, name), int(low), int(high))
-    for name, (low, high) in (reals or {}).items():
-        real(f"{path}.{name}".lstrip("."), getattr(config, name), low, high)
+    names: one word per field. A field that is declared as int must be an integer.
+    """
+    annotations = {field.name: field.type for field in dataclasses.fields(config)}
+    for name in names.split():
+        value, whole = getattr(config, name), int in options_of(annotations[name])
+        kind, words = (numbers.Integral, "an integer") if whole else (numbers.Real, "a finite number")
+        said = f"{path}.{name}".lstrip(".") + f"={shown(value)}"
+        number = isinstance(value, kind) and not isinstance(value, bool) and value == value  # not NaN
+        require(number, f"{said} must be {words}")
+        require(value >= low, f"{said} must be {'positive' if whole and low == 1 else f'>= {low}'}")
+        require(value <= high, f"{said} must be <= {high}")
 
 
 # --- dataclasses from mappings ----------------------------------------------------------------------------

@@ -10,20 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.checks import build as build
-from deepseek_jax.checks import choice, integer, ranges, require, shown
+from deepseek_jax.checks import choice, ranges, require, shown
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.model_config import YarnConfig as YarnConfig
 
 # Presets of `deepseek_jax.precision`, which says what each quantises.
 PRECISIONS = (
-    "bf16",
-    "deepseek_fp8",
-    "deepseek_fp8_ue8m0",
-    "per_token_channel",
-    "per_tensor",
-    "block_wise_grads",
+    *("bf16", "deepseek_fp8", "deepseek_fp8_ue8m0"),
+    *("per_token_channel", "per_tensor", "block_wise_grads"),
 )
-
 
 # Larger numbers are refused by name: they would end in memory or time that no machine has.
 SEEDS = 1 << 32
@@ -35,15 +30,13 @@ class DataConfig:
     """Where text comes from and how it becomes windows of tokens (report section 4.1)."""
 
     source: str = "stdlib"  # "stdlib": the interpreter's own library sources; else a glob, a folder or a file
-    sources: tuple[
-        str, ...
-    ] = ()  # instead of `source`, several: ("web/*.jsonl=0.7", "code/*.py=0.3"), by weight
+    # instead of `source`, several: ("web/*.jsonl=0.7", "code/*.py=0.3"), by weight
+    sources: tuple[str, ...] = ()
     validation: str | None = None  # a glob; None: hold out `validation_fraction` of the documents
     validation_fraction: float = 0.05  # of the documents, where `validation` is None
     text_field: str = "text"  # field of JSON lines, column of Parquet files
-    tokenizer: str | None = (
-        None  # None: train a byte-level BPE of `vocab_size`; else a tokenizer.json, or a folder with one
-    )
+    # None: train a byte-level BPE of `vocab_size`; else a tokenizer.json, or a folder with one
+    tokenizer: str | None = None
     vocab_size: int = 4096  # ids to train a tokenizer to; the most a loaded one may have
     seq_len: int = 256  # tokens of a window
     fim_rate: float = 0.1  # share of documents turned into fill-in-the-middle (section 4.1)
@@ -53,8 +46,9 @@ class DataConfig:
     cache_dir: str = ".cache"  # tokenizer and token ids, for the next run
 
     def __post_init__(self):
-        integers = {"seq_len": (1, 1 << 30), "vocab_size": (1, 1 << 26), "seed": (0, SEEDS - 1)}
-        ranges("data", self, integers)
+        ranges("data", self, "seq_len", 1, 1 << 30)
+        ranges("data", self, "vocab_size", 1, 1 << 26)
+        ranges("data", self, "seed", 0, SEEDS - 1)
         for name in ("source", "text_field", "cache_dir"):
             require(getattr(self, name) != "", f"data.{name} is empty")
         for name in ("fim_rate", "split_punctuation_rate", "validation_fraction"):
@@ -111,17 +105,17 @@ class OptimizerConfig:
     def __post_init__(self):
         choice("optimizer.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
         choice("optimizer.schedule", self.schedule, ("deepseek_v3", "constant", "cosine", "wsd"))
-        ranges("optimizer", self, reals={"final_fraction": (0, 1), "decay_fraction": (0, 1)})
-        ranges("optimizer", self, {"warmup_steps": (0, _MANY), "batch_start": (0, _MANY)})
+        ranges("optimizer", self, "final_fraction decay_fraction", 0, 1)
+        ranges("optimizer", self, "warmup_steps batch_start", 0, _MANY)
+        ranges("optimizer", self, "mid_lr final_lr weight_decay gamma mtp_lambda mtp_lambda_final", 0, _LONG)
+        boundaries = [field.name for field in dataclasses.fields(self) if field.name.endswith("_tokens")]
+        ranges("optimizer", self, " ".join(boundaries), 0, _LONG)
         for name in ("peak_lr", "eps", "clip_norm", "schedule_tokens"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"optimizer.{name}={value} must be positive and finite")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 < value < 1, f"optimizer.{name}={value} must lie inside (0, 1)")
-        factors = ("mid_lr", "final_lr", "weight_decay", "gamma", "mtp_lambda", "mtp_lambda_final")
-        boundaries = [field.name for field in dataclasses.fields(self) if field.name.endswith("_tokens")]
-        ranges("optimizer", self, reals=dict.fromkeys((*factors, *boundaries), (0, _LONG)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +131,7 @@ class BalanceConfig:
 
     def __post_init__(self):
         choice("balance.mode", self.mode, ("loss_free", "classic", "none"))
-        ranges("balance", self, reals=dict.fromkeys(("seq_alpha", "classic_alpha"), (0, 1e6)))
+        ranges("balance", self, "seq_alpha classic_alpha", 0, 1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +160,12 @@ class MeshConfig:
     comm_channels: int = 0  # NCCL channels, so many SMs, that a collective may take on GPUs; 0: NCCL decides
 
     def __post_init__(self):
-        for name in ("pipe", "data", "node", "local", "tensor"):
-            integer(f"mesh.{name}", getattr(self, name), 0 if name == "data" else 1, _MANY)
+        ranges("mesh", self, "data receive", 0, _MANY)
+        ranges("mesh", self, "pipe node local tensor", 1, _MANY)
+        ranges("mesh", self, "comm_channels", 0, 64)
         choice("mesh.experts", self.experts, ("auto", "two_hop", "flat", "replicated"))
         choice("mesh.dispatch", self.dispatch, ("auto", "same", "bf16", "fp8", "fp8_ue8m0"))
         choice("mesh.combine", self.combine, ("auto", "same", "bf16"))
-        require(0 <= self.comm_channels <= 64, f"mesh.comm_channels={self.comm_channels} must lie in [0, 64]")
-        ranges("mesh", self, reals={"receive": (0, _MANY)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,10 +188,10 @@ class DistributedConfig:
         host, _, port = self.coordinator.rpartition(":")
         ok = not self.coordinator or (bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16)
         require(ok, f"distributed.coordinator={self.coordinator!r} should be HOST:PORT, as 10.0.0.1:1234")
-        require(self.processes >= 0, f"distributed.processes={self.processes} must be >= 0")
-        require(self.process >= -1, f"distributed.process={self.process} must be >= 0, or -1")
+        ranges("distributed", self, "processes", 0, _MANY)
+        ranges("distributed", self, "process", -1, _MANY)
         # JAX counts them in milliseconds, 32 bits.
-        ranges("distributed", self, dict.fromkeys(("start_timeout", "heartbeat_timeout"), (1, 1_000_000)))
+        ranges("distributed", self, "start_timeout heartbeat_timeout", 1, 1_000_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +201,10 @@ class TrainConfig:
     steps: int = 300  # of the whole run
     batch_size: int = 16  # sequences per step, after the ramp
     grad_accumulation: int = 1  # micro-batches of a step, one after the other
-    remat: str = (
-        "none"  # what the backward pass recomputes: "deepseek": norms, MLA up-projections; "full": all
-    )
-    deterministic: bool = (
-        False  # on GPUs: sums in a fixed order, so that resuming is bitwise there too; slower
-    )
+    # what the backward pass recomputes: "deepseek": norms, MLA up-projections; "full": all
+    remat: str = "none"
+    # on GPUs: sums in a fixed order, so that resuming is bitwise there too; slower
+    deterministic: bool = False
     loss_chunk: int = 1024  # tokens whose logits are in memory at once
     ema_decay: float = 0.999  # of the average of the parameters, per update
     ema_every: int = 10  # steps between updates of the host-side average
@@ -233,11 +224,10 @@ class TrainConfig:
 
     def __post_init__(self):
         choice("train.remat", self.remat, ("none", "deepseek", "full"))
-        counts = ("steps", "batch_size", "grad_accumulation", "loss_chunk", "keep", "max_bad_steps")
-        periods = ("ema_every", "eval_every", "eval_windows", "checkpoint_every")
-        ranges("train", self, dict.fromkeys((*counts, *periods), (1, _MANY)))
-        ranges("train", self, {"keep_every": (0, _MANY), "keep_best": (0, _MANY)})
-        ranges("train", self, {"seed": (0, SEEDS - 1), "sample_tokens": (0, _MANY)})
+        ranges("train", self, "steps batch_size grad_accumulation loss_chunk keep max_bad_steps", 1, _MANY)
+        ranges("train", self, "ema_every eval_every eval_windows checkpoint_every", 1, _MANY)
+        ranges("train", self, "keep_every keep_best sample_tokens", 0, _MANY)
+        ranges("train", self, "seed", 0, SEEDS - 1)
         require(self.out_dir != "", "train.out_dir is empty")
         require(
             self.batch_size % self.grad_accumulation == 0,

@@ -13,9 +13,8 @@ from deepseek_jax.checks import plain, shown
 
 MAX_BYTES = 32 << 20  # the index of DeepSeek-V3 has 9 MB
 MAX_DEPTH = 32
-MAX_CONTAINERS = (
-    1 << 21
-)  # lists and objects, which take more memory than their bytes; a whole DeepSeek-V3 has 300,000
+# Lists and objects, which take more memory than their bytes; a whole DeepSeek-V3 has 300,000.
+MAX_CONTAINERS = 1 << 21
 
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

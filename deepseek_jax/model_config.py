@@ -8,48 +8,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from deepseek_jax.checks import choice, integer, ranges, require
+from deepseek_jax.checks import choice, ranges, require
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
-# Smallest and largest value of each number. The largest are far beyond any model, small enough that whatever takes
-# time or memory by them still ends, and refused before it begins.
+# The largest values are far beyond any model, and small enough that whatever takes time or memory by them still ends.
 _WIDTH, _LAYERS, _EXPERTS, _LENGTH = 1 << 20, 10_000, 100_000, 1 << 30
-_INTEGERS = {
-    "vocab_size": (1, 1 << 26),
-    "hidden_size": (1, _WIDTH),
-    "num_hidden_layers": (1, _LAYERS),
-    "first_k_dense_replace": (0, _LAYERS),
-    "intermediate_size": (0, 1 << 24),
-    "num_attention_heads": (1, 1 << 16),
-    "kv_lora_rank": (1, _WIDTH),
-    "qk_nope_head_dim": (1, 1 << 16),
-    "qk_rope_head_dim": (1, 1 << 16),
-    "v_head_dim": (1, 1 << 16),
-    "max_position_embeddings": (1, _LENGTH),
-    "moe_intermediate_size": (0, 1 << 24),
-    "n_routed_experts": (0, _EXPERTS),
-    "n_shared_experts": (0, 1000),
-    "num_experts_per_tok": (0, _EXPERTS),
-    "n_group": (1, _EXPERTS),
-    "topk_group": (1, _EXPERTS),
-    "num_nextn_predict_layers": (0, 100),
-}
-_REALS = {
-    "rope_theta": (2, 1e15),
-    "routed_scaling_factor": (0, 1e6),
-    "rms_norm_eps": (0, 1),
-    "initializer_range": (0, 1e6),
-}
-_YARN_INTEGERS = {"original_max_position_embeddings": (1, _LENGTH)}
-_YARN_REALS = {
-    "factor": (1, 1e6),
-    "beta_fast": (1e-6, 1e6),
-    "beta_slow": (1e-6, 1e6),
-    "mscale": (0, 1e6),
-    "mscale_all_dim": (0, 1e6),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +29,10 @@ class YarnConfig:
     mscale_all_dim: float = 1.0  # ... and this is the part that the softmax scale takes
 
     def __post_init__(self):
-        ranges("rope_scaling", self, _YARN_INTEGERS, _YARN_REALS)
+        ranges("rope_scaling", self, "original_max_position_embeddings", 1, _LENGTH)
+        ranges("rope_scaling", self, "factor", 1, 1e6)
+        ranges("rope_scaling", self, "beta_fast beta_slow", 1e-6, 1e6)
+        ranges("rope_scaling", self, "mscale mscale_all_dim", 0, 1e6)
         require(
             self.beta_slow <= self.beta_fast,
             f"rope_scaling.beta_slow={self.beta_slow} must not exceed rope_scaling.beta_fast={self.beta_fast}",
@@ -109,10 +77,22 @@ class ModelConfig:
     dtype: str = "float32"  # compute dtype; master parameters are float32
 
     def __post_init__(self):
-        ranges("", self, _INTEGERS, _REALS)
-        if self.q_lora_rank is not None:
-            require(self.q_lora_rank != 0, "q_lora_rank=0: use None")
-            integer("q_lora_rank", self.q_lora_rank, 1, _WIDTH)
+        require(self.q_lora_rank != 0, "q_lora_rank=0: use None")
+        ranks = "kv_lora_rank" if self.q_lora_rank is None else "q_lora_rank kv_lora_rank"
+        ranges("", self, f"hidden_size {ranks}", 1, _WIDTH)
+        ranges("", self, "vocab_size", 1, 1 << 26)
+        ranges("", self, "num_hidden_layers", 1, _LAYERS)
+        ranges("", self, "first_k_dense_replace", 0, _LAYERS)
+        ranges("", self, "intermediate_size moe_intermediate_size", 0, 1 << 24)
+        ranges("", self, "num_attention_heads qk_nope_head_dim qk_rope_head_dim v_head_dim", 1, 1 << 16)
+        ranges("", self, "max_position_embeddings", 1, _LENGTH)
+        ranges("", self, "n_routed_experts num_experts_per_tok", 0, _EXPERTS)
+        ranges("", self, "n_group topk_group", 1, _EXPERTS)
+        ranges("", self, "n_shared_experts", 0, 1000)
+        ranges("", self, "num_nextn_predict_layers", 0, 100)
+        ranges("", self, "rope_theta", 2, 1e15)
+        ranges("", self, "routed_scaling_factor initializer_range", 0, 1e6)
+        ranges("", self, "rms_norm_eps", 0, 1)
         choice("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
         choice("dtype", self.dtype, ("float32", "bfloat16"))
         require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")

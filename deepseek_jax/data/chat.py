@@ -29,11 +29,8 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 )
 ROLES = ("system", "user", "assistant", "tool")
-_REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # names for the same, the first is what templates read
+# Names for the same; the first is what templates read.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 Message = Mapping[str, Any]
 
@@ -128,24 +125,18 @@ class ChatTemplate:
         Raises ValueError for no message, one without these keys or with an unknown role, for a template that is no
         Jinja, and for what it itself refuses.
         """
-        variables = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        return "".join(self._rendered(messages, variables | switches).pieces)
+        options = {"tools": tools, "documents": documents} | switches
+        return self.render_spans(messages, add_generation_prompt, **options)[0]
 
     def render_spans(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = False,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, str]] | None = None,
-        **switches: Any,
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, **options: Any
     ) -> tuple[str, list[tuple[int, int]]]:
         """As `render`, with the spans [begin, end) of characters inside {% generation %} blocks."""
-        variables = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        record = self._rendered(messages, variables | switches)
-        return "".join(record.pieces), record.spans
-
-    def _rendered(self, messages: Sequence[Message], variables: dict[str, Any]) -> _Record:
+        variables = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        } | options
         source = self._source(variables["tools"])
         if not messages:
             raise ValueError("a conversation needs at least one message")
@@ -153,13 +144,14 @@ class ChatTemplate:
         try:
             template = _compiled(source)
             try:
-                return self._run(template, said, variables)
+                record = self._run(template, said, variables)
             except UndefinedError:
                 # DeepSeek's ask whether content is none; a missing one ends them.
                 with_content: list[dict[str, Any]] = [{"content": None} | message for message in said]
-                return self._run(template, with_content, variables)
+                record = self._run(template, with_content, variables)
         except Exception as error:  # templates are programs: they raise anything
             raise ValueError(f"chat template: {error}") from error
+        return "".join(record.pieces), record.spans
 
     def _run(self, template: Template, messages: list[dict[str, Any]], variables: dict[str, Any]) -> _Record:
         record = _Record()

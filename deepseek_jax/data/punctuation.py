@@ -29,16 +29,13 @@ class PunctuationSplitter:
         halves = [part for i in found for part in (texts[i][: heads[i]], texts[i][heads[i] :])]
         encoded = tokenizer.encode_batch(halves) if halves else []
         joined = [head + tail for head, tail in zip(encoded[0::2], encoded[1::2], strict=True)]
-        same = [_same_bytes(tokenizer, int(i), piece) for i, piece in zip(found, joined, strict=True)]
-        self.combined = found[np.array(same, bool)]
-        pieces = [piece for piece, is_same in zip(joined, same, strict=True) if is_same]
-        # pieces_vp[i, :length_v[i]] replaces id i; other ids stand for themselves.
-        width = max((len(piece) for piece in pieces), default=1)
-        self._length_v = np.ones(tokenizer.vocab_size, np.int64)
-        self._pieces_vp = np.zeros((tokenizer.vocab_size, width), np.int32)
-        for i, piece in zip(self.combined, pieces, strict=True):
-            self._length_v[i] = len(piece)
-            self._pieces_vp[i, : len(piece)] = piece
+        # What replaces an id.
+        self._pieces = {
+            int(i): np.array(piece, np.int32)
+            for i, piece in zip(found, joined, strict=True)
+            if _same_bytes(tokenizer, int(i), piece)
+        }
+        self.combined = np.array(list(self._pieces), np.int64)
         self._is_combined_v = np.zeros(tokenizer.vocab_size, bool)
         self._is_combined_v[self.combined] = True
 
@@ -48,15 +45,11 @@ class PunctuationSplitter:
         if not len(at):
             return ids
         rng = np.random.default_rng((_SPLIT, seed, epoch, index))
-        at = at[rng.random(len(at)) < rate]
-        lengths = np.ones(len(ids), np.int64)
-        lengths[at] = self._length_v[ids[at]]
-        out = np.repeat(ids.astype(np.int32), lengths)
-        starts = (np.cumsum(lengths) - lengths)[at]
-        for offset in range(self._pieces_vp.shape[1]):
-            here = lengths[at] > offset
-            out[starts[here] + offset] = self._pieces_vp[ids[at[here]], offset]
-        return out
+        parts, rest = [], 0
+        for place in at[rng.random(len(at)) < rate].tolist():
+            parts += [ids[rest:place], self._pieces[int(ids[place])]]
+            rest = place + 1
+        return np.concatenate([*parts, ids[rest:]]).astype(np.int32)
 
 
 def _same_bytes(tokenizer: Tokenizer, token_id: int, pieces: Sequence[int]) -> bool:

@@ -21,9 +21,8 @@ class Layout(NamedTuple):
 
     files: dict[str, list[str]]
     metadata: dict[str, dict[str, str]]
-    index_file: (
-        dict[str, Any] | None
-    )  # what the index file has beside its weight_map; None: there is no index
+    # what the index file has beside its weight_map; None: there is no index
+    index_file: dict[str, Any] | None
 
 
 def read_config(path: Path) -> dict[str, Any]:

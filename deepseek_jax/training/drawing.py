@@ -11,6 +11,7 @@ Records = Sequence[Mapping[str, Any]]
 
 LINE = 0.19  # inches, of a line of text
 BLUE, ORANGE, GREEN, RED, GREY = "#2166ac", "#e08214", "#1b7837", "#b2182b", "0.45"
+TITLE: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "loc": "left"}
 _SMOOTH_SHARE = 0.02  # of a curve, the span over which it is smoothed
 
 
@@ -74,12 +75,17 @@ def label_beside(axes: Axes, labels: Sequence[Label]) -> None:
             axes.plot([1.0, 1.011], [at, height], linewidth=0.8, clip_on=False, **place)
 
 
-def panel(axes: Axes, title: str, **labels: str) -> None:
-    axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
-    axes.set(**labels)
+def panel(axes: Axes, title: str, values: np.ndarray | None = None, ylabel: str = "") -> bool:
+    """Prepares a panel over steps. False, and a word of it in the panel, if no number of `values` is finite."""
+    axes.set_title(title, **TITLE)
+    axes.set(xlabel="step", ylabel=ylabel)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    there = values is None or bool(np.isfinite(values).any())
+    if not there:
+        not_recorded(axes)
+    return there
 
 
 def not_recorded(axes: Axes) -> None:
@@ -107,20 +113,13 @@ def tokens_above(axes: Axes, train: Records) -> None:
     steps, tokens = series(train, "tokens")
     if steps.size < 2:
         return
-    steps, tokens = np.concatenate([[0], steps]), np.concatenate([[0], tokens])
-    last = (tokens[-1] - tokens[-2]) / (steps[-1] - steps[-2])  # per step, beyond the last one
-
-    def forward(x):
-        return (
-            np.interp(x, steps, tokens) + np.maximum(np.asarray(x) - steps[-1], 0) * last + np.minimum(x, 0)
-        )
-
-    def backward(y):
-        return (
-            np.interp(y, tokens, steps) + np.maximum(np.asarray(y) - tokens[-1], 0) / last + np.minimum(y, 0)
-        )
-
     axes.set_xlim(0, steps[-1] * 1.005)
-    second = axes.secondary_xaxis("top", functions=(forward, backward))
+    # Lines beyond both ends, so that the axis goes on: a token per step before the first, the last slope after the last.
+    slope = (tokens[-1] - tokens[-2]) / (steps[-1] - steps[-2])
+    far = float(steps[-1])
+    steps = np.array([-far, 0, *steps, steps[-1] + far])
+    tokens = np.array([-far, 0, *tokens, tokens[-1] + slope * far])
+    functions = (lambda x: np.interp(x, steps, tokens), lambda y: np.interp(y, tokens, steps))
+    second = axes.secondary_xaxis("top", functions=functions)
     second.xaxis.set_major_formatter(FuncFormatter(number))
     second.set_xlabel("tokens")

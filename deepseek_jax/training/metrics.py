@@ -18,9 +18,8 @@ from typing import Any, TextIO
 import numpy as np
 
 METRICS_FILE = "metrics.jsonl"
-TIMINGS = frozenset(
-    {"step_seconds", "data_seconds", "tokens_per_s", "mfu"}
-)  # fields that differ from run to run
+# Fields that differ from run to run.
+TIMINGS = frozenset({"step_seconds", "data_seconds", "tokens_per_s", "mfu"})
 
 
 def max_vio(counts_le: Any) -> np.ndarray:

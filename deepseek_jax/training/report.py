@@ -13,28 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpecBase
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from deepseek_jax.training.drawing import (
-    BLUE,
-    GREEN,
-    GREY,
-    LINE,
-    ORANGE,
-    RED,
-    Label,
-    Records,
-    draw_smoothed,
-    label_beside,
-    not_recorded,
-    number,
-    panel,
-    series,
-    tokens_above,
-    trend,
-)
+from deepseek_jax.training import drawing
+from deepseek_jax.training.drawing import BLUE, GREEN, GREY, LINE, ORANGE, RED, Label, Records, series
 
 _LOAD_SHARE = 0.1  # the heat map shows the mean over this last share of the training records
 
@@ -67,7 +50,7 @@ def write_report(
     evals = [r for r in records if r["kind"] == "eval"]
     if not train:
         raise ValueError("no record of kind 'train': nothing to draw")
-    lines = [line for text in warnings for line in _wrapped(text)]
+    lines = [line for text in warnings for line in textwrap.wrap(f"! {text}", 165, subsequent_indent="   ")]
     above = (LINE + 0.03) * len(lines) + 0.3 * bool(lines)
     figure = Figure(figsize=(13, 11.5 + above), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     FigureCanvasAgg(figure)
@@ -78,30 +61,18 @@ def write_report(
     if lines:
         _draw_warnings(figure.add_subplot(grid[0]), lines)
     _draw_loss(figure.add_subplot(grid[-3]), train, evals, unigram_loss)
-    _draw_steps(figure, grid[-2].subgridspec(1, 3), train)
-    _draw_experts(figure, grid[-1].subgridspec(1, 2), train, layers)
+    of_steps, of_experts = grid[-2].subgridspec(1, 3), grid[-1].subgridspec(1, 2)
+    for i, draw in enumerate((_draw_schedule, _draw_gradient, _draw_speed)):
+        draw(figure.add_subplot(of_steps[i]), train)
+    number = max((np.shape(r["max_vio"])[0] for r in train if "max_vio" in r), default=0)
+    names = layers if len(layers) == number else [str(layer) for layer in range(number)]
+    for i, draw_layers in enumerate((_draw_load, _draw_balance)):
+        draw_layers(figure.add_subplot(of_experts[i]), train, names)
     Path(png_path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png_path)
 
 
-def _draw_steps(figure: Figure, grid: GridSpecBase, train: Records) -> None:
-    _draw_schedule(figure.add_subplot(grid[0]), train)
-    _draw_gradient(figure.add_subplot(grid[1]), train)
-    _draw_speed(figure.add_subplot(grid[2]), train)
-
-
-def _draw_experts(figure: Figure, grid: GridSpecBase, train: Records, layers: Sequence[str]) -> None:
-    number = max((np.shape(r["max_vio"])[0] for r in train if "max_vio" in r), default=0)
-    names = layers if len(layers) == number else [str(layer) for layer in range(number)]
-    _draw_load(figure, figure.add_subplot(grid[0]), train, names)
-    _draw_balance(figure.add_subplot(grid[1]), train, names)
-
-
 # --- panels -------------------------------------------------------------------------------------------------
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(f"! {text}", 165, subsequent_indent="   ")
 
 
 def _draw_warnings(axes: Axes, lines: Sequence[str]) -> None:
@@ -111,12 +82,12 @@ def _draw_warnings(axes: Axes, lines: Sequence[str]) -> None:
 
 
 def _draw_loss(axes: Axes, train: Records, evals: Records, unigram_loss: float | None) -> None:
-    panel(axes, "Loss", xlabel="step", ylabel="nats per token")
+    drawing.panel(axes, "Loss", ylabel="nats per token")
     labels, shown = [], []
     for name, text, colour in (("loss", "training", BLUE), ("mtp_loss", "training, MTP", ORANGE)):
         steps, values = series(train, name)
         if steps.size:
-            smooth = draw_smoothed(axes, steps, values, colour)
+            smooth = drawing.draw_smoothed(axes, steps, values, colour)
             labels.append(Label(smooth[-1], f"{text} {smooth[-1]:.3f}", colour))
             shown += [np.nanpercentile(values, 99.5), np.nanmin(values)] if np.isfinite(values).any() else []
     steps, values = series(evals, "loss")
@@ -133,52 +104,47 @@ def _draw_loss(axes: Axes, train: Records, evals: Records, unigram_loss: float |
     if shown:
         low, high = min(shown), max(shown)
         axes.set_ylim(low - 0.04 * (high - low) - 1e-6, high + 0.04 * (high - low) + 1e-6)
-    tokens_above(axes, train)
-    label_beside(axes, labels)
+    drawing.tokens_above(axes, train)
+    drawing.label_beside(axes, labels)
 
 
 def _draw_schedule(axes: Axes, train: Records) -> None:
-    panel(axes, "Learning rate", xlabel="step")
     steps, values = series(train, "lr")
-    if not steps.size:
-        return not_recorded(axes)
+    if not drawing.panel(axes, "Learning rate", values):
+        return
     axes.plot(steps, values, color=BLUE, linewidth=1.8)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
     steps, sizes = series(train, "batch_size")
     if steps.size and sizes.min() < sizes.max():
-        axes.set_title("Learning rate, batch size", fontsize=11, fontweight="bold", loc="left")
+        axes.set_title("Learning rate, batch size", **drawing.TITLE)
         second = axes.twinx()
         second.step(steps, sizes, color=ORANGE, linewidth=1.2, where="post")
         second.set_ylim(bottom=0)
         second.spines[["top"]].set_visible(False)
         second.set_ylabel("sequences per step", color=ORANGE)
         second.tick_params(axis="y", colors=ORANGE)
-    return None
 
 
 def _draw_gradient(axes: Axes, train: Records) -> None:
-    panel(axes, "Gradient norm", xlabel="step")
     steps, values = series(train, "grad_norm")
-    if not np.isfinite(values).any():
-        return not_recorded(axes)
+    if not drawing.panel(axes, "Gradient norm", values):
+        return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    smooth = draw_smoothed(axes, steps, values, BLUE)
-    label_beside(axes, [Label(smooth[-1], f"{smooth[-1]:.2g}", BLUE)])
-    return None
+    smooth = drawing.draw_smoothed(axes, steps, values, BLUE)
+    drawing.label_beside(axes, [Label(smooth[-1], f"{smooth[-1]:.2g}", BLUE)])
 
 
 def _draw_speed(axes: Axes, train: Records) -> None:
-    panel(axes, "Tokens per second", xlabel="step")
     steps, values = series(train, "tokens_per_s")
-    if not steps.size:
-        return not_recorded(axes)
+    if not drawing.panel(axes, "Tokens per second", values):
+        return
     axes.plot(steps, values, color=BLUE, linewidth=1.4, marker="." if len(steps) == 1 else None)
     axes.set_ylim(0, 1.15 * float(np.max(values)))
-    axes.yaxis.set_major_formatter(FuncFormatter(number))
+    axes.yaxis.set_major_formatter(FuncFormatter(drawing.number))
     notes = [f"MFU {np.median(series(train, 'mfu')[1]):.1%}"] if series(train, "mfu")[0].size else []
     step_seconds = series(train, "step_seconds")[1].sum()
     if step_seconds:
@@ -186,18 +152,18 @@ def _draw_speed(axes: Axes, train: Records) -> None:
         notes.append(f"{waiting:.1%} waiting for data")
     if notes:
         axes.set_title(", ".join(notes), fontsize=9, color=GREY, loc="right")
-    label_beside(axes, [Label(values[-1], number(values[-1]), BLUE)])
-    return None
+    drawing.label_beside(axes, [Label(values[-1], drawing.number(values[-1]), BLUE)])
 
 
-def _draw_load(figure: Figure, axes: Axes, train: Records, names: Sequence[str]) -> None:
+def _draw_load(axes: Axes, train: Records, names: Sequence[str]) -> None:
     having = [r for r in train if np.size(r.get("expert_counts", []))]
     last = having[-max(1, round(_LOAD_SHARE * len(having))) :]
     steps = f", mean over steps {last[0]['step']} to {last[-1]['step']}" if last else ""
-    axes.set_title(f"Expert load{steps}", fontsize=11, fontweight="bold", loc="left")
+    axes.set_title(f"Expert load{steps}", **drawing.TITLE)
     axes.set(xlabel="routed expert", ylabel="MoE layer")
     if not last:
-        return not_recorded(axes)
+        drawing.not_recorded(axes)
+        return
     counts_le = np.mean([np.array(r["expert_counts"], np.float64) for r in last], axis=0)
     load_le = counts_le / np.maximum(counts_le.mean(-1, keepdims=True), np.finfo(np.float64).tiny)
     norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, float(load_le.max())))
@@ -208,16 +174,14 @@ def _draw_load(figure: Figure, axes: Axes, train: Records, names: Sequence[str])
     layers, experts = np.nonzero(load_le == 0)
     axes.scatter(experts, layers, marker="x", color="black", s=24, linewidths=1.0)
     idle = ", × none" if (load_le == 0).any() else ""
-    figure.colorbar(image, ax=axes, label=f"tokens / mean tokens of the layer{idle}")
-    return None
+    axes.figure.colorbar(image, ax=axes, label=f"tokens / mean tokens of the layer{idle}")
 
 
 def _draw_balance(axes: Axes, train: Records, names: Sequence[str]) -> None:
-    panel(axes, "Load balance, each layer", xlabel="step", ylabel="MaxVio (max load / mean load - 1)")
     steps, max_vio_nl = series(train, "max_vio")
-    if not steps.size:
-        return not_recorded(axes)
-    smooth_nl = trend(max_vio_nl)
+    if not drawing.panel(axes, "Load balance, each layer", max_vio_nl, "MaxVio (max load / mean load - 1)"):
+        return
+    smooth_nl = drawing.trend(max_vio_nl)
     mean_n, worst = smooth_nl.mean(-1), int(np.argmax(smooth_nl[-1]))
     axes.plot(steps, smooth_nl, color=BLUE, alpha=0.35, linewidth=0.9)
     axes.plot(steps, smooth_nl[:, worst], color=RED, linewidth=1.3)
@@ -226,5 +190,4 @@ def _draw_balance(axes: Axes, train: Records, names: Sequence[str]) -> None:
     labels = [Label(mean_n[-1], f"mean {mean_n[-1]:.2f}", BLUE)]
     if smooth_nl.shape[1] > 1:
         labels.append(Label(smooth_nl[-1, worst], f"layer {names[worst]} {smooth_nl[-1, worst]:.2f}", RED))
-    label_beside(axes, labels)
-    return None
+    drawing.label_beside(axes, labels)
