@@ -1,12 +1,13 @@
 """What the config dataclasses say of a value that cannot be; a dataclass from a mapping, checked."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _LONGEST = 120  # characters of a value that an error repeats
@@ -15,6 +16,15 @@ _LONGEST = 120  # characters of a value that an error repeats
 def require(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
+
+
+@contextlib.contextmanager
+def named(before: str, after: str = "") -> Iterator[None]:
+    """Puts `before` and `after` around the message of a ValueError that the block raises."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{before}{error}{after}") from error
 
 
 def shown(value: Any) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax import now
+from deepseek_jax.checks import named
 from deepseek_jax.config import DataConfig
 from deepseek_jax.data import packing
 from deepseek_jax.data.bpe_training import train_tokenizer
@@ -39,6 +40,9 @@ __all__ = [
     "load",
     "train_tokenizer",
 ]
+
+# What of a `DataConfig` decides the windows of a stream of documents.
+_OF_STREAM = ("seq_len", "fim_rate", "split_punctuation_rate", "segments", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +103,8 @@ def load(cfg: DataConfig, process_index: int = 0, process_count: int = 1) -> Dat
         "corpus": [found.fingerprint for found in encoded[: len(corpora)]],
         "weights": list(weights),
         "tokenizer": tokenizer.fingerprint,
-        "seq_len": cfg.seq_len,
         "block_tokens": packing.BLOCK_TOKENS,
-        "fim_rate": cfg.fim_rate,
-        "split_punctuation_rate": cfg.split_punctuation_rate,
-        "segments": cfg.segments,
-        "seed": cfg.seed,
+        **{name: getattr(cfg, name) for name in _OF_STREAM},
     }
     report = CorpusReport()
     for found in encoded:
@@ -134,21 +134,14 @@ def _tokenizer(
 
 
 def _packer(cfg: DataConfig, source: str, documents: TokenizedDocuments, tokenizer: Tokenizer) -> EpochPacker:
-    names = ("seq_len", "fim_rate", "split_punctuation_rate", "segments", "seed")
-    try:
-        return EpochPacker(documents, tokenizer, **{name: getattr(cfg, name) for name in names})
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    with named(f"{source}: "):
+        return EpochPacker(documents, tokenizer, **{name: getattr(cfg, name) for name in _OF_STREAM})
 
 
 def _validation(cfg: DataConfig, documents: Sequence[TokenizedDocuments], tokenizer: Tokenizer) -> Validation:
     streams = [PackedStream(part, cfg.seq_len, cfg.segments) for part in documents]
-    try:
+    with named("validation: ", f", or raise validation_fraction ({cfg.validation_fraction})"):
         return validation_windows(streams, tokenizer, cfg.seq_len)
-    except ValueError as error:
-        raise ValueError(
-            f"validation: {error}, or raise validation_fraction ({cfg.validation_fraction})"
-        ) from error
 
 
 def _mixed_counts(documents: Sequence[TokenizedDocuments], weights: Sequence[float]) -> np.ndarray:

@@ -36,12 +36,8 @@ def place(spec: Mapping[str, Any], ordinary: Sequence[Mapping[str, Any]]) -> re.
         return None
     found = _of_words(spec)
     for token in ordinary:
-        if (
-            token["lstrip"]
-            or token["rstrip"]
-            or token["single_word"]
-            or (found and found.search(token["content"]))
-        ):
+        reaches = token["lstrip"] or token["rstrip"] or token["single_word"]
+        if reaches or (found and found.search(token["content"])):
             return None
     return found
 

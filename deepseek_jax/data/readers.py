@@ -54,11 +54,7 @@ def read_file(path: str, text_field: str, report: CorpusReport, named: bool = Fa
                 yield document
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         report.skip(path, "damaged or truncated archive", str(error))
-    except (
-        OSError,
-        ValueError,
-        pyarrow.ArrowException,
-    ) as error:  # ValueError: names in Parquet that are no text
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: Parquet's names are no text
         report.skip(path, "unreadable file", str(error).partition("\n")[0])
 
 
@@ -71,9 +67,8 @@ def _documents(path: str, text_field: str, report: CorpusReport, named: bool) ->
     if not named and Path(path).name.lower().partition(".")[0] in _ABOUT:
         report.skip(path, _UNKNOWN, "a text about the others")
         return iter(())
-    head = next(
-        (line for line in unpacking.lines(unpacking.chunks(path)) if line is None or line.strip()), b""
-    )
+    lines = unpacking.lines(unpacking.chunks(path))
+    head = next((line for line in lines if line is None or line.strip()), b"")
     record = _record(head)
     if record is not None and (text_field in record or _TEXT.fullmatch(suffix) or named):
         return _json_documents(path, text_field, report)

@@ -87,14 +87,8 @@ def corpus_key(corpus: Corpus, *more: Any) -> str:
     """A name for what is made of a corpus: it depends on its settings, not on its files."""
     source = corpus.source
     place = source if source == STDLIB else os.path.abspath(os.path.expanduser(source))
-    settings = [
-        place,
-        corpus.text_field,
-        corpus.validation_fraction,
-        corpus.left_out,
-        unpacking.MAX_DOCUMENT_BYTES,
-        unpacking.PART_BYTES,
-    ]
+    limits = (unpacking.MAX_DOCUMENT_BYTES, unpacking.PART_BYTES)
+    settings = [place, corpus.text_field, corpus.validation_fraction, corpus.left_out, *limits]
     return hashlib.sha256(json.dumps([FORMAT, settings, more]).encode()).hexdigest()[:16]
 
 

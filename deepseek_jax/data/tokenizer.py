@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from deepseek_jax.checks import named
 from deepseek_jax.data import byte_level, cuts, special_tokens, text_files
 from deepseek_jax.data.chat import DEFAULT_TEMPLATE, ChatTemplate
 from deepseek_jax.data.special_tokens import SPECIAL_TOKENS
@@ -61,13 +62,11 @@ class Tokenizer:
         said = special_tokens.declared(self._files)
         special_tokens.add_to(backend, said)
         self._full = backend
-        self._special = _special_names(backend, said, self._files)
-        own = {
-            f"{name}_token": self._special[name] for name in ("bos", "eos", "pad") if name in self._special
-        }
-        self.names = said.names if said.named or text_files.CONFIG in self._files else own
-        eos = backend.token_to_id(self._special["eos"]) if "eos" in self._special else None
-        self.stop_ids = special_tokens.stop_ids(self._files, config or {}, eos)
+        self._special = _special_names(backend, said)
+        own = {f"{name}_token": self._special.get(name) for name in ("bos", "eos", "pad")}
+        own_names = {name: token for name, token in own.items() if token is not None}
+        self.names = said.names if said.named or text_files.CONFIG in self._files else own_names
+        self.stop_ids = special_tokens.stop_ids(self._files, config or {}, self._id("eos"))
 
         spec = json.loads(backend.to_str())
         self._skipped = frozenset(token["id"] for token in spec["added_tokens"] if token["special"])
@@ -105,10 +104,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_buffer(files[text_files.TOKENIZER])
         except Exception as error:  # the Rust side raises bare Exception
             raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
-        try:
+        with named(f"{file.parent}: "):
             return cls(backend, files, config)
-        except ValueError as error:
-            raise ValueError(f"{file.parent}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all its files into a folder, or tokenizer.json alone to a file named *.json.
@@ -269,9 +266,7 @@ class Tokenizer:
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def _special_names(
-    backend: tokenizers.Tokenizer, said: special_tokens.Declared, files: text_files.Files
-) -> dict[str, str]:
+def _special_names(backend: tokenizers.Tokenizer, said: special_tokens.Declared) -> dict[str, str]:
     """Special tokens by short name: those that the files name, else DeepSeek's where the vocabulary has them."""
     found = {name: token for name, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
     for name in SPECIAL_TOKENS:

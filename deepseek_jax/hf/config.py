@@ -8,10 +8,10 @@ checked by `checks.build` as for every other config. Sources: config.json of eac
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.checks import build, plain, require, shown
+from deepseek_jax.checks import build, named, plain, require, shown
 from deepseek_jax.model_config import ModelConfig, YarnConfig
 
 _SIGMOID_TYPES = ("deepseek_v3", "kimi_k2")  # V3, R1, V3.1, Moonlight; Kimi-K2
@@ -100,7 +100,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     Raises ValueError naming the field: unknown, missing, of a wrong type, out of range, or with a value that this model
     does not implement.
     """
-    try:
+    with named("config.json: "):
         scoring = _scoring(hf)
         _refuse_unsupported(hf)
         quantization(hf)
@@ -112,9 +112,15 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         values["num_nextn_predict_layers"] = _either(hf, 0, "num_nextn_predict_layers", "num_mtp_layers")
         values["dtype"] = _dtype(hf)
         cfg = build(ModelConfig, values)
-        _check_implied(hf, cfg)
-    except ValueError as error:
-        raise ValueError(f"config.json: {error}") from error
+        implied = {
+            "num_key_value_heads": cfg.num_attention_heads,
+            "head_dim": cfg.qk_rope_head_dim,
+            "qk_head_dim": cfg.qk_head_dim,
+            "num_local_experts": cfg.n_routed_experts,
+            "num_experts": cfg.n_routed_experts,
+        }
+        for name, value in implied.items():  # fields that repeat what others say
+            _supported(hf, name, (value,))
     return cfg
 
 
@@ -170,18 +176,13 @@ def quantization(hf: Mapping[str, Any]) -> str | None:
     if q is None:
         return None
     require(isinstance(q, Mapping), f"quantization_config={shown(q)} should be an object")
-    for name, value in q.items():
-        needed = name in _QUANTIZATION_NEEDED
-        if name in _QUANTIZATION and (needed or value is not None) and value not in _QUANTIZATION[name]:
-            raise ValueError(
-                f"quantization_config.{name}={shown(value)} is not supported; supported: "
-                f"{list(_QUANTIZATION[name])}; {_DEQUANTISE}"
-            )
+    for name, values in _QUANTIZATION.items():
+        _supported(q, name, values, "quantization_config.", f"; {_DEQUANTISE}")
     for name, value in q.items():
         known = name in _QUANTIZATION or name in _QUANTIZATION_HARMLESS or value is None
         field = f"quantization_config.{plain(str(name))}={shown(value)}"
         require(known, f"unknown field {field}; {_DEQUANTISE}")
-    missing = [name for name in _QUANTIZATION_NEEDED if name not in q]
+    missing = [name for name in _QUANTIZATION_NEEDED if q.get(name) is None]
     require(not missing, f"quantization_config lacks {' and '.join(missing)}; {_DEQUANTISE}")
     return "ue8m0" if q.get("scale_fmt") == "ue8m0" else "fp32"
 
@@ -200,18 +201,21 @@ def quantization_config(scale: str) -> dict[str, Any]:
 # --- the parts of from_hf ---------------------------------------------------------------------------------
 
 
+def _supported(
+    hf: Mapping[str, Any], name: str, values: Sequence[Any], path: str = "", more: str = ""
+) -> None:
+    """Raises ValueError, ending with `more`, if the field is set and not to one of `values`."""
+    value = hf.get(name)
+    if value is not None and value not in values:
+        said = f"{path}{name}={shown(value)} is not supported"
+        raise ValueError(f"{said}; supported: {list(values)}{more}")
+
+
 def _scoring(hf: Mapping[str, Any]) -> str:
-    model_type = hf.get("model_type")
-    if model_type not in _SIGMOID_TYPES + _SOFTMAX_TYPES:
-        raise ValueError(
-            f"model_type={shown(model_type)} is not supported; supported: {list(_SIGMOID_TYPES + _SOFTMAX_TYPES)}"
-        )
-    expected = "sigmoid" if model_type in _SIGMOID_TYPES else "softmax"
-    if hf.get("scoring_func") not in (expected, None):
-        raise ValueError(
-            f"scoring_func={shown(hf['scoring_func'])} is not supported with model_type={model_type!r}; "
-            f"supported: {expected!r}"
-        )
+    require(hf.get("model_type") is not None, "lacks model_type")
+    _supported(hf, "model_type", _SIGMOID_TYPES + _SOFTMAX_TYPES)
+    expected = "sigmoid" if hf["model_type"] in _SIGMOID_TYPES else "softmax"
+    _supported(hf, "scoring_func", (expected,), more=f" with model_type={hf['model_type']!r}")
     return expected
 
 
@@ -226,32 +230,13 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
             "taken out of the file"
         )
     for name, values in _FIXED.items():
-        if hf.get(name) is not None and hf[name] not in values:
-            raise ValueError(f"{name}={shown(hf[name])} is not supported; supported: {list(values)}")
-
-
-def _check_implied(hf: Mapping[str, Any], cfg: ModelConfig) -> None:
-    """Fields that repeat what others say."""
-    implied = {
-        "num_key_value_heads": cfg.num_attention_heads,
-        "head_dim": cfg.qk_rope_head_dim,
-        "qk_head_dim": cfg.qk_head_dim,
-        "num_local_experts": cfg.n_routed_experts,
-        "num_experts": cfg.n_routed_experts,
-    }
-    for name, value in implied.items():
-        if hf.get(name) is not None and hf[name] != value:
-            raise ValueError(f"{name}={shown(hf[name])} is not supported; it must be {value}")
+        _supported(hf, name, values)
 
 
 def _router(hf: Mapping[str, Any], scoring: str) -> dict[str, Any]:
     methods = ("noaux_tc",) if scoring == "sigmoid" else ("greedy", "group_limited_greedy")
-    method = hf.get("topk_method")
-    method = methods[0] if method is None else method
-    if method not in methods:
-        raise ValueError(
-            f"topk_method={shown(method)} is not supported with {scoring} gating; supported: {list(methods)}"
-        )
+    _supported(hf, "topk_method", methods, more=f" with {scoring} gating")
+    method = methods[0] if hf.get("topk_method") is None else hf["topk_method"]
     if scoring == "softmax" and hf.get("norm_topk_prob"):
         raise ValueError(
             "norm_topk_prob=True is not supported with softmax gating (the released code drops "
@@ -328,9 +313,6 @@ def _either(hf: Mapping[str, Any], default: Any, *names: str) -> Any:
 
 def _dtype(hf: Mapping[str, Any]) -> str:
     dtype = _either(hf, "float32", "torch_dtype", "dtype")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"torch_dtype={shown(dtype)} is not supported; supported: ['float32', 'bfloat16']; the weights keep "
-            "their own, set the one to compute in"
-        )
+    hint = "; the weights keep their own, set the one to compute in"
+    _supported({"torch_dtype": dtype}, "torch_dtype", ("float32", "bfloat16"), more=hint)
     return dtype

@@ -35,7 +35,10 @@ def block_scales(w_oi: np.ndarray, scale: str = "fp32") -> np.ndarray:
     if not np.isfinite(scales).all():
         raise ValueError("cannot quantise to FP8: the matrix holds values that are not finite")
     scales[:] = np.maximum(scales, np.float32(AMAX_FLOOR)) / np.float32(E4M3_MAX)
-    return scales if scale == "fp32" else _power_of_two_above(scales)
+    if scale == "ue8m0":  # the smallest power of two above, from the bits, not through a rounded logarithm
+        mantissa, exponent = np.frexp(scales)  # scales = mantissa * 2**exponent, mantissa in [0.5, 1)
+        scales = np.ldexp(np.float32(1.0), exponent - (mantissa == 0.5)).astype(np.float32)
+    return scales
 
 
 def checked_scales(scales: np.ndarray, name: str) -> np.ndarray:
@@ -73,9 +76,3 @@ def dequantise(
         per_row = np.arange(first_row + start, first_row + start + len(strip)) // BLOCK
         out[start : start + step] = strip * scales[per_row][:, per_col]
     return out
-
-
-def _power_of_two_above(s: np.ndarray) -> np.ndarray:
-    """Smallest power of two >= s, exactly: from the bits, not through a rounded logarithm."""
-    mantissa, exponent = np.frexp(s)  # s = mantissa * 2**exponent, mantissa in [0.5, 1)
-    return np.ldexp(np.float32(1.0), exponent - (mantissa == 0.5)).astype(np.float32)

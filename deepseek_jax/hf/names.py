@@ -130,14 +130,15 @@ def _leaf(cfg: ModelConfig, keys: list[str], param: Param) -> Leaf:
 
 def _template(cfg: ModelConfig, keys: list[str]) -> tuple[str, int]:
     """(checkpoint name with places for layer and expert, first layer's number)."""
-    group, rest = keys[0], ".".join(keys[1:])
-    if group == "dense_layers":
-        return "model.layers.{}." + _BLOCK[rest], 0
-    if group == "moe_layers":
-        return "model.layers.{}." + _BLOCK[rest], cfg.first_k_dense_replace
-    if group == "mtp":
-        return "model.layers.{}." + _MTP[rest], cfg.num_hidden_layers
-    return _TOP[".".join(keys)], 0
+    layers = {
+        "dense_layers": (_BLOCK, 0),
+        "moe_layers": (_BLOCK, cfg.first_k_dense_replace),
+        "mtp": (_MTP, cfg.num_hidden_layers),
+    }
+    if keys[0] not in layers:
+        return _TOP[".".join(keys)], 0
+    table, first = layers[keys[0]]
+    return "model.layers.{}." + table[".".join(keys[1:])], first
 
 
 def bias_names(cfg: ModelConfig) -> list[str]:

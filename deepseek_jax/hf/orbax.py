@@ -16,13 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from deepseek_jax.checkpoints.files import (
-    CheckpointError,
-    MisfitError,
-    first_line,
-    read_meta,
-    verify,
-)
+from deepseek_jax.checkpoints.files import CheckpointError, MisfitError, first_line, read_meta, verify
 from deepseek_jax.checks import require
 from deepseek_jax.config import ModelConfig, build
 from deepseek_jax.hf import fp8

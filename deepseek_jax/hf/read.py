@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.checks import choice, plain
+from deepseek_jax.checks import choice, named, plain
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.arrays import on_devices
@@ -78,10 +78,8 @@ class Checkpoint(Source):
     def __init__(self, path: str | Path, mtp: bool = True):
         self.path = Path(path).absolute()
         self.hf = read_config(self.path)
-        try:
+        with named(f"{self.path}/"):
             cfg = from_hf(self.hf)
-        except ValueError as error:
-            raise ValueError(f"{self.path}/{error}") from error
         self.tensors, self.layout = scan(self.path)
         modules = mtp_of(cfg, self.tensors)
         if not (mtp and modules):

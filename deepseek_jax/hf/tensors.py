@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.checks import plain, require, shown
+from deepseek_jax.checks import named, plain, require, shown
 from deepseek_jax.json_files import MAX_BYTES, parse_object
 
 DTYPES = {
@@ -59,10 +59,8 @@ def read_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if size < 8 or length > min(size - 8, MAX_BYTES):
             raise ValueError(f"{file} is truncated or not a safetensors file: its header is not whole")
         raw = f.read(length)
-    try:
+    with named(f"{file} is not a safetensors file: "):
         header = parse_object(raw, "its header")
-    except ValueError as error:
-        raise ValueError(f"{file} is not a safetensors file: {error}") from error
     metadata = header.pop("__metadata__", {})
     strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     require(strings, f"{file}: __metadata__={shown(metadata)} should map names to strings")

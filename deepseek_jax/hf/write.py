@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from deepseek_jax.checks import choice
+from deepseek_jax.checks import choice, named
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import fp8
@@ -153,13 +153,8 @@ class _Part(NamedTuple):
     at: Index
 
 
-# By kind of part, the dtypes in which a file may have had it.
-_RESTORABLE = {
-    "plain": ("F32", "BF16"),
-    "bias": ("F32", "BF16"),
-    "fp8": ("F8_E4M3",),
-    "scale": ("F32", "F8_E8M0"),
-}
+# By kind of part, the dtypes in which a file may have had it, if not the usual ones.
+_RESTORABLE = {"fp8": ("F8_E4M3",), "scale": ("F32", "F8_E8M0")}
 
 
 class Producer:
@@ -202,7 +197,7 @@ class Producer:
 
     def restore_dtype(self, name: str, dtype: str) -> None:
         """Makes a tensor in a dtype, by safetensors' name, in which a file had it. Raises ValueError for another kind."""
-        allowed = _RESTORABLE[self._parts[name].kind]
+        allowed = _RESTORABLE.get(self._parts[name].kind, ("F32", "BF16"))
         if dtype not in allowed:
             raise ValueError(f"tensor {name} cannot be {dtype}, only one of {list(allowed)}")
         self.specs[name] = (DTYPES[dtype], self.specs[name][1])
@@ -241,10 +236,8 @@ class Producer:
 
     def _quantised(self, kind: str, leaf: Leaf, index: Index) -> np.ndarray:
         w = self._plain(leaf, index, DTYPES["F32"])
-        try:
+        with named(f"params.{leaf.path}{list(index)}: "):
             scales = fp8.block_scales(w, self._scale)
-        except ValueError as error:
-            raise ValueError(f"params.{leaf.path}{list(index)}: {error}") from error
         return scales if kind == "scale" else fp8.quantise(w, scales)
 
 

@@ -219,11 +219,8 @@ class Schedules:
 
     def _scaled(self, name: str) -> int:
         c = self._optimizer
-        if c.schedule_tokens <= 0:
-            raise ValueError(f"optimizer.schedule_tokens={c.schedule_tokens} must be positive")
-        value = getattr(c, name)
         # Fractions: a float quotient would move the boundaries of a long run by some tokens.
-        return round(Fraction(value) * self.total_tokens / Fraction(c.schedule_tokens))
+        return round(Fraction(getattr(c, name)) * self.total_tokens / Fraction(c.schedule_tokens))
 
     def _scaled_warmup(self) -> int:
         c = self._optimizer
