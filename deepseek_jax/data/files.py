@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from deepseek_jax.checks import require
 from deepseek_jax.data.report import CorpusReport
 
 STDLIB = "stdlib"
@@ -151,8 +152,8 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 
 
 def _stdlib_files() -> Iterator[str]:
-    root = stdlib_folder()
-    found = False
+    """Paths of the standard library's sources. Raises ValueError where this Python came without them."""
+    root, found = stdlib_folder(), False
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT_FOLDERS]
         for name in names:
@@ -160,7 +161,4 @@ def _stdlib_files() -> Iterator[str]:
             if name.endswith(".py") and not name.startswith(("_sysconfigdata", "test_")):
                 found = True
                 yield os.path.join(folder, name)
-    if not found:
-        raise ValueError(
-            f"this Python has no .py sources in {root}: set source to a glob of your own text files"
-        )
+    require(found, f"this Python has no .py sources in {root}: set source to a glob of your own text files")

@@ -76,9 +76,7 @@ class BatchStream:
         # One worker: blocks are touched by no other thread.
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batch-stream")
         self._ahead: tuple[_Cursor, int, concurrent.futures.Future] | None = None
-        self._open: tuple[dict[tuple[int, int], tuple[PackedStream, np.ndarray]], ...] = tuple(
-            {} for _ in packers
-        )
+        self._open: list[dict[tuple[int, int], tuple[PackedStream, np.ndarray]]] = [{} for _ in packers]
 
     def take(self, num_sequences: int) -> Batch:
         """The next global batch of `num_sequences`, this host's rows of it.
@@ -127,15 +125,13 @@ class BatchStream:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a state of the data stream: {state!r}") from error
         if data != self._fingerprint:
-            other = [
+            other = "; ".join(
                 f"{name} was {data.get(name)!r}, is now {self._fingerprint.get(name)!r}"
                 for name in names_that_differ(data, self._fingerprint)
-            ]
+            )
             raise ValueError(
-                "the saved data state belongs to other data: "
-                + "; ".join(other)
-                + ". A run goes on with its own data: to train its weights on others, start a run in another "
-                "train.out_dir with train.init_from"
+                f"the saved data state belongs to other data: {other}. A run goes on with its own data: to train its "
+                "weights on others, start a run in another train.out_dir with train.init_from"
             )
         if len(cursor) != len(self._packers):
             raise ValueError(

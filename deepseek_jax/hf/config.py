@@ -182,7 +182,8 @@ def quantization(hf: Mapping[str, Any]) -> str | None:
         known = name in _QUANTIZATION or name in _QUANTIZATION_HARMLESS or value is None
         field = f"quantization_config.{plain(str(name))}={shown(value)}"
         require(known, f"unknown field {field}; {_DEQUANTISE}")
-    missing = [name for name in _QUANTIZATION_NEEDED if q.get(name) is None]
+    unset = [name for name in _QUANTIZATION_NEEDED if q.get(name) is None]
+    missing = [f"{name} ({name}=None)" if name in q else name for name in unset]
     require(not missing, f"quantization_config lacks {' and '.join(missing)}; {_DEQUANTISE}")
     return "ue8m0" if q.get("scale_fmt") == "ue8m0" else "fp32"
 

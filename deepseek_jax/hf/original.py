@@ -1,7 +1,7 @@
-"""What an orbax checkpoint remembers of the Hugging Face folder that it came from, so that the way back gives the same.
+"""A converted orbax checkpoint remembers its Hugging Face folder, so that the way back gives the same files.
 
-In the checkpoint's metadata, under `huggingface`: config.json, the dtype of every tensor by file, the files' free-form
-strings, and what the index file had beside its table.
+The checkpoint's metadata holds, under `huggingface`: config.json, the dtype of every tensor by file, the files'
+free-form strings, and the fields that the index file has beside its table.
 """
 
 import dataclasses
@@ -19,7 +19,11 @@ from deepseek_jax.hf.write import Producer
 
 
 class Kept(NamedTuple):
-    """`config`: of config.json. `files`: file -> tensor -> dtype. `metadata`: file -> the header's strings."""
+    """A Hugging Face folder as a checkpoint remembers it.
+
+    config: its config.json. files: file -> tensor -> dtype. metadata: file -> the header's strings. index_file: the
+    fields of the index file without its table; None if there was no index.
+    """
 
     config: dict[str, Any]
     files: dict[str, dict[str, str]]
@@ -28,7 +32,7 @@ class Kept(NamedTuple):
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What to remember of a folder."""
+    """The metadata that a folder's checkpoint keeps, as JSON."""
     layout = checkpoint.layout
     files = {
         file: {name: checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors}
@@ -38,36 +42,32 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def read(meta: Mapping[str, Any], cfg: ModelConfig, where: Path) -> Kept | None:
-    """What a checkpoint's metadata remembers; None for a training run's.
+    """The folder that a checkpoint's metadata remembers; None for the metadata of a training run.
 
-    Raises ValueError naming the field: of the wrong type, names that are no file's or no dtype's, a config.json of
-    another model than the checkpoint's.
+    Raises ValueError, naming the field, for a wrong type, a name that is no file's or no dtype's, and a config.json
+    that describes another model than the checkpoint's.
     """
     kept = meta.get("huggingface")
     if kept is None:
         return None
     name = f"{where / 'meta'}: huggingface"
     require(isinstance(kept, dict), f"{name}={shown(kept)} should be an object")
-    for key in ("config", "files", "metadata"):
-        require(isinstance(kept.get(key), dict), f"{name}.{key}={shown(kept.get(key))} should be an object")
-    index = kept.get("index_file")
-    require(index is None or isinstance(index, dict), f"{name}.index_file={shown(index)} should be an object")
-    for file, dtypes in kept["files"].items():
-        strings = kept["metadata"].get(file)
-        ok = (
-            is_file_name(file)
-            and file.endswith(".safetensors")
-            and _are_strings(dtypes)
-            and _are_strings(strings)
-        )
+    found = Kept(**{key: kept.get(key) for key in Kept._fields})
+    for key, value in found._asdict().items():
+        ok = isinstance(value, dict) or (key == "index_file" and value is None)
+        require(ok, f"{name}.{key}={shown(value)} should be an object")
+    for file, dtypes in found.files.items():
+        strings = found.metadata.get(file)
+        ok = is_file_name(file) and file.endswith(".safetensors")
+        ok = ok and _are_strings(dtypes) and _are_strings(strings)
         require(ok, f"{name}.files: {plain(file)} is described by {shown(dtypes)} and {shown(strings)}")
         for tensor, dtype in dtypes.items():
             require(dtype in DTYPES, f"{name}.files: tensor {plain(tensor)} has dtype {plain(dtype)}")
-    said = from_hf(kept["config"])
+    said = from_hf(found.config)
     said = dataclasses.replace(said, num_nextn_predict_layers=cfg.num_nextn_predict_layers)
     other = [f.name for f in dataclasses.fields(cfg) if getattr(said, f.name) != getattr(cfg, f.name)]
     require(not other, f"{name}.config is of another model than config.model: they differ in {other}")
-    return Kept(kept["config"], kept["files"], kept["metadata"], index)
+    return found
 
 
 def _are_strings(value: Any) -> bool:
@@ -75,9 +75,9 @@ def _are_strings(value: Any) -> bool:
 
 
 def restored(kept: Kept, producer: Producer) -> Layout:
-    """The files that the checkpoint came in; tensors come back in the dtype that they had there.
+    """The files of the remembered folder; each tensor gets the dtype that it had there.
 
-    Raises ValueError: a tensor that no file has, or of another kind.
+    Raises ValueError for a tensor that no file has, or that cannot have the dtype.
     """
     files = {}
     for file, dtypes in kept.files.items():

@@ -61,8 +61,8 @@ class EMA:
         Raises:
             ValueError: another tree than the constructor's. What the update before raised is raised here.
         """
-        shapes = jax.tree.map(lambda x: x.shape, params)
-        if shapes != (expected := self._shapes()):
+        shapes, expected = (jax.tree.map(lambda x: x.shape, tree) for tree in (params, self._abstract))
+        if shapes != expected:
             raise ValueError(f"EMA.update got arrays of shapes {shapes}, the average has {expected}")
         snapshot, counts = _snapshot(params, good)
         self.wait()
@@ -102,9 +102,6 @@ class EMA:
         """Waits and stops the thread."""
         self.wait()
         self._worker.shutdown()
-
-    def _shapes(self) -> PyTree:
-        return jax.tree.map(lambda x: x.shape, self._abstract)
 
     def _average_in(self, snapshot: PyTree, counts: jax.Array) -> None:
         if not np.asarray(counts):

@@ -59,9 +59,9 @@ class Start:
         self._path = Path(cfg.train.init_from).expanduser().absolute()
         self._is_hf = (self._path / "config.json").is_file()
         self._root = self._path
-        with_mtp = cfg.model.num_nextn_predict_layers > 0
+        self._with_mtp = cfg.model.num_nextn_predict_layers > 0
         if self._is_hf:
-            checkpoint = hf.Checkpoint(self._path, with_mtp)
+            checkpoint = hf.Checkpoint(self._path, self._with_mtp)
             model = to_dict(checkpoint.cfg)
             found = {path: leaf.shape for path, leaf in leaves(checkpoint.cfg).items()}
         else:
@@ -86,8 +86,8 @@ class Start:
 
         Raises ValueError: damaged, or with NaN or infinity.
         """
-        params, host_bias = self._from_hf() if self._is_hf else self._from_orbax()
         shardings = state_shardings(self._cfg, self._mesh)
+        params, host_bias = self._from_hf(shardings.params) if self._is_hf else self._from_orbax()
         bias = jax.make_array_from_callback(
             host_bias.shape, shardings.balance_bias, lambda index: host_bias[index]
         )
@@ -101,10 +101,8 @@ class Start:
         )
         return create(params, bias), self._average()
 
-    def _from_hf(self) -> tuple[PyTree, np.ndarray]:
-        params = state_shardings(self._cfg, self._mesh).params
-        mtp = self._cfg.model.num_nextn_predict_layers > 0
-        _, params, bias = hf.load(self._path, dtype="float32", mtp=mtp, shardings=params)
+    def _from_hf(self, shardings: PyTree) -> tuple[PyTree, np.ndarray]:
+        _, params, bias = hf.load(self._path, dtype="float32", mtp=self._with_mtp, shardings=shardings)
         return params, np.asarray(bias)
 
     def _from_orbax(self) -> tuple[PyTree, np.ndarray]:
