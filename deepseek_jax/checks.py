@@ -1,4 +1,4 @@
-"""What the config dataclasses say of a value that cannot be; a dataclass from a mapping, checked."""
+"""Checks of values, with errors of one line; `build` makes a dataclass from a mapping and checks it."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the library does now, for whoever shows it; by default nobody.
+"""`doing` tells what the library does now to the function that shows it; by default nothing is shown.
 
     with now.shown_by(show):                  # show: text -> context manager around the work
         ...

@@ -1,4 +1,4 @@
-"""How the config of a resumed run differs from the one that its checkpoint was written with."""
+"""Sentences say how the config of a resumed run differs from the config in its checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Changes(NamedTuple):
 
 
 def config_changes(saved: Mapping[str, Any], config: Config) -> Changes:
-    """What differs between a checkpoint's config and `config`. A key that the former lacks had its default."""
+    """Compares a checkpoint's config with `config`. A key that the checkpoint lacks had its default."""
     defaults, now = (_flat(json.loads(json.dumps(to_dict(c)))) for c in (Config(), config))
     before = defaults | _flat(saved)
     found = Changes([], [])

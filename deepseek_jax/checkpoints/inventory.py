@@ -1,4 +1,4 @@
-"""Which files a folder holds, with the size and the SHA-256 of each, so that a reader finds what was lost or changed.
+"""An inventory lists a folder's files with size and SHA-256, so that a reader finds lost and changed files.
 
 `files.json` is {"files": {path: [bytes, SHA-256]}, "sha256": that of the table}. Several processes may each digest what
 they have written (`write_part`); whoever finishes the folder adds the rest (`write`). A reader may divide the digests
@@ -21,7 +21,7 @@ _THREADS = min(8, os.cpu_count() or 1)  # hashing and reading release the interp
 
 
 class File(NamedTuple):
-    """What a file was when it was written; `sha256` is None in a list that holds sizes alone."""
+    """Size and digest of a file when it was written; `sha256` is None in a list of sizes alone."""
 
     size: int
     sha256: str | None
@@ -62,7 +62,7 @@ def read(root: Path) -> dict[str, File]:
 
 
 def first_damaged(root: Path, files: Mapping[str, File], part: int = 0, parts: int = 1) -> int:
-    """Index, in the order of `files`, of the first file that is not as it was; `len(files)` if all are.
+    """Returns the index, in the order of `files`, of the first file that has changed; `len(files)` if none has.
 
     Sizes are compared of all files, contents of those that fall to part `part` of `parts`.
     """
@@ -76,7 +76,7 @@ def first_damaged(root: Path, files: Mapping[str, File], part: int = 0, parts: i
 
 
 def describe_damage(root: Path, files: Mapping[str, File], index: int) -> str:
-    """What `first_damaged` found, in words."""
+    """Says in words how the file that `first_damaged` found differs."""
     name, file = list(files.items())[index]
     if (size := _size(root / name)) != file.size:
         return f"{name} has {size} of {file.size} bytes"

@@ -1,7 +1,7 @@
-"""Entries of the cache: folders that are made once, from a list of files, by one of the processes that want them.
+"""`open_entry` opens a folder of the cache, which one process makes once from a list of files.
 
-An entry appears whole or not at all. It is good for as long as its files have the same names, sizes and times; where
-those differ it decides by content whether it still is. Whoever comes while it is being made waits.
+An entry appears whole or not at all. It is valid as long as its files have the same names, sizes and times; if those
+differ, their content decides. A process that needs an entry while another makes it waits.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def open_entry(
     renewed: Callable[[Files, Meta], Meta | None],
     make: Callable[[Path], Meta],
 ) -> T:
-    """What `load` makes of the entry `folder`, which `make` makes first where it is absent, damaged or outdated.
+    """Returns the result of `load` for the entry `folder`, after `make` if the entry is absent, damaged or outdated.
 
     Args:
         files: what the entry is made of.

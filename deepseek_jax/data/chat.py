@@ -1,4 +1,4 @@
-"""Chat prompts through a tokenizer's own Jinja template.
+"""`ChatTemplate` renders chat prompts with a tokenizer's own Jinja template.
 
 Templates see the environment that `transformers` gives them (a sandbox, the same filters, functions and tags), so
 that they render the same text.
@@ -90,7 +90,7 @@ def _compiled(source: str) -> Template:
 
 
 class ChatTemplate:
-    """Messages -> prompt text. What is wrong with a template is said when it is used.
+    """Turns messages into the text of a prompt. A faulty template raises when it is used, not before.
 
     Args:
         sources: Jinja texts by name, or one text. "default" is used, "tool_use" for conversations with tools.
@@ -113,7 +113,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, str]] | None = None,
         **switches: Any,
     ) -> str:
-        """The prompt of a conversation of {"role", "content"} messages, oldest first.
+        """Renders the prompt of a conversation of {"role", "content"} messages, oldest first.
 
         Args:
             messages: with whatever else the template reads ("tool_calls", "reasoning_content"); content may be
@@ -131,7 +131,7 @@ class ChatTemplate:
     def render_spans(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, **options: Any
     ) -> tuple[str, list[tuple[int, int]]]:
-        """As `render`, with the spans [begin, end) of characters inside {% generation %} blocks."""
+        """Renders as `render` does, and returns the spans [begin, end) of characters inside {% generation %} blocks."""
         variables = {
             "tools": None,
             "documents": None,
@@ -168,7 +168,7 @@ class ChatTemplate:
 
 
 def _message(i: int, message: Message, source: str) -> dict[str, Any]:
-    """The message as templates see it: without what is None, with its reasoning under the usual names."""
+    """Returns the message as templates see it: fields that are None are gone, its reasoning has the usual names."""
     given = {key: value for key, value in message.items() if value is not None}
     role, content = given.get("role"), given.get("content", "")
     known = isinstance(role, str) and (role in ROLES or role in source)

@@ -24,7 +24,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 @dataclasses.dataclass
 class Reading:
-    """What a pass over the documents leaves behind: a few hashes, however many documents there were.
+    """A pass over the documents fills a `Reading` with a report and hashes, whose size does not grow with the documents.
 
     Attributes:
         report: what was read and skipped.
@@ -76,11 +76,11 @@ class Corpus:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files, as they lie on disk."""
+        """Bytes of all files on disk."""
         return sum(file.size for file in self.files)
 
     def files_now(self) -> list[SourceFile]:
-        """The files as they are at this moment: where this differs from `files`, something changed since."""
+        """Lists the files again; a difference from `files` means that one changed."""
         return self._find(CorpusReport())
 
     def _find(self, report: CorpusReport) -> list[SourceFile]:
@@ -136,7 +136,7 @@ class Corpus:
         return now if next(before, None) is None else None
 
     def _noted(self, file: SourceFile, report: CorpusReport, digests: list[str | None]) -> Iterator[Document]:
-        """The documents of `file`; then `digests` has their hash, too; None where there was no document."""
+        """Yields the documents of `file`, then appends their hash to `digests`, or None if there was no document."""
         digest = None
         for document in self._read_file(file, report):
             digest = digest or hashlib.sha256()
@@ -171,7 +171,7 @@ class Corpus:
 
     @functools.cached_property
     def _edge(self) -> float:
-        """Documents with a share below it are for validation; NaN: the lone document is cut.
+        """Documents whose share is below the edge are for validation; NaN: the only document is cut in two.
 
         Reads until both sides have a document, which is soon, or to the end of a corpus too small for that.
         """

@@ -29,7 +29,7 @@ class PunctuationSplitter:
         halves = [part for i in found for part in (texts[i][: heads[i]], texts[i][heads[i] :])]
         encoded = tokenizer.encode_batch(halves) if halves else []
         joined = [head + tail for head, tail in zip(encoded[0::2], encoded[1::2], strict=True)]
-        # What replaces an id.
+        # The ids that replace a combined one.
         self._pieces = {
             int(i): np.array(piece, np.int32)
             for i, piece in zip(found, joined, strict=True)

@@ -3,8 +3,8 @@
 Real folders hold broken things. A bad line, an empty file, a wrong encoding, a truncated archive or a file of no
 known format is counted and named in a `CorpusReport` and skipped; everything readable around it is kept.
 
-Memory is bounded, whatever the files: a line, row or field beyond `unpacking.MAX_DOCUMENT_BYTES` is skipped and named; a longer
-plain text becomes documents of up to `PART_BYTES`, cut after a line break.
+Memory is bounded, whatever the files: a line, row or field beyond `unpacking.MAX_DOCUMENT_BYTES` is skipped and named;
+a longer plain text becomes documents of up to `PART_BYTES`, cut after a line break.
 """
 
 import gzip
@@ -81,7 +81,7 @@ def _documents(path: str, text_field: str, report: CorpusReport, named: bool) ->
 
 
 def _record(line: bytes | None) -> dict[str, Any] | None:
-    """The JSON object in a line, if it holds one."""
+    """Returns the JSON object in a line, or None if the line is no object."""
     if not line or not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
         return None
     try:
@@ -181,7 +181,7 @@ def _rows_at_once(metadata: pyarrow.parquet.FileMetaData) -> int:
 
 
 def _holds_text(kind: pyarrow.DataType) -> bool:
-    """Whether a column is of strings, or of bytes, as which some writers declare strings."""
+    """Whether a column has strings, or bytes, which some writers declare instead of strings."""
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     return any(getattr(pyarrow.types, f"is_{test}")(kind) for test in tests)

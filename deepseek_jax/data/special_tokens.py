@@ -37,7 +37,7 @@ Token = str | AddedToken
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """What the files beside tokenizer.json declare.
+    """Special tokens that the files beside tokenizer.json declare.
 
     Attributes:
         named: by `transformers`' names, "bos_token" and so on; None where a file says so.

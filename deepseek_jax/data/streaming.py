@@ -1,4 +1,4 @@
-"""Text of ids that come one at a time: what is certain comes out at once."""
+"""`StreamDecoder` turns ids into text one at a time, and returns each character as soon as it is certain."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
-"""The files of a folder that say what a text is: all that a tokenizer has beside its weights.
+"""A tokenizer's files: tokenizer.json and the files beside it that define special tokens, stops and chat turns.
 
-They are kept as they came, byte by byte, and go wherever the tokenizer goes: with a run, a conversion, an export.
+Their bytes stay as they are, and they are copied with the tokenizer: to a run, a conversion, an export.
 """
 
 import json
@@ -33,7 +33,7 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 def write(folder: Path, files: Files) -> None:
-    """Writes the files, each whole or not at all. Those of another tokenizer that lay there go."""
+    """Writes the files, each whole or not at all, and removes the files of another tokenizer in the folder."""
     for name in read(folder) if _of_another(folder, files) else ():
         if name not in files:
             (folder / name).unlink()

@@ -84,7 +84,7 @@ def encode_corpus(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> Enco
 
 
 def corpus_key(corpus: Corpus, *more: Any) -> str:
-    """A name for what is made of a corpus: it depends on its settings, not on its files."""
+    """Returns a name for an entry that is made of a corpus: it depends on the settings, not on the files."""
     source = corpus.source
     place = source if source == STDLIB else os.path.abspath(os.path.expanduser(source))
     limits = (unpacking.MAX_DOCUMENT_BYTES, unpacking.PART_BYTES)
@@ -124,7 +124,7 @@ class _Writer:
         self._waiting, self._num_waiting = [], 0
 
     def finish(self) -> dict[str, Any]:
-        """What the meta says of this side."""
+        """Writes the rest, and returns the meta of this side."""
         self._write()
         self._counts_file.write_bytes(self._counts_v.tobytes())
         return {

@@ -1,7 +1,7 @@
-"""The tokenizer and all that goes with it: special tokens, stops, what stands around a text, chat turns.
+"""`Tokenizer` turns text into ids and back, and knows the special tokens, the stops and the chat template.
 
-Trained on the corpus (bpe_training.py) or loaded from a folder, whose files decide, by the rules of `transformers`
-(special_tokens.py).
+It is trained on the corpus (bpe_training.py) or loaded from a folder, whose files are read by the rules of
+`transformers` (special_tokens.py).
 
 Documents are encoded with a copy that matches no control token (`special_tokens.control_tokens`): a page that quotes
 "<｜end▁of▁sentence｜>" stays text, and cannot end a document or open a chat turn. Ordinary added tokens are matched in
@@ -129,7 +129,7 @@ class Tokenizer:
         return config | self.names | ({"chat_template": DEFAULT_TEMPLATE} if own else {})
 
     def generation_ids(self) -> dict[str, Any]:
-        """bos, eos (all stops) and pad for generation_config.json and config.json; None for what there is not."""
+        """Returns bos, eos (all stops) and pad for generation_config.json and config.json; None for a missing one."""
         found = {f"{name}_token_id": self._id(name) for name in ("bos", "pad")}
         stops = list(self.stop_ids)
         return found | {"eos_token_id": (stops[0] if len(stops) == 1 else stops) if stops else None}
@@ -168,7 +168,7 @@ class Tokenizer:
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate:
-        """How it writes a chat: by its files, else DeepSeek's turns if it has the tokens for them.
+        """The chat template of the tokenizer's files, else DeepSeek's if the vocabulary has its turns.
 
         Raises ValueError: neither, or a template that is no text.
         """
@@ -197,7 +197,7 @@ class Tokenizer:
     def text_after(
         self, before: Sequence[int], ids: Sequence[int] | np.ndarray, skip_special: bool = False
     ) -> str:
-        """What `ids` add to the text of the ids before them: with the space of a word that does not begin it."""
+        """Returns the text that `ids` add to the ids before them: a word inside the text keeps its leading space."""
         if self.is_byte_level or not len(before):
             return self.decode(ids, skip_special)
         return self.decode([*before, *ids], skip_special)[len(self.decode(before, skip_special)) :]

@@ -1,4 +1,4 @@
-"""The bytes of files, unpacked, in bounded pieces: chunks as they come, lines, parts of a text."""
+"""Files are unpacked in bounded pieces: chunks of bytes, lines, and parts of a long text."""
 
 import gzip
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def lines(data: Iterator[bytes]) -> Iterator[bytes | None]:
 
 
 def parts(data: Iterator[bytes]) -> Iterator[bytes]:
-    """The bytes whole, or beyond the limit in parts, cut after a line break, or at least between characters."""
+    """Yields the bytes whole, or, beyond the limit, in parts that end with a line break, or at least with a character."""
     rest, is_long = bytearray(), False
     for chunk in data:
         rest += chunk

@@ -1,4 +1,4 @@
-"""The parameters of a source as JAX arrays wherever they are to lie, read piece by piece.
+"""`on_devices` reads the parameters of a source, piece by piece, into JAX arrays on the devices that hold them.
 
 On CPU a device's memory is the host's: each device's slice is filled where it stays. Elsewhere a slice is put together
 on the device, so that the host holds one layer of it at a time. A slice that several devices hold is read once.
@@ -37,7 +37,7 @@ def on_devices(
 
 
 def filled(shape: tuple[int, ...], dtype: np.dtype, sharding: Any, fill: Fill, stacked: bool) -> jax.Array:
-    """The array of `shape` on `sharding` (None: the default device). `stacked`: its first dim counts layers."""
+    """Returns the array of `shape` on `sharding` (None: the default device). `stacked`: its first dim counts layers."""
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     holders: dict[Spans, list[jax.Device]] = {}

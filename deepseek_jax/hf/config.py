@@ -1,4 +1,6 @@
-"""config.json of Hugging Face <-> `ModelConfig`, for DeepSeek-V3/R1/V3.1, V2, V2-Lite, Moonlight and Kimi-K2.
+"""`from_hf` and `to_hf` translate config.json to `ModelConfig` and back.
+
+They know DeepSeek-V3/R1/V3.1, V2, V2-Lite, Moonlight and Kimi-K2.
 
 Every field is either translated, required to have the one value that this model implements, or known to be
 harmless; anything else raises, because a field that is skipped in silence is a model that is silently wrong.
@@ -92,7 +94,7 @@ _DEQUANTISE = "load a copy of the checkpoint in BF16, or in DeepSeek's FP8 layou
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a parsed config.json.
+    """Returns the ModelConfig of a parsed config.json.
 
     `dtype` follows `torch_dtype` (float32 if absent). `initializer_range` is copied as it stands: every published
     file says 0.02, transformers' default, while the report (section 4.2) trained with 0.006.
@@ -167,7 +169,7 @@ ModelConfig.from_hf, ModelConfig.to_hf = staticmethod(from_hf), to_hf
 
 
 def quantization(hf: Mapping[str, Any]) -> str | None:
-    """Format of the FP8 scales: None for an unquantised checkpoint, else "fp32" or "ue8m0".
+    """Returns the format of the FP8 scales: None for an unquantised checkpoint, else "fp32" or "ue8m0".
 
     Which tensors are FP8, the files themselves say. Raises ValueError for any quantisation that is not DeepSeek's
     (e4m3, blocks of 128 x 128).
@@ -302,7 +304,7 @@ def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _either(hf: Mapping[str, Any], default: Any, *names: str) -> Any:
-    """The value of a field with two names; `default` where neither is set."""
+    """Returns the value of a field with two names; `default` if neither is set."""
     found = {name: hf[name] for name in names if hf.get(name) is not None}
     values = list(found.values())
     require(

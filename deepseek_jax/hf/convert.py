@@ -1,11 +1,11 @@
 """Conversion between Hugging Face folders and orbax checkpoints, streamed and resumable.
 
-A conversion writes to `<output>.partial` and renames at the end (`job.py`). Cut off at any moment and called again with
-the same arguments, it goes on, after the last finished layer of an array (to orbax) or file (to Hugging Face), and comes
-to the same result.
+A conversion writes to `<output>.partial` and renames at the end (`job.py`). If it is killed and called again with the
+same arguments, it goes on after the last finished layer of an array (to orbax) or file (to Hugging Face), and gives the
+same result.
 A Hugging Face folder becomes a run folder, `<output>/checkpoints/0` and the text files beside it (tokenizer, chat
-template, stops); its config.json and the spread of tensors over files are kept in the metadata, so that the way back
-gives the same files bit for bit. The folder of a training run brings its tokenizer whole, as `Tokenizer.save` does.
+template, stops). The metadata keep its config.json and which file held which tensor, so that the way back gives the same
+files bit for bit. A training run's folder is converted with all files of its tokenizer, as `Tokenizer.save` writes them.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def to_orbax(
     *,
     mtp: bool = True,
 ) -> None:
-    """Hugging Face folder -> run folder with an orbax checkpoint of step 0.
+    """Converts a Hugging Face folder to a run folder with an orbax checkpoint of step 0.
 
     format: "stored" (FP8 stays FP8, and is dequantised by whoever loads it), "bf16" or "f32".
     mtp: False leaves the MTP modules out.
@@ -71,7 +71,7 @@ def to_hf(
     step: int | None = None,
     ema: bool = False,
 ) -> None:
-    """Run folder, checkpoints folder, one step, or a Hugging Face folder -> Hugging Face folder.
+    """Converts a run folder, a checkpoints folder, one step, or a Hugging Face folder to a Hugging Face folder.
 
     format, scale, shard_bytes: as in `hf.save`; a checkpoint that came from Hugging Face and is written as "stored"
     gets its own files back. mtp: False leaves the MTP modules of a Hugging Face folder out. step, ema: of a run, which
@@ -111,7 +111,7 @@ def to_hf(
 
 
 def _checkpoint(path: str | Path, mtp: bool, format: str) -> Checkpoint:
-    """The folder at `path`. Raises ValueError for a leaf that stacked arrays cannot keep as it is."""
+    """Opens the folder at `path`. Raises ValueError for a leaf that stacked arrays cannot store as it is."""
     checkpoint = Checkpoint(path, mtp)
     if format == "stored" and checkpoint.mixed:
         leaf = checkpoint.leaves[checkpoint.mixed[0]]
@@ -143,7 +143,7 @@ def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
 def _said(
     published: dict[str, Any] | None, config: dict[str, Any], format: str, root: Path
 ) -> tuple[dict[str, Any], Tokenizer | None]:
-    """(config.json, tokenizer): of a training run, which has no `published` one, the tokenizer says the ids in it."""
+    """Returns (config.json, tokenizer). A training run has no `published` config; its tokenizer adds the ids."""
     if published is not None:
         return (published if format == "stored" else _merged(published, config)), None
     if not (root / text_files.TOKENIZER).is_file():

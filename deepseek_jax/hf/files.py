@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: config.json, an index and its safetensors files, checked before a byte of data is read."""
+"""`scan` checks a checkpoint folder (config.json, index, safetensors files) before a byte of data is read."""
 
 import json
 import math
@@ -17,7 +17,7 @@ _LONGEST_NAME = 255  # bytes that file systems take
 
 
 class Layout(NamedTuple):
-    """How tensors are spread over files: file name -> tensor names, and the header's free-form strings."""
+    """Which file holds which tensors: file name -> tensor names, and the header's free-form strings."""
 
     files: dict[str, list[str]]
     metadata: dict[str, dict[str, str]]
@@ -31,7 +31,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def scan(path: Path) -> tuple[dict[str, Tensor], Layout]:
-    """Every tensor of a checkpoint folder, from the headers alone; packed experts are listed one by one.
+    """Lists every tensor of a checkpoint folder from the headers alone; packed experts are listed one by one.
 
     Raises ValueError naming file and tensor: no folder, no or broken index, index that points outside the
     folder, missing or truncated shard, tensors that index and shards do not agree on.
@@ -69,7 +69,7 @@ def scan(path: Path) -> tuple[dict[str, Tensor], Layout]:
 
 
 def _files(index: Path, weight_map: Any) -> dict[str, list[str]]:
-    """File name -> names of its tensors, of an index."""
+    """Returns file name -> names of its tensors."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map, from tensors to files: it is {shown(weight_map)}")
     by_file: dict[str, list[str]] = {}
@@ -81,12 +81,12 @@ def _files(index: Path, weight_map: Any) -> dict[str, list[str]]:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether it names a file in a folder, and nothing else."""
+    """Whether `name` is a plain file name, without a folder in it."""
     return name.isprintable() and Path(name).name == name != ".." and len(name.encode()) <= _LONGEST_NAME
 
 
 def plan_shards(specs: Mapping[str, Spec], shard_bytes: int) -> Layout:
-    """Tensors in their given order, filled into files of at most `shard_bytes` (or one tensor)."""
+    """Fills tensors in their given order into files of at most `shard_bytes` (or one tensor)."""
     shards: list[list[str]] = [[]]
     room = shard_bytes
     for name, (dtype, shape) in specs.items():
@@ -103,7 +103,7 @@ def plan_shards(specs: Mapping[str, Spec], shard_bytes: int) -> Layout:
 
 
 def write_index(path: Path, layout: Layout) -> None:
-    """The index file, unless the layout has none."""
+    """Writes the index file, unless the layout has none."""
     if layout.index_file is None:
         return
     weight_map = {name: file for file, names in layout.files.items() for name in names}

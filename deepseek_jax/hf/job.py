@@ -1,7 +1,7 @@
-"""A conversion that can be cut off at any moment and called again with the same arguments.
+"""`begin` and `finish` make a conversion that can be killed at any moment and called again with the same arguments.
 
-It writes to `<output>.partial`, which is renamed when all is there. `conversion.json` in it says whose it is: the first
-file there and the last to go, when the folder has its final name already.
+The conversion writes to `<output>.partial`, which is renamed when it is complete. `conversion.json` in it names the
+conversion: it is written first, and removed last, after the rename.
 """
 
 import json
@@ -36,7 +36,7 @@ class Counter:
 
 
 def begin(source: Path, target: str | Path, options: str) -> tuple[Path | None, Path]:
-    """(partial output, output): a new one, or one that the same conversion was cut off from; None: all is done."""
+    """Returns (partial output, output). The partial output may be that of a killed call; None: nothing is left to do."""
     target = Path(target).absolute()
     require(bool(target.name), f"{target} cannot be an output: name a folder that is not there yet")
     partial = target.with_name(target.name + ".partial")
@@ -67,7 +67,7 @@ def _job_of(folder: Path) -> dict[str, Any] | None:
 
 
 def finish(root: Path, partial: Path, target: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Completes an output with the text files: those of `root` as they are, or all that a run's tokenizer says."""
+    """Adds the text files, those of `root` as they are or those of a run's tokenizer, and renames the output."""
     for left in partial.rglob("*.partial"):  # by an attempt that was killed here
         left.unlink()
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""Parameters in an orbax checkpoint, written and read piece by piece.
+"""Parameters are written to an orbax checkpoint, and read from one, piece by piece.
 
 Orbax writes whole arrays from memory; a stack of experts may be larger than that. So orbax lays out the tree, and
 each array is then written through tensorstore in chunks of one piece (one layer's matrix, or one expert's), in
@@ -30,7 +30,7 @@ BIAS = "balance_bias"
 
 
 def arrays(source: Source, dtype: np.dtype | None) -> Iterator[Stacked]:
-    """The arrays of the checkpoint of a source; `dtype` None leaves each as it is (FP8 as values and scales)."""
+    """Lists the arrays of a source's checkpoint; `dtype` None stores each as it is (FP8 as values and scales)."""
     for stack in stacks(source, dtype, keep_fp8=dtype is None):
         yield stack._replace(name=f"params.{stack.name}")
     bias = source.bias()
@@ -67,7 +67,7 @@ def write_tree(directory: Path, stacks: list[Stacked], journal: Path, written: C
 
 
 def _finished_lines(log: TextIO) -> set[str]:
-    """The whole lines of a journal, which may have been cut off in the middle of one; that one is taken out."""
+    """Returns the whole lines of a journal, and removes a last line that a kill cut short."""
     log.seek(0)
     *lines, rest = log.read().split("\n")
     if rest:
@@ -76,7 +76,7 @@ def _finished_lines(log: TextIO) -> set[str]:
 
 
 def _lay_out(directory: Path, names: list[str]) -> None:
-    """Orbax's own description of the tree, made from one-number arrays that are then taken away."""
+    """Lets orbax describe the tree: it saves arrays of one number, which are then removed."""
     if (directory / "_METADATA").exists():
         return
     shutil.rmtree(directory, ignore_errors=True)
@@ -112,7 +112,7 @@ def _spec(path: Path, stack: Stacked) -> dict[str, Any]:
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """The JSON item next to the tree."""
+    """Writes the JSON item next to the tree."""
     directory.mkdir(parents=True, exist_ok=True)
     ocp.JsonCheckpointHandler().save(epath.Path(directory), args=ocp.args.JsonSave(meta))
 
@@ -168,7 +168,7 @@ class TreeSource(Source):
         self._blocks.clear()
 
     def _read(self, name: str, index: Index) -> np.ndarray:
-        """A piece, through the chunk that holds it: orbax may have put many pieces into one."""
+        """Reads a piece through the chunk that contains it: a chunk of orbax may contain several pieces."""
         store = self._stores[name]
         chunk = store.chunk_layout.read_chunk.shape[: len(index)]
         start = tuple(i // c * c for i, c in zip(index, chunk, strict=True))
@@ -185,7 +185,7 @@ class TreeSource(Source):
 
 
 class _Tree:
-    """A tree that orbax wrote: the names of its arrays, and tensorstore's view of each."""
+    """A tree that orbax wrote: it knows the names of its arrays, and opens each with tensorstore."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -193,7 +193,7 @@ class _Tree:
         self._ocdbt = (directory / "manifest.ocdbt").exists()
 
     def open(self, name: str, shape: tuple[int, ...], allowed: tuple[np.dtype, ...]) -> Any:
-        """Raises ValueError: not there, or of another shape or dtype."""
+        """Opens an array. Raises ValueError if it is missing, or has another shape or dtype."""
         require(name in self.names, f"{self.directory} lacks {name}")
         kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.directory / name}/"}
         if self._ocdbt:
@@ -212,10 +212,10 @@ class _Tree:
 
 
 def load_tree(item: Path, shardings: Callable[[ModelConfig], Any] = lambda cfg: None) -> Any:
-    """Parameters of a checkpoint, `<step>/state` or `<step>/ema`, whose files have been compared with what was written.
+    """Reads parameters from `<step>/state` or `<step>/ema`, whose files have been compared with their inventory.
 
-    Read a layer at a time, as far as the chunks are no larger, and put where `shardings` of the config says, a tree of
-    `jax.sharding.Sharding` (None: the default device). What is kept in FP8 becomes bfloat16.
+    Memory holds a layer at a time, if the chunks are no larger. `shardings` gives a tree of `jax.sharding.Sharding` for
+    a config (None: the default device). FP8 becomes bfloat16.
 
     Raises CheckpointError naming path and array.
     """
@@ -236,7 +236,7 @@ def _laid_out(shardings: Callable[[Any], Any], cfg: Any) -> Any:
 
 
 def _tree_names(file: Path) -> tuple[set[str], bool]:
-    """(names of the arrays, whether they are zarr 3) of a tree that orbax wrote."""
+    """Returns (names of the arrays, whether they are zarr 3) of a tree that orbax wrote."""
     tree = read_object(file)
     try:
         keys = [entry["key_metadata"] for entry in tree["tree_metadata"].values()]

@@ -1,4 +1,4 @@
-"""Routed experts in one tensor per layer, as transformers 5 saves them with `save_original_format=False`.
+"""transformers 5 saves routed experts in one tensor per layer with `save_original_format=False`.
 
     mlp.experts.gate_up_proj  [expert, 2 * f, d]     each expert's gate rows, then its up rows
     mlp.experts.down_proj     [expert, d, f]
@@ -21,7 +21,7 @@ _MAX_EXPERTS = 100_000
 
 
 def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with packed experts replaced by each expert's own. Raises ValueError for shapes that cannot be."""
+    """Replaces each tensor of packed experts by one tensor per expert. Raises ValueError for impossible shapes."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         match = _PACKED.fullmatch(name)

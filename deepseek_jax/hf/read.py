@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint -> parameter tree, tensor by tensor.
+"""`load` reads a Hugging Face checkpoint into a parameter tree, tensor by tensor.
 
 `Checkpoint` checks a folder whole (files, names, shapes, dtypes) from the headers alone; only then is data read.
 Over a mesh every device's slice is read from just the bytes that it covers, a layer at a time (`arrays.py`).
@@ -36,7 +36,7 @@ def load(
     mtp: bool = True,
     shardings: Any = None,
 ) -> tuple[ModelConfig, Any, jax.Array]:
-    """A Hugging Face checkpoint of the family.
+    """Loads a Hugging Face checkpoint of the family.
 
     Args:
         path: folder with config.json and safetensors, one file or sharded with an index.
@@ -100,12 +100,12 @@ class Checkpoint(Source):
         self.mixed = [path for path, stored in kinds.items() if "F8_E4M3" in stored and len(stored) > 1]
 
     def piece(self, leaf: Leaf, index: Index) -> np.ndarray:
-        """A memory map: only what is used of it is read."""
+        """Maps the tensor into memory: only the bytes that are used are read."""
         w = self.tensors[leaf.name(index)].read()
         return w if w.dtype == fp8.E4M3 else leaf.from_hf(w)
 
     def scale(self, leaf: Leaf, index: Index) -> np.ndarray:
-        """Raises ValueError for scales that cannot be."""
+        """Raises ValueError for scales that are negative or not finite."""
         name = leaf.name(index) + SCALE_SUFFIX
         return fp8.checked_scales(self.tensors[name].read(), f"{self.tensors[name].file}: tensor {name}")
 
@@ -191,7 +191,7 @@ def _check_one(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[
 
 
 def _dtype_for(stored: set[str]) -> np.dtype:
-    """The dtype of a leaf of such tensors: FP8, or what holds all of them without loss; some FP8 count as bfloat16."""
+    """Chooses a leaf's dtype: FP8 if all its tensors are, else one that loses no bit; FP8 among others counts as BF16."""
     if stored == {"F8_E4M3"}:
         return fp8.E4M3
     return DTYPES["F32"] if "F32" in stored else DTYPES["BF16"]

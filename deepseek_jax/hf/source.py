@@ -1,7 +1,7 @@
-"""Where the parameters of a checkpoint come from, one tensor at a time, and the stacked arrays that they make.
+"""A `Source` gives the parameters of a checkpoint, one tensor at a time; `stacks` makes stacked arrays of them.
 
-A `Source` is a Hugging Face folder (read.py), a tree in memory (write.py) or an orbax checkpoint (orbax.py). Whoever
-loads, saves or converts parameters asks one, so what FP8 means in a file is known here alone.
+Sources are a Hugging Face folder (read.py), a tree in memory (write.py) and an orbax checkpoint (orbax.py). Loading,
+saving and conversion all read from a source, so FP8 in files is dequantised in one place.
 """
 
 import abc
@@ -62,7 +62,7 @@ class Source(abc.ABC):
 
 
 def _around(dims: Sequence[int], window: Window) -> tuple[slice, tuple[int, ...], Window]:
-    """(rows of the flattened dims around a window, the dims that these rows have, the window in them)."""
+    """Returns (rows of the flattened dims that contain a window, the dims of these rows, the window within them)."""
     width, (start, stop, _) = math.prod(dims[1:]), window[0].indices(dims[0])
     return slice(start * width, stop * width), (stop - start, *dims[1:]), (slice(None), *window[1:])
 
@@ -120,7 +120,7 @@ def stacks(source: Source, dtype: np.dtype | None = None, keep_fp8: bool = False
 
 
 def windowed(get: Callable[[Index], np.ndarray]) -> Callable[[Index, Window, np.ndarray], None]:
-    """`Stacked.read` of arrays that `get` gives whole, or maps from a file."""
+    """Makes a `Stacked.read` of `get`, which returns whole tensors, or memory maps of them."""
 
     def read(index: Index, window: Window, out: np.ndarray) -> None:
         out[...] = get(index)[window]
@@ -129,7 +129,7 @@ def windowed(get: Callable[[Index], np.ndarray]) -> Callable[[Index, Window, np.
 
 
 def require_fit(name: str, found: Spec, dtypes: Sequence[np.dtype], shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless the array `name`, of which (dtype, shape) were found, has one of `dtypes` and `shape`."""
+    """Raises ValueError unless `found`, the (dtype, shape) of the array `name`, is one of `dtypes` and `shape`."""
     dtype, dims = found
     if dims != tuple(shape) or dtype not in dtypes:
         allowed = [str(d) for d in dtypes]

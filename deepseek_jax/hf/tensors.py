@@ -1,4 +1,4 @@
-"""One safetensors file: its header read and checked, its tensors mapped, a new one written.
+"""A safetensors file's header is read and checked, its tensors are mapped, and a new file is written, here.
 
 A tensor is read through a memory map of its own bytes, which is dropped at once, so resident memory is that of
 one tensor. Writing streams as well: a file's header is known before its first tensor is. Nothing is unpickled.
@@ -48,7 +48,7 @@ class Tensor(NamedTuple):
 
 
 def read_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors in the order of their data, free-form strings) of one safetensors file.
+    """Returns (tensors in the order of their data, free-form strings) of one safetensors file.
 
     Raises ValueError naming file and tensor: not such a file, truncated, an entry of the header that is malformed or
     does not fit its bytes, tensors that overlap or leave bytes between or behind them.
@@ -85,7 +85,7 @@ def read_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_entry(where: str, entry: Any) -> None:
-    """One tensor's description in a header."""
+    """Checks one tensor's description in a header."""
     fields = sorted(entry) if isinstance(entry, dict) else None
     require(fields == ["data_offsets", "dtype", "shape"], f"{where} is described by {shown(entry)}")
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]

@@ -1,4 +1,4 @@
-"""Parameter tree -> Hugging Face checkpoint that `transformers` loads, MTP modules included.
+"""`save` writes a parameter tree as a Hugging Face checkpoint that `transformers` loads, MTP modules included.
 
 `Producer` says which tensors a checkpoint has in a given format, and makes them one at a time from any source, so
 that saving from memory and converting from disk share this code.
@@ -146,7 +146,7 @@ class _MemorySource(Source):
 
 
 class _Part(NamedTuple):
-    """What one tensor of the checkpoint is made of. kind: "plain", "fp8", "scale" or "bias", which has no leaf."""
+    """Says how one tensor is made. kind: "plain", "fp8" or "scale" of a leaf at an index, or "bias", without a leaf."""
 
     kind: str
     leaf: Leaf | None
@@ -191,19 +191,19 @@ class Producer:
         self.specs[name] = (dtype, leaf.hf_shape)
 
     def needed(self) -> Iterator[str]:
-        """Names of the tensors that no checkpoint can be without: not the MTP modules' copies."""
+        """Names of the tensors that every checkpoint must have: all but the MTP modules' copies."""
         copies = shared_copies(self._cfg)
         return (name for name in self.specs if name not in copies)
 
     def restore_dtype(self, name: str, dtype: str) -> None:
-        """Makes a tensor in a dtype, by safetensors' name, in which a file had it. Raises ValueError for another kind."""
+        """Sets a tensor's dtype, by safetensors' name, to that in a file. Raises ValueError for another kind of dtype."""
         allowed = _RESTORABLE.get(self._parts[name].kind, ("F32", "BF16"))
         if dtype not in allowed:
             raise ValueError(f"tensor {name} cannot be {dtype}, only one of {list(allowed)}")
         self.specs[name] = (DTYPES[dtype], self.specs[name][1])
 
     def config(self) -> dict[str, Any]:
-        """config.json for this format."""
+        """Returns config.json for this format."""
         config = to_hf(self._cfg)
         if self._format != "stored":
             config["torch_dtype"] = "float32" if self._format == "f32" else "bfloat16"
@@ -212,7 +212,7 @@ class Producer:
         return config
 
     def __call__(self, name: str) -> np.ndarray:
-        """The tensor of that name, with the dtype and shape of its spec."""
+        """Makes the tensor of that name, with the dtype and shape of its spec."""
         kind, leaf, index = self._parts[name]
         dtype, _ = self.specs[name]
         if leaf is None:
@@ -226,7 +226,7 @@ class Producer:
         return x.astype(dtype, copy=False)
 
     def nbytes(self, names: Iterable[str]) -> int:
-        """Bytes of the tensors of these names."""
+        """Counts the bytes of the tensors of these names."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in map(self.specs.__getitem__, names))
 
     def _plain(self, leaf: Leaf, index: Index, dtype: np.dtype) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is wrong with a run, in words, each time with the key of the config to turn.
+"""`advice` says in words what is wrong with a run, and which key of the config to change.
 
 Dims: l MoE layer (MTP modules last), e routed expert.
 """
@@ -20,14 +20,14 @@ _WAITING = 0.2  # share of the time
 
 
 class Advice(NamedTuple):
-    """about: what it is about, the same word each time; text: one sentence."""
+    """about: the subject, one fixed word for each check; text: one sentence."""
 
     about: str
     text: str
 
 
 class History:
-    """What advice needs to know of a run's records: little, however long the run."""
+    """The part of a run's records that advice needs: losses by step, and the last records."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()):
         self.losses: list[tuple[int, float]] = []  # of training, by step
@@ -132,7 +132,7 @@ def _validation_rises(cfg: Config, history: History) -> Advice | None:
 
 
 def _balance_key(cfg: Config) -> str:
-    """The key that spreads tokens over experts, and where it stands."""
+    """Names the key that spreads tokens over experts, with its value."""
     if cfg.balance.mode == "none":
         return "set balance.mode=loss_free (none)"
     if cfg.balance.mode == "classic":
@@ -143,7 +143,7 @@ def _balance_key(cfg: Config) -> str:
 
 
 def layer_names(cfg: Config) -> list[str]:
-    """Of the MoE layers, as the model counts its layers from 0: "3", "4", ..., "MTP 1"."""
+    """Names of the MoE layers, which the model counts from 0: "3", "4", ..., "MTP 1"."""
     model = cfg.model
     layers = [str(i) for i in range(model.first_k_dense_replace, model.num_hidden_layers)]
     return layers + [f"MTP {i + 1}" for i in range(model.num_nextn_predict_layers)]

@@ -1,4 +1,4 @@
-"""Where a run's records can be watched: TensorBoard, and Weights & Biases.
+"""TensorBoard and Weights & Biases show a run's records.
 
 Both are `Writer`s of the same records as the metrics file. They show numbers as curves, vectors as one curve per
 index, matrices [layer, expert] as a histogram of the load relative to its layer's mean, and text as it is. Numbers
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Writer(Protocol):
-    """What takes the records of a run."""
+    """An object that takes the records of a run."""
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None: ...
 
@@ -42,7 +42,7 @@ def _tagged(tag: str, array: np.ndarray) -> Iterator[tuple[str, float | str | np
 
 
 def _tensorboard() -> Any:
-    """tensorboardX. It would load PyTorch where there is one, for seconds, to take tensors that nobody hands it."""
+    """Imports tensorboardX without PyTorch, whose import takes seconds and serves tensors that no record contains."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # its import raises ImportError

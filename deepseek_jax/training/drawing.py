@@ -1,4 +1,4 @@
-"""How the picture of a run draws a curve: as measured and smoothed, what it is beside it, tokens above the steps."""
+"""Parts of a run's picture: curves as measured and smoothed, labels beside them, an axis of tokens above the steps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Label(NamedTuple):
-    """What stands beside a curve that ends at height y."""
+    """A text beside a curve that ends at height y."""
 
     y: float
     text: str
@@ -76,7 +76,7 @@ def label_beside(axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def panel(axes: Axes, title: str, values: np.ndarray | None = None, ylabel: str = "") -> bool:
-    """Prepares a panel over steps. False, and a word of it in the panel, if no number of `values` is finite."""
+    """Prepares a panel over steps. If no number of `values` is finite, the panel says so, and the result is False."""
     axes.set_title(title, **TITLE)
     axes.set(xlabel="step", ylabel=ylabel)
     axes.grid(alpha=0.25)
@@ -93,7 +93,7 @@ def not_recorded(axes: Axes) -> None:
 
 
 def draw_smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> np.ndarray:
-    """The curve as measured, pale, and smoothed; gives the latter."""
+    """Draws the curve as measured, pale, and smoothed; returns the smoothed values."""
     smooth = trend(values)
     axes.plot(steps, values, color=colour, alpha=0.28, linewidth=0.8)
     axes.plot(steps, smooth, color=colour, linewidth=1.8, marker="." if len(steps) == 1 else None)

@@ -1,4 +1,4 @@
-"""Before the first step: what of a config can be known to fail, in seconds; work beside the reading of the data."""
+"""Checks before the first step: within seconds, they find what a config makes fail, before data are read."""
 
 import threading
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""What the training loop writes down, one step behind it.
+"""`Records` writes the training loop's metrics, one step behind it.
 
-What was handed in for step n - 1 is read when step n is handed in, so that the loop does not wait for the device.
+Metrics of step n - 1 are read when those of step n are added, so that the loop does not wait for the device.
 Of several processes, only the first writes and shows; all of them read, so that all stop at the same bad step.
 """
 

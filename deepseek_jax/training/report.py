@@ -1,6 +1,6 @@
-"""The picture of a run: loss, schedule, gradient, speed, expert load [layer, expert], balance. From its records.
+"""`write_report` draws a run's records: loss, schedule, gradient, speed, expert load [layer, expert], balance.
 
-Curves are shown as measured, pale, and smoothed; what they are stands beside them. Uses matplotlib's Figure with the
+Curves are drawn as measured, pale, and smoothed, with their names beside them. It uses matplotlib's Figure with the
 Agg canvas directly: no pyplot, no global state, no display.
 """
 

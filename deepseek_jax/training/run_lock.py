@@ -1,4 +1,4 @@
-"""A lock on a run's folder, so that two runs do not write to it at once. It names its owner and outlives nobody.
+"""`RunLock` locks a run's folder, so that two runs do not write to it at once. It names its owner and ends with it.
 
 `run.lock` is JSON: host, pid, since when, and what tells one process from another with the same pid. Its owner touches
 it every few seconds. A lock whose owner is dead is taken over: on this host the process table says so at once; of
@@ -85,7 +85,7 @@ class RunLock:
 
 
 def _create(path: Path, text: str) -> bool:
-    """False if there is a lock."""
+    """Creates the lock; returns False if there is one."""
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)

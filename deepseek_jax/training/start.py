@@ -1,4 +1,4 @@
-"""The weights that a run starts from: `train.init_from`, another run, one of its checkpoints, or a Hugging Face folder.
+"""A run starts from the weights of `train.init_from`: a run, one of its checkpoints, or a Hugging Face folder.
 
 Parameters are read straight onto the mesh, each device its own slices, in float32, with fresh moments. The balance bias
 comes along, and the average where there is one.

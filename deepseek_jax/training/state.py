@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and the scalars that the host hands to each step.
+"""`TrainState` is carried from step to step; `Hyper` has the scalars that the host passes to each step.
 
 The number of tokens consumed is not part of `TrainState`: it reaches 14.8e12, which neither int32 nor float32
 holds exactly. It lives on the host as a Python int (and in the checkpoint's metadata); the host evaluates the

@@ -1,4 +1,4 @@
-"""How a run is told to stop: SIGTERM or Ctrl-C once, and it saves and ends; Ctrl-C again, and it is gone."""
+"""Signals stop a run: after one SIGTERM or Ctrl-C it saves and ends; a second Ctrl-C ends it at once."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens per second, the share of the peak that this makes, and where the host's time goes."""
+"""`Throughput` measures tokens per second and the share of the peak; `HostTime` measures the wait for data."""
 
 import collections
 import contextlib
