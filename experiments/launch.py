@@ -39,7 +39,6 @@ import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})  # PR_SET_PDEATHSIG of <linux/prctl.h>
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-_USAGE_ERROR = 2
 ABANDONED = 75  # of a process that left because of another one
 _MOST_PROCESSES = 1024  # on one machine
 
@@ -59,16 +58,10 @@ class Group:
     """
 
     def __init__(self, command: Sequence[str], processes: int):
-        address = f"127.0.0.1:{free_port()}"
-        self._processes = []
-        for rank in range(processes):
-            own = {
-                "PYTHONUNBUFFERED": "1",
-                COORDINATOR: address,
-                PROCESSES: str(processes),
-                PROCESS: str(rank),
-            }
-            self._processes.append(_start(command, {**os.environ, **own}))
+        shared = {COORDINATOR: f"127.0.0.1:{free_port()}", PROCESSES: str(processes), "PYTHONUNBUFFERED": "1"}
+        self._processes = [
+            _start(command, {**os.environ, **shared, PROCESS: str(rank)}) for rank in range(processes)
+        ]
         self._readers = [
             threading.Thread(target=_show, args=(rank, process.stdout), daemon=True)
             for rank, process in enumerate(self._processes)
@@ -84,8 +77,7 @@ class Group:
     def send(self, signum: int) -> None:
         """Sends a signal to each process that runs, but not to what it started itself."""
         for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(signum)
+            process.send_signal(signum)  # which does nothing to one that has ended
 
     def failed(self) -> tuple[int, int] | None:
         """Returns (rank, status as a shell gives it) of a process that failed, or None. It prefers one that failed by
@@ -189,7 +181,7 @@ def launch(command: Sequence[str], processes: int, restarts: int = 0, grace: flo
             if failed is None:
                 return 0
             rank, status = failed
-            again = attempt < restarts and not received and status != _USAGE_ERROR
+            again = attempt < restarts and not received and status != command_line.MISTAKE
             _say(f"process {rank} ended with status {status}" + (", starting all again" if again else ""))
             if not again:
                 break

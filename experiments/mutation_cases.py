@@ -282,7 +282,7 @@ def _checkpoints(folder: Path) -> Case:
 
     def resumed(path: Path) -> str | None:
         with contextlib.closing(Checkpointer(path / "checkpoints")) as checkpointer:
-            restored = checkpointer.restore(abstract, to_dict(MODEL))
+            restored = checkpointer.restore(abstract, model=to_dict(MODEL))
             return _differing(restored.state, state) or _differing(restored.ema["params"], params)
 
     return _damaged_steps(folder / "run", 2, folder, (params, bias), "resumed", resumed)

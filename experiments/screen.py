@@ -8,7 +8,8 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ _REMINDER = 30.0  # seconds between lines where none counts
 class Screen:
     """Writes to `file`; to standard error, as it is when something is shown, for None."""
 
-    def __init__(self, file=None):  # type: ignore[no-untyped-def]
+    def __init__(self, file: TextIO | None = None):
         self._file = file
         self.quiet = False  # True: show nothing, as all but the first of several processes
         self._inside: list[threading.Event] = []  # work within work; the innermost is shown
@@ -56,7 +57,7 @@ class Screen:
                 _write("\r\x1b[K", file)
 
 
-def _tell(what: str, file, counts: bool, over: threading.Event, shown) -> None:  # type: ignore[no-untyped-def]
+def _tell(what: str, file: TextIO, counts: bool, over: threading.Event, shown: Callable[[], bool]) -> None:
     """Shows `what` until `over`, as long as `shown` says that it is the innermost work."""
     seconds = 0.0
     while counts:
@@ -73,7 +74,7 @@ def _tell(what: str, file, counts: bool, over: threading.Event, shown) -> None: 
                 _line(f"{what} ... {seconds:.0f} s", file, counts)
 
 
-def _line(text: str, file, counts: bool) -> None:  # type: ignore[no-untyped-def]
+def _line(text: str, file: TextIO, counts: bool) -> None:
     """Writes a line of its own, above the progress bars."""
     if counts:
         _write(f"\r\x1b[K{text}\n", file)
@@ -82,7 +83,7 @@ def _line(text: str, file, counts: bool) -> None:  # type: ignore[no-untyped-def
         file.flush()
 
 
-def _write(text: str, file) -> None:  # type: ignore[no-untyped-def]
+def _write(text: str, file: TextIO) -> None:
     file.write(text)
     file.flush()
 

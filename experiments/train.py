@@ -12,6 +12,7 @@ job of SLURM, Kubernetes or Open MPI (configs/launch), or the same command on ev
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -33,30 +34,15 @@ _DISCARD_NEWER = flags.DEFINE_bool(
     "supervisor that repeats the command, as launch --restarts.",
 )
 _STOPPED_STATUS = flags.DEFINE_integer(
-    "stopped_status",
-    0,
-    "Exit status after SIGTERM or Ctrl-C, for supervisors that take 0 as the end of the run.",
+    "stopped_status", 0, "Exit status after SIGTERM or Ctrl-C, for supervisors that take 0 as a finished run."
 )
 _FRESH = flags.DEFINE_bool("fresh", False, "Refuse to resume: the output folder must hold no checkpoint.")
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run",
-    False,
-    "Check the config, say what the run would be (parameters, memory, steps, tokens), and end.",
+    "dry_run", False, "Check the config, say what the run would be (parameters, memory, steps), and end."
 )
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST: a profile of these steps is written into the run's folder."
 )
-
-
-def _describe(cfg: Config, trainer) -> None:
-    print(dry_run.model_line(cfg))
-    print(f"data: {trainer.data.report.summary()}")
-    tokens = trainer.schedules.total_tokens
-    print(
-        f"run: {trainer.total_steps:,} steps, {tokens:,} tokens on {trainer.mesh.size} device(s) of "
-        f"{len({d.process_index for d in trainer.mesh.devices.flat})} process(es)",
-        flush=True,
-    )
 
 
 def _finish(trainer, result, weights) -> None:
@@ -114,17 +100,29 @@ def _first_and_last(steps: str | None) -> tuple[int, int] | None:
 
 
 def _tell_begun(trainer, resumed: bool) -> None:
-    if not resumed:
-        if trainer.cfg.train.init_from:
-            print(f"starts from the weights of {trainer.cfg.train.init_from}")
+    """Prints where the run starts, and what it is."""
+    cfg, schedules = trainer.cfg, trainer.schedules
+    if resumed:
+        print(f"resumed from step {trainer.step} in {trainer.checkpointer.directory}")
+        if trainer.changes.schedule:
+            print(f"  THE SCHEDULE BENDS HERE: {'; '.join(trainer.changes.schedule)}")
+        if trainer.changes.other:
+            print(f"  other settings than the checkpoint's: {'; '.join(trainer.changes.other)}")
+    else:
+        if cfg.train.init_from:
+            print(f"starts from the weights of {cfg.train.init_from}")
         if trainer.differences:
             print(f"  whose config differs: {'; '.join(trainer.differences)}")
-        return
-    print(f"resumed from step {trainer.step} in {trainer.checkpointer.directory}")
-    if trainer.changes.schedule:
-        print(f"  THE SCHEDULE BENDS HERE: {'; '.join(trainer.changes.schedule)}")
-    if trainer.changes.other:
-        print(f"  other settings than the checkpoint's: {'; '.join(trainer.changes.other)}")
+    devices = trainer.mesh.devices.flat
+    print(f"{dry_run.model_line(cfg)}\ndata: {trainer.data.report.summary()}")
+    print(
+        f"run: {trainer.total_steps:,} steps, {schedules.total_tokens:,} tokens on {len(devices)} device(s) of "
+        f"{len({d.process_index for d in devices})} process(es)"
+    )
+    if trainer.nothing_left():
+        done = f"step {trainer.step}, {trainer.tokens:,} tokens"
+        print(f"nothing is left to train: {done}; for more, raise train.steps={cfg.train.steps}")
+    sys.stdout.flush()
 
 
 def run(
@@ -155,13 +153,6 @@ def run(
                 _ = trainer.state
             if is_first():
                 _tell_begun(trainer, resumed)
-                _describe(cfg, trainer)
-                if trainer.nothing_left():
-                    print(
-                        f"nothing is left to train: step {trainer.step}, {trainer.tokens:,} tokens; for more, raise "
-                        f"train.steps={cfg.train.steps}",
-                        flush=True,
-                    )
             try:
                 result = trainer.run(stop, profile_steps=profile_steps)
             except NonFiniteError as error:  # on all processes at the same step

@@ -208,7 +208,7 @@ def persistent_matmul(
                 mi, ni = plgpu.planar_snake(linear, (m_tiles, n_clusters), 1, config.snake)
                 if config.cluster > 1:
                     ni = ni * config.cluster + lax.axis_index("cluster")
-                g = groups_ref[mi] if ids else g
+                g = g if groups_ref is None else groups_ref[mi]
                 tile_pipeline(Tile(g, mi, ni, config), allocations)
 
         pl.run_scoped(walk, sizes, collective_axes="wg")
@@ -217,14 +217,14 @@ def persistent_matmul(
     cluster: dict[str, Any] = (
         {"cluster": (config.cluster,), "cluster_names": ("cluster",)} if config.cluster > 1 else {}
     )
-    rows, cols = _stored_slab(config)
     dtype = problem.out.dtype
+    cols = config.tile_n if config.tile_m > WGMMA_ROWS else config.tile_n // COMPUTE_WARPGROUPS
     transforms = swizzled(dtype, min(cols, 128 // jnp.dtype(dtype).itemsize))
     return plgpu.kernel(
         body,
         out_type=problem.out,
         scratch_types=[
-            plgpu.SMEM((COMPUTE_WARPGROUPS, rows, cols), dtype, transforms=transforms),
+            plgpu.SMEM((COMPUTE_WARPGROUPS, WGMMA_ROWS, cols), dtype, transforms=transforms),
             plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         ],
         grid=(config.num_sms // config.cluster,),
@@ -234,11 +234,6 @@ def persistent_matmul(
         thread_name="wg",
         compiler_params=compiler_params(),
     )(*operands, *ids, *addend)
-
-
-def _stored_slab(config: TileConfig) -> tuple[int, int]:
-    """Returns how many rows and columns a warpgroup stores at a time."""
-    return WGMMA_ROWS, config.tile_n if config.tile_m > WGMMA_ROWS else config.tile_n // COMPUTE_WARPGROUPS
 
 
 def _ignore(*_, **__) -> None:

@@ -47,18 +47,14 @@ def fp8_gemm(
     check_quantized("fp8_gemm", "a", a, a_scale, 2, ROW_TILE)
     check_quantized("fp8_gemm", "b", b, b_scale, 2, SQUARE_BLOCK, ROW_TILE)
     check_accumulate("fp8_gemm", accumulate, (a.shape[0], b.shape[0]), out_dtype)
-    m, k = a.shape
-    n = b.shape[0]
+    (m, k), n = a.shape, b.shape[0]
     recipe = "1d1d" if b_scale.shape[0] == n else "1d2d"
     config = config or tile_config(m, n, k, recipe)
+    operands = (a, a_scale, b, b_scale, accumulate)
     return dispatch(
         "fp8_gemm",
         implementation,
-        a,
-        a_scale,
-        b,
-        b_scale,
-        accumulate,
+        *operands,
         mosaic=functools.partial(kernel.fp8_gemm, out_dtype=out_dtype, config=config),
         xla=functools.partial(fallback.fp8_gemm, out_dtype=out_dtype),
         reference=functools.partial(reference.fp8_gemm, out_dtype=out_dtype),

@@ -49,14 +49,11 @@ def fp8_grouped_gemm(
     if b.shape[2] != k:
         raise ValueError(f"{op}: a contracts {k} and b {b.shape[2]}; b is stored [G, N, K]")
     config = config or gemm_config(alignment, n)
+    operands = (a, a_scale, b, b_scale, group_ids)
     return dispatch(
         op,
         implementation,
-        a,
-        a_scale,
-        b,
-        b_scale,
-        group_ids,
+        *operands,
         mosaic=functools.partial(kernel.fp8_grouped_gemm, out_dtype=out_dtype, config=config),
         xla=functools.partial(fallback.fp8_grouped_gemm, out_dtype=out_dtype, alignment=alignment),
         reference=functools.partial(reference.fp8_grouped_gemm, out_dtype=out_dtype),
@@ -128,15 +125,11 @@ def fp8_grouped_wgrad(
     check_sizes(op, t, group_sizes, BLOCK)
     check_accumulate(op, accumulate, (group_sizes.shape[0], m, n), jnp.float32)
     config = config or wgrad_config(m, n)
+    operands = (a, a_scale, b, b_scale, group_sizes, accumulate)
     return dispatch(
         op,
         implementation,
-        a,
-        a_scale,
-        b,
-        b_scale,
-        group_sizes,
-        accumulate,
+        *operands,
         mosaic=functools.partial(kernel.fp8_grouped_wgrad, config=config),
         xla=fallback.fp8_grouped_wgrad,
         reference=reference.fp8_grouped_wgrad,

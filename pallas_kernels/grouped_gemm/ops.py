@@ -94,13 +94,11 @@ def grouped_wgrad(
     check_accumulate("grouped_wgrad", accumulate, (group_sizes.shape[0], m, n), out_dtype)
     config = config or wgrad_config(m, n)
     static = {"out_dtype": out_dtype, "alignment": alignment}
+    operands = (a, b, group_sizes, accumulate)
     return dispatch(
         "grouped_wgrad",
         implementation,
-        a,
-        b,
-        group_sizes,
-        accumulate,
+        *operands,
         mosaic=functools.partial(kernel.grouped_wgrad, config=config, **static),
         xla=functools.partial(fallback.grouped_wgrad, **static),
         reference=functools.partial(reference.grouped_wgrad, **static),
