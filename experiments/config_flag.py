@@ -155,7 +155,7 @@ def read(path: str) -> dict[str, Any]:
     open(found, "rb").close()  # a folder, or nothing, is an OSError that names it
     try:
         make = runpy.run_path(found).get("get_config")
-        config = make() if callable(make) else None
+        config: Any = make() if callable(make) else None
     except Exception as error:
         raise ValueError(f"{path}{_line(found, error)}: {type(error).__name__}: {error}") from error
     if not callable(make):

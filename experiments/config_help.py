@@ -28,13 +28,14 @@ def docs(cls: Any) -> dict[str, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     alone = {n for n, line in enumerate(source.splitlines(), 1) if line.strip().startswith("#")}
+    [tree] = ast.parse(source).body
+    assert isinstance(tree, ast.ClassDef)
     found = {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.AnnAssign):
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             lines = [n for n in range(node.lineno, (node.end_lineno or 0) + 1) if n in comments]
-            found[node.target.id] = " ".join(
-                comments[n] for n in lines or _above(node.lineno, alone, comments)
-            )  # type: ignore[union-attr]
+            lines = lines or _above(node.lineno, alone, comments)
+            found[node.target.id] = " ".join(comments[n] for n in lines)
     return found
 
 
@@ -48,13 +49,14 @@ def _above(line: int, alone: set[int], comments: dict[int, str]) -> list[int]:
 
 def fields(value: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
     """Yields (key, value, documentation) of every key of a config, also of a section that is None."""
-    for field in dataclasses.fields(value):
+    cls: Any = type(value)
+    for field in dataclasses.fields(cls):
         here, key = getattr(value, field.name), f"{path}{field.name}"
         section = section_of(type_of(Config, key))
         if dataclasses.is_dataclass(here):
             yield from fields(here, f"{key}.")
             continue
-        yield key, here, docs(type(value))[field.name]
+        yield key, here, docs(cls)[field.name]
         if section is not None:
             yield from ((f"{key}.{name}", "-", doc) for name, doc in docs(section).items())
 

@@ -10,6 +10,7 @@ tensor as it is, FP8 included.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from tqdm import tqdm
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
             bar.update(done - bar.n)
 
         if _TO.value == "hf":
-            options = {"scale": _SCALE.value, "mtp": _MTP.value, "step": _STEP.value, "ema": _EMA.value}
+            options: dict[str, Any] = {flag.name: flag.value for flag in (_SCALE, _MTP, _STEP, _EMA)}
             convert.to_hf(_INPUT.value, _OUTPUT.value, _FORMAT.value, progress, **options)
         elif _STEP.value is not None or _EMA.value:
             raise ValueError(

@@ -82,7 +82,8 @@ def _source(folder: Path, form: str, shard_bytes: int = 1 << 30) -> Path:
 
 def _differing(got: Any, want: Any) -> str | None:
     """Names the first array that is not bit for bit equal."""
-    if jax.tree.structure(got) != jax.tree.structure(want):
+    trees: list[Any] = [jax.tree.structure(got), jax.tree.structure(want)]
+    if trees[0] != trees[1]:
         return "the parameter tree has other leaves"
     named = jax.tree_util.tree_flatten_with_path(got)[0]
     for (path, a), b in zip(named, jax.tree.leaves(want), strict=True):

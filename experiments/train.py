@@ -80,8 +80,9 @@ def _draw(trainer) -> list[str]:
 def _show_samples(trainer, step: int, weights) -> None:
     from experiments.samples import samples
 
+    params, bias = weights
     with now.doing("completing held-out documents"):
-        texts = samples(trainer.cfg, *weights, trainer.data.tokenizer, trainer.data.validation)
+        texts = samples(trainer.cfg, params, bias, trainer.data.tokenizer, trainer.data.validation)
     trainer.records.samples(step, texts)
     for name, text in texts.items():
         print(f"\n--- held-out document, {name}, from >> on the model's ".ljust(76, "-"))
@@ -166,8 +167,8 @@ def run(
                 if is_first():
                     print(f"stopped at step {result.step}; the same command goes on from there", flush=True)
                 return stopped_status
-            weights = (result.state.params, result.state.balance_bias)
-            weights = whole_copy(weights, trainer.mesh) if cfg.train.sample_tokens else None
+            held = (result.state.params, result.state.balance_bias)
+            weights = whole_copy(held, trainer.mesh) if cfg.train.sample_tokens else None
             if is_first():
                 _finish(trainer, result, weights)
             return 0

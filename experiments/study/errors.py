@@ -83,7 +83,8 @@ class Probe(Plain):
         return self.w.shape
 
     def wgrad(self, a: Any, dy: Any, groups: Any = None) -> Any:
-        return dataclasses.replace(self, w=None, x=a.reshape(self.x.shape), dy=dy.reshape(self.dy.shape))
+        seen = {"w": None, "x": a.reshape(self.x.shape), "dy": dy.reshape(self.dy.shape)}
+        return dataclasses.replace(self, **seen)
 
 
 Path = tuple[str, ...]

@@ -105,8 +105,9 @@ def load(cfg: Config) -> Trained:
         trainer.resume()
         windows = trainer.data.validation.subset(GROUPS * WINDOWS)
         batch = {k: jnp.asarray(v) for k, v in windows.batch.items()}
-        state = jax.tree.map(jnp.asarray, jax.device_get((trainer.state.params, trainer.state.balance_bias)))
-        return Trained(cfg, *state, batch)
+        state = jax.device_get((trainer.state.params, trainer.state.balance_bias))
+        params, bias = jax.tree.map(jnp.asarray, state)
+        return Trained(cfg, params, bias, batch)
 
 
 def _windows(trained: Trained, first: int, count: int) -> dict[str, jax.Array]:

@@ -105,7 +105,7 @@ def _line(t: Transfer) -> str:
 
 
 def report(compiled: jax.stages.Compiled) -> None:
-    found = transfers(compiled.as_text())
+    found = transfers(compiled.as_text() or "")
     for t in found:
         print(_line(t))
     trips = [t for t in found if t.within(*SCOPES) in SCOPES[1:3] and "/while/" in t.op_name]
@@ -114,6 +114,7 @@ def report(compiled: jax.stages.Compiled) -> None:
         f"dispatch and combine in the layer: {hidden} of {len(trips)} collectives asynchronous around GEMMs"
     )
     memory = compiled.memory_analysis()
+    assert memory is not None
     print(
         f"per device, {LAYERS} layers: arguments {memory.argument_size_in_bytes / GIB:.2f} GiB, "
         f"temporaries {memory.temp_size_in_bytes / GIB:.2f} GiB (the compiler's estimate)"
