@@ -138,7 +138,7 @@ def mesh_axes(hops: tuple[Axis, ...]) -> tuple[str, ...]:
     return tuple(a for axis in hops for a in ((axis,) if isinstance(axis, str) else axis))
 
 
-def _pairs(ids_mk: jax.Array, first: jax.Array, below: int, p: int) -> jax.Array:
+def _pairs(ids_mk: jax.Array, first: jax.Array | int, below: int, p: int) -> jax.Array:
     """How many of each row's experts lie at each of p peers, which hold `below` each, from expert `first` on [m, p]."""
     peer_mk = (ids_mk - first) // below  # outside of 0 ... p - 1: absent, or of another group of peers
     return (peer_mk[..., None] == jnp.arange(p)).sum(1, dtype=jnp.int32)
@@ -157,37 +157,43 @@ def make_plan(
 
     axes: of each hop, coarse to fine.
     most: on how many peers of the first hop a token's experts lie at most, where the routing is limited
-      (`placement.nodes_per_token`); None for no limit. A token with more has `fits_n` False, its result is undefined.
+      (`placement.nodes_per_token`); None for no limit. A token with more has `fits_n` False and goes nowhere.
     receive: pairs per token that a round brings to a device, see `MeshConfig.receive`; None for one round.
     """
     n, k = experts_nk.shape
-    ids_mk, first = experts_nk, jnp.int32(0)  # expert of this device's group of peers, which each hop narrows
-    below = n_local * lax.axis_size(mesh_axes(axes))
-    hops: list[Hop] = []
-    fits_n = None
-    for axis in axes:
-        p = lax.axis_size(axis)
-        below //= p
-        pairs_mp = _pairs(ids_mk, first, below, p)
-        limit = min(k, p, most or p) if fits_n is None else min(k, p)
-        if fits_n is None:
-            fits_n = (pairs_mp > 0).sum(1) <= limit
-            # A token that does not fit takes nobody's place.
-            pairs_mp = jnp.where(jnp.cumsum(pairs_mp > 0, 1) <= limit, pairs_mp, 0)
-        if len(hops) + 1 < len(axes):
-            hop = plan_hop(pairs_mp > 0, axis, limit, len(ids_mk), implementation)
-            ((ids_mk,), _) = read(send(for_peers(write((ids_mk,), "same"), hop), hop))
-            ids_mk = jnp.where(hop.live_r[:, None], ids_mk, -1)
-            first = first + lax.axis_index(axis) * below
-            hops.append(hop)
-    m, per_row = len(pairs_mp), min(k, n_local)  # a row has at most so many pairs at a device
-    budget = m * per_row if receive is None else min(m * per_row, math.ceil(receive * n / p))
-    pairs = p * min(m * per_row, budget + per_row - 1)
-    if budget == m * per_row:
-        last, rounds = plan_hop(pairs_mp > 0, axis, limit, m, implementation), None
-    else:
-        pairs_mp = jnp.minimum(pairs_mp, per_row)
-        needed = (lax.pmax(pairs_mp.sum(0).max(), mesh_axes(axes)) + budget - 1) // budget
-        rounds = Rounds(pairs_mp, needed, budget, limit)
-        last = rounds.hop(0, axis, implementation)
-    return Plan((*hops, last), wire, experts_nk, fits_n, rounds, n_local, pairs)
+    peers = [lax.axis_size(axis) for axis in axes]
+    limits = [min(k, p) for p in peers]  # peers that a row goes to, at most
+    limits[0] = min(limits[0], most or k)
+    below = n_local * math.prod(peers[1:])  # experts of each peer
+    fits_n = (_pairs(experts_nk, 0, below, peers[0]) > 0).sum(1) <= limits[0]
+    experts_nk = ids_mk = jnp.where(fits_n[:, None], experts_nk, -1)
+    first, hops = jnp.int32(0), []  # expert of this device's group of peers, which each hop narrows
+    for axis, p, limit in zip(axes[:-1], peers, limits, strict=False):
+        hop = plan_hop(_pairs(ids_mk, first, below, p) > 0, axis, limit, len(ids_mk), implementation)
+        ((ids_mk,), _) = read(send(for_peers(write((ids_mk,), "same"), hop), hop))
+        ids_mk = jnp.where(hop.live_r[:, None], ids_mk, -1)
+        first = first + lax.axis_index(axis) * below
+        hops.append(hop)
+        below //= peers[len(hops)]
+    pairs_mp, most_pairs = _pairs(ids_mk, first, below, peers[-1]), min(k, n_local)  # of a row at a peer
+    budget = None if receive is None else math.ceil(receive * n / peers[-1])
+    last, rounds = _last_hop(pairs_mp, most_pairs, budget, axes, limits[-1], implementation)
+    in_round = len(pairs_mp) * most_pairs if rounds is None else rounds.budget + most_pairs - 1
+    return Plan((*hops, last), wire, experts_nk, fits_n, rounds, n_local, peers[-1] * in_round)
+
+
+def _last_hop(
+    pairs_mp: jax.Array,
+    most_pairs: int,
+    budget: int | None,
+    axes: tuple[Axis, ...],
+    most: int,
+    how: str | None,
+) -> tuple[Hop, Rounds | None]:
+    """The last hop in one round, or the first of its rounds."""
+    if budget is None or budget >= len(pairs_mp) * most_pairs:
+        return plan_hop(pairs_mp > 0, axes[-1], most, len(pairs_mp), how), None
+    pairs_mp = jnp.minimum(pairs_mp, most_pairs)
+    most_loaded = lax.pmax(pairs_mp.sum(0).max(), mesh_axes(axes))
+    rounds = Rounds(pairs_mp, (most_loaded + budget - 1) // budget, budget, most)
+    return rounds.hop(0, axes[-1], how), rounds
