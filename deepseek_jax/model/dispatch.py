@@ -47,15 +47,6 @@ class Dispatcher(Protocol):
     def combine(self, y: Any, plan: Any) -> jax.Array: ...
 
 
-def through(
-    d: Dispatcher, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
-) -> jax.Array:
-    """sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d], wherever the experts are."""
-    plan = d.plan(experts_nk, p["w_gate_edf"].shape[0])
-    came = d.dispatch(x_nd, weights_nk, plan)
-    return d.combine(d.experts(p, came, x_nd, weights_nk, plan), plan)
-
-
 @dataclasses.dataclass(frozen=True)
 class Local:
     """All experts are here. `function`: (p, x [n, d], ids [n, k], weights [n, k]) -> [n, d]."""

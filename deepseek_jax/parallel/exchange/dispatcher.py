@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.model.dispatch import Received, through
+from deepseek_jax.model.dispatch import Received
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import EXPERT_PLAN, Params
 from deepseek_jax.parallel.exchange.hops import Plan, make_plan
@@ -67,8 +67,13 @@ class OverMesh:
         """The plan for physical ids."""
         raise NotImplementedError
 
-    def __call__(self, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
-        return through(self, p, x_nd, experts_nk, weights_nk)  # type: ignore[arg-type]
+    def __call__(
+        self: Any, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
+    ) -> jax.Array:
+        """The four calls: sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d]."""
+        plan = self.plan(experts_nk, p["w_gate_edf"].shape[0])
+        came = self.dispatch(x_nd, weights_nk, plan)
+        return self.combine(self.experts(p, came, x_nd, weights_nk, plan), plan)
 
 
 class Results(NamedTuple):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.dispatch import Received
+from deepseek_jax.model.ffn import gated
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.rows import ALIGNMENT, sort_rows
 from deepseek_jax.parallel.exchange.dispatcher import FLAT, OverMesh
@@ -28,8 +29,7 @@ from deepseek_jax.parallel.exchange.wire import encode
 from deepseek_jax.precision.product import swiglu
 from deepseek_jax.precision.sums import precision
 from pallas_kernels.blocks import round_up
-from pallas_kernels.grouped_gemm.ops import grouped_gemm
-from pallas_kernels.groups import PADDING
+from pallas_kernels.groups import PADDING, Groups
 
 # (expert params, x [e, m, d], rows of each expert [e]) -> [e, m, d]; rows from its number on may be anything finite
 Masked = Callable[[Params, jax.Array, jax.Array], jax.Array]
@@ -45,19 +45,17 @@ def masked_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
 
 
 def grouped_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
-    """`masked_experts` by grouped GEMMs, which skip tiles of rows that are not there. No gradient."""
+    """`masked_experts` by the weights' own grouped products, which skip tiles of rows that are not there. No gradient."""
     e, m, d = x_emd.shape
     room = round_up(m, ALIGNMENT)
     x_rd = jnp.pad(x_emd, ((0, 0), (0, room - m), (0, 0))).reshape(e * room, d)
     expert_em, row_em = jnp.indices((e, room), jnp.int32)
-    group_r = jnp.where(row_em < rows_e[:, None], expert_em, PADDING).reshape(-1)
-
-    def product(a_rx: jax.Array, name: str) -> jax.Array:
-        w = p[name].astype(a_rx.dtype)
-        return grouped_gemm(a_rx, w, group_r, transpose_b=False, alignment=ALIGNMENT)
-
-    act_rf = swiglu(product(x_rd, "w_gate_edf"), product(x_rd, "w_up_edf"))
-    return product(act_rf, "w_down_efd").reshape(e, room, d)[:, :m]
+    groups = Groups(jnp.where(row_em < rows_e[:, None], expert_em, PADDING).reshape(-1), rows_e)
+    w = gated(p["w_gate_edf"], p["w_up_edf"], p["w_down_efd"])
+    a_rd = w.gate.from_dispatch(x_rd)
+    gate_rf, up_rf = (part.fprop(a_rd, x_emd.dtype, groups) for part in (w.gate, w.up))
+    y_rd = w.down.fprop(w.down.swiglu(gate_rf, up_rf, None), x_emd.dtype, groups)
+    return y_rd.reshape(e, room, d)[:, :m]
 
 
 def decoding_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
