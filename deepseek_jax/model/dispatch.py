@@ -20,6 +20,9 @@ import jax
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import Params
 
+# Name of what every recompute policy keeps: where each token's row goes, small and made by communication.
+EXPERT_PLAN = "expert_plan"
+
 
 class Received(NamedTuple):
     """Rows for this device's experts. What is differentiated is `x_rd` and `weights_rk`."""

@@ -17,9 +17,6 @@ from deepseek_jax.precision.sums import precision
 
 Params = Any
 
-# Name of what every recompute policy keeps: where each token's row goes, small and made by communication.
-EXPERT_PLAN = "expert_plan"
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.dispatch import EXPERT_PLAN
 from deepseek_jax.model.ffn import SWIGLU_INPUTS
-from deepseek_jax.model.layers import EXPERT_PLAN, Params, rms_norm
+from deepseek_jax.model.layers import Params, rms_norm
 
 REMAT = ("none", "deepseek", "full")
 

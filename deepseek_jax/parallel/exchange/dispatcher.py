@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.model.dispatch import Received
+from deepseek_jax.model.dispatch import EXPERT_PLAN, Received
 from deepseek_jax.model.experts import routed_experts
-from deepseek_jax.model.layers import EXPERT_PLAN, Params
+from deepseek_jax.model.layers import Params
 from deepseek_jax.parallel.exchange.hops import Plan, make_plan
 from deepseek_jax.parallel.exchange.placement import Placement
 from deepseek_jax.parallel.exchange.ragged import IMPLEMENTATIONS, Axis
