@@ -13,12 +13,13 @@ from deepseek_jax.checks import build as build
 from deepseek_jax.checks import choice, ranges, require, shown
 from deepseek_jax.model_config import ModelConfig
 from deepseek_jax.model_config import YarnConfig as YarnConfig
+from deepseek_jax.precision.policy import PRESETS
 
-# Presets of `deepseek_jax.precision`, which says what each quantises.
-PRECISIONS = (
-    *("bf16", "deepseek_fp8", "deepseek_fp8_ue8m0"),
-    *("per_token_channel", "per_tensor", "block_wise_grads"),
-)
+PRECISIONS = tuple(PRESETS)
+EXCHANGES = ("flat", "two_hop")  # of tokens and experts: `parallel/exchange/dispatcher.py`
+DISPATCH_FORMATS = ("same", "bf16", "fp8", "fp8_ue8m0")  # `parallel/exchange/wire.py`
+COMBINE_FORMATS = ("same", "bf16")
+REMAT = ("none", "deepseek", "full")
 
 # Larger numbers are refused by name: they would end in memory or time that no machine has.
 SEEDS = 1 << 32
@@ -163,9 +164,9 @@ class MeshConfig:
         ranges("mesh", self, "data receive", 0, _MANY)
         ranges("mesh", self, "pipe node local tensor", 1, _MANY)
         ranges("mesh", self, "comm_channels", 0, 64)
-        choice("mesh.experts", self.experts, ("auto", "two_hop", "flat", "replicated"))
-        choice("mesh.dispatch", self.dispatch, ("auto", "same", "bf16", "fp8", "fp8_ue8m0"))
-        choice("mesh.combine", self.combine, ("auto", "same", "bf16"))
+        choice("mesh.experts", self.experts, ("auto", *EXCHANGES, "replicated"))
+        choice("mesh.dispatch", self.dispatch, ("auto", *DISPATCH_FORMATS))
+        choice("mesh.combine", self.combine, ("auto", *COMBINE_FORMATS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ class TrainConfig:
     wandb: str = ""  # project at Weights & Biases that watches the run, too; empty: none
 
     def __post_init__(self):
-        choice("train.remat", self.remat, ("none", "deepseek", "full"))
+        choice("train.remat", self.remat, REMAT)
         ranges("train", self, "steps batch_size grad_accumulation loss_chunk keep max_bad_steps", 1, _MANY)
         ranges("train", self, "ema_every eval_every eval_windows checkpoint_every", 1, _MANY)
         ranges("train", self, "keep_every keep_best sample_tokens", 0, _MANY)

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("pallas_kernels",),
     ("checks", "now"),
-    ("json_files", "model_config"),
+    ("json_files", "model_config", "precision"),
     ("config",),
-    ("precision", "data"),
+    ("data",),
     ("model",),
     ("parallel",),
     ("checkpoints",),

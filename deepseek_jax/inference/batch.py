@@ -125,11 +125,11 @@ def make_batch(request: Request, cfg: ModelConfig, prompts: Prompts) -> Batch:
 
 def allowed(logits_bv: jax.Array, num_ids: Array) -> jax.Array:
     """-inf for the ids that no tokenizer knows, `num_ids` and up."""
-    return jnp.where(jnp.arange(logits_bv.shape[-1]) < num_ids, logits_bv, -jnp.inf)
+    return jnp.where((jnp.arange(logits_bv.shape[-1]) < num_ids)[None], logits_bv, -jnp.inf)
 
 
 def is_stop(token_b: jax.Array, batch: Batch) -> jax.Array:
-    return (token_b[..., None] == batch.stop_s).any(-1)
+    return jnp.isin(token_b, batch.stop_s)
 
 
 class Output(NamedTuple):
@@ -170,8 +170,9 @@ def emit(out: Output, batch: Batch, choice: Choice, n_b: jax.Array) -> Output:
     """Appends the first n_b of each row's choices; rows that are done, or become it, take no more."""
     b, k = choice.token_bk.shape
     n_b = jnp.where(out.done_b, 0, jnp.minimum(n_b, batch.limit_b - out.count_b))
-    taken_bk = jnp.arange(k) < n_b[:, None]
-    column_bk = jnp.where(taken_bk, out.count_b[:, None] + jnp.arange(k), out.tokens_bn.shape[1])
+    new_1k = jnp.arange(k)[None]
+    taken_bk = new_1k < n_b[:, None]
+    column_bk = jnp.where(taken_bk, out.count_b[:, None] + new_1k, out.tokens_bn.shape[1])
     row_bk = jnp.arange(b)[:, None]
     arrays = zip(out[:3], choice, strict=True)
     tokens, logprob, sampled = (x.at[row_bk, column_bk].set(new, mode="drop") for x, new in arrays)

@@ -140,7 +140,7 @@ def filtered_logits(logits_bv: jax.Array, rows: RowSampling) -> jax.Array:
     filters = (rows.top_k_b > 0) | (rows.top_p_b < 1) | (rows.min_p_b > 0)
     outside = functools.partial(_outside, rows=rows)
     out = lax.cond(filters.any(), outside, lambda x: jnp.zeros(x.shape, bool), scaled)
-    best = jnp.arange(logits_bv.shape[-1]) == jnp.argmax(logits_bv, axis=-1)[:, None]
+    best = jnp.arange(logits_bv.shape[-1])[None] == jnp.argmax(logits_bv, axis=-1)[:, None]
     return jnp.where(jnp.where(greedy, ~best, out), -jnp.inf, scaled)
 
 

@@ -36,7 +36,7 @@ def _seen(segments_bt: jax.Array | None, start: int, end: int) -> jax.Array:
     if segments_bt is None:
         return seen
     same = segments_bt[:, :end, None] == segments_bt[:, None, start:end]
-    return (seen & same)[:, None]
+    return (seen[None] & same)[:, None]
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -107,7 +107,9 @@ class View(NamedTuple):
 
 def view_after_padding(cache: Cache, slot: jax.Array, t: int, pad_b: jax.Array) -> View:
     """The view of t tokens from `slot` on ([] or [b]) of sequences whose first pad_b slots hold padding."""
-    slot_bt = jnp.expand_dims(slot, -1) + jnp.arange(t)  # [t] where all sequences write the same slots
-    slots = jnp.arange(cache.slots)
+    slot_bt = (
+        jnp.reshape(slot, (-1, 1)) + jnp.arange(t)[None]
+    )  # [1, t] where all sequences write the same slots
+    slots = jnp.arange(cache.slots)[None, None]
     mask_bts = (slots <= slot_bt[..., None]) & (slots >= pad_b[:, None, None])
     return View(cache, slot, slot_bt - pad_b[:, None], mask_bts)

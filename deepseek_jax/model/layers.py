@@ -24,7 +24,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
     The backward pass computes everything from `x` and `scale` again.
     """
-    return (_normed(x, eps)[0] * scale.astype(jnp.float32)).astype(x.dtype)
+    return (_normed(x, eps)[0] * _per_row(scale, x.shape)).astype(x.dtype)
 
 
 def _normed(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
@@ -34,9 +34,13 @@ def _normed(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     return x32 * inv, inv
 
 
+def _per_row(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(scale.astype(jnp.float32), shape)
+
+
 def _rms_norm_dgrad(x: jax.Array, scale: jax.Array, eps: float, g: jax.Array) -> jax.Array:
     normed, inv = _normed(x, eps)
-    d_normed = g.astype(jnp.float32) * scale.astype(jnp.float32)
+    d_normed = g.astype(jnp.float32) * _per_row(scale, x.shape)
     return (inv * (d_normed - normed * (d_normed * normed).mean(-1, keepdims=True))).astype(x.dtype)
 
 

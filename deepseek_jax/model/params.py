@@ -1,8 +1,8 @@
 """Parameters as data: one line per tensor gives name, shape, logical axes and initialiser.
 
-A parameter tree is a nested dict of `Param`. From the same tree come the arrays (`initialise`), their
-abstract shapes (`abstract`), the logical axes that the mesh rules read (`logical_axes`) and the Linen
-parameters of a module (`declare`). Layers of one kind carry a leading `layer` axis (`stacked`).
+A parameter tree is a nested dict of `Param`, whose logical axes the mesh rules read. From the same tree come the arrays
+(`initialise`), their abstract shapes (`abstract`) and the Linen parameters of a module (`declare`). Layers of one kind
+carry a leading `layer` axis (`stacked`).
 """
 
 import dataclasses
@@ -56,11 +56,6 @@ def tree_map_with_name(fn: Any, tree: Tree) -> Any:
 def stacked(tree: Tree, n: int) -> Tree:
     """The same tensors for `n` layers, stacked on a leading `layer` axis."""
     return tree_map(lambda p: dataclasses.replace(p, shape=(n, *p.shape), axes=("layer", *p.axes)), tree)
-
-
-def logical_axes(tree: Tree) -> Any:
-    """Tree of tuples of logical axis names."""
-    return tree_map(lambda p: p.axes, tree)
 
 
 def abstract(tree: Tree, dtype: Any = jnp.float32) -> Any:

@@ -51,7 +51,8 @@ def softmax_scale(cfg: ModelConfig) -> float:
 
 def rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [*positions.shape, r/2], for integer positions."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(cfg), jnp.float32)
+    frequencies_r = jnp.asarray(inverse_frequencies(cfg), jnp.float32)
+    angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies_r)
     ratio = 1.0
     if (yarn := cfg.rope_scaling) is not None:
         ratio = _yarn_mscale(yarn.factor, yarn.mscale) / _yarn_mscale(yarn.factor, yarn.mscale_all_dim)

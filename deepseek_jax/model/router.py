@@ -53,7 +53,7 @@ def _limit_groups(choice: jax.Array, cfg: ModelConfig, biased: bool) -> jax.Arra
     best = min(2, grouped.shape[-1]) if biased else 1
     score_btg = jax.lax.top_k(grouped, best)[0].sum(-1)
     _, kept = jax.lax.top_k(score_btg, cfg.topk_group)
-    keep_btg = (kept[..., None] == jnp.arange(cfg.n_group)).any(-2)
+    keep_btg = jax.nn.one_hot(kept, cfg.n_group, dtype=bool).any(-2)
     return jnp.where(keep_btg[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
@@ -64,7 +64,7 @@ def route(cfg: ModelConfig, s_bte: jax.Array, bias_e: jax.Array | None) -> Routi
     """
     choice = jax.lax.stop_gradient(s_bte)
     if cfg.has_balance_bias and bias_e is not None:
-        choice = choice + jax.lax.stop_gradient(bias_e)
+        choice = choice + jnp.broadcast_to(jax.lax.stop_gradient(bias_e), choice.shape)
     choice = _limit_groups(choice, cfg, cfg.has_balance_bias)
     _, experts = jax.lax.top_k(choice, cfg.num_experts_per_tok)
     weights = jnp.take_along_axis(s_bte, experts, axis=-1)

@@ -199,7 +199,7 @@ def multiply_groups(a: Operand, b: Operand, groups: Groups) -> jax.Array:
     if a.format.fine:
         return fp8_grouped_wgrad(a.q, row_scales(a), b.q, row_scales(b), sizes)
     a_q, b_q = a.q.astype(jnp.float32).T, b.q.astype(jnp.float32).T
-    return grouped_wgrad(a_q, b_q, sizes) * (a.scale * b.scale.T)
+    return grouped_wgrad(a_q, b_q, sizes) * (a.scale * b.scale.T)[None]
 
 
 def sum_of_two(

@@ -8,6 +8,7 @@ The report leaves per-token and per-channel quantisation undiscussed; `per_token
 
 import dataclasses
 
+from deepseek_jax.checks import choice
 from deepseek_jax.precision.operands import ROW, SQUARE, TENSOR, TILE, Format, power_of_two
 
 Formats = tuple[Format, Format]
@@ -66,6 +67,5 @@ PRESETS: dict[str, Policy | None] = {
 
 def preset(name: str) -> Policy | None:
     """The policy of that name; None for "bf16". Raises ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"precision={name!r} is unknown; use one of {', '.join(PRESETS)}")
+    choice("precision", name, tuple(PRESETS))
     return PRESETS[name]

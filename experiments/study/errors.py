@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.checks import choice
 from deepseek_jax.precision.operands import TILE, Operand, along_rows, multiply, quantise
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.precision.product import Plain, quantise_weight
@@ -128,15 +129,14 @@ def capture(loss: Any, params: Any, where: dict[str, tuple[Path, int]], tokens: 
 def synthetic(kind: str, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """Draws float32 [rows, columns]: "gaussian", "heavy-tailed" (Student t, 2 degrees of freedom) or "outlier channels"
     (Gaussian, one channel in a hundred 100 times larger)."""
+    choice("kind", kind, KINDS)
     if kind == "gaussian":
         x = rng.standard_normal((rows, columns))
     elif kind == "heavy-tailed":
         x = rng.standard_t(2, (rows, columns))
-    elif kind == "outlier channels":
+    else:
         x = rng.standard_normal((rows, columns))
         x[:, rng.permutation(columns)[: max(1, columns // 100)]] *= 100
-    else:
-        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
     return x.astype(np.float32)
 
 

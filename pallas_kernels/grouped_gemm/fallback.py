@@ -55,7 +55,7 @@ def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
 def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, alignment: int) -> jax.Array:
     """a [M, K], b [G, N, K] (or [G, K, N]), group_ids [M] -> [M, N]."""
     m, n = a.shape[0], b.shape[1 if transpose_b else 2]
-    inside = group_ids[:, None] == jnp.arange(b.shape[0])
+    inside = group_ids[:, None] == jnp.arange(b.shape[0])[None]
     starts, sizes = jnp.argmax(inside, axis=0), jnp.sum(inside, axis=0, dtype=jnp.int32)
 
     def step(out, g, start, rows, real):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax import hf
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.names import get, leaves, unflatten
-from deepseek_jax.model.params import logical_axes
+from deepseek_jax.model.params import tree_map
 from deepseek_jax.model.transformer import model_params
 from tests.hf.folders import WIDE, files, rewrite, same
 from tests.oracle.tiny import V2, V3, weights
@@ -225,13 +225,8 @@ def test_shardings_are_followed(folders):
     mesh = jax.make_mesh(
         (1, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:2]
     )
-    axes = logical_axes(model_params(dataclasses.replace(V3, dtype="bfloat16")))
     rules = {"layer": "x", "embed": "y"}
-    shardings = jax.tree.map(
-        lambda a: NamedSharding(mesh, P(*(rules.get(x) for x in a))),
-        axes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    shardings = tree_map(lambda p: NamedSharding(mesh, P(*map(rules.get, p.axes))), model_params(V3))
     _, params, _ = hf.load(folders["bf16"], shardings=shardings)
     _, want, _ = hf.load(folders["bf16"])
     jax.tree.map(same, params, want)

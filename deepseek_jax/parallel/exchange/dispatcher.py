@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.checks import choice
+from deepseek_jax.config import EXCHANGES
 from deepseek_jax.model.dispatch import EXPERT_PLAN, Received
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layers import Params
@@ -33,7 +35,7 @@ from deepseek_jax.parallel.exchange.wire import Wire
 INSIDE = ("local", "tensor")  # of a node
 FLAT: tuple[Axis, ...] = (("node", *INSIDE),)
 TWO_HOP: tuple[Axis, ...] = ("node", INSIDE)
-MODES = {"flat": FLAT, "two_hop": TWO_HOP}
+MODES = dict(zip(EXCHANGES, (FLAT, TWO_HOP), strict=True))
 AS_IT_IS = Wire()
 
 
@@ -104,8 +106,7 @@ class Ragged(OverMesh):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r} is not one of {list(MODES)}")
+        choice("mode", self.mode, EXCHANGES)
         if self.receive is not None and self.receive <= 0:
             raise ValueError(f"receive={self.receive} must be positive, or None for buffers without bound")
 

@@ -141,7 +141,7 @@ def mesh_axes(hops: tuple[Axis, ...]) -> tuple[str, ...]:
 def _pairs(ids_mk: jax.Array, first: jax.Array | int, below: int, p: int) -> jax.Array:
     """How many of each row's experts lie at each of p peers, which hold `below` each, from expert `first` on [m, p]."""
     peer_mk = (ids_mk - first) // below  # outside of 0 ... p - 1: absent, or of another group of peers
-    return (peer_mk[..., None] == jnp.arange(p)).sum(1, dtype=jnp.int32)
+    return (peer_mk[..., None] == jnp.arange(p)[None, None]).sum(1, dtype=jnp.int32)
 
 
 def make_plan(

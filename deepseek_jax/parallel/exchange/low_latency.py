@@ -94,7 +94,7 @@ class LowLatency(OverMesh):
         """(results [r, d], the weights for the combine)"""
         x_emd = came.x_rd.reshape(len(plan.rows_e), -1, x_nd.shape[1])
         y_emd = self.masked(p, x_emd, plan.rows_e)
-        there_em = jnp.arange(x_emd.shape[1]) < plan.rows_e[:, None]
+        there_em = jnp.arange(x_emd.shape[1])[None] < plan.rows_e[:, None]
         return jnp.where(there_em[..., None], y_emd, 0).reshape(came.x_rd.shape), weights_nk
 
     def combine(self, y: tuple[jax.Array, jax.Array], plan: FewPlan) -> jax.Array:

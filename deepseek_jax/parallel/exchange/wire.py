@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.checks import choice
+from deepseek_jax.config import COMBINE_FORMATS, DISPATCH_FORMATS
 from pallas_kernels.quantize.ops import dequantize, quantize
 
 SCALES = {"fp8": "fp32", "fp8_ue8m0": "ue8m0"}  # format -> kind of scale
-DISPATCH_FORMATS = ("same", "bf16", *SCALES)
-COMBINE_FORMATS = ("same", "bf16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,10 @@ class Wire:
     combine: str = "same"
 
     def __post_init__(self):
-        for name, choices in (("dispatch", DISPATCH_FORMATS), ("combine", COMBINE_FORMATS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"wire.{name}={getattr(self, name)!r} is not one of {list(choices)}"
-                    + ("; partial sums are not quantised (report section 3.3.3)" if name == "combine" else "")
-                )
+        choice("wire.dispatch", self.dispatch, DISPATCH_FORMATS)
+        choice(
+            "wire.combine", self.combine, COMBINE_FORMATS
+        )  # partial sums are not quantised (section 3.3.3)
 
 
 def encode(x_nd: jax.Array, form: str) -> tuple[jax.Array, ...]:
