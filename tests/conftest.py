@@ -17,6 +17,8 @@ if jax.__version_info__ < (0, 11):
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMISED}".strip()
 
 jax.config.update("jax_num_cpu_devices", 8)
+# An array of fewer dims is broadcast where the code says so, or it is a mistake.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Minutes to half a minute each. `make test` gives a whole file to one of two workers, since its tests share what they
 # compile; a long one that begins last would leave the other worker idle.

@@ -22,7 +22,7 @@ class Layout:
 
     dispatcher: brings tokens to their routed experts, wherever they are.
     sequence: where the tokens of a sequence are.
-    remat: what the backward pass computes again, a name of `recompute.REMAT`.
+    remat: what the backward pass computes again, a name of `config.REMAT`.
     moe_stack: runs the MoE layers of the main model; None: `block.stack`, with the batch whole.
     mesh: (name, size) of the mesh axes of more than one device inside whose `shard_map` the pass runs.
     """

@@ -42,7 +42,7 @@ def _through_head(
     h_nd: jax.Array, w_dv: jax.Array, labels_n: jax.Array, probs_nv: jax.Array, weights_n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients (dh [n, d] in h's dtype, dw [d, v] float32) of sum_n weights_n * -log probs_nv[labels_n]."""
-    onehot = labels_n[:, None] == jnp.arange(w_dv.shape[1])
+    onehot = labels_n[:, None] == jnp.arange(w_dv.shape[1])[None]
     dlogits = ((probs_nv - onehot) * weights_n[:, None]).astype(h_nd.dtype)
     dh_nd = _dot("nv,dv->nd", dlogits, w_dv.astype(h_nd.dtype)).astype(h_nd.dtype)
     return dh_nd, _dot("nd,nv->dv", h_nd, dlogits)

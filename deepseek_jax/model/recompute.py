@@ -11,21 +11,19 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.checks import choice
+from deepseek_jax.config import REMAT, ModelConfig
 from deepseek_jax.model.dispatch import EXPERT_PLAN
 from deepseek_jax.model.ffn import SWIGLU_INPUTS
 from deepseek_jax.model.layers import Params, rms_norm
-
-REMAT = ("none", "deepseek", "full")
 
 
 def recompute(fn: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """A whole layer `fn` under a policy. Raises ValueError for an unknown one."""
     if policy == "full":
         return jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_PLAN))
-    if policy in REMAT:
-        return fn
-    raise ValueError(f"remat={policy!r} is not one of {list(REMAT)}")
+    choice("remat", policy, REMAT)
+    return fn
 
 
 def in_part(fn: Callable[..., Any], policy: str) -> Callable[..., Any]:

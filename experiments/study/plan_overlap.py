@@ -19,11 +19,10 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import v3_671b
-from deepseek_jax.config import Config, MeshConfig, from_config_dict
+from deepseek_jax.config import REMAT, Config, MeshConfig, from_config_dict
 from deepseek_jax.model.block import block_params, stack
 from deepseek_jax.model.layout import Context
 from deepseek_jax.model.params import Param, stacked
-from deepseek_jax.model.recompute import REMAT
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.weights import attach, quantise_weights
 from deepseek_jax.parallel.compiler import compiler_options

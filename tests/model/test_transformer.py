@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.config import REMAT
 from deepseek_jax.hf.names import get, leaves
 from deepseek_jax.model.block import UNROLL_LAYERS, block, block_params
 from deepseek_jax.model.layers import rms_norm
@@ -17,7 +18,7 @@ from deepseek_jax.model.layout import Context, Inputs, single_device
 from deepseek_jax.model.modules import MLA, DeepSeekMoE, DeepSeekV3
 from deepseek_jax.model.mtp import mtp_hidden
 from deepseek_jax.model.params import abstract
-from deepseek_jax.model.recompute import REMAT, recompute
+from deepseek_jax.model.recompute import recompute
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.transformer import context, embedded, final_norm, forward, layers, model_params
 from tests.oracle import model as oracle

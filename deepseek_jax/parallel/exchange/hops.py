@@ -55,7 +55,7 @@ def plan_hop(to_mp: jax.Array, axis: Axis, most: int, chunk: int, implementation
     m, p = to_mp.shape
     s = min(m * most, p * chunk)
     counts_p = to_mp.sum(0, dtype=jnp.int32)
-    row_mp = before(counts_p, 0) + jnp.cumsum(to_mp, 0, dtype=jnp.int32) - 1
+    row_mp = before(counts_p, 0)[None] + jnp.cumsum(to_mp, 0, dtype=jnp.int32) - 1
     row_mp = jnp.where(to_mp, row_mp, s)
     token_m1 = jnp.arange(m, dtype=jnp.int32)[:, None]
     token_s = jnp.full((s,), m, jnp.int32).at[row_mp].set(token_m1, mode="drop")

@@ -98,7 +98,7 @@ def make_chunks(counts_pc: jax.Array, axis: Axis, stride: int = 0) -> Chunks:
     p, c = counts_pc.shape
     per = c // p
     start_pc = before(counts_pc, 1)
-    landing_pc = before(counts_pc, 0) + stride * (jnp.arange(c, dtype=jnp.int32) % per)
+    landing_pc = before(counts_pc, 0) + stride * (jnp.arange(c, dtype=jnp.int32) % per)[None]
     me = lax.axis_index(axis)
 
     def mine(x_pc):
