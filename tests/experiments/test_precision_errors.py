@@ -59,7 +59,7 @@ def test_one_scale_underflows_where_tiles_do_not():
 
 def test_capture_sees_input_and_output_gradient():
     rng = np.random.default_rng(3)
-    params = {"a": {"w": jnp.asarray(rng.standard_normal((2, 6, 5)), jnp.float32)}, "b": jnp.ones((5,))}
+    params = {"a": {"w": jnp.asarray(rng.standard_normal((2, 6, 5)), jnp.float32)}, "b": jnp.ones((1, 1, 5))}
     x = jnp.asarray(rng.standard_normal((2, 3, 6)), jnp.float32)
 
     def layer(p, i):

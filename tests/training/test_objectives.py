@@ -91,7 +91,7 @@ def policy(cfg):
         logp = token_logprobs(h_nd, out.head_dv, labels.reshape(-1), cfg.train.loss_chunk).reshape(
             labels.shape
         )
-        ratio = jnp.exp(logp - jax.lax.stop_gradient(logp) + 0.1 * jnp.sin(jnp.arange(labels.shape[1])))
+        ratio = jnp.exp(logp - jax.lax.stop_gradient(logp) + 0.1 * jnp.sin(jnp.arange(labels.shape[1])[None]))
         gain = jnp.minimum(ratio * batch["advantage"], jnp.clip(ratio, 0.95, 1.05) * batch["advantage"])
         loss = -(gain * valid).sum() / total.labels[0]
         return loss, {"loss": loss, "entropy": -(logp * valid).sum() / total.labels[0]}
