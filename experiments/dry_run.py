@@ -7,7 +7,7 @@ import jax
 from deepseek_jax.checkpoints.files import steps_in
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import abstract_mesh, named_devices
-from deepseek_jax.training.preflight import check_tokenizer, granularity, trace_step
+from deepseek_jax.training.preflight import StepProgram, check_tokenizer, granularity
 from deepseek_jax.training.schedules import Schedules
 from deepseek_jax.training.start import Start
 from deepseek_jax.training.step import make_train_step
@@ -32,7 +32,7 @@ def report(cfg: Config) -> str:
     check_tokenizer(cfg)
     if cfg.train.init_from and not steps_in(Path(cfg.train.out_dir) / "checkpoints"):
         Start(cfg, mesh)
-    trace_step(make_train_step(cfg, mesh), cfg, mesh, schedules)
+    StepProgram(make_train_step(cfg, mesh), cfg, mesh, schedules)
     return "\n".join((model_line(cfg), *_run(cfg, schedules, size), *_memory(cfg, mesh, at_hand)))
 
 

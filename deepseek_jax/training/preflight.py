@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from deepseek_jax import now
 from deepseek_jax.checks import require
 from deepseek_jax.config import Config
 from deepseek_jax.data.bpe_training import MIN_VOCAB_SIZE
@@ -59,13 +60,6 @@ def granularity(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
     return cfg.train.batch_size // cfg.train.grad_accumulation
 
 
-def trace_step(step_fn: Any, cfg: Config, mesh: Mesh | AbstractMesh, schedules: Schedules) -> Any:
-    """The step for a whole batch, before compilation. Raises ValueError for what cannot be computed."""
-    size = granularity(cfg, mesh)
-    hyper = schedules.of_step(next(schedules.plan(size)), size)
-    return step_fn.trace(abstract_state(cfg, mesh), abstract_batch(cfg, mesh), hyper)
-
-
 def in_background(f: Callable[[], Any]) -> Future:
     """Runs `f` in a thread that does not keep the process alive."""
     future: Future = Future()
@@ -78,3 +72,29 @@ def in_background(f: Callable[[], Any]) -> Future:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+class StepProgram:
+    """The step for a whole batch before it runs: traced at once, compiled in a thread.
+
+    Raises ValueError for what cannot be computed.
+    """
+
+    def __init__(self, step_fn: Any, cfg: Config, mesh: Mesh | AbstractMesh, schedules: Schedules):
+        size = granularity(cfg, mesh)
+        hyper = schedules.of_step(next(schedules.plan(size)), size)
+        self._traced = step_fn.trace(abstract_state(cfg, mesh), abstract_batch(cfg, mesh), hyper)
+        self._compiled: Future | None = None
+
+    def compile(self) -> None:
+        """Begins to compile, in a thread."""
+        self._compiled = in_background(self._traced.lower().compile)
+        if jax.process_count() > 1:  # which compile their programs in the same order
+            self._compiled.result()
+
+    def wait(self) -> None:
+        """Returns when the step is compiled."""
+        if self._compiled is None:
+            self.compile()
+        with now.doing("compiling the training step"):
+            self._compiled.result()  # type: ignore[union-attr]

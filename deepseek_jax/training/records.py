@@ -4,7 +4,6 @@ Metrics of step n - 1 are read when those of step n are added, so that the loop 
 Of several processes, only the first writes and shows; all of them read, so that all stop at the same bad step.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,33 +15,27 @@ from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.processes.together import is_first
 from deepseek_jax.training.advice import History, advice
 from deepseek_jax.training.boards import TensorBoard, WeightsAndBiases, Writer
+from deepseek_jax.training.evaluation import Evaluation
 from deepseek_jax.training.finite import NonFiniteError
 from deepseek_jax.training.metrics import MetricsFile, each_record, max_vio
 from deepseek_jax.training.progress import Progress
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import Metrics
-from deepseek_jax.training.throughput import HostTime, Throughput, peak_flops
-
-
-class Evaluation(NamedTuple):
-    """On the validation windows: nats per token, bits per byte."""
-
-    loss: float
-    bits_per_byte: float
-
+from deepseek_jax.training.throughput import Throughput, peak_flops
 
 _COUNTS = 256  # numbers of `expert_counts` that a record may hold on average
 
 
-class _Step(NamedTuple):
-    """What is known of a step when it has been dispatched; `metrics` are still on the devices."""
+class Step(NamedTuple):
+    """What is known of a step when it has been dispatched; `metrics` are still on the devices. data_seconds: how long
+    the host waited for its batch."""
 
     step: int
     tokens: int
     batch_size: int
     hyper: Hyper
     metrics: Metrics
-    times: dict[str, float]
+    data_seconds: float
 
 
 class Written:
@@ -101,20 +94,15 @@ class Records:
         self._progress = Progress(total_steps, step, progress_file) if is_first() else None
         peak = peak_flops(jax.local_devices()[0])
         flops = cfg.model.flops_per_token(cfg.data.seq_len)
-        self._throughput, self._host = Throughput(flops, peak and peak * devices), HostTime()
-        self._pending: _Step | None = None
+        self._throughput = Throughput(flops, peak and peak * devices)
+        self._pending: Step | None = None
         self._said: set[str] = set()
         self._tokens_per_s: float | None = None
 
-    def waiting_for_data(self) -> contextlib.AbstractContextManager[None]:
-        """Around what waits for the next batch."""
-        return self._host.waiting_for_data()
-
-    def add(self, step: int, tokens: int, batch_size: int, hyper: Hyper, metrics: Metrics) -> None:
+    def add(self, done: Step) -> None:
         """A step that has just been dispatched."""
-        times = self._host.dispatched()
         self.flush()
-        self._pending = _Step(step, tokens, batch_size, hyper, metrics, times)
+        self._pending = done
 
     def flush(self) -> None:
         """Read and write what is pending. Raises NonFiniteError where the run must stop."""
@@ -127,7 +115,7 @@ class Records:
         if not host.finite:
             self._not_finite(pending.step, host)
 
-    def _write(self, done: _Step, host: Metrics, speed: dict[str, float]) -> None:
+    def _write(self, done: Step, host: Metrics, speed: dict[str, float]) -> None:
         if self._written is None or self._progress is None:
             return
         counted = done.step % max(1, host.counts_le.size // _COUNTS) == 0
@@ -141,14 +129,13 @@ class Records:
             "max_vio": max_vio(host.counts_le),
             "expert_counts": np.asarray(host.counts_le) if counted else None,
             "skipped": int(host.skipped),
-            **done.times,
-            **speed,
+            **({"data_seconds": done.data_seconds, **speed} if speed else {}),
         }
         values = {name: value for name, value in values.items() if value is not None}
         self._written.write("train", done.step, values)
         self._progress.update(done.step, values, self._seconds_left(done, speed))
 
-    def _seconds_left(self, done: _Step, speed: dict[str, float]) -> float | None:
+    def _seconds_left(self, done: Step, speed: dict[str, float]) -> float | None:
         self._tokens_per_s = speed.get("tokens_per_s", self._tokens_per_s)
         tokens = (self._total_steps - done.step) * done.batch_size * self._cfg.data.seq_len
         return tokens / self._tokens_per_s if self._tokens_per_s else None
@@ -191,7 +178,6 @@ class Records:
     def pause(self) -> None:
         """After work that is no training, so that it does not count in tokens/s."""
         self._throughput.pause()
-        self._host.pause()
 
     def end(self) -> None:
         """The last step was taken: the progress line ends."""

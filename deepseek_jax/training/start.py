@@ -1,11 +1,10 @@
 """A run starts from the weights of `train.init_from`: a run, one of its checkpoints, or a Hugging Face folder.
 
-Parameters are read straight onto the mesh, each device its own slices, in float32, with fresh moments. The balance bias
-comes along, and the average where there is one.
+Parameters are read straight onto the mesh, each device its own slices, in float32, with fresh moments, and the balance
+bias. The average of the parameters begins anew: it is that of one run.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +19,6 @@ from deepseek_jax.checkpoints.files import (
     locate,
     read_meta,
     read_onto,
-    read_tree,
     shapes_of,
     verify,
 )
@@ -28,20 +26,12 @@ from deepseek_jax.checks import listed, names_that_differ
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf.names import leaves
-from deepseek_jax.training.ema import abstract_average
 from deepseek_jax.training.finite import not_finite
 from deepseek_jax.training.optimizer import adamw
 from deepseek_jax.training.state import TrainState, state_shardings
 from deepseek_jax.training.step import abstract_state
 
 _MAX_NAMED = 8  # arrays listed in an error
-
-
-class Average(NamedTuple):
-    """An average of parameters, as `EMA` takes it up: arrays, and how many updates are in it."""
-
-    params: PyTree
-    updates: int
 
 
 class Start:
@@ -81,8 +71,8 @@ class Start:
                 f"set config.data.tokenizer={self._root}"
             )
 
-    def read(self) -> tuple[TrainState, Average | None]:
-        """(state before the first step, average if the source has one). All processes call it.
+    def read(self) -> TrainState:
+        """The state before the first step. All processes call it.
 
         Raises ValueError: damaged, or with NaN or infinity.
         """
@@ -99,25 +89,17 @@ class Start:
             out_shardings=shardings,
             donate_argnums=(0, 1),
         )
-        return create(params, bias), self._average()
+        return create(params, bias)
 
     def _from_hf(self, shardings: PyTree) -> tuple[PyTree, np.ndarray]:
         _, params, bias = hf.load(self._path, dtype="float32", mtp=self._with_mtp, shardings=shardings)
         return params, np.asarray(bias)
 
     def _from_orbax(self) -> tuple[PyTree, np.ndarray]:
-        verify(self._path, ("state", "ema"), together=True)
+        verify(self._path, ("state",), together=True)
         target = {"params": self._wanted.params, "balance_bias": self._wanted.balance_bias}
         tree = guarded(self._path, lambda: read_onto(self._path / "state", target))
         return tree["params"], np.asarray(tree["balance_bias"])
-
-    def _average(self) -> Average | None:
-        folder = self._path / "ema"
-        if self._is_hf or not (folder / "_METADATA").exists():
-            return None
-        like = abstract_average(self._wanted.params)
-        tree = guarded(self._path, lambda: read_tree(folder, like=like))
-        return Average(tree["params"], int(tree["updates"]))
 
     def _compare(self, found: dict[str, tuple[int, ...]]) -> None:
         if any(name.endswith(".fp8") for name in found):

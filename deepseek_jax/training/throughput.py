@@ -1,15 +1,14 @@
-"""`Throughput` measures tokens per second and the share of the peak; `HostTime` measures the wait for data."""
+"""`Throughput` measures seconds of a step, tokens per second, and the share of the peak that these make."""
 
 import collections
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 
 
 class Throughput:
-    """Tokens per second over the last steps, and the model FLOPs utilisation that this makes.
+    """Seconds of each step; tokens per second over the last steps, and the model FLOPs utilisation that this makes.
 
     Args:
         flops_per_token: training FLOPs of one token.
@@ -32,14 +31,15 @@ class Throughput:
         """Call the moment a step is done; `tokens`: consumed in the run so far.
 
         Returns:
-            {"tokens_per_s", "mfu"}; empty at the first call, so that compilation is not counted.
+            {"step_seconds": since the step before was done, "tokens_per_s", "mfu"}; empty at the first call, so that
+            compilation is not counted.
         """
         self._marks.append((self._clock(), tokens))
         (start, first), (end, last) = self._marks[0], self._marks[-1]
         if end <= start:
             return {}
         rate = (last - first) / (end - start)
-        speed = {"tokens_per_s": rate}
+        speed = {"step_seconds": end - self._marks[-2][0], "tokens_per_s": rate}
         if self._peak:
             speed["mfu"] = rate * self._flops_per_token / self._peak
         return speed
@@ -47,40 +47,6 @@ class Throughput:
     def pause(self) -> None:
         """Call after what is no training (evaluation, compilation): the next `update` starts afresh."""
         self._marks.clear()
-
-
-class HostTime:
-    """Where the host's time goes from the dispatch of one step to that of the next. It waits for no device.
-
-    Args:
-        clock: seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock, self._data = clock, 0.0
-        self._dispatched: float | None = None
-
-    @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        began = self._clock()
-        yield
-        self._data += self._clock() - began
-
-    def dispatched(self) -> dict[str, float]:
-        """Call when a step has been dispatched.
-
-        Returns:
-            {"step_seconds": since the dispatch before, "data_seconds": the wait for data in that time}; empty at the
-            first call.
-        """
-        now = self._clock()
-        before, data = self._dispatched, self._data
-        self._dispatched, self._data = now, 0.0
-        return {} if before is None else {"step_seconds": now - before, "data_seconds": data}
-
-    def pause(self) -> None:
-        """Call after what is no training: the next `dispatched` starts afresh."""
-        self._dispatched = None
 
 
 # Dense bf16 with float32 accumulation, NVIDIA's and Google's data sheets; the first name that occurs counts.

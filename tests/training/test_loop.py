@@ -22,6 +22,7 @@ import pytest
 
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training import loop
+from deepseek_jax.training import run as run_module
 from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
 from deepseek_jax.training.metrics import METRICS_FILE, TIMINGS, read_records
 from experiments import train
@@ -75,7 +76,7 @@ def assert_same_run(cfg, result, ema, golden_run):
 
 def test_a_resumed_run_makes_no_first_state(golden_run, monkeypatch):
     """It would lie beside the restored one."""
-    monkeypatch.setattr(loop, "init_state", lambda *_: pytest.fail("a first state"))
+    monkeypatch.setattr(run_module, "init_state", lambda *_: pytest.fail("a first state"))
     with contextlib.closing(trainer(golden_run.cfg)) as run:
         assert run.resume() and run.step == 20
         assert raw(run.state) == raw(golden_run.result.state) and raw(run.ema.state()) == raw(golden_run.ema)

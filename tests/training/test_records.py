@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.training import records as module
+from deepseek_jax.training.evaluation import Evaluation
 from deepseek_jax.training.metrics import max_vio, read_records
-from deepseek_jax.training.records import Evaluation, Records
+from deepseek_jax.training.records import Records, Step
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import Metrics
 from deepseek_jax.training.throughput import Throughput
@@ -29,7 +30,8 @@ class Run:
 
     def dispatch(self, batch_size=4):
         self.step += 1
-        self.records.add(self.step, self.step * TOKENS, batch_size, Hyper(*np.float32([1, 0, 0])), METRICS)
+        hyper = Hyper(*np.float32([1, 0, 0]))
+        self.records.add(Step(self.step, self.step * TOKENS, batch_size, hyper, METRICS, 0.25))
 
     def close(self):
         self.records.flush()
@@ -62,6 +64,9 @@ def test_a_step_is_timed_when_it_is_done_not_when_it_is_written(run, tmp_path, m
     run.now += 1.0
     run.dispatch()  # step 2 was done at 11
     assert speeds(tmp_path) == {2: pytest.approx(TOKENS / 11.0)}
+    records = {r["step"]: r for r in read_records(tmp_path / "metrics.jsonl")}
+    assert records[2]["step_seconds"] == 11.0 and records[2]["data_seconds"] == 0.25
+    assert "step_seconds" not in records[1] and "data_seconds" not in records[1]  # compilation
 
 
 def test_what_is_left_is_shown(run):
@@ -94,7 +99,7 @@ def test_many_experts_are_counted_now_and_then(run, tmp_path):
     """At full size, the counts of every step would make a file of 19 GB."""
     metrics = METRICS._replace(counts_le=np.full((4, 256), 32))
     for step in range(1, 11):
-        run.records.add(step, step, 4, Hyper(*np.float32([1, 0, 0])), metrics)
+        run.records.add(Step(step, step, 4, Hyper(*np.float32([1, 0, 0])), metrics, 0.0))
     records = read_records(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "expert_counts" in r] == [4, 8]
     assert all(len(r["max_vio"]) == 4 for r in records)

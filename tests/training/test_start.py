@@ -63,7 +63,7 @@ def folders(golden_run, tmp_path_factory):
 def test_parameters_and_bias_come_onto_the_mesh_with_fresh_moments(golden_run, folders, tmp_path, kind):
     cfg = config(golden_run, tmp_path, {"local": 2, "zero": True}, init_from=str(folders[kind]))
     mesh, want = make_mesh(cfg.mesh, jax.devices()[:4]), golden_run.result.state
-    state, average = Start(cfg, mesh).read()
+    state = Start(cfg, mesh).read()
     rounded = kind in ("bf16", "orbax")
     params = jax.tree.map(
         lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32) if rounded else x, want.params
@@ -75,11 +75,6 @@ def test_parameters_and_bias_come_onto_the_mesh_with_fresh_moments(golden_run, f
     assert not any(np.asarray(x).any() for x in jax.tree.leaves((state.opt_state.mu, state.opt_state.nu)))
     shardings = jax.tree.leaves(state_shardings(cfg, mesh))
     assert [x.sharding for x in jax.tree.leaves(state)] == shardings
-    if kind in ("run", "step"):
-        assert raw(average.params) == raw(golden_run.ema["params"])
-        assert average.updates == int(golden_run.ema["updates"])
-    else:
-        assert average is None
 
 
 def test_a_run_starts_from_an_older_checkpoint_and_what_is_frozen_stays(golden_run, folders, tmp_path):
