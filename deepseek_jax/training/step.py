@@ -49,8 +49,9 @@ class Metrics(NamedTuple):
 
     @property
     def scalars(self) -> dict[str, jax.Array]:
-        """The objective's metrics and the norm of the gradient: a step is skipped if one of them is not finite."""
-        return {**self.objective, "grad_norm": self.grad_norm}
+        """The objective's metrics, "loss" first, and the norm of the gradient: a step is skipped if one of them is not
+        finite."""
+        return {"loss": self.objective["loss"], **self.objective, "grad_norm": self.grad_norm}
 
 
 def creation(cfg: Config, mesh: Mesh | AbstractMesh) -> Any:
