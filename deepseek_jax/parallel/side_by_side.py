@@ -32,7 +32,7 @@ class Work(NamedTuple):
     second: Callable[[Params, Any, Any], Any]
 
 
-def _together(*values: Any) -> Any:
+def _barrier(*values: Any) -> Any:
     """Nothing that reads the results starts before all of `values` are there."""
     leaves, tree = jax.tree.flatten(values)
     real = [x for x in leaves if x.dtype != jax.dtypes.float0]  # the gradient of an integer is none
@@ -67,11 +67,11 @@ def _in_stages(direction: Direction, values: tuple[jax.Array, ...], plan: Plan) 
 
 def _forward(direction, work, values, plan, p, inputs):  # type: ignore[no-untyped-def]
     ready, start, finish = _in_stages(direction, values, plan)
-    ready, _, inputs = _together(ready, plan, inputs)
+    ready, _, inputs = _barrier(ready, plan, inputs)
     between, first_vjp = jax.vjp(work.first, p, inputs)
-    on_the_way, between, inputs = _together(start(ready), between, inputs)
+    on_the_way, between, inputs = _barrier(start(ready), between, inputs)
     result, second_vjp = jax.vjp(work.second, p, inputs, between)
-    out = _together(finish(on_the_way), result)
+    out = _barrier(finish(on_the_way), result)
     return out, (plan, first_vjp, second_vjp)
 
 
@@ -80,11 +80,11 @@ def _backward(direction, work, saved, g):  # type: ignore[no-untyped-def]
     g_values, g_result = g
     back = COMBINE if direction is DISPATCH else DISPATCH
     ready, start, finish = _in_stages(back, direction.values(g_values), plan)
-    ready, g_result = _together(ready, g_result)
+    ready, g_result = _barrier(ready, g_result)
     dp_second, d_inputs, d_between = second_vjp(g_result)
-    on_the_way, dp_second, d_inputs, d_between = _together(start(ready), dp_second, d_inputs, d_between)
+    on_the_way, dp_second, d_inputs, d_between = _barrier(start(ready), dp_second, d_inputs, d_between)
     dp_first, d_inputs_first = first_vjp(d_between)
-    d_values, dp_first, d_inputs_first = _together(finish(on_the_way), dp_first, d_inputs_first)
+    d_values, dp_first, d_inputs_first = _barrier(finish(on_the_way), dp_first, d_inputs_first)
     return back.values(d_values), None, _add(dp_first, dp_second), _add(d_inputs_first, d_inputs)
 
 
