@@ -138,7 +138,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"cannot compile for H100: {missing}")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of a GPU: the plugin is here for its compiler
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for a topology cannot be read back
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what is compiled for a topology cannot be read back
     cfg = layer_config(args.nodes, args.local, args.precision, args.receive, args.overlap, args.remat)
     print(
         f"{args.nodes} nodes x {args.local} H100, {args.tokens} tokens per GPU, {cfg.precision}, {cfg.mesh}"
