@@ -14,6 +14,7 @@ it), but not of one that left because another did; else 0. Status 2, a mistake i
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -39,6 +40,9 @@ import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})  # PR_SET_PDEATHSIG of <linux/prctl.h>
 os.execvp(sys.argv[1], sys.argv[1:])
 """
+# What JAX writes, and then the stack, when it aborts a process because another one ended.
+_LOST = "Terminating process because the JAX distributed service detected fatal errors"
+_NUMBER = re.compile(r"^error: process \d+ of \d+: ")  # as `joining.failing_fast` says it
 ABANDONED = 75  # of a process that left because of another one
 _MOST_PROCESSES = 1024  # on one machine
 
@@ -62,8 +66,9 @@ class Group:
         self._processes = [
             _start(command, {**os.environ, **shared, PROCESS: str(rank)}) for rank in range(processes)
         ]
+        said: dict[str, int] = {}
         self._readers = [
-            threading.Thread(target=_show, args=(rank, process.stdout), daemon=True)
+            threading.Thread(target=_show, args=(rank, process.stdout, said), daemon=True)
             for rank, process in enumerate(self._processes)
         ]
         for reader in self._readers:
@@ -124,12 +129,22 @@ def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Po
     )
 
 
-def _show(rank: int, output: IO[str] | None) -> None:
+def _show(rank: int, output: IO[str] | None, said: dict[str, int]) -> None:
+    """Shows a process's output line by line, an error that several processes have once.
+
+    said: errors so far, without the number of a process, and the rank that was first.
+    """
     assert output is not None
+    lost = False
     with output:
-        for line in output:
-            sys.stdout.write(f"[{rank}] {line.rstrip()}\n")
-            sys.stdout.flush()
+        for line in map(str.rstrip, output):
+            if lost:  # the addresses of JAX's own code
+                continue
+            if lost := _LOST in line:
+                line = "lost the other processes"
+            if not line.startswith("error: ") or said.setdefault(_NUMBER.sub("", line), rank) == rank:
+                sys.stdout.write(f"[{rank}] {line}\n")
+                sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -68,10 +68,27 @@ def test_who_left_because_of_another_is_not_the_cause(tmp_path):
         assert run.printed.endswith("[launch] process 1 ended with status 3\n")
 
 
-def test_a_mistake_in_the_command_is_not_tried_again(tmp_path):
-    with launched(tmp_path, "import sys; sys.exit(2)", "--processes=1", "--restarts=3") as run:
-        assert run.wait() == 2
-        assert run.printed.count("[launch] processes") == 1
+MISTAKEN = """
+import os, sys, time
+rank = os.environ["JAX_PROCESS_ID"]
+if rank == "2":
+    print("F1126 client.h:80] Terminating process because the JAX distributed service detected fatal errors. This")
+    print("    @     0x7f4f48a40634  absl::LogMessage::SendToLog()")
+else:
+    print("error: unknown config key train.stepz" if sys.argv[1:2] else f"error: process {rank} of 3: no such file")
+time.sleep(0.3)
+sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["before they meet"]], ids=["together", "before they meet"])
+def test_a_mistake_in_the_command_is_one_line_and_not_tried_again(arguments, capfd):
+    command = [sys.executable, "-c", MISTAKEN, *arguments]
+    assert main(["--processes=3", "--restarts=3", "--", *command]) == 2
+    printed = capfd.readouterr().out
+    assert printed.count("[launch] processes") == 1
+    assert printed.count("error: ") == 1 and printed.count("[2] ") == 1
+    assert "[2] lost the other processes\n" in printed
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -233,6 +233,8 @@ def describe(error: BaseException) -> str:
             f"an exchange with the other processes or a computation failed ({first}). If a process died, its own "
             f"output says why; start all of them again to go on from the last checkpoint"
         )
-    if isinstance(error, ValueError | KeyboardInterrupt):
-        return f"{type(error).__name__}: {error}"
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     return "".join(traceback.format_exception(error))
