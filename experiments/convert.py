@@ -24,8 +24,8 @@ _INPUT = flags.DEFINE_string("input", None, "Folder to read.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist or be empty.", required=True)
 _FORMAT = flags.DEFINE_enum("format", "stored", list(FORMATS), "Number format of the output.")
 _SCALE = flags.DEFINE_enum("scale", "fp32", ["fp32", "ue8m0"], "FP8 scales: DeepSeek-V3's, or V3.1's.")
-_STEP = flags.DEFINE_integer("step", None, "Of a run: this checkpoint instead of the newest.")
-_EMA = flags.DEFINE_bool("ema", False, "Of a run: the averaged parameters instead of the last ones.")
+_STEP = flags.DEFINE_integer("step", None, "A run's checkpoint of this step instead of the newest.")
+_EMA = flags.DEFINE_bool("ema", False, "A run's averaged parameters instead of the last ones.")
 _MTP = flags.DEFINE_bool("mtp", True, "--nomtp leaves the MTP modules of a Hugging Face folder out.")
 
 

@@ -7,8 +7,7 @@ import numpy as np
 from deepseek_jax.config import Config
 from deepseek_jax.data import Tokenizer, Validation
 from deepseek_jax.data.fim import fim_prompt
-from deepseek_jax.inference.generate import generate
-from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inference.model import Model
 
 _PROMPT = 32  # tokens at most
 _ROOM = 64  # tokens of a document that is worth showing, if there are such
@@ -87,15 +86,7 @@ def samples(
     new_tokens = min(cfg.train.sample_tokens, cfg.model.max_position_embeddings - longest)
     if not prompts or new_tokens < 1:
         return {}
-    out = generate(
-        params,
-        cfg.model,
-        prompts,
-        new_tokens,
-        balance_bias=balance_bias,
-        sampling=Sampling(temperature=0.7, top_p=0.9),
-        stop_ids=[tokenizer.eos_id],
-        num_ids=tokenizer.vocab_size,
-    )
+    model = Model(cfg.model, params, balance_bias, tokenizer, stop_ids=[tokenizer.eos_id])
+    out = model.generate(prompts, new_tokens, temperature=0.7, top_p=0.9)
     texts = (tokenizer.decode(ids, skip_special=True) for ids in out)
     return {name: gap.filled(text) for (name, gap), text in zip(found.items(), texts, strict=True)}

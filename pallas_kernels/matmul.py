@@ -181,8 +181,7 @@ def persistent_matmul(
     Raises:
       ValueError: the tiles along N do not divide into clusters.
     """
-    *lead, m, n = problem.out.shape
-    m_tiles, n_tiles = m // config.tile_m, n // config.tile_n
+    n_tiles = problem.out.shape[-1] // config.tile_n
     if n_tiles % config.cluster:
         raise ValueError(f"{n_tiles} tiles along N do not divide into clusters of {config.cluster}")
     ids = () if group_ids is None else (group_ids, tile_groups(group_ids, config.tile_m))
@@ -194,25 +193,7 @@ def persistent_matmul(
         groups_ref, ids_ref = (refs.pop(), refs.pop()) if ids else (None, None)
         share = Share.of(config)
         store = _store(share, ids_ref, addend_ref, out_ref, out_smem, addend_barrier)
-        tile_pipeline = _pipeline(problem, config, share, refs, store, bool(ids))
-        allocations = _emit(problem, config, _static_steps(problem), _ignore, _ignore).get_allocations
-        pipelined = refs[: len(problem.in_specs)]
-        sizes = allocations(*(ref if len(ref.shape) == 2 else ref.at[0] for ref in pipelined))
-
-        def walk(allocations):
-            n_clusters = n_tiles // config.cluster
-
-            @plgpu.nd_loop((*(lead or (1,)), m_tiles * n_clusters), collective_axes="sm")
-            def _(info):
-                g, linear = info.index
-                mi, ni = plgpu.planar_snake(linear, (m_tiles, n_clusters), 1, config.snake)
-                if config.cluster > 1:
-                    ni = ni * config.cluster + lax.axis_index("cluster")
-                g = g if groups_ref is None else groups_ref[mi]
-                tile_pipeline(Tile(g, mi, ni, config), allocations)
-
-        pl.run_scoped(walk, sizes, collective_axes="wg")
-        plgpu.wait_smem_to_gmem(0)
+        _walk(problem, config, share, refs, groups_ref, store)
 
     cluster: dict[str, Any] = (
         {"cluster": (config.cluster,), "cluster_names": ("cluster",)} if config.cluster > 1 else {}
@@ -234,6 +215,29 @@ def persistent_matmul(
         thread_name="wg",
         compiler_params=compiler_params(),
     )(*operands, *ids, *addend)
+
+
+def _walk(problem: Problem, config: TileConfig, share: Share, refs, groups_ref, store: Callable) -> None:
+    """Computes all tiles; the SMs take them by turns, in a snake along M and N."""
+    *lead, m, n = problem.out.shape
+    m_tiles, n_clusters = m // config.tile_m, n // config.tile_n // config.cluster
+    tile_pipeline = _pipeline(problem, config, share, refs, store, groups_ref is not None)
+    allocations = _emit(problem, config, _static_steps(problem), _ignore, _ignore).get_allocations
+    pipelined = refs[: len(problem.in_specs)]
+
+    def walk(allocations):
+        @plgpu.nd_loop((*(lead or (1,)), m_tiles * n_clusters), collective_axes="sm")
+        def _(info):
+            g, linear = info.index
+            mi, ni = plgpu.planar_snake(linear, (m_tiles, n_clusters), 1, config.snake)
+            if config.cluster > 1:
+                ni = ni * config.cluster + lax.axis_index("cluster")
+            g = g if groups_ref is None else groups_ref[mi]
+            tile_pipeline(Tile(g, mi, ni, config), allocations)
+
+    sizes = allocations(*(ref if len(ref.shape) == 2 else ref.at[0] for ref in pipelined))
+    pl.run_scoped(walk, sizes, collective_axes="wg")
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _ignore(*_, **__) -> None:
