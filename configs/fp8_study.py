@@ -2,8 +2,9 @@
 
     python -m experiments.fp8_study
 
-Hardware: 2 CPU cores. Run time: about 2 minutes per run in FP8. 4M parameters: 3 layers (1 dense), 8 routed experts
-of which 2 per token, 1 shared expert; every contraction of the attention and the FFNs has 1 to 4 blocks of 128.
+Hardware: 2 CPU cores. Run time: about 2 minutes per run in FP8. Expected: the tables in `experiments/LOG.md`.
+It has 4M parameters: 3 layers (1 dense), 8 routed experts of which 2 per token, 1 shared expert; every contraction of
+the attention and the FFNs has 1 to 4 blocks of 128.
 The learning rate is a third of `configs/tiny.py`'s: at that one, runs that differ in rounding drift apart by 0.5%.
 """
 
