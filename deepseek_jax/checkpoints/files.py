@@ -1,4 +1,4 @@
-"""What lies in the directory of a run's checkpoints, and reading it; whatever is wrong becomes a `CheckpointError`.
+"""What lies in the directory of a run's checkpoints; whatever is wrong becomes a `CheckpointError`.
 
 The layout is that of `checkpoint.py`, which writes it.
 """
@@ -9,24 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 
 from deepseek_jax.checkpoints import inventory
 from deepseek_jax.checkpoints.changes import differing
-from deepseek_jax.checks import listed, names_that_differ, shown
+from deepseek_jax.checks import listed, shown
 from deepseek_jax.json_files import read_object
 from deepseek_jax.parallel.processes.together import lowest
 
-PyTree = Any
-
 FORMAT = 2  # raise when the layout or the names in `TrainState` change
 # Formats that can be read, with the arrays of the state that they have besides. 1: no digests, a key never used.
-_READABLE: Mapping[Any, frozenset[str]] = {1: frozenset({"rng"}), FORMAT: frozenset()}
+READABLE: Mapping[Any, frozenset[str]] = {1: frozenset({"rng"}), FORMAT: frozenset()}
 META_KEYS = ("config", "data", "tokens")
 TMP = ".orbax-checkpoint-tmp*"
 ITEMS = ("state", "ema", "meta")
-_MAX_NAMED = 5  # differing arrays listed in an error
+MAX_NAMED = 5  # differing arrays or settings listed in an error
 
 
 class CheckpointError(ValueError):
@@ -108,7 +104,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {line if len(line) <= 300 else f'{line[:120]} ... {line[-160:]}'}"
 
 
-# --- reading ----------------------------------------------------------------------------------------------
+# --- one checkpoint ----------------------------------------------------------------------------------------
 
 
 def verify(path: Path, items: Sequence[str] = ITEMS, together: bool = False) -> None:
@@ -137,9 +133,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     meta = guarded(path, lambda: read_object(path / "meta" / "metadata"))
     if any(key not in meta for key in META_KEYS):
         raise CheckpointError(f"{path} is not a checkpoint of this project: its metadata lacks {META_KEYS}")
-    if type(meta.get("format")) is not int or meta["format"] not in _READABLE:
+    if type(meta.get("format")) is not int or meta["format"] not in READABLE:
         raise CheckpointError(
-            f"{path} has format {shown(meta.get('format'))}; this version reads {sorted(_READABLE)}"
+            f"{path} has format {shown(meta.get('format'))}; this version reads {sorted(READABLE)}"
         )
     wrong = wrong_values(meta)
     if wrong is None and str(meta.get("step")) != path.name:
@@ -151,106 +147,20 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def wrong_values(meta: Mapping[str, Any]) -> str | None:
     """What cannot be in metadata, or None. Types and ranges; what config and data mean is checked where they are used."""
-    for key in ("config", "data"):
-        if not isinstance(meta[key], Mapping):
-            return f"{key}={shown(meta[key])}, which should be a dict"
-    if not isinstance(meta["config"].get("model", {}), Mapping):
-        return f"config.model={shown(meta['config']['model'])}, which should be a dict"
+    for path in (("config",), ("data",), ("config", "model"), ("huggingface",), ("huggingface", "config")):
+        value: Any = meta
+        for key in path:
+            value = value.get(key, {})
+        if not isinstance(value, Mapping):
+            return f"{'.'.join(path)}={shown(value)}, which should be a dict"
     if type(meta["tokens"]) is not int or meta["tokens"] < 0:
         return f"tokens={shown(meta['tokens'])}, which should be an integer >= 0"
-    published = meta.get("huggingface", {})
-    if not isinstance(published, Mapping):
-        return f"huggingface={shown(published)}, which should be a dict"
-    if not isinstance(published.get("config", {}), Mapping):
-        return f"huggingface.config={shown(published['config'])}, which should be a dict"
     loss = meta.get("validation_loss")
     if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
         return f"validation_loss={shown(loss)}, which should be a finite number"
     return None
 
 
-def read_state(path: Path, abstract: PyTree, format: int = FORMAT) -> PyTree:
-    """The tree at `path` in the structure and shardings of `abstract`, after comparing every shape and dtype."""
-    _check_arrays(path, ocp.PyTreeCheckpointHandler().metadata(path).tree, abstract, _READABLE[format])
-    return read_onto(path, jax.tree.map(_with_sharding, abstract))
-
-
-def read_onto(path: Path, target: PyTree) -> PyTree:
-    """The arrays of `target` (`jax.ShapeDtypeStruct` with shardings) out of those at `path`, cast to its dtypes."""
-    arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), target)
-    return ocp.PyTreeCheckpointHandler().restore(
-        path, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
-    )
-
-
-def _check_arrays(path: Path, found: PyTree, expected: PyTree, besides: frozenset[str] = frozenset()) -> None:
-    saved, wanted = _described(found), _described(expected)
-    saved = {name: array for name, array in saved.items() if name not in besides}
-    other = [
-        f"{name} is {saved.get(name, 'absent')}, expected {wanted.get(name, 'absent')}"
-        for name in names_that_differ(saved, wanted)
-    ]
-    if other:
-        raise MisfitError(f"checkpoint {path.parent} holds other arrays: {listed(other, _MAX_NAMED)}")
-
-
-def read_tree(path: Path, names: tuple[str, ...] | None = None, like: PyTree | None = None) -> PyTree:
-    """The tree at `path`, or only the top-level entries `names` of it, as nested dicts.
-
-    Leaves are NumPy arrays, or where `like` has a sharding, global arrays on it. With `like`, every shape and dtype is
-    compared.
-    """
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(path).tree
-    if like is not None:
-        _check_arrays(path, tree, like)
-    tree = tree if names is None else {name: tree[name] for name in names}
-    shardings = {} if like is None else _shardings(like)
-
-    def argument(leaf_path: Any, _: Any) -> ocp.RestoreArgs:
-        sharding = shardings.get(_name(leaf_path))
-        if sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        return ocp.ArrayRestoreArgs(sharding=sharding)
-
-    arguments = jax.tree_util.tree_map_with_path(argument, tree)
-    return handler.restore(
-        path,
-        args=ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=names is not None),
-    )
-
-
-def _shardings(tree: PyTree) -> dict[str, Any]:
-    """Path of every leaf -> its sharding or None."""
-    return {_name(path): leaf.sharding for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def array_shapes(path: Path, entry: str) -> dict[str, tuple[int, ...]]:
-    """Path below the top-level `entry` -> shape, of the tree at `path`. Reads no array."""
-    tree = guarded(path.parent, lambda: ocp.PyTreeCheckpointHandler().metadata(path).tree)
-    return shapes_of(tree.get(entry, {}))
-
-
-def shapes_of(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    """Path of every leaf -> shape."""
-    return {_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _described(tree: PyTree) -> dict[str, str]:
-    """Path of every leaf -> "dtype[shape]"."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {_name(path): f"{np.dtype(x.dtype)}{list(x.shape)}" for path, x in leaves}
-
-
-def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
 def check_model(path: Path, saved_config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     if other := differing(saved_config.get("model", {}), model, "model."):
-        raise MisfitError(f"checkpoint {path} belongs to another model: {listed(other, _MAX_NAMED)}")
+        raise MisfitError(f"checkpoint {path} belongs to another model: {listed(other, MAX_NAMED)}")

@@ -3,7 +3,7 @@
 Orbax writes whole arrays from memory; a stack of experts may be larger than that. So orbax lays out the tree, and
 each array is then written through tensorstore in chunks of one piece (one layer's matrix, or one expert's), in
 the plain zarr format that orbax reads. The result is a step of a run's checkpoints, with `params` and
-`balance_bias` but no optimizer state: what `training.checkpoint.load_params` reads.
+`balance_bias` but no optimizer state: what `checkpoints.arrays.load_params` reads.
 """
 
 import shutil

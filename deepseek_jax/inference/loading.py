@@ -50,7 +50,7 @@ def load(
             text = _text_side(folder, read_object(folder / "config.json"))
             return Model(*hf.load(folder, dtype, mtp=mtp, shardings=over_mesh), *text, mesh)
         if (folder / "checkpoints").is_dir():
-            from deepseek_jax.training.checkpoint import load_params
+            from deepseek_jax.checkpoints.arrays import load_params
 
             saved, params, bias, meta = load_params(
                 folder / "checkpoints", step, ema, lambda item: hf.load_tree(item, over_mesh)

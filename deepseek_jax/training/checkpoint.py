@@ -12,41 +12,34 @@ Of several processes, each writes, digests and reads its own shards, in a direct
 it is decided by the first, since file systems do not show the same thing to all hosts at the same time.
 """
 
-import contextlib
-import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 
-from deepseek_jax.checkpoints import inventory
+from deepseek_jax.checkpoints.arrays import PyTree, read_state, read_tree
 from deepseek_jax.checkpoints.files import (
     FORMAT,
-    ITEMS,
     META_KEYS,
     TMP,
     CheckpointError,
-    MisfitError,
-    PyTree,
     check_model,
     choose,
-    first_line,
     guarded,
     offering_older,
     read_meta,
-    read_state,
-    read_tree,
     steps_in,
     verify,
     wrong_values,
 )
+from deepseek_jax.checks import listed
 from deepseek_jax.parallel.processes.together import from_first, is_first
-from deepseek_jax.training.checkpoint_writing import Arrays, Kept, SaveArrays
+from deepseek_jax.training.checkpoint_writing import Kept, Writer
 from deepseek_jax.training.finite import NonFiniteError, not_finite
+
+_MAX_NAMED = 3  # arrays listed in an error
 
 
 class Restored(NamedTuple):
@@ -73,16 +66,8 @@ class Checkpointer:
         if is_first():
             for leftover in self.directory.glob(f"*{TMP}"):  # of a killed run, as large as a checkpoint
                 shutil.rmtree(leftover)
-        self._saving = -1
         self._kept = Kept(keep, keep_every, keep_best, {s: self._loss(s) for s in self.steps()})
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._kept,
-            enable_async_checkpointing=True,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_inventory),
-        )
-        arrays = {item: Arrays(functools.partial(self._digest_own, item)) for item in ("state", "ema")}
-        handlers = {**arrays, "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._writer = Writer(self.directory, self._kept)
 
     def save(self, step: int, state: PyTree, ema: PyTree, meta: Mapping[str, Any]) -> bool:
         """Starts writing a checkpoint and returns once the arrays are copied, so `state` may be donated.
@@ -117,15 +102,8 @@ class Checkpointer:
                 f"discard the newer ones explicitly, or use another directory"
             )
         self._require_finite(step, state, latest)
-        self._saving = step
         self._kept.losses[step] = meta.get("validation_loss")
-        items = ocp.args.Composite(
-            state=SaveArrays(state),
-            ema=SaveArrays(ema),
-            meta=ocp.args.JsonSave({**meta, "format": FORMAT, "step": step}),
-        )
-        with self._writing():
-            self._manager.save(step, args=items)
+        self._writer.save(step, state, ema, {**meta, "format": FORMAT, "step": step})
         return True
 
     def restore(
@@ -163,7 +141,7 @@ class Checkpointer:
     def discard_newer(self, step: int) -> None:
         """Removes the checkpoints after `step`: the run goes another way from there. All processes must call it."""
         for newer in [s for s in self.steps() if s > step]:
-            self._manager.delete(newer)
+            self._writer.delete(newer)
 
     def latest(self) -> int | None:
         """The newest checkpoint's step, or None; the same on all processes, which must all call it."""
@@ -179,38 +157,19 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises OSError if a write failed."""
-        with self._writing():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        self._writer.wait()
 
     def close(self) -> None:
-        """Waits, then releases the manager's threads."""
-        self.wait()
-        self._manager.close()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Whatever the storage libraries raise becomes one OSError; what other processes do, stays as it is."""
-        try:
-            yield
-        except jax.errors.JaxRuntimeError:
-            raise
-        except Exception as error:
-            whole = [s for s in self.steps() if s != self._saving]
-            last = f"the last whole one is step {max(whole)}" if whole else "there is no older one"
-            raise OSError(
-                f"the checkpoint of step {self._saving} could not be written to {self.directory}: {first_line(error)}; {last}"
-            ) from error
+        """Waits, then releases the threads that write."""
+        self._writer.close()
 
     def _require_finite(self, step: int, state: PyTree, latest: int | None) -> None:
         if bad := not_finite(state):
-            last = (
-                "no checkpoint came before"
-                if latest is None
-                else f"the last good checkpoint is step {latest}"
-            )
+            last = "no checkpoint came before"
+            if latest is not None:
+                last = f"the last good checkpoint is step {latest}"
             raise NonFiniteError(
-                f"step {step} is not saved: NaN or infinity in {_listed(bad)}; {last} in {self.directory}"
+                f"step {step} is not saved: NaN or infinity in {listed(bad, _MAX_NAMED)}; {last} in {self.directory}"
             )
 
     def _read(
@@ -224,7 +183,9 @@ class Checkpointer:
         state = guarded(path, lambda: read_state(path / "state", abstract, meta["format"]))
         average = guarded(path, lambda: read_tree(path / "ema", like=ema))
         if bad := not_finite(state) + [f"ema.{name}" for name in not_finite(average)]:
-            raise CheckpointError(f"checkpoint {path} is no good: NaN or infinity in {_listed(bad)}")
+            raise CheckpointError(
+                f"checkpoint {path} is no good: NaN or infinity in {listed(bad, _MAX_NAMED)}"
+            )
         return Restored(step, state, average, meta)
 
     def _loss(self, step: int) -> float | None:
@@ -233,59 +194,3 @@ class Checkpointer:
             return read_meta(self.directory / str(step)).get("validation_loss")
         except CheckpointError:
             return None
-
-    def _digest_own(self, item: str) -> None:
-        """Called by orbax's thread on each process when its files of `item` are written."""
-        process = jax.process_index()
-        for path in self.directory.glob(f"{self._saving}{TMP}"):
-            inventory.write_part(path, f"{item}.{process}", path / item / f"ocdbt.process_{process}")
-
-    def _write_inventory(self) -> None:
-        """Called by orbax's thread when all files are written, before the step gets its final name."""
-        if is_first():
-            for path in self.directory.glob(f"{self._saving}{TMP}"):
-                inventory.write(path, ITEMS)
-
-
-def _in_host_memory(item: Path) -> PyTree:
-    return guarded(item.parent, lambda: read_tree(item, ("params",))["params"])
-
-
-def load_params(
-    directory: str | Path,
-    step: int | None = None,
-    ema: bool = False,
-    read_params: Callable[[Path], PyTree] = _in_host_memory,
-) -> tuple[dict[str, Any], PyTree, np.ndarray, dict[str, Any]]:
-    """Parameters of a run for generation, without optimizer state; a run may go on writing meanwhile.
-
-    Args:
-        directory: the run's checkpoints.
-        step: which; None for the newest.
-        ema: the average of the parameters instead of the last ones.
-        read_params: (`<step>/state` or `<step>/ema`, its files compared) -> params, by default in host memory.
-
-    Returns:
-        (config of the run as a dict, params, balance_bias float32 [layer, expert], metadata).
-
-    Raises:
-        CheckpointError (a ValueError): as `Checkpointer.restore`.
-    """
-    directory = Path(directory).absolute()
-    steps = steps_in(directory)
-
-    def read(step: int) -> tuple[dict[str, Any], PyTree, np.ndarray, dict[str, Any]]:
-        path = directory / str(step)
-        verify(path, ITEMS if ema else ("state", "meta"))
-        meta = read_meta(path)
-        if ema and not any((path / "ema").iterdir()):
-            raise MisfitError(f"{path} was converted and has no averaged parameters: leave out ema (--ema)")
-        bias = guarded(path, lambda: read_tree(path / "state", ("balance_bias",)))["balance_bias"]
-        return meta["config"], read_params(path / ("ema" if ema else "state")), bias, meta
-
-    return offering_older(choose(directory, steps, step), steps, read)
-
-
-def _listed(names: Sequence[str], at_most: int = 3) -> str:
-    more = f" and {len(names) - at_most} more arrays" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more

@@ -11,17 +11,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax import hf
+from deepseek_jax.checkpoints.arrays import PyTree, array_shapes, read_onto, shapes_of
 from deepseek_jax.checkpoints.changes import differing
-from deepseek_jax.checkpoints.files import (
-    PyTree,
-    array_shapes,
-    guarded,
-    locate,
-    read_meta,
-    read_onto,
-    shapes_of,
-    verify,
-)
+from deepseek_jax.checkpoints.files import guarded, locate, read_meta, verify
 from deepseek_jax.checks import listed, names_that_differ
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.data.tokenizer import Tokenizer

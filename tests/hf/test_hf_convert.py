@@ -23,10 +23,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 import deepseek_jax
 from deepseek_jax import hf
 from deepseek_jax.checkpoints import inventory
+from deepseek_jax.checkpoints.arrays import load_params
 from deepseek_jax.config import Config, DataConfig, ModelConfig, build
 from deepseek_jax.data import Tokenizer, text_files, train_tokenizer
 from deepseek_jax.hf import convert, orbax
-from deepseek_jax.training.checkpoint import Checkpointer, load_params
+from deepseek_jax.training.checkpoint import Checkpointer
 from tests.hf.folders import WIDE, files, rewrite, same
 from tests.oracle.tiny import V3, weights
 

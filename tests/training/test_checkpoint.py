@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from deepseek_jax.checkpoints import inventory
+from deepseek_jax.checkpoints.arrays import load_params
 from deepseek_jax.checkpoints.files import MisfitError, check_model, offering_older
 from deepseek_jax.config import OptimizerConfig
 from deepseek_jax.training import checkpoint
-from deepseek_jax.training.checkpoint import Checkpointer, CheckpointError, load_params
+from deepseek_jax.training.checkpoint import Checkpointer, CheckpointError
 from deepseek_jax.training.ema import abstract_average
 from deepseek_jax.training.finite import NonFiniteError
 from deepseek_jax.training.optimizer import adamw
@@ -412,7 +413,6 @@ def test_a_full_disk_is_one_os_error(saved):
 RESHARD = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from deepseek_jax.checkpoints.files import MisfitError, check_model, offering_older
 from deepseek_jax.training.checkpoint import Checkpointer
 sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(4), ("data",)), PartitionSpec("data"))
 like = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=sharding)}
@@ -442,7 +442,6 @@ def test_restores_onto_other_shardings(tmp_path):
 
 WRITER = """
 import sys, numpy as np, jax.numpy as jnp
-from deepseek_jax.checkpoints.files import MisfitError, check_model, offering_older
 from deepseek_jax.training.checkpoint import Checkpointer
 checkpointer = Checkpointer(sys.argv[1], keep=2)
 step = (checkpointer.latest() or 0) + 1
