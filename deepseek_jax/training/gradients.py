@@ -19,7 +19,7 @@ from deepseek_jax.model.transformer import forward
 from deepseek_jax.model.weights import attach
 from deepseek_jax.precision import preset
 from deepseek_jax.training.labels import Batch, Totals, inputs
-from deepseek_jax.training.objectives import Metrics, Objective, Outputs
+from deepseek_jax.training.objectives import Objective, Outputs, Scalars
 from deepseek_jax.training.state import Hyper
 
 
@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     """What adds up over micro-batches and devices: the objective's metrics, and tokens per MoE layer and expert
     (int32)."""
 
-    metrics: Metrics
+    metrics: Scalars
     counts_le: jax.Array
 
 

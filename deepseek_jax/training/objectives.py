@@ -36,8 +36,8 @@ class Outputs(NamedTuple):
     sequence: Whole
 
 
-Metrics = dict[str, jax.Array]
-Objective = Callable[[Outputs, Batch, Totals, Hyper], tuple[jax.Array, Metrics]]
+Scalars = dict[str, jax.Array]
+Objective = Callable[[Outputs, Batch, Totals, Hyper], tuple[jax.Array, Scalars]]
 
 
 def pretraining(cfg: Config) -> Objective:
@@ -48,7 +48,7 @@ def pretraining(cfg: Config) -> Objective:
     """
     depths, t = cfg.model.num_nextn_predict_layers, cfg.data.seq_len
 
-    def objective(out: Outputs, batch: Batch, total: Totals, hyper: Hyper) -> tuple[jax.Array, Metrics]:
+    def objective(out: Outputs, batch: Batch, total: Totals, hyper: Hyper) -> tuple[jax.Array, Scalars]:
         def nll(h_btd: jax.Array, depth: int) -> jax.Array:
             labels, valid = map(out.sequence.own, targets(batch, t, depth))
             weights = valid.astype(jnp.float32).reshape(-1) / total.labels[depth]

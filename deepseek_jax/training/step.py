@@ -32,7 +32,7 @@ from deepseek_jax.precision import preset
 from deepseek_jax.training.frozen import frozen_leaves, trained
 from deepseek_jax.training.gradients import Gradients, by_micro_batches
 from deepseek_jax.training.labels import Batch, inputs, targets, totals
-from deepseek_jax.training.objectives import Objective, pretraining
+from deepseek_jax.training.objectives import Objective, Scalars, pretraining
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
 from deepseek_jax.training.state import Hyper, TrainState, parameter_shares, state_shardings
 
@@ -40,7 +40,7 @@ from deepseek_jax.training.state import Hyper, TrainState, parameter_shares, sta
 class Metrics(NamedTuple):
     """Of one step: the objective's metrics by name; `finite` is False where the update was not applied."""
 
-    objective: dict[str, jax.Array]
+    objective: Scalars
     grad_norm: jax.Array
     counts_le: jax.Array
     finite: jax.Array
@@ -48,7 +48,7 @@ class Metrics(NamedTuple):
     skipped: jax.Array
 
     @property
-    def scalars(self) -> dict[str, jax.Array]:
+    def scalars(self) -> Scalars:
         """The objective's metrics, "loss" first, and the norm of the gradient: a step is skipped if one of them is not
         finite."""
         return {"loss": self.objective["loss"], **self.objective, "grad_norm": self.grad_norm}
