@@ -45,6 +45,7 @@ _SPECULATIVE = flags.DEFINE_bool("speculative", False, "Draft with the MTP modul
 _CHAT = flags.DEFINE_bool("chat", False, "Talk: one line of input is one turn; an empty line ends.")
 _SYSTEM = flags.DEFINE_string("system", None, "The system's message at the beginning of a chat.")
 _MESH = flags.DEFINE_string("mesh", "", "Mesh of devices, such as node=2,local=4; empty: one device.")
+_FP8 = flags.DEFINE_bool("keep_fp8", False, "Multiply the FP8 weights of a Hugging Face folder as they are.")
 _EMA = flags.DEFINE_bool("ema", False, "Use the averaged parameters.")
 
 LINE = "-" * 75
@@ -181,7 +182,9 @@ def main(argv: Sequence[str]) -> int:
         cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor)
     import deepseek_jax
 
-    model = deepseek_jax.load(_CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, mesh=mesh)
+    model = deepseek_jax.load(
+        _CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, keep_fp8=_FP8.value, mesh=mesh
+    )
     if _CHAT.value and model.tokenizer is None:
         raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.json: a chat needs one")
     _chat(model) if _CHAT.value else _complete(model, records)

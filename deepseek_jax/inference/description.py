@@ -1,5 +1,6 @@
 """One line that says what a model is."""
 
+import collections
 from typing import Any
 
 import jax
@@ -19,11 +20,14 @@ def _mesh_text(mesh: MeshConfig) -> str:
 
 
 def describe(cfg: ModelConfig, params: Any, tokenizer: Tokenizer | None, mesh: MeshConfig | None) -> str:
+    sizes: dict[str, int] = collections.Counter()
+    for x in jax.tree.leaves(params):
+        sizes[x.dtype.name] += x.size
     known = "no tokenizer" if tokenizer is None else f"tokenizer of {tokenizer.vocab_size:,} ids"
     parts = (
         f"{cfg.num_hidden_layers} layers ({cfg.num_moe_layers} with {cfg.n_routed_experts} experts)",
         f"{_count(cfg.num_params())} parameters, {_count(cfg.num_active_params())} active",
-        jax.tree.leaves(params)[0].dtype.name,
+        max(sizes, key=sizes.__getitem__),
         f"{cfg.max_position_embeddings:,} positions",
         known,
         *([] if mesh is None else [f"over {_mesh_text(mesh)}"]),

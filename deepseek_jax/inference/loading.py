@@ -14,6 +14,8 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.model import Model
 from deepseek_jax.inference.over_mesh import parameter_shardings
 from deepseek_jax.json_files import read_object
+from deepseek_jax.model.transformer import model_params
+from deepseek_jax.model.weights import multiplied_as_stored
 
 
 def load(
@@ -23,6 +25,7 @@ def load(
     ema: bool = False,
     dtype: str | None = None,
     mtp: bool = True,
+    keep_fp8: bool = False,
     shardings: Any = None,
     mesh: MeshConfig | None = None,
 ) -> Model:
@@ -31,6 +34,7 @@ def load(
     Args:
         step, ema: which checkpoint of a training run, and whether its averaged parameters.
         dtype, mtp, shardings: of the parameters of a Hugging Face checkpoint, see `deepseek_jax.hf.load`.
+        keep_fp8: multiply its FP8 weights as they are, activations quantised as in training, instead of dequantising them.
         mesh: generate over these devices, which hold the experts among them (`inference/over_mesh.py`); None: on one.
 
     Raises:
@@ -38,6 +42,8 @@ def load(
     """
     if mesh is not None and shardings is not None:
         raise ValueError("a mesh brings its own shardings: give one of mesh and shardings")
+    if keep_fp8 and (mesh is not None or shardings is not None):
+        raise ValueError("keep_fp8 runs on one device: leave out keep_fp8, or the mesh and shardings")
 
     def over_mesh(cfg: ModelConfig) -> Any:
         return shardings if mesh is None else parameter_shardings(cfg, mesh)
@@ -48,8 +54,13 @@ def load(
 
         if (folder / "config.json").is_file():
             text = _text_side(folder, read_object(folder / "config.json"))
-            return Model(*hf.load(folder, dtype, mtp=mtp, shardings=over_mesh), *text, mesh)
+            cfg, params, router_bias = hf.load(folder, dtype, mtp=mtp, keep_fp8=keep_fp8, shardings=over_mesh)
+            return Model(cfg, multiplied_as_stored(params, model_params(cfg)), router_bias, *text, mesh)
         if (folder / "checkpoints").is_dir():
+            if keep_fp8:
+                raise ValueError(
+                    f"{folder} is a training run, whose weights are not in FP8: leave out keep_fp8"
+                )
             from deepseek_jax.checkpoints.arrays import load_params
 
             saved, params, bias, meta = load_params(

@@ -64,7 +64,7 @@ def parameter_shardings(cfg: ModelConfig, mesh: MeshConfig) -> Any:
 
 def _prepare(params: Any, cfg: ModelConfig) -> Any:
     """Parameters for decoding; no MTP module drafts over a mesh."""
-    return prepare({name: p for name, p in params.items() if name != "mtp"}, cfg)
+    return prepare({name: p for name, p in params.items() if name != "mtp"}, cfg, whole=False)
 
 
 def _ready_specs(cfg: ModelConfig, specs: Any) -> Any:

@@ -12,18 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import ffn
 from deepseek_jax.model.cache import Cache, LatentCache, Stacked, apart, with_room
 from deepseek_jax.model.dispatch import Local
-from deepseek_jax.model.experts import decode_experts
+from deepseek_jax.model.experts import decode_experts, experts_apart
 from deepseek_jax.model.layers import Params, embed, rms_norm
 from deepseek_jax.model.layout import Context, Layout
 from deepseek_jax.model.mla import absorb, down, latents, mla_decode
 from deepseek_jax.model.mtp import mtp_input
+from deepseek_jax.model.params import layers_apart
 from deepseek_jax.model.rope import rope_table
 
 # Up to this many layers are unrolled; a deeper model is scanned. On CPU, where a scan copies each layer's weights and
@@ -51,45 +51,46 @@ def unrolled(cfg: ModelConfig) -> bool:
     return cfg.num_hidden_layers <= UNROLL_LAYERS or _on_cpu()
 
 
-def _layer(x: Any, i: int) -> jax.Array:
-    """Layer i of a stacked array: in the memory of CPUs the same bytes where these are aligned, else a copy."""
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
-        return x[i]
-    (device, *others) = x.devices()
-    if others or device.platform != "cpu":
-        return x[i]
-    return jax.device_put(np.asarray(x)[i], device if x.committed else None, may_alias=True)
-
-
-def _split(tree: Any, n: int) -> list[Any]:
-    return [jax.tree.map(lambda x, i=i: _layer(x, i), tree) for i in range(n)]
+def _brings_product(x: Any) -> bool:
+    return hasattr(x, "fprop")
 
 
 def _as_read(path: Any, x: Any, cfg: ModelConfig) -> Any:
-    """A parameter in the dtype in which it is multiplied: the router's float32, norms as they are."""
+    """A parameter in the dtype in which it is multiplied: the router's float32; norms, and weights in FP8, as they are."""
     names = [key.key for key in path]
-    if "norm" in names[-1] or "final_norm" in names:
+    if _brings_product(x) or "norm" in names[-1] or "final_norm" in names:
         return x
     dtype = jnp.dtype("float32" if "gate" in names else cfg.dtype)
     return x if x.dtype == dtype else x.astype(dtype)
 
 
-def prepare(params: Params, cfg: ModelConfig) -> Params:
+def _experts_apart(block: Params) -> Params:
+    """A block with its experts in arrays of their own, too; on a CPU they are the same bytes."""
+    if "gate" not in block["ffn"]:
+        return block
+    experts = block["ffn"]["experts"]
+    return {**block, "ffn": {**block["ffn"], "experts": {**experts, "apart": experts_apart(experts)}}}
+
+
+def prepare(params: Params, cfg: ModelConfig, whole: bool = True) -> Params:
     """Parameters as `decode`, `mtp_decode` and `logits` read them; make them once per model.
 
     Beside `params` they take the memory of the absorbed up-projections, of weights whose dtype is another, and, but on
-    a CPU, of the layers set apart.
+    a CPU, of the layers set apart. whole: this device has all experts.
     """
-    params = jax.tree_util.tree_map_with_path(lambda path, x: _as_read(path, x, cfg), dict(params))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: _as_read(path, x, cfg), dict(params), is_leaf=_brings_product
+    )
     ready = dict(params)
+    apart = _experts_apart if whole and _on_cpu() else lambda block: block
     for name in [name for name in ("dense_layers", "moe_layers") if name in params]:
         ready[name] = {**params[name], "attn": absorb(params[name]["attn"], cfg)}
         if unrolled(cfg):
-            ready[name] = _split(ready[name], len(params[name]["attn_norm_d"]))
+            ready[name] = [apart(p) for p in layers_apart(ready[name], len(params[name]["attn_norm_d"]))]
     if "mtp" in params:
-        first = jax.tree.map(lambda x: _layer(x, 0), params["mtp"])
+        first = layers_apart(params["mtp"], 1)[0]
         block = {**first["block"], "attn": absorb(first["block"]["attn"], cfg)}
-        ready["mtp"] = {**first, "block": block}
+        ready["mtp"] = {**first, "block": apart(block)}
     return ready
 
 

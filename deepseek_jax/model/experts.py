@@ -2,7 +2,7 @@
 
 Training and prefill sort the pairs by expert (`rows.py`) and run each expert over its rows (`ffn.py`). In FP8, the input
 is quantised per token before it is copied to its experts' rows, and so is the gradient of the output: these travel
-between devices. Decoding, with few tokens, gathers weights or runs all experts densely.
+between devices. Decoding does the same with its few tokens, but on a CPU.
 
 Dims: n token, k selected expert, d hidden, f expert inner, e expert.
 """
@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.ffn import Gated, ffn_dgrad, ffn_fprop, ffn_wgrad, gated
+from deepseek_jax.model.ffn import Gated, ffn_dgrad, ffn_fprop, ffn_wgrad, gated, mlp
 from deepseek_jax.model.layers import Params
-from deepseek_jax.model.params import Param
+from deepseek_jax.model.params import Param, layers_apart
 from deepseek_jax.model.rows import sort_rows, sum_pairs
-from deepseek_jax.precision.product import swiglu
-from deepseek_jax.precision.sums import precision
+from deepseek_jax.precision.product import product
 
-DENSE_ROWS = 64  # up to this many tokens all experts run densely: weights are read once, work is small
+FEW_ROWS = 64  # up to this many tokens, an expert runs over all of them: reading its weights takes longer
 
 
 def expert_params(cfg: ModelConfig) -> dict[str, Param]:
@@ -84,56 +83,35 @@ def _products(p: Params) -> Gated:
 # --- few tokens (decoding) ----------------------------------------------------------------------------------------
 
 
-def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, precision=precision(a.dtype))
+def experts_apart(p: Params) -> list[Params]:
+    """The routed experts as FFNs of their own, parameters of `ffn.mlp`."""
+    names = {"w_gate_df": p["w_gate_edf"], "w_up_df": p["w_up_edf"], "w_down_fd": p["w_down_efd"]}
+    return layers_apart(names, product(p["w_gate_edf"]).experts)
 
 
-def _gathered(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
-    """One copy of each selected expert's weights per pair: for fewer pairs than experts (decoding)."""
-    w_gate, w_up, w_down = (
-        p[name][experts_nk].astype(x_nd.dtype) for name in ("w_gate_edf", "w_up_edf", "w_down_efd")
-    )
-    act = swiglu(_dot("nd,nkdf->nkf", x_nd, w_gate), _dot("nd,nkdf->nkf", x_nd, w_up))
-    return _dot("nkf,nkfd->nd", act * weights_nk[..., None].astype(x_nd.dtype), w_down)
+def _if_chosen(
+    apart: list[Params], x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
+) -> jax.Array:
+    """Each expert that a token chose, over all tokens, weighted by gates that are mostly zero.
 
-
-def _by_pairs(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
-    """`_gathered`, one pair after the other, whose expert's weights are read where they are: on CPUs the copies of a
-    gather take several times as long as the products."""
-    n, k = experts_nk.shape
-
-    def one(pair: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        x_d, expert, weight = pair
-        w_gate, w_up, w_down = (
-            lax.dynamic_index_in_dim(p[name], expert, keepdims=False).astype(x_nd.dtype)
-            for name in ("w_gate_edf", "w_up_edf", "w_down_efd")
-        )
-        return (swiglu(x_d[None] @ w_gate, x_d[None] @ w_up) * weight) @ w_down
-
-    pairs = (jnp.repeat(x_nd, k, axis=0), experts_nk.reshape(-1), weights_nk.reshape(-1).astype(x_nd.dtype))
-    return lax.map(one, pairs).reshape(n, k, -1).sum(1)
-
-
-def _dense(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
-    """All experts for all tokens, weighted by gates that are mostly zero: for batched decoding.
-
-    The product is batched over experts, so the weights are read where they are.
+    Weights are read where they are, and only if somebody needs them. On CPUs, a copy of a chosen expert out of the
+    stack, as a loop over pairs makes it, takes three times as long as its products.
     """
-    w_gate, w_up, w_down = (p[name].astype(x_nd.dtype) for name in ("w_gate_edf", "w_up_edf", "w_down_efd"))
-    e = w_gate.shape[0]
-    gate_ne = (
-        jax.nn.one_hot(experts_nk, e, dtype=x_nd.dtype) * weights_nk[..., None].astype(x_nd.dtype)
-    ).sum(1)
-    x_end = jnp.broadcast_to(x_nd, (e, *x_nd.shape))
-    act = swiglu(_dot("end,edf->enf", x_end, w_gate), _dot("end,edf->enf", x_end, w_up))
-    return _dot("enf,efd->end", act * gate_ne.T[..., None], w_down).sum(0)
+    chosen_nke = experts_nk[..., None] == jnp.arange(len(apart))[None, None]
+    gain_ne = jnp.where(chosen_nke, weights_nk[..., None], 0).sum(1).astype(x_nd.dtype)
+    used_e = chosen_nke.any((0, 1))
+
+    def one(i: int) -> jax.Array:
+        def run(p: Params, gain_ne: jax.Array) -> jax.Array:
+            return mlp(p, x_nd) * gain_ne[:, i, None]
+
+        return lax.cond(used_e[i], run, lambda *_: jnp.zeros_like(x_nd), apart[i], gain_ne)
+
+    return functools.reduce(jnp.add, map(one, range(len(apart))))
 
 
 def decode_experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
-    """The same function for few tokens; picks the form by the number of pairs. All ids must be present."""
-    n_experts = p["w_gate_edf"].shape[0]
-    if experts_nk.size < n_experts:
-        return lax.platform_dependent(p, x_nd, experts_nk, weights_nk, cpu=_by_pairs, default=_gathered)
-    if x_nd.shape[0] <= DENSE_ROWS:
-        return _dense(p, x_nd, experts_nk, weights_nk)
+    """The same function for decoding. `p` may hold the experts `apart`, too, which few tokens then read."""
+    if "apart" in p and len(x_nd) <= FEW_ROWS:
+        return _if_chosen(p["apart"], x_nd, experts_nk, weights_nk)
     return routed_experts(p, x_nd, experts_nk, weights_nk)

@@ -174,8 +174,8 @@ def mla(
 
 
 def absorb(p: Params, cfg: ModelConfig) -> Params:
-    """Weights of `mla_decode`: the key and value halves of wkv_b per head (leading layer axes allowed)."""
-    wk, wv = jnp.split(p["wkv_b_chm"], [cfg.qk_nope_head_dim], axis=-1)
+    """Weights of `mla_decode`: the key and value halves of wkv_b per head (a leading layer axis allowed)."""
+    wk, wv = jnp.split(product(p["wkv_b_chm"]).array(cfg.dtype), [cfg.qk_nope_head_dim], axis=-1)
     rest = {name: w for name, w in p.items() if name != "wkv_b_chm"}
     return rest | {"wk_hnc": jnp.einsum("...chn->...hnc", wk), "wv_hcv": jnp.einsum("...chv->...hcv", wv)}
 

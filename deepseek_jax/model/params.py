@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,21 @@ def tree_map_with_name(fn: Any, tree: Tree) -> Any:
 def stacked(tree: Tree, n: int) -> Tree:
     """The same tensors for `n` layers, stacked on a leading `layer` axis."""
     return tree_map(lambda p: dataclasses.replace(p, shape=(n, *p.shape), axes=("layer", *p.axes)), tree)
+
+
+def _one(x: Any, i: int) -> jax.Array:
+    """x[i]: in the memory of CPUs the same bytes where these are aligned, else a copy."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return x[i]
+    (device, *others) = x.devices()
+    if others or device.platform != "cpu":
+        return x[i]
+    return jax.device_put(np.asarray(x)[i], device if x.committed else None, may_alias=True)
+
+
+def layers_apart(tree: Any, n: int) -> list[Any]:
+    """The first `n` of the trees that `tree` stacks on the leading axis of its arrays: layers, or experts of a layer."""
+    return [jax.tree.map(lambda x, i=i: _one(x, i), tree) for i in range(n)]
 
 
 def abstract(tree: Tree, dtype: Any = jnp.float32) -> Any:

@@ -1,4 +1,5 @@
-"""The weights of a model, quantised once per step and attached to the parameters that the forward pass reads."""
+"""The weights of a model in FP8: quantised once per step and attached to the parameters that the forward pass reads, or
+kept as an FP8 checkpoint has them."""
 
 import math
 from typing import Any
@@ -8,7 +9,7 @@ from jax import lax
 
 from deepseek_jax.model.params import Param, tree_map
 from deepseek_jax.precision.policy import Policy
-from deepseek_jax.precision.product import Quantised, quantise_weight
+from deepseek_jax.precision.product import Quantised, from_blocks, quantise_weight
 
 _LEADING = ("layer", "expert")
 
@@ -48,3 +49,14 @@ def attach(params: Any, quantised: Any, policy: Policy | None) -> Any:
         params,
         quantised,
     )
+
+
+def multiplied_as_stored(params: Any, declared: Any) -> Any:
+    """Parameters of `hf.load(keep_fp8=True)` for inference: leaves {"fp8", "scale"} become weights that are multiplied as
+    they are. `declared`: as for `quantise_weights`."""
+
+    def one(p: Param, w: Any) -> Any:
+        shape = p.shape[1:] if p.axes[0] == "layer" else p.shape
+        return from_blocks(w["fp8"], w["scale"], shape) if isinstance(w, dict) else w
+
+    return tree_map(one, declared, params)

@@ -109,6 +109,10 @@ class Plain:
         """What the backward pass needs of this weight."""
         return self
 
+    def array(self, dtype: Any) -> jax.Array:
+        """The weight in the shape of the parameter."""
+        return self.w.astype(dtype)
+
     def fprop(self, a: jax.Array, dtype: Any, groups: Groups | None = None) -> jax.Array:
         """a W [m, out] in `dtype`."""
         w = self._matrix(dtype, groups)
@@ -229,9 +233,19 @@ class Quantised:
 
     def kept_for_backward(self) -> Self:
         """Not the master, of which an empty array says the dtype, and not the operand of fprop."""
-        assert self.master is not None
+        if self.master is None:  # for inference: nothing runs backward
+            return self
         empty = jnp.zeros((0,), self.master.dtype)
         return dataclasses.replace(self, master=empty, fprop_operand=None, master_shape=self.master.shape)
+
+    def array(self, dtype: Any) -> jax.Array:
+        """Dequantised; of layers stacked on a leading axis, each in the shape of the parameter."""
+        assert self.fprop_operand is not None
+        w_io = jnp.swapaxes(dequantise(self.fprop_operand, dtype), -1, -2)
+        *lead, width_in, width_out = w_io.shape
+        if math.prod(self.shape) > width_in * width_out:
+            lead.pop()  # the experts, of which the shape tells
+        return w_io.reshape(*lead, *self.shape)
 
     def fprop(self, a: Operand, dtype: Any, groups: Groups | None = None) -> jax.Array:
         assert self.fprop_operand is not None

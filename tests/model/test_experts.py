@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model import experts
-from deepseek_jax.model.experts import DENSE_ROWS, decode_experts, routed_experts
+from deepseek_jax.model.experts import FEW_ROWS, decode_experts, experts_apart, routed_experts
 
 E, D, F, K = 6, 10, 7, 2
 RNG = np.random.default_rng(0)
@@ -89,19 +88,14 @@ def test_against_a_loop(value_and_grad, kind):
     jax.tree.map(close, grads, want_grads)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, DENSE_ROWS + 1])
-def test_decoding_forms(n):
-    """Pair by pair, all experts densely, and the training form: by the number of tokens."""
-    ids = pairs("random")[:n].astype(np.int32)
-    got = jax.jit(decode_experts)(P, X[:n], ids, WEIGHTS[:n])
+@pytest.mark.parametrize("n", [1, 5, FEW_ROWS + 1])
+@pytest.mark.parametrize("apart", [True, False])
+def test_decoding_forms(n, apart):
+    """Chosen experts, each in arrays of its own, and the training form; ids of absent experts are nobody's."""
+    ids = pairs("absent")[-n:].astype(np.int32)
+    p = {**P, "apart": experts_apart(P)} if apart else P
+    got = jax.jit(decode_experts)(p, X[:n], ids, WEIGHTS[:n])
     np.testing.assert_allclose(got, loop(P, X[:n], ids, WEIGHTS[:n])[0], rtol=1e-5, atol=1e-4)
-
-
-def test_gathered_weights():
-    """What `decode_experts` takes for few pairs where it does not run on CPU."""
-    ids = pairs("random")[:2].astype(np.int32)
-    got = jax.jit(experts._gathered)(P, X[:2], ids, WEIGHTS[:2])
-    np.testing.assert_allclose(got, loop(P, X[:2], ids, WEIGHTS[:2])[0], rtol=1e-5, atol=1e-4)
 
 
 def test_bfloat16_is_computed_in_bfloat16():
