@@ -4,6 +4,7 @@
     python -m experiments.generate --checkpoint=runs/tiny --prompt="import os" --temperature=0.8 --top_p=0.95 --stop="def "
     python -m experiments.generate --checkpoint=runs/tiny --prompts_file=prompts.jsonl --out=completions.jsonl
     python -m experiments.generate --checkpoint=FOLDER --chat
+    python -m experiments.generate --checkpoint=FP8_FOLDER --prompt="import os" --keep_fp8
     python -m experiments.generate --checkpoint=runs/tiny --prompt="import os" --mesh=node=2,local=4
 
 The text of a single prompt appears while it is generated. A file of prompts is text, one on each line, or JSON lines
