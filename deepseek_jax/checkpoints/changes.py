@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from flax.traverse_util import flatten_dict
+
 from deepseek_jax.checks import names_that_differ, plain, shown
 from deepseek_jax.config import Config, to_dict
 
@@ -22,7 +24,7 @@ class Changes(NamedTuple):
 
 def config_changes(saved: Mapping[str, Any], config: Config) -> Changes:
     """Compares a checkpoint's config with `config`. A key that the checkpoint lacks had its default."""
-    defaults, now = (_flat(json.loads(json.dumps(to_dict(c)))) for c in (Config(), config))
+    defaults, now = (_flat(to_dict(c)) for c in (Config(), config))
     before = defaults | _flat(saved)
     found = Changes([], [])
     for key, value in now.items():
@@ -34,16 +36,13 @@ def config_changes(saved: Mapping[str, Any], config: Config) -> Changes:
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
     """Sentences like "model.dtype is 'bfloat16' there, 'float32' here", one for each key that differs."""
-    a, b = (_flat(json.loads(json.dumps(x)), path) for x in (there, here))
+    a, b = _flat(there), _flat(here)
     return [
-        f"{plain(key)} is {shown(a.get(key))} there, {shown(b.get(key))} here"
+        f"{plain(path + key)} is {shown(a.get(key))} there, {shown(b.get(key))} here"
         for key in names_that_differ(a, b)
     ]
 
 
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """{"train": {"steps": 3}} -> {"train.steps": 3}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
-    return flat
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{"train": {"steps": 3}} -> {"train.steps": 3}, with the types that JSON has."""
+    return flatten_dict(json.loads(json.dumps(config)), sep=".")

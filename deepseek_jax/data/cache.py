@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from deepseek_jax import now
 from deepseek_jax.data.files import SourceFile
+from deepseek_jax.data.text_files import write_file
 
 T = TypeVar("T")
 Meta = dict[str, Any]
@@ -89,9 +90,7 @@ def _make(folder: Path, files: Files, files_now: Callable[[], Files], make: Call
 
 
 def _write_meta(folder: Path, files: Files, meta: Meta) -> None:
-    temporary = folder / "meta.json.new"
-    temporary.write_text(json.dumps({"files": files, "meta": meta}))
-    os.replace(temporary, folder / "meta.json")
+    write_file(folder / "meta.json", json.dumps({"files": files, "meta": meta}).encode())
 
 
 @contextlib.contextmanager

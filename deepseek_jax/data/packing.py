@@ -114,8 +114,10 @@ class EpochPacker:
 
     Everything drawn depends on (seed, epoch, block, document) alone, so any process can rebuild any block.
 
+    The numbers are those of a `DataConfig`, which checks them.
+
     Raises:
-        ValueError: a rate outside [0, 1], a length that is no length, FIM without FIM tokens, or too little text.
+        ValueError: FIM without FIM tokens, or too little text.
     """
 
     documents: TokenizedDocuments
@@ -127,12 +129,6 @@ class EpochPacker:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("fim_rate", "split_punctuation_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name, least in (("seq_len", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.fim_rate > 0:
             for name in ("fim_begin", "fim_hole", "fim_end"):
                 self.tokenizer.special_id(name)

@@ -82,10 +82,8 @@ def validation_windows(streams: Sequence[PackedStream], tokenizer: Tokenizer, se
         source = int(np.searchsorted(starts, place, side="right")) - 1
         return streams[source][place - int(starts[source])]
 
-    batch = {name: np.empty((num_windows, len(x)), x.dtype) for name, x in window(0).items()}
-    for i in range(num_windows):
-        for name, x in window(i).items():
-            batch[name][i] = x
+    windows = [window(i) for i in range(num_windows)]
+    batch = {name: np.stack([x[name] for x in windows]) for name in windows[0]}
     lengths_v = tokenizer.byte_lengths()
     labels = zip(batch["tokens"][:, 1:], _counted(batch), strict=True)
     bytes_n = np.array([lengths_v[tokens[counted]].sum() for tokens, counted in labels], np.int64)

@@ -192,12 +192,8 @@ def quantization(hf: Mapping[str, Any]) -> str | None:
 
 def quantization_config(scale: str) -> dict[str, Any]:
     """`quantization_config` of DeepSeek's FP8 layout, with "fp32" scales (V3) or "ue8m0" ones (V3.1)."""
-    config: dict[str, Any] = {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    }
+    names = ("activation_scheme", "fmt", "quant_method", "weight_block_size")
+    config = {name: _QUANTIZATION[name][0] for name in names}
     return config | ({"scale_fmt": "ue8m0"} if scale == "ue8m0" else {})
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.params import Param
@@ -175,11 +176,4 @@ def get(tree: Any, path: str) -> Any:
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     """Nested dict of a dict with dotted paths."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
+    return unflatten_dict(flat, sep=".")

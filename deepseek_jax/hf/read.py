@@ -24,6 +24,7 @@ from deepseek_jax.hf.tensors import DTYPES, Tensor
 SCALE_SUFFIX = "_scale_inv"  # of "<name>.weight"
 _SCALES = ("F32", "F8_E8M0")
 _WITHOUT_MTP = "to leave out the MTP modules: mtp=False (experiments: --nomtp)"
+_HEAD = "lm_head.weight"
 _IGNORED = ("rotary_emb.inv_freq",)  # derived from the config; old files carry it
 _FLOATS = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 
@@ -127,16 +128,12 @@ class Checkpoint(Source):
                 expected |= self._check_tensor(leaf.name(index), leaf.hf_shape, leaf.may_be_fp8)
         for name in bias_names(self.cfg):
             expected |= self._check_tensor(name, (self.cfg.n_routed_experts,), False)
-        if self.cfg.tie_word_embeddings and "lm_head.weight" in self.tensors:
-            self._check_copy(
-                "lm_head.weight",
-                "model.embed_tokens.weight",
-                'or set "tie_word_embeddings": false in config.json',
-            )
-            expected.add("lm_head.weight")
-        for copy, original in shared_copies(self.cfg).items():
+        copies = shared_copies(self.cfg)
+        if self.cfg.tie_word_embeddings:
+            copies[_HEAD] = "model.embed_tokens.weight"
+        for copy, original in copies.items():
             if copy in self.tensors:
-                self._check_copy(copy, original, _WITHOUT_MTP)
+                self._check_copy(copy, original)
                 expected.add(copy)
         modules = mtp_of(self.cfg, self.tensors)
         for name, tensor in self.tensors.items():
@@ -162,8 +159,9 @@ class Checkpoint(Source):
         _check_one(name + SCALE_SUFFIX, scale, fp8.scale_shape(shape), _SCALES)
         return {name, name + SCALE_SUFFIX}
 
-    def _check_copy(self, copy: str, original: str, way_out: str) -> None:
+    def _check_copy(self, copy: str, original: str) -> None:
         """This model shares the tensor: a copy that differs cannot be represented."""
+        way_out = 'or set "tie_word_embeddings": false in config.json' if copy == _HEAD else _WITHOUT_MTP
         a, b = self.tensors[copy], self.tensors[original]
         _check_one(copy, a, b.shape, (b.dtype,))
         x, y = a.read(), b.read()
