@@ -145,13 +145,7 @@ def _validation(cfg: DataConfig, documents: Sequence[TokenizedDocuments], tokeni
 
 
 def _mixed_counts(documents: Sequence[TokenizedDocuments], weights: Sequence[float]) -> np.ndarray:
-    """int64 [vocab_size]: counts of as many tokens as there are, were they drawn by the weights."""
-    if len(documents) == 1:
-        return documents[0].counts_v
+    """int64 [vocab_size]: the counts of as many tokens as the documents have, drawn by the weights."""
+    frequencies = [part.counts_v / len(part.ids) for part in documents]
     tokens = sum(len(part.ids) for part in documents)
-    shares = [
-        tokens * weight / sum(weights) / len(part.ids)
-        for part, weight in zip(documents, weights, strict=True)
-    ]
-    mixed_v = sum(share * part.counts_v for share, part in zip(shares, documents, strict=True))
-    return np.rint(mixed_v).astype(np.int64)
+    return np.rint(tokens * np.average(frequencies, axis=0, weights=weights)).astype(np.int64)

@@ -68,9 +68,6 @@ class PackedStream:
                 length_n[place] = len(self._altered[index])
         return np.concatenate([[0], np.cumsum(length_n, dtype=np.int64)])
 
-    def __repr__(self) -> str:
-        return f"PackedStream(documents={len(self._starts) - 1}, windows={len(self)})"
-
     def __len__(self) -> int:
         return max(0, int(self._starts[-1] - 1) // self._seq_len)
 
