@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.checks import plain, shown
+from deepseek_jax.checks import plain, require, shown
 
 MAX_BYTES = 32 << 20  # the index of DeepSeek-V3 has 9 MB
 MAX_DEPTH = 32
@@ -19,13 +19,10 @@ MAX_CONTAINERS = 1 << 21
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError: missing, no file, too large, or as `parse_object`."""
-    if not path.exists():
-        raise ValueError(f"{path} is missing")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+    require(path.exists(), f"{path} is missing")
+    require(path.is_file(), f"{path} is not a file")
     size = path.stat().st_size
-    if size > max_bytes:
-        raise ValueError(f"{path} has {size} bytes; at most {max_bytes} are read")
+    require(size <= max_bytes, f"{path} has {size} bytes; at most {max_bytes} are read")
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -48,8 +45,7 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is not valid JSON: it is nested deeper than {MAX_DEPTH}") from None
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} does not hold a JSON object")
+    require(isinstance(value, dict), f"{where} does not hold a JSON object")
     _check(value, where)
     return value
 

@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from deepseek_jax.checks import shown
+from deepseek_jax.checks import require, shown
 from deepseek_jax.data.special_tokens import SPECIAL_TOKENS
 
 # DeepSeek-V3's turns, for tokenizers that come without a template.
@@ -138,8 +138,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         } | options
         source = self._source(variables["tools"])
-        if not messages:
-            raise ValueError("a conversation needs at least one message")
+        require(bool(messages), "a conversation needs at least one message")
         said = [_message(i, message, source) for i, message in enumerate(messages)]
         try:
             template = _compiled(source)

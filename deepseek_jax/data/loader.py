@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.checks import names_that_differ
+from deepseek_jax.checks import names_that_differ, require
 from deepseek_jax.data.packing import EpochPacker, PackedStream
 from deepseek_jax.data.shuffle import permuted
 
@@ -120,8 +120,7 @@ class BatchStream:
         try:
             cursor = tuple(_Place(*(int(source[name]) for name in names)) for source in state["sources"])
             data = dict(state["data"])
-            if min(min(dataclasses.astuple(place)) for place in cursor) < 0:
-                raise ValueError("negative position")
+            require(min(min(dataclasses.astuple(place)) for place in cursor) >= 0, "negative position")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a state of the data stream: {state!r}") from error
         if data != self._fingerprint:

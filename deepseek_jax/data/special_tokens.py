@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from deepseek_jax.checks import shown
+from deepseek_jax.checks import require, shown
 from deepseek_jax.data.text_files import ADDED, CONFIG, GENERATION, SPECIAL_MAP, Files, to_object
 
 # DeepSeek's, by the names that we call them.
@@ -68,8 +68,7 @@ def declared(files: Files) -> Declared:
     if isinstance(extra, dict):
         config |= extra
         extra = []
-    if not isinstance(extra, list):
-        raise ValueError(f"{CONFIG}: extra_special_tokens={shown(extra)} is not a list of tokens")
+    require(isinstance(extra, list), f"{CONFIG}: extra_special_tokens={shown(extra)} is not a list of tokens")
     given = [name for name in config if name.endswith("_token") and _is_token(config[name])]
     order = [*(name for name in _NAMES if name in config), *(name for name in given if name not in _NAMES)]
     extras = tuple(_token(token, "extra_special_tokens") for token in extra)
@@ -85,8 +84,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _token(value: Any, name: str) -> Token:
-    if not _is_token(value):
-        raise ValueError(f"{CONFIG}: {name}={shown(value)} is not a token")
+    require(_is_token(value), f"{CONFIG}: {name}={shown(value)} is not a token")
     return value if isinstance(value, str) else _with_flags(value)
 
 
@@ -105,8 +103,7 @@ def _by_id(config: Mapping[str, Any], files: Files, special: set[str]) -> dict[i
                 raise ValueError(f"{CONFIG}: added_tokens_decoder.{key}={shown(token)} is not a token")
         return {int(key): _with_flags(token) for key, token in listed.items()}
     ids = to_object(files, ADDED)
-    if not all(isinstance(i, int) for i in ids.values()):
-        raise ValueError(f"{ADDED} is not an object of ids by token")
+    require(all(isinstance(i, int) for i in ids.values()), f"{ADDED} is not an object of ids by token")
     return {
         i: AddedToken(text, normalized=text not in special, special=text in special)
         for text, i in ids.items()

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from deepseek_jax.checks import named
+from deepseek_jax.checks import named, require
 from deepseek_jax.data import byte_level, cuts, special_tokens, text_files
 from deepseek_jax.data.chat import DEFAULT_TEMPLATE, ChatTemplate
 from deepseek_jax.data.special_tokens import SPECIAL_TOKENS
@@ -94,8 +94,7 @@ class Tokenizer:
         """
         given = Path(path).expanduser()
         file = given / text_files.TOKENIZER if given.is_dir() else given
-        if not file.is_file():
-            raise ValueError(f"no tokenizer at {file}: give a tokenizer.json or a folder that holds one")
+        require(file.is_file(), f"no tokenizer at {file}: give a tokenizer.json or a folder that holds one")
         beside = file.name == text_files.TOKENIZER
         files = text_files.read(file.parent) if beside else {text_files.TOKENIZER: file.read_bytes()}
         if config is None and beside and (file.parent / "config.json").is_file():

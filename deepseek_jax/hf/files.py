@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepseek_jax.checks import plain, shown
+from deepseek_jax.checks import plain, require, shown
 from deepseek_jax.hf.packed import unpacked
 from deepseek_jax.hf.tensors import Spec, Tensor, read_header
 from deepseek_jax.json_files import read_object
@@ -36,8 +36,7 @@ def scan(path: Path) -> tuple[dict[str, Tensor], Layout]:
     Raises ValueError naming file and tensor: no folder, no or broken index, index that points outside the
     folder, missing or truncated shard, tensors that index and shards do not agree on.
     """
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder with a checkpoint")
+    require(path.is_dir(), f"{path} is not a folder with a checkpoint")
     if not (path / INDEX).exists():
         if not (path / SINGLE).is_file():
             raise ValueError(f"{path} holds neither {INDEX} nor {SINGLE}; other formats are not read")
@@ -54,8 +53,7 @@ def scan(path: Path) -> tuple[dict[str, Tensor], Layout]:
             )
         found, layout.metadata[file] = read_header(path / file)
         for name in names:
-            if name not in found:
-                raise ValueError(f"{path / file} lacks tensor {plain(name)}, which {INDEX} places there")
+            require(name in found, f"{path / file} lacks tensor {plain(name)}, which {INDEX} places there")
         placed = set(names)
         for name in found:
             if name not in placed:

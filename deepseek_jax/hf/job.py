@@ -51,8 +51,7 @@ def begin(source: Path, target: str | Path, options: str) -> tuple[Path | None, 
         found = job
         (partial / f"{_JOB}.partial").write_text(json.dumps(job), encoding="utf-8")
         os.replace(partial / f"{_JOB}.partial", partial / _JOB)
-    if found != job:
-        raise ValueError(f"{partial} belongs to another conversion, or its source changed: remove it first")
+    require(found == job, f"{partial} belongs to another conversion, or its source changed: remove it first")
     return partial, target
 
 

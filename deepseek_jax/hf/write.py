@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from deepseek_jax.checks import choice, named
+from deepseek_jax.checks import choice, named, require
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import fp8
@@ -198,8 +198,7 @@ class Producer:
     def restore_dtype(self, name: str, dtype: str) -> None:
         """Sets a tensor's dtype, by safetensors' name, to that in a file. Raises ValueError for another kind of dtype."""
         allowed = _RESTORABLE.get(self._parts[name].kind, ("F32", "BF16"))
-        if dtype not in allowed:
-            raise ValueError(f"tensor {name} cannot be {dtype}, only one of {list(allowed)}")
+        require(dtype in allowed, f"tensor {name} cannot be {dtype}, only one of {list(allowed)}")
         self.specs[name] = (DTYPES[dtype], self.specs[name][1])
 
     def config(self) -> dict[str, Any]:
