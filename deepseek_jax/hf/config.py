@@ -19,27 +19,6 @@ from deepseek_jax.model_config import ModelConfig, YarnConfig
 _SIGMOID_TYPES = ("deepseek_v3", "kimi_k2")  # V3, R1, V3.1, Moonlight; Kimi-K2
 _SOFTMAX_TYPES = ("deepseek_v2",)  # V2, V2-Lite
 
-# Same name and meaning on both sides.
-_SAME = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "first_k_dense_replace",
-    "intermediate_size",
-    "num_attention_heads",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "max_position_embeddings",
-    "moe_intermediate_size",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "rms_norm_eps",
-)
 _OPTIONAL = ("tie_word_embeddings", "initializer_range")
 
 # Fields with one supported value. Absent is fine: it is the default everywhere.
@@ -75,6 +54,8 @@ _HANDLED_NAMES = """
     torch_dtype dtype quantization_config num_local_experts num_experts
 """
 _HANDLED = frozenset(_HANDLED_NAMES.split())
+# Every other field of `ModelConfig` has the same name and meaning on both sides.
+_SAME = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in {*_HANDLED, *_OPTIONAL})
 _YARN = tuple(f.name for f in dataclasses.fields(YarnConfig))
 # Settings of transformers' YaRN beside these, with the value that they have for every model of the family.
 _YARN_FIXED: dict[str, Any] = {"truncate": True, "partial_rotary_factor": 1.0}

@@ -50,7 +50,7 @@ def write_tree(directory: Path, stacks: list[Stacked], journal: Path, written: C
     with open(journal, "a+", encoding="utf-8") as log:
         finished = _finished_lines(log)
         for stack in stacks:
-            store = ts.open(_spec(directory / stack.name, stack), create=True, open=True).result()
+            store = _store(directory / stack.name, stack)
             layers = stack.stack[0] if stack.stack else 1
             for layer in range(layers):
                 line = f"{stack.name} {layer}"
@@ -91,24 +91,18 @@ def _lay_out(directory: Path, names: list[str]) -> None:
     scratch.rename(directory)
 
 
-def _spec(path: Path, stack: Stacked) -> dict[str, Any]:
-    chunks = [1] * len(stack.stack) + [max(1, n) for n in stack.shape[len(stack.stack) :]]
-    return {
+def _store(path: Path, stack: Stacked) -> Any:
+    """Opens the array of `stack` for writing, a chunk for each of its tensors; creates it if it is not there."""
+    spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{path}/"},
         "metadata": {
-            "zarr_format": 2,
-            "shape": list(stack.shape),
-            "chunks": chunks,
-            "dtype": "<f4" if stack.dtype == np.float32 else stack.dtype.name,
+            "chunks": [1] * len(stack.stack) + [max(1, n) for n in stack.shape[len(stack.stack) :]],
             "compressor": {"id": "zstd", "level": 1},
-            "dimension_separator": ".",
-            "order": "C",
-            "fill_value": None,
-            "filters": None,
         },
         "store_data_equal_to_fill_value": True,  # orbax takes an absent chunk for damage
     }
+    return ts.open(spec, create=True, open=True, dtype=stack.dtype, shape=stack.shape).result()
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:
