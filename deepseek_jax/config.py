@@ -34,7 +34,7 @@ class DataConfig:
     # instead of `source`, several: ("web/*.jsonl=0.7", "code/*.py=0.3"), by weight
     sources: tuple[str, ...] = ()
     validation: str | None = None  # a glob; None: hold out `validation_fraction` of the documents
-    validation_fraction: float = 0.05  # of the documents, where `validation` is None
+    validation_fraction: float = 0.05  # share of the documents held out, if `validation` is None
     text_field: str = "text"  # field of JSON lines, column of Parquet files
     # None: train a byte-level BPE of `vocab_size`; else a tokenizer.json, or a folder with one
     tokenizer: str | None = None
@@ -43,7 +43,7 @@ class DataConfig:
     fim_rate: float = 0.1  # share of documents turned into fill-in-the-middle (section 4.1)
     split_punctuation_rate: float = 0.0  # share of punctuation-newline tokens that are split (section 4.1)
     segments: bool = False  # True: documents packed into one window do not see each other
-    seed: int = 0  # of order, FIM and splits
+    seed: int = 0  # decides order, FIM and splits
     cache_dir: str = ".cache"  # tokenizer and token ids, for the next run
 
     def __post_init__(self):
@@ -76,7 +76,7 @@ class OptimizerConfig:
     run scales all boundaries by total_tokens / schedule_tokens, and with schedule "deepseek_v3" the warm-up likewise.
     """
 
-    # of the learning rate: "deepseek_v3", "constant", "cosine" or "wsd" (warm-up, stable, decay)
+    # the learning rate's: "deepseek_v3", "constant", "cosine" or "wsd" (warm-up, stable, decay)
     schedule: str = "deepseek_v3"
     peak_lr: float = 2.2e-4  # learning rate after the warm-up
     mid_lr: float = 2.2e-5  # deepseek_v3: after the cosine
@@ -87,7 +87,7 @@ class OptimizerConfig:
     b1: float = 0.9  # decay of the gradient's average
     b2: float = 0.95  # decay of its square's
     eps: float = 1e-8  # added to the root of the latter
-    weight_decay: float = 0.1  # of matrices, times the learning rate
+    weight_decay: float = 0.1  # decay of matrices, times the learning rate
     clip_norm: float = 1.0  # largest norm of the whole gradient
     moment_dtype: str = "bfloat16"  # or "float32"
     schedule_tokens: float = 14.8e12  # length of the run that the boundaries below are of
@@ -150,7 +150,7 @@ class MeshConfig:
     # over node x local x tensor: "two_hop", "flat" or "replicated"; auto: by mesh
     experts: str = "auto"
     dispatch: str = "auto"  # format of tokens on the way to experts: same (as computed), bf16, fp8, fp8_ue8m0
-    combine: str = "auto"  # of results on the way back: same, bf16; auto: as `precision` says
+    combine: str = "auto"  # format of results on the way back: same, bf16; auto: as `precision` says
     # (token, expert) pairs that a device sends, receives and computes in one round, per token of its own; the rest comes
     # in further rounds. Balanced routing needs k, num_experts_per_tok, if perfectly so: give 1.25 k, for one round with
     # a peer that gets a quarter more than its share. 0: one round, with buffers for the worst routing
@@ -199,7 +199,7 @@ class DistributedConfig:
 class TrainConfig:
     """Length, batch and bookkeeping of a run."""
 
-    steps: int = 300  # of the whole run
+    steps: int = 300  # length of the whole run
     batch_size: int = 16  # sequences per step, after the ramp
     grad_accumulation: int = 1  # micro-batches of a step, one after the other
     # what the backward pass recomputes: "deepseek": norms, MLA up-projections; "full": all
@@ -207,9 +207,9 @@ class TrainConfig:
     # on GPUs: sums in a fixed order, so that resuming is bitwise there too; slower
     deterministic: bool = False
     loss_chunk: int = 1024  # tokens whose logits are in memory at once
-    ema_decay: float = 0.999  # of the average of the parameters, per update
+    ema_decay: float = 0.999  # decay of the average of the parameters, per update
     ema_every: int = 10  # steps between updates of the host-side average
-    seed: int = 0  # of the first weights
+    seed: int = 0  # decides the first weights
     eval_every: int = 100  # steps between validations
     eval_windows: int = 64  # windows of the validation documents to evaluate, at most
     checkpoint_every: int = 100  # steps between checkpoints
@@ -220,7 +220,7 @@ class TrainConfig:
     out_dir: str = "runs/tiny"  # checkpoints, metrics, report; a run there is resumed
     init_from: str = ""  # weights to start from: a run, a checkpoint, or a Hugging Face folder
     frozen: str = ""  # regular expression over parameters' paths; those stay as they are: "embed|moe.*gate"
-    sample_tokens: int = 96  # of the completions shown at the end; 0: none
+    sample_tokens: int = 96  # length of the completions shown at the end; 0: none are made
     wandb: str = ""  # project at Weights & Biases that watches the run, too; empty: none
 
     def __post_init__(self):
@@ -249,7 +249,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    precision: str = "bf16"  # of the linear layers: one of PRECISIONS
+    precision: str = "bf16"  # preset of the linear layers: one of PRECISIONS
 
     def __post_init__(self):
         choice("precision", self.precision, PRECISIONS)

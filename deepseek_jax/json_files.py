@@ -33,8 +33,8 @@ def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object in UTF-8 bytes; `where` names them in errors.
 
-    Raises ValueError: not UTF-8 JSON, too many lists and objects, not an object, a key twice, nested deeper than `MAX_DEPTH`, a number that is not
-    finite, a string that is not Unicode text.
+    Raises ValueError: not UTF-8 JSON, too many lists and objects, not an object, a key twice, nested deeper than
+    `MAX_DEPTH`, a number that is not finite, a string that is not Unicode text.
     """
     containers = raw.count(b"[") + raw.count(b"{")
     if containers > MAX_CONTAINERS:

@@ -45,7 +45,7 @@ class ModelConfig:
 
     vocab_size: int = 129280  # rows of the embedding and the head; at least the tokenizer's ids
     hidden_size: int = 7168  # channels of the residual stream
-    num_hidden_layers: int = 61  # of the main model, dense ones included
+    num_hidden_layers: int = 61  # layers of the main model, dense ones included
     first_k_dense_replace: int = 3  # the first layers, whose FFN is dense
     intermediate_size: int = 18432  # inner channels of a dense FFN
     # --- Multi-head Latent Attention (section 2.1.1)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from deepseek_jax.json_files import read_object
 
 FILES = "files.json"
-_MAX_BYTES = 1 << 30  # of the list: some 150 bytes per file
+_MAX_BYTES = 1 << 30  # size of the list: some 150 bytes per file
 _THREADS = min(8, os.cpu_count() or 1)  # hashing and reading release the interpreter's lock
 
 

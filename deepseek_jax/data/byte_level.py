@@ -1,4 +1,4 @@
-"""Byte-level BPE as DeepSeek's tokenizers do it: what is a word, what stands for a byte."""
+"""Byte-level BPE of DeepSeek's tokenizers: `words` splits text into words, `token_bytes` gives a token's bytes."""
 
 import functools
 

@@ -76,7 +76,7 @@ def _open(folder: Path, load: Callable[[Path, Meta], T | None]) -> tuple[T, File
 
 def _make(folder: Path, files: Files, files_now: Callable[[], Files], make: Callable[[Path], Meta]) -> None:
     building = folder.with_name(folder.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(building, ignore_errors=True)  # a killed process left it
     building.mkdir()
     try:
         meta = make(building)

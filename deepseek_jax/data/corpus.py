@@ -3,7 +3,7 @@
 `source="stdlib"` needs no download: every Python installation carries about 10 MB of readable, documented
 source code. Any other source is a glob, a folder or a file (see readers.py for the formats).
 
-A corpus is a list of files until it is read, as a stream, once. Of its documents, memory holds the one at hand.
+A corpus is a list of files until it is read, once, as a stream. Memory holds one document at a time.
 """
 
 import collections
@@ -123,7 +123,7 @@ class Corpus:
 
         Only files that differ in name, size or time are read, up to the first that differs in content.
         """
-        known = dict(zip(files, digests, strict=False))  # of a damaged list, the rest is read
+        known = dict(zip(files, digests, strict=False))  # files that a damaged list lacks are read
         before = filter(None, known.values())
         now: list[str | None] = []
         for file in self.files:

@@ -1,7 +1,7 @@
-"""Where a long text may be cut so that its pieces have the ids of the whole.
+"""`place` says where a long text may be cut so that its pieces have the ids of the whole.
 
-A place is taken only where it is known that nothing reaches over it: no word of the pre-tokenizer, no added token, and
-that the words on both sides are the same as without the cut. Pre-tokenizers that are not named here are not known.
+A cut is made only where no word of the pre-tokenizer and no added token can span it, and where the words on both sides
+are the same as without it. Texts of a pre-tokenizer that is not listed here are not cut.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Texts to token ids, a bounded number of characters at a time."""
+"""Texts are encoded to token ids, a bounded number of characters at a time."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces, in parallel, if
 def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Yields int32 ids of each text followed by eos, encoding a few MB at a time in parallel."""
     eos = np.array([tokenizer.eos_id], np.int32)
-    parts: list[np.ndarray] = []  # of the document at hand, which may reach over several batches
+    parts: list[np.ndarray] = []  # ids of the present document, which may span several batches
     for batch in _piece_batches(texts, tokenizer.cuts):
         encoded = tokenizer.encode_batch([piece for piece, _ in batch])
         for ids, (_, is_last) in zip(encoded, batch, strict=True):

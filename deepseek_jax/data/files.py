@@ -1,7 +1,7 @@
 """Finds the files of a corpus: the interpreter's own sources, a glob, a folder or one file.
 
-Real folders hold links that lead nowhere, links to what is there already, folders that contain themselves and
-things that are no files. Each is named in the report; none is read twice, none stops the others.
+Real folders contain broken links, links to files that are listed already, folders that contain themselves, and
+things that are no files. The report names each; no file is read twice, and no fault stops the reading of others.
 """
 
 import fnmatch
@@ -28,7 +28,7 @@ _LEFT_OUT_FOLDERS = frozenset(
 
 
 class SourceFile(NamedTuple):
-    """A file as a manifest lists it: what differs here may differ inside, what is equal is taken as unchanged."""
+    """A file of a corpus. If path, size and time are the same, its content is taken as unchanged."""
 
     path: str
     size: int

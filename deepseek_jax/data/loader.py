@@ -103,7 +103,7 @@ class BatchStream:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable state: each source's next sequence, and what data it is of. The same on every host."""
+        """Returns JSON-serialisable state, the same on every host: each source's next sequence, and the fingerprint."""
         return {
             "sequences": sum(place.sequences for place in self._cursor),
             "sources": [dataclasses.asdict(place) for place in self._cursor],
@@ -111,7 +111,7 @@ class BatchStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken; the number of hosts may differ.
+        """Continues at the place of `state`; the number of hosts may differ.
 
         Raises:
             ValueError: the state is malformed, or belongs to other data, tokens or packing.
@@ -139,7 +139,7 @@ class BatchStream:
         self._cursor, self._ahead = cursor, None
 
     def close(self) -> None:
-        """Stops the background thread. Not needed at exit."""
+        """Stops the background thread; a process may exit without it."""
         self._worker.shutdown(cancel_futures=True)
 
     def _read_ahead(self, cursor: _Cursor, n: int) -> tuple[_Cursor, int, concurrent.futures.Future]:

@@ -1,4 +1,4 @@
-"""What was read of a corpus, and what was skipped and why."""
+"""A `CorpusReport` counts what was read of a corpus, and names what was skipped and why."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass
 class CorpusReport:
-    """What was read and what was skipped.
+    """Counts of what was read and skipped.
 
     Attributes:
         files: files opened.
@@ -46,7 +46,7 @@ class CorpusReport:
             self.examples.append((_printable(name), f"{kind}: {_printable(detail)}" if detail else kind))
 
     def add(self, other: "CorpusReport") -> None:
-        """Takes in what `other` counted."""
+        """Adds the counts of `other`."""
         self.files, self.documents = self.files + other.files, self.documents + other.documents
         self.num_bytes += other.num_bytes
         for kind, count in other.skipped.items():

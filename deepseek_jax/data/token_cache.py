@@ -1,4 +1,4 @@
-"""Token ids of all documents of a corpus, encoded once, in one pass over the files, and kept on disk.
+"""`encode_corpus` encodes all documents of a corpus once, in one pass over the files, and keeps the ids on disk.
 
 Encoding is the slow part of a first start; every later one maps the finished ids into memory instead and reads
 neither texts nor ids: it takes as long for a large corpus as for a small one. An entry of the cache (cache.py) holds,
@@ -29,8 +29,10 @@ from deepseek_jax.data.files import STDLIB
 from deepseek_jax.data.report import CorpusReport
 from deepseek_jax.data.tokenizer import Tokenizer
 
-FORMAT = 1  # of an entry; another one is made anew
-CHECKED_BYTES = 1 << 26  # of ids: so many are checked whole at every start, of more only the number
+FORMAT = 1  # version of an entry; entries of another version are made again
+CHECKED_BYTES = (
+    1 << 26
+)  # ids up to this size are checked whole at every start, larger files by their size alone
 _BLOCK_TOKENS = 1 << 20
 
 

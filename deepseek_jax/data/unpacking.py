@@ -8,7 +8,9 @@ import zstandard
 
 CHUNK_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 24
-PART_BYTES = 1 << 20  # of a longer text; small enough to split evenly into training and validation
+PART_BYTES = (
+    1 << 20
+)  # a longer text is cut into parts of this size, so that they split evenly into training and validation
 _ZSTD_BYTES = 512  # read at once: so much can unpack to 16 MiB, a block of 128 KiB from every 4 bytes
 
 
@@ -31,7 +33,7 @@ def lines(data: Iterator[bytes]) -> Iterator[bytes | None]:
 
 
 def parts(data: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields the bytes whole, or, beyond the limit, in parts that end with a line break, or at least with a character."""
+    """Yields the bytes whole, or, beyond the limit, in parts that end with a line break, or else a character."""
     rest, is_long = bytearray(), False
     for chunk in data:
         rest += chunk

@@ -51,7 +51,7 @@ def filled(shape: tuple[int, ...], dtype: np.dtype, sharding: Any, fill: Fill, s
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-Spans = tuple[tuple[int, int], ...]  # of each dim, the first index and the one after the last
+Spans = tuple[tuple[int, int], ...]  # (first index, index after the last) of each dim
 
 
 def in_host_memory(device: jax.Device) -> bool:

@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face checkpoint make up which leaf of the parameter tree.
+"""`leaves` maps each leaf of the parameter tree to the tensors of a Hugging Face checkpoint that make it up.
 
 A leaf stacks one tensor per layer, or per layer and expert, on leading axes. Matrices are [out, in] in the
 checkpoint and [in..., out...] here; the embedding and the norms are as they are. Rotary dimensions are

@@ -117,8 +117,9 @@ def write_meta(directory: Path, meta: dict[str, Any]) -> None:
 class TreeSource(Source):
     """Leaf pieces of the parameters in one step of a run's checkpoints, `<step>/{state,ema,meta}`.
 
-    ema: of the averaged parameters. verified: the files are known to be as they were written. Holds one chunk per leaf in
-    memory. Raises ValueError naming the path: not such a folder, arrays that do not fit its own config, damaged data.
+    ema: reads the averaged parameters. verified: the files have been compared with their inventory already. Memory holds
+    one chunk per leaf. Raises ValueError naming the path: not such a folder, arrays that do not fit its own config,
+    damaged data.
     """
 
     def __init__(self, step: Path, ema: bool = False, verified: bool = False):
@@ -225,7 +226,7 @@ def load_tree(item: Path, shardings: Callable[[ModelConfig], Any] = lambda cfg: 
 def _laid_out(shardings: Callable[[Any], Any], cfg: Any) -> Any:
     try:
         return shardings(cfg)
-    except ValueError as error:  # of the mesh, not of the checkpoint
+    except ValueError as error:  # the mesh is wrong, not the checkpoint
         raise MisfitError(str(error)) from error
 
 

@@ -21,7 +21,7 @@ from deepseek_jax.hf.names import Index, Leaf, bias_names, leaves, mtp_of, share
 from deepseek_jax.hf.source import Source
 from deepseek_jax.hf.tensors import DTYPES, Tensor
 
-SCALE_SUFFIX = "_scale_inv"  # of "<name>.weight"
+SCALE_SUFFIX = "_scale_inv"  # follows "<name>.weight"
 _SCALES = ("F32", "F8_E8M0")
 _WITHOUT_MTP = "to leave out the MTP modules: mtp=False (experiments: --nomtp)"
 _HEAD = "lm_head.weight"
@@ -189,7 +189,7 @@ def _check_one(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[
 
 
 def _dtype_for(stored: set[str]) -> np.dtype:
-    """Chooses a leaf's dtype: FP8 if all its tensors are, else one that loses no bit; FP8 among others counts as BF16."""
+    """Chooses a leaf's dtype: FP8 if all its tensors are, else one that loses no bit; some FP8 counts as BF16."""
     if stored == {"F8_E4M3"}:
         return fp8.E4M3
     return DTYPES["F32"] if "F32" in stored else DTYPES["BF16"]

@@ -20,7 +20,7 @@ from deepseek_jax.hf.tensors import DTYPES, Spec
 # A leaf kept in FP8 is a dict of these two: checkpoint layout [stack..., out, in] and [stack..., blocks, blocks].
 Q, SCALE = "fp8", "scale"
 
-Window = tuple[slice, ...]  # of one tensor, or of a stacked array
+Window = tuple[slice, ...]  # a part of one tensor, or of a stacked array
 
 
 class Source(abc.ABC):

@@ -196,7 +196,7 @@ class Producer:
         return (name for name in self.specs if name not in copies)
 
     def restore_dtype(self, name: str, dtype: str) -> None:
-        """Sets a tensor's dtype, by safetensors' name, to that in a file. Raises ValueError for another kind of dtype."""
+        """Sets a tensor's dtype, by safetensors' name, to that in a file. Raises ValueError for another kind."""
         allowed = _RESTORABLE.get(self._parts[name].kind, ("F32", "BF16"))
         require(dtype in allowed, f"tensor {name} cannot be {dtype}, only one of {list(allowed)}")
         self.specs[name] = (DTYPES[dtype], self.specs[name][1])

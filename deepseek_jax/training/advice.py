@@ -13,10 +13,10 @@ from deepseek_jax.config import Config
 
 RECENT = 50  # training records that say how the run is now
 _ENOUGH_TOKENS = 100  # per expert: with fewer, an expert may get none by chance
-_FULL = 0.95  # of the largest possible MaxVio
-_RISE = 0.01  # of the validation loss; less is noise
+_FULL = 0.95  # share of the largest possible MaxVio
+_RISE = 0.01  # share of the validation loss; a smaller rise is noise
 _TRAINING_RISE = 0.05
-_WAITING = 0.2  # share of the time
+_WAITING = 0.2  # share of the time that is too much
 
 
 class Advice(NamedTuple):
@@ -30,7 +30,7 @@ class History:
     """The part of a run's records that advice needs: losses by step, and the last records."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()):
-        self.losses: list[tuple[int, float]] = []  # of training, by step
+        self.losses: list[tuple[int, float]] = []  # training losses by step
         self.validation: list[tuple[int, float]] = []
         self.recent: collections.deque[Mapping[str, Any]] = collections.deque(maxlen=RECENT)
         for record in records:

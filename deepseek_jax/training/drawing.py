@@ -12,7 +12,7 @@ Records = Sequence[Mapping[str, Any]]
 LINE = 0.19  # inches, of a line of text
 BLUE, ORANGE, GREEN, RED, GREY = "#2166ac", "#e08214", "#1b7837", "#b2182b", "0.45"
 TITLE: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "loc": "left"}
-_SMOOTH_SHARE = 0.02  # of a curve, the span over which it is smoothed
+_SMOOTH_SHARE = 0.02  # share of a curve over which it is smoothed
 
 
 def smoothed(values: np.ndarray, decay: float) -> np.ndarray:

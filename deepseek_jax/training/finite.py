@@ -1,4 +1,4 @@
-"""Which arrays of a tree hold NaN or infinity: looked at where they lie, on the devices or in host memory."""
+"""`not_finite` finds the arrays of a tree with NaN or infinity, on the devices or in host memory, where they are."""
 
 from typing import Any
 

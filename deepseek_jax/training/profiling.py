@@ -1,4 +1,4 @@
-"""A profile of some steps of a run: what the devices and the host do, on one time axis."""
+"""`StepProfile` profiles some steps of a run: the work of devices and host on one time axis."""
 
 import contextlib
 from collections.abc import Iterator
