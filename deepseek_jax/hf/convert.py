@@ -44,7 +44,7 @@ def to_orbax(
     Raises ValueError before anything is written: unreadable source, target in use, unknown format.
     """
     dtypes = {"stored": None, "bf16": DTYPES["BF16"], "f32": DTYPES["F32"]}
-    choice("format", format, tuple(dtypes))
+    choice("orbax format", format, tuple(dtypes))
     checkpoint = _checkpoint(source, mtp, format)
     stacks = list(arrays(checkpoint, dtypes[format]))
     partial, target = begin(checkpoint.path, target, f"{format}{'' if mtp else ' without MTP'}")
