@@ -1,5 +1,6 @@
 """How near a program over several devices must come to that of one."""
 
+import chex
 import jax
 import numpy as np
 
@@ -32,6 +33,12 @@ def assert_same_step(run, one) -> None:
     moments = jax.tree_util.tree_leaves_with_path(state.opt_state.mu)
     for (path, x), y in zip(moments, jax.tree.leaves(state_1.opt_state.mu), strict=True):
         assert difference(x, y) < BOUND, jax.tree_util.keystr(path)
+
+
+def assert_restored(got, want, like) -> None:
+    """The arrays of `want` to the bit, lying as those of `like` do."""
+    chex.assert_trees_all_equal(got, want)
+    assert [x.sharding for x in jax.tree.leaves(got)] == [x.sharding for x in jax.tree.leaves(like)]
 
 
 def distance(state, other) -> float:

@@ -3,8 +3,8 @@
 The model's groups (4) are the nodes of one mesh, halves, parts or none of those of the others.
 """
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 from deepseek_jax.training.state import state_shardings
@@ -48,8 +48,7 @@ def test_experts_and_their_moments_are_spread_the_rest_is_everywhere():
 def test_the_initial_state_does_not_depend_on_the_mesh():
     """Bits of the initialiser belong to the parameter, not to the device that holds them."""
     states = [init_state(cfg, mesh_of(cfg)) for cfg in (config(), config((1, 4, 2)))]
-    for x, y in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(*states)
     w = states[1].params["moe_layers"]["ffn"]["experts"]["w_up_edf"]
     assert {shard.data.shape[1] for shard in w.addressable_shards} == {1}
 

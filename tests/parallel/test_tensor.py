@@ -20,7 +20,7 @@ from deepseek_jax.precision import PRESETS
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.state import state_shardings
 from deepseek_jax.training.step import make_train_step
-from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
+from tests.parallel.comparison import BOUND, assert_restored, assert_same_step, assert_tracks, difference
 from tests.parallel.harness import SINGLE, config, mesh_of, put, run
 from tests.tiny_run import HYPER, tiny
 
@@ -162,9 +162,7 @@ def test_a_checkpoint_goes_to_another_mesh_and_back(tmp_path):
     for shape in (SINGLE, (1, 2, 2, 2)):
         blank = put(config(shape, MODELS[name]))
         restored = checkpointer.restore(blank).state
-        for x, y, like in zip(*map(jax.tree.leaves, (restored, state, blank)), strict=True):
-            np.testing.assert_array_equal(x, y)
-            assert x.sharding == like.sharding
+        assert_restored(restored, state, blank)
     checkpointer.close()
 
 

@@ -3,9 +3,9 @@
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from deepseek_jax.model.params import count
@@ -15,7 +15,7 @@ from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA, abstract_average
 from deepseek_jax.training.state import state_shardings
 from deepseek_jax.training.step import creation, init_state
-from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks
+from tests.parallel.comparison import BOUND, assert_restored, assert_same_step, assert_tracks
 from tests.parallel.harness import config, mesh_of, program, put, run
 from tests.tiny_run import HYPER, fresh_state
 
@@ -61,8 +61,7 @@ def test_the_first_state_is_born_divided():
     of the parameters."""
     cfg = LAYOUTS["all axes"]
     created = creation(cfg, mesh_of(cfg)).lower().compile()
-    for x, y in zip(*map(jax.tree.leaves, (created(), init_state(ONE, mesh_of(ONE)))), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(created(), init_state(ONE, mesh_of(ONE)))
     memory = created.memory_analysis()
     whole = 4 * count(model_params(cfg.model))
     assert memory.output_size_in_bytes < 1.05 * 3 * whole / 8 + 3 * 4 * NORMS
@@ -116,20 +115,13 @@ def test_a_checkpoint_goes_from_any_layout_to_any(source, targets, tmp_path):
         )
         restored = checkpointer.restore(blank, ema=abstract_average(blank.params))
         average = EMA(restored.ema["params"], 0.9, restored.ema["updates"])
-        for x, y, like in zip(*map(jax.tree.leaves, (restored.state, state, blank)), strict=True):
-            np.testing.assert_array_equal(x, y)
-            assert x.sharding == like.sharding
-        for x, y, like in zip(
-            *map(jax.tree.leaves, (average.on_devices(blank.params), ema.value(), blank.params)), strict=True
-        ):
-            np.testing.assert_array_equal(x, y)
-            assert x.sharding == like.sharding
+        assert_restored(restored.state, state, blank)
+        assert_restored(average.on_devices(blank.params), ema.value(), blank.params)
     checkpointer.close()
 
 
 def test_a_whole_copy_for_completions():
     params = run(LAYOUTS["all axes"], STEPS).last.params
     copy = whole_copy(params, mesh_of(LAYOUTS["all axes"]))
-    for x, y in zip(*map(jax.tree.leaves, (copy, params)), strict=True):
-        assert len(x.devices()) == 1
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(copy, params)
+    assert {len(x.devices()) for x in jax.tree.leaves(copy)} == {1}
