@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from deepseek_jax import now
+from deepseek_jax import hf, now
+from deepseek_jax.checkpoints.arrays import load_params
 from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
 from deepseek_jax.data import text_files
 from deepseek_jax.data.special_tokens import stop_ids
@@ -50,8 +51,6 @@ def load(
 
     folder = Path(path).expanduser()
     with now.doing(f"loading {path}"):
-        from deepseek_jax import hf  # with tensorstore, which takes a second to import
-
         if (folder / "config.json").is_file():
             text = _text_side(folder, read_object(folder / "config.json"))
             cfg, params, router_bias = hf.load(folder, dtype, mtp=mtp, keep_fp8=keep_fp8, shardings=over_mesh)
@@ -61,8 +60,6 @@ def load(
                 raise ValueError(
                     f"{folder} is a training run, whose weights are not in FP8: leave out keep_fp8"
                 )
-            from deepseek_jax.checkpoints.arrays import load_params
-
             saved, params, bias, meta = load_params(
                 folder / "checkpoints", step, ema, lambda item: hf.load_tree(item, over_mesh)
             )
