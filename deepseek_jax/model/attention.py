@@ -2,8 +2,9 @@
 projection, which saves the core's output once for both.
 
 The backward pass is written out: it recomputes the probabilities of a chunk from the saved log-sum-exp, so
-that no [s, t] array outlives a chunk, and adds each chunk's key and value gradients in place. Scores are held
-keys first, [s, t]: the softmax then reduces over rows, which a CPU does vector by vector.
+that no [s, t] array outlives a chunk, and adds each chunk's key and value gradients in place. A CPU multiplies a
+left operand that it has to transpose at half the speed: scores are held [t, s] forward, and keys first, [s, t],
+backward, where two of three products want them so.
 
 Dims: b batch, h heads, t query token, s key token, k query/key head dim, v value head dim.
 """
@@ -49,12 +50,12 @@ def attention_forward(
     """q [b, h, t, k] scaled, k [b, h, s, k], v [b, h, s, v] -> (output [b, h, t, v], log-sum-exp [b, h, t])."""
     outs, lses = [], []
     for start, end in _chunks(q.shape[2]):
-        s = _dot("bhsk,bhtk->bhst", k[:, :, :end], q[:, :, start:end])
-        s = jnp.where(_seen(segments_bt, start, end), s, -jnp.inf)
-        top = s.max(-2)
-        p = jnp.exp(s - top[:, :, None])
-        total = p.sum(-2)
-        o = _dot("bhst,bhsv->bhtv", p.astype(v.dtype), v[:, :, :end]) / total[..., None]
+        s = _dot("bhtk,bhsk->bhts", q[:, :, start:end], k[:, :, :end])
+        s = jnp.where(_seen(segments_bt, start, end).swapaxes(-1, -2), s, -jnp.inf)
+        top = s.max(-1)
+        p = jnp.exp(s - top[..., None])
+        total = p.sum(-1)
+        o = _dot("bhts,bhsv->bhtv", p.astype(v.dtype), v[:, :, :end]) / total[..., None]
         outs.append(o.astype(v.dtype))
         lses.append(top + jnp.log(total))
     return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
