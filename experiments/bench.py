@@ -7,8 +7,9 @@
     python -m experiments.bench exchange   # experts over a mesh: ragged exchange beside padded and all-gather
 
 Each side has a process of its own, idle while the other measures; the rounds alternate, and medians are compared.
-Compilation and warm-up are not counted. Where torch or transformers are missing, ours is measured alone;
---peer_python=PATH runs the peer in another interpreter.
+Compilation and warm-up are not counted. Beside each stand its CPU seconds, which a busy neighbour disturbs least, and
+the rate of float32 matrix products on the same cores in the same rounds, by the faster of both libraries. Where torch
+or transformers are missing, ours is measured alone; --peer_python=PATH runs the peer in another interpreter.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from typing import Any
 from configs import matched_cpu
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from experiments import command_line
-from experiments.bench_worker import Worker
+from experiments.bench_worker import Round, Worker
 from experiments.devices import cores, force_devices
 
 OURS, PEER = "deepseek_jax", "transformers"
 PROMPT, NEW = 128, 128
+PEAK_SIZE, PEAK_PRODUCTS = 1024, 8  # of square float32 matrices, in a round
 
 
 def _config(experts: int = 1) -> Config:
@@ -96,41 +98,63 @@ def _workers(args: argparse.Namespace) -> dict[str, Worker]:
     return {OURS: ours} if peer is None else {OURS: ours, PEER: peer}
 
 
-Task = tuple[str, Callable[[], float]]  # name, seconds of one round
+Task = tuple[str, Callable[[], Round]]  # name, what measures one round
 
 
-def _alternate(tasks: Sequence[Task], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round, the tasks by turns."""
-    seconds: dict[str, list[float]] = {name: [] for name, _ in tasks}
+def _alternate(tasks: Sequence[Task], rounds: int) -> dict[str, list[Round]]:
+    """Every round of each task, the tasks by turns."""
+    measured: dict[str, list[Round]] = {name: [] for name, _ in tasks}
     for _ in range(rounds):
         for name, measure in tasks:
-            seconds[name].append(measure())
-    return seconds
+            measured[name].append(measure())
+    return measured
 
 
-def _report(title: str, seconds: dict[str, list[float]], tokens: int) -> None:
-    """Rates of each side, and the ratio of the medians and of the single rounds."""
-    print(title)
-    for name, rounds in seconds.items():
-        rate, low, high = (tokens / f(rounds) for f in (statistics.median, max, min))
+def _seconds(rounds: Sequence[Round]) -> float:
+    return statistics.median(r.seconds for r in rounds)
+
+
+def _report(title: str, rounds: dict[str, list[Round]], tokens: int, peak: float, flops: float) -> None:
+    """Rates and CPU time of each side; flops, unless 0, per cent of the peak [FLOP/s]; ratios of the medians and of the
+    single rounds."""
+    print(f"{title}; float32 matmul peak {peak / 1e9:,.0f} GFLOP/s")
+    for name, side in rounds.items():
+        seconds = [r.seconds for r in side]
+        rate, low, high = (tokens / f(seconds) for f in (statistics.median, max, min))
+        share = f", {flops / _seconds(side) / peak:.0%} of the peak" if flops else ""
         print(
-            f"  {name:<14}{rate:>10,.0f} tokens/s   ({low:,.0f} to {high:,.0f}; "
-            f"{statistics.median(rounds) * 1e3:,.1f} ms)"
+            f"  {name:<14}{rate:>10,.0f} tokens/s   ({low:,.0f} to {high:,.0f}; {_seconds(side) * 1e3:,.1f} ms, "
+            f"{statistics.median(r.cpu for r in side):.3f} CPU s{share})"
         )
-    if PEER in seconds:
-        ratios = [p / o for p, o in zip(seconds[PEER], seconds[OURS], strict=True)]
-        ratio = statistics.median(seconds[PEER]) / statistics.median(seconds[OURS])
-        print(f"  ratio {ratio:.2f}x   (rounds {min(ratios):.2f} to {max(ratios):.2f})")
+    if PEER in rounds:
+        pairs = list(zip(rounds[PEER], rounds[OURS], strict=True))
+        single, cpu = [p.seconds / o.seconds for p, o in pairs], [p.cpu / o.cpu for p, o in pairs]
+        ratio = _seconds(rounds[PEER]) / _seconds(rounds[OURS])
+        print(
+            f"  ratio {ratio:.2f}x   (rounds {min(single):.2f} to {max(single):.2f}; "
+            f"in CPU time {statistics.median(cpu):.2f}x)"
+        )
     print(flush=True)
 
 
 def _compare(
-    workers: dict[str, Worker], case: str, title: str, spec: dict[str, Any], rounds: int, tokens: int
+    workers: dict[str, Worker],
+    case: str,
+    title: str,
+    spec: dict[str, Any],
+    rounds: int,
+    tokens: int,
+    flops: float = 0,
 ) -> None:
-    for worker in workers.values():
+    tasks: list[Task] = []
+    for name, worker in workers.items():
         worker.setup(case, **spec)
-    tasks = [(name, functools.partial(worker.measure, case)) for name, worker in workers.items()]
-    _report(title, _alternate(tasks, rounds), tokens)
+        worker.setup("peak", kind="peak", size=PEAK_SIZE, products=PEAK_PRODUCTS, threads=spec["threads"])
+        tasks += [(name, functools.partial(worker.measure, case))]
+        tasks += [(f"peak {name}", functools.partial(worker.measure, "peak"))]
+    measured = _alternate(tasks, rounds)
+    fastest = min(_seconds(measured.pop(f"peak {name}")) for name in workers)
+    _report(title, measured, tokens, 2 * PEAK_SIZE**3 / fastest, flops)
 
 
 def _experts(worker: Worker, args: argparse.Namespace) -> None:
@@ -140,7 +164,7 @@ def _experts(worker: Worker, args: argparse.Namespace) -> None:
         name = f"{cfg.model.n_routed_experts} experts"
         worker.setup(name, **_train_spec(cfg, args))
         tasks.append((name, functools.partial(worker.measure, name)))
-    medians = {name: statistics.median(s) for name, s in _alternate(tasks, args.rounds).items()}
+    medians = {name: _seconds(rounds) for name, rounds in _alternate(tasks, args.rounds).items()}
     few, many = medians.values()
     print("train step, same top-k and tokens")
     for name, seconds in medians.items():
@@ -163,21 +187,21 @@ def _speculative(args: argparse.Namespace) -> None:
     model = deepseek_jax.load(args.checkpoint)
     drafted = accepted = 0
 
-    def run(speculative: bool) -> float:
+    def run(speculative: bool) -> Round:
         nonlocal drafted, accepted
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         for prompt in SPECULATIVE_PROMPTS:
             model.generate(prompt, NEW, stop_ids=[], speculative=speculative)
             if speculative and model.last_stats:
                 drafted, accepted = drafted + model.last_stats.drafted, accepted + model.last_stats.accepted
-        return time.perf_counter() - began
+        return Round(time.perf_counter() - began, time.process_time() - cpu)
 
     tasks: list[Task] = [
         (name, functools.partial(run, name == "speculative")) for name in ("plain", "speculative")
     ]
     for _, measure in tasks:
         measure()
-    medians = {name: statistics.median(s) for name, s in _alternate(tasks, args.rounds).items()}
+    medians = {name: _seconds(rounds) for name, rounds in _alternate(tasks, args.rounds).items()}
     tokens = NEW * len(SPECULATIVE_PROMPTS)
     print(
         f"decode of {args.checkpoint}, batch 1, {NEW} new tokens after each of {len(SPECULATIVE_PROMPTS)} prompts"
@@ -232,7 +256,8 @@ def main(argv: Sequence[str]) -> int:
         elif args.command == "train":
             batch, length = cfg.train.batch_size, cfg.data.seq_len
             title = f"train, batch {batch} x {length}, {cfg.model.dtype}, {args.threads} threads"
-            _compare(workers, "train", title, _train_spec(cfg, args), args.rounds, batch * length)
+            flops = cfg.model.flops_per_token(length) * batch * length
+            _compare(workers, "train", title, _train_spec(cfg, args), args.rounds, batch * length, flops)
         else:
             for batch in args.batch:
                 title = f"decode, batch {batch}, {PROMPT} prompt + {NEW} new tokens, greedy"

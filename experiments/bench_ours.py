@@ -21,6 +21,8 @@ def start() -> dict[str, str]:
 def setup(spec: Mapping[str, Any]) -> Measure:
     from deepseek_jax.config import Config, build
 
+    if spec["kind"] == "peak":
+        return _peak(spec["size"], spec["products"])
     cfg = build(Config, spec["config"])
     return (_train if spec["kind"] == "train" else _decode)(cfg, spec)
 
@@ -54,6 +56,23 @@ def _train(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
 
     run(2)
     return lambda: run(spec["steps"])
+
+
+def _peak(size: int, products: int) -> Measure:
+    """A float32 matrix product on all devices at once."""
+    import jax
+    import jax.numpy as jnp
+
+    operands = [jax.device_put(jnp.ones((size, size)), device) for device in jax.devices()]
+    multiply = jax.jit(lambda a: a @ a)
+
+    def run() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready([multiply(a) for _ in range(products) for a in operands])
+        return (time.perf_counter() - began) / (products * len(operands))
+
+    run()
+    return run
 
 
 def _decode(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:

@@ -29,6 +29,8 @@ def setup(spec: Mapping[str, Any]) -> Measure:
     import transformers
 
     torch.set_num_threads(spec["threads"])
+    if spec["kind"] == "peak":
+        return _peak(spec["size"], spec["products"])
     torch.manual_seed(0)
     config = transformers.DeepseekV3Config(**spec["hf_config"])
     model = transformers.DeepseekV3ForCausalLM(config)
@@ -56,6 +58,22 @@ def _train(model: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
 
     run(2)
     return lambda: run(spec["steps"])
+
+
+def _peak(size: int, products: int) -> Measure:
+    """A float32 matrix product."""
+    import torch
+
+    a = torch.ones(size, size)
+
+    def run() -> float:
+        began = time.perf_counter()
+        for _ in range(products):
+            a @ a
+        return (time.perf_counter() - began) / products
+
+    run()
+    return run
 
 
 def _decode(model: Any, spec: Mapping[str, Any]) -> Callable[[], float]:

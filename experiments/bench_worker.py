@@ -8,10 +8,25 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-Measure = Callable[[], float]  # one round; seconds per step, or seconds of one generation
+Measure = Callable[[], float]  # one round; seconds per step, of one generation, or of one matrix product
+
+
+class Round(NamedTuple):
+    """Of what a round measures once: seconds on the clock, and of all cores together."""
+
+    seconds: float
+    cpu: float
+
+
+def _timed(measure: Measure) -> Round:
+    wall, cpu = time.perf_counter(), time.process_time()
+    seconds = measure()
+    cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    return Round(seconds, seconds * cores)
 
 
 def serve(start: Callable[[], Mapping[str, str]], setup: Callable[[Mapping[str, Any]], Measure]) -> None:
@@ -40,7 +55,7 @@ def serve(start: Callable[[], Mapping[str, str]], setup: Callable[[Mapping[str, 
             cases[request["setup"]] = setup(request)
             answer(ready=request["setup"])
         else:
-            answer(seconds=cases[request["measure"]]())
+            answer(**_timed(cases[request["measure"]])._asdict())
 
 
 class Worker:
@@ -77,9 +92,9 @@ class Worker:
         """Prepare a case, warmed up."""
         self._ask(setup=case, **spec)
 
-    def measure(self, case: str) -> float:
-        """Seconds of one round."""
-        return self._ask(measure=case)["seconds"]
+    def measure(self, case: str) -> Round:
+        """One round."""
+        return Round(**self._ask(measure=case))
 
     def close(self) -> None:
         assert self._process.stdin is not None
