@@ -6,6 +6,8 @@ would only hide a circle.
 
 import ast
 import graphlib
+import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,49 @@ def test_no_test_imports_another_test():
         if other.startswith("tests.") and other.rpartition(".")[2].startswith("test_")
     }
     assert not found
+
+
+# --- rooms that one can live in -------------------------------------------------------------------------------------
+
+
+def functions(file: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [
+        n
+        for n in ast.walk(ast.parse(file.read_text()))
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+def arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    a = function.args
+    names = [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def test_no_function_takes_more_than_nine_arguments():
+    assert not [
+        f"{name}.{f.name} takes {arguments(f)}"
+        for name, file in ALL.items()
+        for f in functions(file)
+        if arguments(f) > 9
+    ]
+    (forward,) = (f for f in functions(ALL["deepseek_jax.model.transformer"]) if f.name == "forward")
+    assert arguments(forward) <= 7
+
+
+def test_no_file_is_long_and_most_are_short():
+    lines = {name: len(file.read_text().splitlines()) for name, file in ALL.items()}
+    assert max(lines.values()) <= 400, max(lines, key=lines.__getitem__)
+    assert statistics.median(lines.values()) <= 130
+
+
+def test_the_model_asks_no_type_what_to_do():
+    """Weights bring their products along, dispatchers their experts. Whether something is an array, or a `Param` of a
+    tree, may be asked."""
+    asks = {
+        f"{name}: {what}"
+        for name, file in modules("deepseek_jax/model").items()
+        for what in re.findall(r"isinstance\([^()]*\)", file.read_text())
+        if not re.search(r", (Param|jax\.Array|jax\.core\.Tracer)\)", what)
+    }
+    assert not asks

@@ -93,34 +93,30 @@ class Model:
         prompts: Text | Sequence[Text],
         max_new_tokens: int = 128,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
         logprobs: bool = False,
         speculative: bool = False,
         seed: int | Sequence[int] = 0,
+        **sampling: Any,
     ) -> Any:
         """Continuations: a text for a text, ids for ids, a list for a list of them.
 
         Args:
-            temperature, top_p, top_k, min_p, repetition_penalty: see `sampling.Sampling`; temperature 0 is greedy.
             stop: text that ends a row, and is left out. Rows of ids keep the tokens that it is made of.
             stop_ids: default: the checkpoint's own.
             logprobs: give a `Completion` for each prompt, with log-probabilities and why it ended.
             speculative: draft with the MTP module (same distribution; `last_stats` has the acceptance).
             seed: one, of which each row has a stream of its own, or one for each row.
+            sampling: temperature (0, the default, is greedy), top_p, top_k, min_p, repetition_penalty: see
+                `sampling.Sampling`.
 
         Raises:
             ValueError: see `batch.Request`; speculative over a mesh, or with a repetition penalty.
         """
         single = _is_single(prompts) and len(prompts) > 0
         many: Sequence[Any] = [prompts] if single else prompts
-        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
-        request = self._request(many, max_new_tokens, sampling, stop_ids, seed)
+        request = self._request(many, max_new_tokens, Sampling(**sampling), stop_ids, seed)
         outs: list[Any] = _result(self._generation(many, request, stop, speculative, show=False))
         if not logprobs:
             outs = [x.text if isinstance(p, str) else x.tokens for p, x in zip(many, outs, strict=True)]

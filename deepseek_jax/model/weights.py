@@ -57,6 +57,6 @@ def multiplied_as_stored(params: Any, declared: Any) -> Any:
 
     def one(p: Param, w: Any) -> Any:
         shape = p.shape[1:] if p.axes[0] == "layer" else p.shape
-        return from_blocks(w["fp8"], w["scale"], shape) if isinstance(w, dict) else w
+        return w if hasattr(w, "dtype") else from_blocks(w["fp8"], w["scale"], shape)
 
     return tree_map(one, declared, params)
