@@ -29,6 +29,8 @@ from deepseek_jax.model.rope import rope_table
 # Up to this many layers are unrolled; a deeper model is scanned. On CPU, where a scan copies each layer's weights and
 # layers lie apart at no cost of memory, all are unrolled: 61 layers compile in 15 s.
 UNROLL_LAYERS = 8
+# Up to this many routed experts, of all layers, lie apart on CPU: each is compiled for itself, in some 50 ms.
+APART_EXPERTS = 256
 
 
 ONE_DEVICE = Layout(Local(decode_experts))
@@ -82,7 +84,8 @@ def prepare(params: Params, cfg: ModelConfig, whole: bool = True) -> Params:
         lambda path, x: _as_read(path, x, cfg), dict(params), is_leaf=_brings_product
     )
     ready = dict(params)
-    apart = _experts_apart if whole and _on_cpu() else lambda block: block
+    few = cfg.n_routed_experts * cfg.num_moe_layers <= APART_EXPERTS
+    apart = _experts_apart if whole and few and _on_cpu() else lambda block: block
     for name in [name for name in ("dense_layers", "moe_layers") if name in params]:
         ready[name] = {**params[name], "attn": absorb(params[name]["attn"], cfg)}
         if unrolled(cfg):

@@ -2,7 +2,7 @@
 
 Training and prefill sort the pairs by expert (`rows.py`) and run each expert over its rows (`ffn.py`). In FP8, the input
 is quantised per token before it is copied to its experts' rows, and so is the gradient of the output: these travel
-between devices. Decoding does the same with its few tokens, but on a CPU.
+between devices. Decoding does the same; on a CPU, it runs each chosen expert over all of its few tokens.
 
 Dims: n token, k selected expert, d hidden, f expert inner, e expert.
 """
@@ -20,7 +20,7 @@ from deepseek_jax.model.params import Param, layers_apart
 from deepseek_jax.model.rows import sort_rows, sum_pairs
 from deepseek_jax.precision.product import product
 
-FEW_ROWS = 64  # up to this many tokens, an expert runs over all of them: reading its weights takes longer
+FEW_ROWS = 64  # up to this many tokens, a CPU runs a chosen expert over all: reading its weights takes longer
 
 
 def expert_params(cfg: ModelConfig) -> dict[str, Param]:
@@ -83,27 +83,44 @@ def _products(p: Params) -> Gated:
 # --- few tokens (decoding) ----------------------------------------------------------------------------------------
 
 
+def _as_ffns(p: Params) -> Params:
+    """The routed experts as stacked parameters of `ffn.mlp`."""
+    return {"w_gate_df": p["w_gate_edf"], "w_up_df": p["w_up_edf"], "w_down_fd": p["w_down_efd"]}
+
+
 def experts_apart(p: Params) -> list[Params]:
-    """The routed experts as FFNs of their own, parameters of `ffn.mlp`."""
-    names = {"w_gate_df": p["w_gate_edf"], "w_up_df": p["w_up_edf"], "w_down_fd": p["w_down_efd"]}
-    return layers_apart(names, product(p["w_gate_edf"]).experts)
+    """The routed experts as FFNs in arrays of their own, parameters of `ffn.mlp`."""
+    return layers_apart(_as_ffns(p), product(p["w_gate_edf"]).experts)
+
+
+def _gains(experts_nk: jax.Array, weights_nk: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array]:
+    """Routing weights [n, e], mostly zero; and which experts a token chose."""
+    chosen_nke = experts_nk[..., None] == jnp.arange(n_experts)[None, None]
+    return jnp.where(chosen_nke, weights_nk[..., None], 0).sum(1), chosen_nke.any((0, 1))
+
+
+def _one_by_one(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
+    """Each expert that a token chose, over all tokens."""
+    gain_ne, used_e = _gains(experts_nk, weights_nk, product(p["w_gate_edf"]).experts)
+    order = jnp.argsort(~used_e, stable=True)
+
+    def add(i: jax.Array, y_nd: jax.Array) -> jax.Array:
+        e = order[i]
+        one = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False), _as_ffns(p))
+        return y_nd + mlp(one, x_nd) * gain_ne[:, e, None].astype(x_nd.dtype)
+
+    return lax.fori_loop(0, used_e.sum(), add, jnp.zeros_like(x_nd))
 
 
 def _if_chosen(
     apart: list[Params], x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
 ) -> jax.Array:
-    """Each expert that a token chose, over all tokens, weighted by gates that are mostly zero.
-
-    Weights are read where they are, and only if somebody needs them. On CPUs, a copy of a chosen expert out of the
-    stack, as a loop over pairs makes it, takes three times as long as its products.
-    """
-    chosen_nke = experts_nk[..., None] == jnp.arange(len(apart))[None, None]
-    gain_ne = jnp.where(chosen_nke, weights_nk[..., None], 0).sum(1).astype(x_nd.dtype)
-    used_e = chosen_nke.any((0, 1))
+    """`_one_by_one` without a loop, whose every expert is copied out of the stack: weights are read where they are."""
+    gain_ne, used_e = _gains(experts_nk, weights_nk, len(apart))
 
     def one(i: int) -> jax.Array:
         def run(p: Params, gain_ne: jax.Array) -> jax.Array:
-            return mlp(p, x_nd) * gain_ne[:, i, None]
+            return mlp(p, x_nd) * gain_ne[:, i, None].astype(x_nd.dtype)
 
         return lax.cond(used_e[i], run, lambda *_: jnp.zeros_like(x_nd), apart[i], gain_ne)
 
@@ -112,6 +129,8 @@ def _if_chosen(
 
 def decode_experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
     """The same function for decoding. `p` may hold the experts `apart`, too, which few tokens then read."""
-    if "apart" in p and len(x_nd) <= FEW_ROWS:
+    if len(x_nd) > FEW_ROWS:
+        return routed_experts(p, x_nd, experts_nk, weights_nk)
+    if "apart" in p:
         return _if_chosen(p["apart"], x_nd, experts_nk, weights_nk)
-    return routed_experts(p, x_nd, experts_nk, weights_nk)
+    return lax.platform_dependent(p, x_nd, experts_nk, weights_nk, cpu=_one_by_one, default=routed_experts)
