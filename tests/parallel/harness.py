@@ -58,15 +58,18 @@ def put(cfg: Config, nudge: float = 0.0) -> TrainState:
     return jax.device_put(state, state_shardings(cfg, mesh_of(cfg)))
 
 
-def batch_on(cfg: Config, seed: int = 0, packed: bool = False) -> dict[str, jax.Array]:
+def batch_on(cfg: Config, seed: int = 0, packed: bool = False, padded: bool = False) -> dict[str, jax.Array]:
     """Tokens on the mesh. packed: of two documents per sequence, which end at different places, also on the border
-    of two devices' parts."""
+    of two devices' parts. padded: sequences of different lengths, padding behind them."""
     batch = {"tokens": tokens(cfg, seed)}
     if packed:
         cut = np.array([3, 4, 1, 8, 2, 6, 7, 5])[:, None]
         at = np.arange(batch["tokens"].shape[1])[None]
         batch["segments"] = (at >= cut).astype(np.int32)
         batch["positions"] = np.where(at >= cut, at - cut, at).astype(np.int32)
+    if padded:
+        rows, width = batch["tokens"].shape
+        batch["padding"] = np.arange(width)[None] >= 2 + np.arange(rows)[:, None] % (width - 1)
     return jax.device_put(batch, batch_sharding(mesh_of(cfg)))
 
 
@@ -76,10 +79,10 @@ class Program(NamedTuple):
 
 
 @functools.cache
-def program(cfg: Config, packed: bool = False) -> Program:
+def program(cfg: Config, packed: bool = False, padded: bool = False) -> Program:
     """The training step of a config on its mesh."""
     step = make_train_step(cfg, mesh_of(cfg))
-    lowered = step.lower(put(cfg), batch_on(cfg, 0, packed), HYPER)
+    lowered = step.lower(put(cfg), batch_on(cfg, 0, packed, padded), HYPER)
     return Program(lowered, lowered.compile())
 
 
@@ -90,11 +93,11 @@ class Run(NamedTuple):
 
 
 @functools.cache
-def run(cfg: Config, steps: int = 1, nudge: float = 0.0, packed: bool = False) -> Run:
+def run(cfg: Config, steps: int = 1, nudge: float = 0.0, packed: bool = False, padded: bool = False) -> Run:
     """A run on other tokens in each step."""
     state, history, first = put(cfg, nudge), [], None
     for i in range(steps):
-        state, metrics = program(cfg, packed).step(state, batch_on(cfg, i, packed), HYPER)
+        state, metrics = program(cfg, packed, padded).step(state, batch_on(cfg, i, packed, padded), HYPER)
         history.append(jax.device_get(metrics))
         first = first or jax.device_get(state)
     assert first is not None

@@ -26,14 +26,20 @@ def config(overlap, tensor=1, remat="none", balance="loss_free", **mesh):
 
 
 @pytest.mark.parametrize(
-    ("balance", "receive", "tensor", "remat"),
-    [("loss_free", 0.0, 2, "deepseek"), ("classic", 1.0, 1, "none")],
-    ids=["at once, tensor parallel, recomputed", "classic loss, in rounds"],
+    ("balance", "receive", "tensor", "remat", "padded"),
+    [("loss_free", 0.0, 2, "deepseek", False), ("classic", 1.0, 1, "none", True)],
+    ids=["at once, tensor parallel, recomputed", "classic loss, in rounds, with padding"],
 )
-def test_loss_every_gradient_and_counts_equal_the_whole_batch(balance, receive, tensor, remat):
+def test_loss_every_gradient_and_counts_equal_the_whole_batch(balance, receive, tensor, remat, padded):
     """Each gradient is a sum over the same tokens; what differs is the order."""
-    halved = config(True, tensor, remat, balance, receive=receive)
-    assert_same_step(harness.run(halved), harness.run(config(False, tensor, balance=balance)))
+    halved, whole = (
+        config(True, tensor, remat, balance, receive=receive),
+        config(False, tensor, balance=balance),
+    )
+    runs = [harness.run(cfg, padded=padded) for cfg in (halved, whole)]
+    assert_same_step(*runs)
+    there = ~np.asarray(harness.batch_on(whole, padded=True)["padding"][:, :8]) | (not padded)
+    assert (runs[0].history[0].counts_le.sum(-1) == there.sum() * whole.model.num_experts_per_tok).all()
 
 
 def test_a_batch_that_does_not_divide():
