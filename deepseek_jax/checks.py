@@ -54,9 +54,13 @@ def _hint(value: Any, choices: tuple[str, ...]) -> str:
 def ranges(path: str, config: Any, names: str, low: float, high: float) -> None:
     """Raises ValueError unless the fields `names` of the section `path` are numbers in [low, high].
 
-    names: one word per field. A field that is declared as int must be an integer.
+    names: one word per field. A field that is declared as int must be an integer; all that are declared as bool, True or
+    False.
     """
     annotations = {field.name: field.type for field in dataclasses.fields(config)}
+    for name in (name for name, declared in annotations.items() if declared in (bool, "bool")):
+        value = getattr(config, name)
+        require(isinstance(value, bool), f"{path}.{name}={shown(value)} must be True or False".lstrip("."))
     for name in names.split():
         value, whole = getattr(config, name), int in options_of(annotations[name])
         kind, words = (numbers.Integral, "an integer") if whole else (numbers.Real, "a finite number")

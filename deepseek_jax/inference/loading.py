@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from deepseek_jax import hf, now
@@ -54,6 +55,10 @@ def load(
         if (folder / "config.json").is_file():
             text = _text_side(folder, read_object(folder / "config.json"))
             cfg, params, router_bias = hf.load(folder, dtype, mtp=mtp, keep_fp8=keep_fp8, shardings=over_mesh)
+            if keep_fp8 and not any(
+                "fp8" in jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)
+            ):
+                raise ValueError(f"{folder} has no weights in FP8: leave out keep_fp8")
             return Model(cfg, multiplied_as_stored(params, model_params(cfg)), router_bias, *text, mesh)
         if (folder / "checkpoints").is_dir():
             if keep_fp8:

@@ -1,11 +1,13 @@
 """`Model`: a checkpoint ready to generate, to score and to look into; `deepseek_jax.load` makes one of a folder."""
 
+import dataclasses
 import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from deepseek_jax.checks import choice
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -84,6 +86,7 @@ class Model:
         return self._each(scoring.logprobs, text)
 
     def _each(self, fn: Any, text: Any) -> Any:
+        text = _as_lists(text)
         if not _is_single(text):
             return [self._each(fn, one) for one in text]
         return fn(self.params, self.config, self._ids(text), self.balance_bias)
@@ -114,9 +117,10 @@ class Model:
         Raises:
             ValueError: see `batch.Request`; speculative over a mesh, or with a repetition penalty.
         """
+        prompts = _as_lists(prompts)
         single = _is_single(prompts) and len(prompts) > 0
         many: Sequence[Any] = [prompts] if single else prompts
-        request = self._request(many, max_new_tokens, Sampling(**sampling), stop_ids, seed)
+        request = self._request(many, max_new_tokens, _sampling(sampling), stop_ids, seed)
         outs: list[Any] = _result(self._generation(many, request, stop, speculative, show=False))
         if not logprobs:
             outs = [x.text if isinstance(p, str) else x.tokens for p, x in zip(many, outs, strict=True)]
@@ -134,7 +138,7 @@ class Model:
         **sampling: Any,
     ) -> Iterator[str]:
         """The text of `generate` for one prompt, in pieces, while it is generated. `sampling`: as there."""
-        request = self._request([prompt], max_new_tokens, Sampling(**sampling), stop_ids, seed)
+        request = self._request([prompt], max_new_tokens, _sampling(sampling), stop_ids, seed)
         yield from map(
             operator.itemgetter(0), self._generation([prompt], request, stop, speculative, show=True)
         )
@@ -227,6 +231,17 @@ class Model:
         if show:
             yield last
         return rows
+
+
+def _sampling(settings: Mapping[str, Any]) -> Sampling:
+    for name in settings:
+        choice("sampling setting", name, tuple(field.name for field in dataclasses.fields(Sampling)))
+    return Sampling(**settings)
+
+
+def _as_lists(prompts: Any) -> Any:
+    """Arrays of ids as lists, of NumPy or JAX."""
+    return prompts.tolist() if hasattr(prompts, "tolist") else prompts
 
 
 def _is_single(prompts: Any) -> bool:

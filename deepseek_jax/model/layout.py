@@ -45,7 +45,7 @@ class Layout:
         if bound != dict(self.mesh):
             raise ValueError(
                 f"a layout made for {_named(self.mesh)} is used on {_named(bound.items())}: build the one of this mesh "
-                "by deepseek_jax.parallel.layout"
+                "by layout_over, many_tokens or few_tokens of deepseek_jax.parallel.layout"
             )
 
 

@@ -127,8 +127,13 @@ def forward(
 
     balance_bias: float32 [layer, expert], or None for zeros. Where the layout's sequences are divided
     (`parallel/tensor.py`), `inputs` are those of whole sequences, all results those of this device's tokens. Raises
-    ValueError for the layout of another mesh.
+    ValueError for the layout of another mesh, and a bias of another shape.
     """
+    if balance_bias is not None and jnp.shape(balance_bias) != cfg.balance_bias_shape:
+        raise ValueError(
+            f"balance_bias has shape {list(jnp.shape(balance_bias))}; this model's is {list(cfg.balance_bias_shape)}: "
+            "MoE layers, MTP modules last, by routed experts"
+        )
     ctx = context(cfg, inputs, layout, with_cache)
     x_btd = embedded(params, cfg, inputs, ctx)
     x_btd, (stats, cache) = layers(params, cfg, x_btd, balance_bias, ctx)

@@ -154,7 +154,10 @@ def _several(names: Sequence[str], separator: str = ", ", at_most: int = 4) -> s
 
 
 def _collapsed(cfg: Config, history: History) -> Advice | None:
-    found = [r["max_vio"] for r in history.recent if np.size(r.get("max_vio", ()))]
+    recent = [
+        r for r in history.recent if r["step"] > history.recent[-1]["step"] / 2
+    ]  # not how a short run began
+    found = [r["max_vio"] for r in recent if np.size(r.get("max_vio", ()))]
     if not found:  # a dense model
         return None
     most = cfg.model.n_routed_experts / cfg.model.num_experts_per_tok - 1
@@ -166,8 +169,8 @@ def _collapsed(cfg: Config, history: History) -> Advice | None:
         return None
     return Advice(
         "MaxVio",
-        f"MaxVio is at its maximum of {most:.2f} in layer {_several(full)}: one expert gets every "
-        f"token: {_balance_key(cfg)} and lower optimizer.peak_lr "
+        f"MaxVio is at its maximum of {most:.2f} in layer {_several(full)}: the same {cfg.model.num_experts_per_tok} "
+        f"experts get every token: {_balance_key(cfg)} and lower optimizer.peak_lr "
         f"({cfg.optimizer.peak_lr:g})",
     )
 

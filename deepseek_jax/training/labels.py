@@ -7,6 +7,7 @@ missing (equation 24). With segments, a loss mask or padding, what counts of eac
 Dims: b sequence, t token, w window (t + 1 or more tokens), k MTP depth.
 """
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +27,32 @@ Batch = Mapping[str, jax.Array]
 MASKS = ("segments", "loss_mask", "padding")
 
 
+_DTYPES = {"segments": jnp.integer, "positions": jnp.integer, "loss_mask": jnp.bool_, "padding": jnp.bool_}
+
+
+def check(batch: Batch, t: int) -> None:
+    """Raises ValueError for arrays of a batch that do not fit each other or windows of t tokens and the next."""
+    if "tokens" not in batch:
+        raise ValueError(f'a batch has "tokens" [b, {t + 1}]; this one has {sorted(batch)}')
+    shape = jnp.shape(batch["tokens"])
+    if len(shape) != 2 or shape[1] <= t:
+        raise ValueError(
+            f'batch["tokens"] has shape {list(shape)}: a window of data.seq_len={t} tokens needs {t + 1} columns, since '
+            "the last token is a label"
+        )
+    for name, x in batch.items():
+        kind = _DTYPES.get(name)
+        if kind is None:
+            close = difflib.get_close_matches(name, _DTYPES, n=1, cutoff=0.8)
+            if close:
+                raise ValueError(f"a batch has no {name!r}; did you mean {close[0]!r}?")
+        elif jnp.shape(x) != shape or not jnp.issubdtype(x.dtype, kind):
+            raise ValueError(
+                f"batch[{name!r}] is {x.dtype}{list(jnp.shape(x))}; it should be "
+                f"{'bool' if kind is jnp.bool_ else 'int32'}{list(shape)}, as the tokens"
+            )
+
+
 class Totals(NamedTuple):
     """Of a global batch, what its losses are divided by: sequences, and labels of the main model (depth 0) and of each
     MTP depth. room: tokens of the largest batch, which is static."""
@@ -41,8 +68,9 @@ def totals(
     """Totals of a global batch with room for `sequences`, of which `batch` are this device's rows.
 
     micro_batches: of the `grad_accumulation` ones that there is room for, the first so many are there; None: all.
-    axes: the mesh axes that divide the global batch, inside `shard_map`.
+    axes: the mesh axes that divide the global batch, inside `shard_map`. Raises ValueError as `check`.
     """
+    check(batch, cfg.data.seq_len)
     t, depths, rows = cfg.data.seq_len, 1 + cfg.model.num_nextn_predict_layers, batch["tokens"].shape[0]
     room = sequences * t
     here: int | jax.Array = rows

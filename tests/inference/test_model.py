@@ -132,6 +132,9 @@ def test_generate_gives_back_the_kind_it_was_given(model):
     assert model.generate([text, ids], NEW) == [words, rows[1]]
     assert model.generate([text], NEW) == [words] and model.generate(text, NEW) == words
     assert model.generate(ids, NEW) == rows[1] == model.generate(np.array(ids), NEW)
+    assert model.generate(jax.numpy.array(ids), NEW) == rows[1]
+    with pytest.raises(ValueError, match="did you mean 'temperature'"):
+        model.generate(ids, NEW, temprature=1.0)
 
 
 def test_generate_stops_and_samples(model):

@@ -93,7 +93,7 @@ def test_max_vio_at_its_maximum():
     assert max_vio(counts)[1] == 3.0  # 8 / 2 - 1
     text = said(run(counts))["MaxVio"]
     assert text == (
-        "MaxVio is at its maximum of 3.00 in layer MTP 1: one expert gets every token: "
+        "MaxVio is at its maximum of 3.00 in layer MTP 1: the same 2 experts get every token: "
         "raise optimizer.gamma (0.01) and lower optimizer.peak_lr (0.003)"
     )
     counts[1] = [100, 100, 20, 20, 16, 0, 0, 0]

@@ -12,7 +12,7 @@ from deepseek_jax.model.loss import token_logprobs
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from deepseek_jax.training.gradients import by_micro_batches, value_of
-from deepseek_jax.training.labels import targets, totals
+from deepseek_jax.training.labels import check, targets, totals
 from deepseek_jax.training.objectives import pretraining
 from deepseek_jax.training.step import make_train_step
 from tests.oracle.tiny import weights
@@ -143,3 +143,30 @@ def test_another_computation_of_gradients():
     state = jax.device_put(fresh_state(cfg), replicated(mesh))
     _, metrics = step(state, jax.device_put({"tokens": tokens(cfg)}, batch_sharding(mesh)), HYPER)
     assert metrics.grad_norm == 0.0 and not np.asarray(metrics.counts_le).any()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"token": np.zeros((2, 5), np.int32)}, r'a batch has "tokens" \[b, 5\]; this one has \[\'token\'\]'),
+        (
+            {"tokens": np.zeros((2, 4), np.int32)},
+            r"shape \[2, 4\]: a window of data.seq_len=4 tokens needs 5",
+        ),
+        (
+            {"loss_mask": np.ones((2, 4), bool)},
+            r"batch\['loss_mask'\] is bool\[2, 4\]; it should be bool\[2, 5\]",
+        ),
+        (
+            {"padding": np.ones((2, 5), np.int32)},
+            r"batch\['padding'\] is int32\[2, 5\]; it should be bool\[2, 5\]",
+        ),
+        ({"lossmask": np.ones((2, 5), bool)}, r"no 'lossmask'; did you mean 'loss_mask'\?"),
+    ],
+)
+def test_a_batch_that_does_not_fit(batch, message):
+    """Windows of t tokens would wrap around: their last label would be their first token."""
+    if "token" not in batch:
+        batch = {"tokens": np.zeros((2, 5), np.int32)} | batch
+    with pytest.raises(ValueError, match=message):
+        check(batch, 4)
