@@ -44,6 +44,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 _LOST = "Terminating process because the JAX distributed service detected fatal errors"
 _NUMBER = re.compile(r"^error: process \d+ of \d+: ")  # as `joining.failing_fast` says it
 ABANDONED = 75  # of a process that left because of another one
+_LEFT = (ABANDONED, 128 + signal.SIGABRT)  # JAX aborts a process whose coordinator is gone
 _MOST_PROCESSES = 1024  # on one machine
 
 
@@ -89,7 +90,7 @@ class Group:
         itself to one that left because of another."""
         statuses = [(rank, process.poll()) for rank, process in enumerate(self._processes)]
         failed = [(rank, status if status > 0 else 128 - status) for rank, status in statuses if status]
-        return min(failed, key=lambda one: one[1] == ABANDONED, default=None)
+        return min(failed, key=lambda one: one[1] in _LEFT, default=None)
 
     def running(self) -> list[int]:
         """Returns the ranks of the processes that have not ended."""

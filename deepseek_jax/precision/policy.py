@@ -47,7 +47,7 @@ def _fine(name: str, scale: str) -> Policy:
 
 
 def _coarse(name: str, fmt: Format) -> Policy:
-    return Policy(name, (fmt, fmt), (fmt, fmt), (fmt, fmt), fmt, saved_attention="fp8")
+    return Policy(name, (fmt, fmt), (fmt, fmt), (fmt, fmt), fmt, saved_attention="fp8", dispatch="bf16")
 
 
 _DEEPSEEK = _fine("deepseek_fp8", "fp32")

@@ -108,13 +108,14 @@ def collectives(remat, receive):
     return {name: len(re.findall(rf"\b{name}\[", text)) for name in ("all_gather", "ragged_all_to_all")}
 
 
-@pytest.mark.parametrize(("receive", "plans", "once"), [(None, 1, 9), (2.0, 3, 19)])
-def test_the_layout_is_computed_once_whatever_is_recomputed(receive, plans, once):
+@pytest.mark.parametrize(("receive", "once"), [(None, 9), (2.0, 19)])
+def test_the_layout_is_computed_once_whatever_is_recomputed(receive, once):
     """Two hops each: dispatch, combine and the two of the backward pass; the plan exchanges ids between nodes, and counts
     by an all-gather per hop. Recomputing everything dispatches the tokens again; it exchanges neither counts nor ids
-    again. Further rounds, where there can be any, plan their last hop and dispatch again, forwards and backwards."""
+    again. Further rounds, where there can be any, dispatch again, forwards and backwards; their counts came with the plan:
+    an all-gather that waits in a branch may meet another one on CPUs, with wrong numbers or an abort."""
     for remat, want in (("none", once), ("deepseek", once), ("full", once + 2)):
-        assert collectives(remat, receive) == {"all_gather": 1 + plans, "ragged_all_to_all": want}, remat
+        assert collectives(remat, receive) == {"all_gather": 2, "ragged_all_to_all": want}, remat
 
 
 # --- node limit -------------------------------------------------------------------------------------------------

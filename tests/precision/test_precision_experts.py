@@ -139,3 +139,10 @@ def test_a_format_that_the_experts_do_not_have_is_dequantised():
     jax.tree.map(np.testing.assert_array_equal, w.from_dispatch(x, sent, "fp8"), want)
     assert w.from_dispatch(x, sent, policy.dispatch).q is sent[0]
     assert Plain(w.master).from_dispatch(x, sent, policy.dispatch) is x
+
+
+def test_tokens_travel_in_a_format_that_the_experts_of_each_preset_can_read():
+    """Scales per 128 channels are no scales of a row or of a tensor: those presets dispatch in BF16."""
+    for policy in filter(None, PRESETS.values()):
+        tiles = policy.expert_input.fine and policy.expert_input.rows == 1
+        assert policy.dispatch == ("fp8_ue8m0" if tiles else "bf16"), policy.name

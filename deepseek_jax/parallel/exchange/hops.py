@@ -50,8 +50,18 @@ class Hop:
         return jnp.arange(self.rows) < self.chunks.recv_size.sum()
 
 
-def plan_hop(to_mp: jax.Array, axis: Axis, most: int, chunk: int, implementation: str | None) -> Hop:
-    """Row m goes to every peer p with `to_mp`: to at most `most` of them, and at most `chunk` rows to each."""
+def plan_hop(
+    to_mp: jax.Array,
+    axis: Axis,
+    most: int,
+    chunk: int,
+    implementation: str | None,
+    counts_qp: jax.Array | None = None,
+) -> Hop:
+    """Row m goes to every peer p with `to_mp`: to at most `most` of them, and at most `chunk` rows to each.
+
+    counts_qp: how many rows each device q sends to each peer, where that is known already.
+    """
     m, p = to_mp.shape
     s = min(m * most, p * chunk)
     counts_p = to_mp.sum(0, dtype=jnp.int32)
@@ -60,7 +70,9 @@ def plan_hop(to_mp: jax.Array, axis: Axis, most: int, chunk: int, implementation
     token_m1 = jnp.arange(m, dtype=jnp.int32)[:, None]
     token_s = jnp.full((s,), m, jnp.int32).at[row_mp].set(token_m1, mode="drop")
     row_mj = row_mp if most == p else jnp.sort(row_mp, axis=1)[:, :most]
-    chunks = make_chunks(lax.all_gather(counts_p, axis), axis)
+    if counts_qp is None:
+        counts_qp = lax.all_gather(counts_p, axis)
+    chunks = make_chunks(counts_qp, axis)
     return Hop(token_s, row_mj, chunks, axis, chunk, implementation)
 
 
@@ -98,13 +110,17 @@ class Rounds:
 
     pairs_mp: jax.Array  # int32: pairs of each row at the source of the last hop at each peer
     needed: jax.Array  # int32 []: rounds of the most loaded pair of devices; the same on all devices
+    # int32: rows that device q sends to peer p in round i. Known beforehand: what waits in a branch or a loop exchanges no
+    # counts, which XLA for CPUs may confuse with those of another plan
+    counts_iqp: jax.Array
     budget: int = static()
     most: int = static()  # peers of a row
 
     def hop(self, i: jax.Array | int, axis: Axis, implementation: str | None) -> Hop:
         """The last hop of round i."""
         here_mp = (self.pairs_mp > 0) & (before(self.pairs_mp, 0) // self.budget == i)
-        return plan_hop(here_mp, axis, self.most, min(len(here_mp), self.budget), implementation)
+        chunk = min(len(here_mp), self.budget)
+        return plan_hop(here_mp, axis, self.most, chunk, implementation, self.counts_iqp[i])
 
 
 @flax.struct.dataclass
@@ -195,5 +211,9 @@ def _last_hop(
         return plan_hop(pairs_mp > 0, axes[-1], most, len(pairs_mp), how), None
     pairs_mp = jnp.minimum(pairs_mp, most_pairs)
     most_loaded = lax.pmax(pairs_mp.sum(0).max(), mesh_axes(axes))
-    rounds = Rounds(pairs_mp, (most_loaded + budget - 1) // budget, budget, most)
+    in_round_mp = jnp.where(pairs_mp > 0, before(pairs_mp, 0) // budget, -1)
+    all_rounds = jnp.arange(math.ceil(len(pairs_mp) * most_pairs / budget))[:, None, None]
+    counts_ip = (in_round_mp[None] == all_rounds).sum(1, dtype=jnp.int32)
+    counts_iqp = lax.all_gather(counts_ip, axes[-1], axis=1)
+    rounds = Rounds(pairs_mp, (most_loaded + budget - 1) // budget, counts_iqp, budget, most)
     return rounds.hop(0, axes[-1], how), rounds
