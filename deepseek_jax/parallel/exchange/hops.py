@@ -120,7 +120,14 @@ class Rounds:
         """The last hop of round i."""
         here_mp = (self.pairs_mp > 0) & (before(self.pairs_mp, 0) // self.budget == i)
         chunk = min(len(here_mp), self.budget)
-        return plan_hop(here_mp, axis, self.most, chunk, implementation, self.counts_iqp[i])
+        return plan_hop(
+            here_mp,
+            axis,
+            self.most,
+            chunk,
+            implementation,
+            self.counts_iqp.at[i].get(mode="fill", fill_value=0),
+        )
 
 
 @flax.struct.dataclass
