@@ -7,7 +7,8 @@
 - **Matrix products** accumulate in float32. Weight gradients come out in float32 and are rounded to the dtype of the
   parameter that was read: float32 masters, or the BF16 copies that ZeRO gathers, once per micro-batch. FP8 products are
   promoted every 128 of the contraction (`pallas_kernels`).
-- **Two terms** are added in the dtype of the activation: residuals, and cotangents of an activation with several users.
+- **Two terms** are added in the dtype of the activation: residuals (a MoE block adds its shared and its routed experts to
+  the stream one after the other), and cotangents of an activation with several users.
 - **Counts** are int32 per expert, and no product of two of them is formed: 63M tokens of a step, times 8 selected
   experts, times 256 experts would not fit. Token counts of a run are Python integers on the host.
 - **The tensor axis** sums the partial outputs of heads in the compute dtype, as the combine of experts travels in BF16.
