@@ -38,14 +38,20 @@ def _nll(h_nd: jax.Array, w_dv: jax.Array, labels_n: jax.Array) -> tuple[jax.Arr
     return (jnp.log(total) - picked)[:, 0], e, total
 
 
-def _through_head(
-    h_nd: jax.Array, w_dv: jax.Array, labels_n: jax.Array, probs_nv: jax.Array, weights_n: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients (dh [n, d] in h's dtype, dw [d, v] float32) of sum_n weights_n * -log probs_nv[labels_n]."""
-    onehot = labels_n[:, None] == jnp.arange(w_dv.shape[1])[None]
-    dlogits = ((probs_nv - onehot) * weights_n[:, None]).astype(h_nd.dtype)
-    dh_nd = _dot("nv,dv->nd", dlogits, w_dv.astype(h_nd.dtype)).astype(h_nd.dtype)
-    return dh_nd, _dot("nd,nv->dv", h_nd, dlogits)
+def _logit_gradients(probs_nv: jax.Array, labels_n: jax.Array, weights_n: jax.Array) -> jax.Array:
+    """Gradient [n, v] of sum_n weights_n * -log probs_nv[labels_n], float32."""
+    onehot = labels_n[:, None] == jnp.arange(probs_nv.shape[1])[None]
+    return (probs_nv - onehot) * weights_n[:, None]
+
+
+def _head_dgrad(h_nd: jax.Array, w_dv: jax.Array, dlogits: jax.Array) -> jax.Array:
+    """dh [n, d], in h's dtype."""
+    return _dot("nv,dv->nd", dlogits, w_dv.astype(h_nd.dtype)).astype(h_nd.dtype)
+
+
+def _head_wgrad(h_nd: jax.Array, dlogits: jax.Array) -> jax.Array:
+    """dw [d, v], float32."""
+    return _dot("nd,nv->dv", h_nd, dlogits)
 
 
 def _tokens(x: jax.Array, n: int) -> jax.Array:
@@ -77,8 +83,8 @@ def _weighted_fwd(h_nd, w_dv, labels_n, weights_n, chunk):  # type: ignore[no-un
     def one(dw, args):
         h, labels, weights = args
         nll, e, total = _nll(h, w_dv, labels)
-        dh, more = _through_head(h, w_dv, labels, e / total, weights)
-        return dw + more, ((nll * weights).sum(), dh)
+        dlogits = _logit_gradients(e / total, labels, weights).astype(h.dtype)
+        return dw + _head_wgrad(h, dlogits), ((nll * weights).sum(), _head_dgrad(h, w_dv, dlogits))
 
     chunks = (_chunked(h_nd, chunk), _chunked(labels_n, chunk), _chunked(weights_n, chunk))
     dw, (losses, dh) = lax.scan(one, jnp.zeros(w_dv.shape, jnp.float32), chunks)
@@ -118,8 +124,8 @@ def _logprobs_bwd(chunk, saved, g_n):  # type: ignore[no-untyped-def]
     def one(dw, args):
         h, labels, g = args
         _, e, total = _nll(h, w_dv, labels)
-        dh, more = _through_head(h, w_dv, labels, e / total, -g)
-        return dw + more, dh
+        dlogits = _logit_gradients(e / total, labels, -g).astype(h.dtype)
+        return dw + _head_wgrad(h, dlogits), _head_dgrad(h, w_dv, dlogits)
 
     chunks = (_chunked(h_nd, chunk), _chunked(labels_n, chunk), _chunked(g_n, chunk))
     dw, dh = lax.scan(one, jnp.zeros(w_dv.shape, jnp.float32), chunks)
