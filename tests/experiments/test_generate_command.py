@@ -174,12 +174,17 @@ def test_ctrl_c_shows_no_traceback(folder):
         "--prompt=the keys",
     ]
     environment = os.environ | {"DEEPSEEK_JAX_CACHE": "off", "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout.read(8) == "the keys"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+    for _ in range(
+        3
+    ):  # Python loses a signal that meets a callback of JAX's garbage collection: rarely, not thrice
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            assert process.stdout.read(8) == "the keys"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        if process.returncode:
+            break
     assert (
         process.returncode == 130 and err.splitlines()[-1] == "error: interrupted" and "Traceback" not in err
     ), (out, err)
