@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -13,7 +14,7 @@ from pallas_kernels.quantize.shapes import QuantizeShape
 from pallas_kernels.testing.aot import KernelReport
 from pallas_kernels.testing.measure import check, measure
 from pallas_kernels.testing.metrics import calc_diff, calc_diff_on_device
-from pallas_kernels.testing.timing import chain, input_sets
+from pallas_kernels.testing.timing import each, input_sets
 from pallas_kernels.testing.workloads import workload, workloads
 
 SMALL = {
@@ -48,7 +49,7 @@ def test_check_notices_a_wrong_result():
 
 def test_measure_reports_consistent_figures():
     gemm = SMALL["gemm"]
-    m = measure(gemm, "xla", torch_peer=False, short=1, long=3, repeats=3)
+    m = measure(gemm, "xla", torch_peer=False, repeats=3)
     assert m.correct and m.torch_ratio is None
     assert m.tflops * m.seconds == pytest.approx(gemm.flops / 1e12)
     assert m.gb_s * m.seconds == pytest.approx(gemm.bytes / 1e9)
@@ -57,9 +58,15 @@ def test_measure_reports_consistent_figures():
     assert (row["correct"], row["x torch"], row["us"]) == ("yes", "-", f"{m.seconds * 1e6:.1f}")
 
 
-def test_chain_calls_every_set_and_keeps_the_last():
-    sets = [(jnp.float32(i), None) for i in range(3)]
-    assert float(chain(lambda x, none: x * 10, 5)(sets)) == 10  # call 4 takes set 4 % 3
+def test_what_is_timed_calls_every_set():
+    """In the compiled program too: a call that is dropped or merged with another would take no time."""
+    sets = [(jnp.full((8, 8), float(i)), None) for i in range(3)]
+    run = each(lambda x, none: x @ x)
+    assert [float(y[0, 0]) for y in run(sets)] == [0, 8, 32]
+    assert (
+        len(re.findall(r" = f32\[8,8\]\S* (?:dot|fusion|custom-call)\(", run.lower(sets).compile().as_text()))
+        == 3
+    )
     assert len(input_sets(lambda seed: (jnp.zeros(2**20),))) == 16
     assert len(input_sets(lambda seed: (jnp.zeros(2**20),), memory_bytes=2**23)) == 2
 
