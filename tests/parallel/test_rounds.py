@@ -4,6 +4,7 @@ Dims: n token (of all devices), k selected expert, i round, p peer.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.hops import for_peers
+from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.exchange.transport import DISPATCH, at_last_hop
 from tests.parallel.comparison import BOUND, difference
 from tests.parallel.harness import E, K, arrays, on_mesh, single_device, with_gradients
@@ -106,3 +108,14 @@ def test_experts_over_sorted_rows_sized_by_pairs(share, present, rounds):
     got, want = sorted_rows_program()(p, x, w, g, ids), single_device()(p, x, w, g, ids)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         assert difference(a, b) < BOUND, jax.tree_util.keystr(path)
+
+
+def test_what_waits_depends_on_what_it_waits_for():
+    """In the compiled program; what it waits for changes nothing, finite or not."""
+    wait = jax.jit(lambda x, y: after(x, {"done": y}))
+    x, y = np.float32([1.5, -2.5]), np.float32([np.nan, np.inf, 1])
+    np.testing.assert_array_equal(wait(x, y), x)
+    program = wait.lower(x, y).compile().as_text()
+    entry = program[program.index("ENTRY") :]
+    name = re.search(r"(%\S+) = f32\[3\]\S* parameter\(1\)", entry)[1]
+    assert re.search(rf"\([^)]*{re.escape(name)}\b", entry[entry.index("parameter(1)") :])

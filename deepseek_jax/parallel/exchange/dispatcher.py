@@ -11,6 +11,7 @@ expert ids beside the tokens, a combine is a plain sum. The exception is `low_la
 Dims: n token of this device, d hidden, k selected expert, r row received, e expert of this device.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ AS_IT_IS = Wire()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OverMesh:
+class OverMesh(abc.ABC):
     """What dispatchers over a mesh have in common.
 
     wire: formats of dispatch and combine; by default arrays as they are.
@@ -65,9 +66,9 @@ class OverMesh:
             plan = self._layout(experts_nk, n_local)
         return jax.tree.map(lambda a: checkpoint_name(a, EXPERT_PLAN), plan)
 
+    @abc.abstractmethod
     def _layout(self, experts_nk: jax.Array, n_local: int) -> Any:
         """The plan for physical ids."""
-        raise NotImplementedError
 
     def __call__(
         self: Any, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array

@@ -20,6 +20,7 @@ from jax import lax
 from deepseek_jax.model.dispatch import Received
 from deepseek_jax.model.layers import Params
 from deepseek_jax.parallel.exchange.hops import Plan, for_peers, send_back, sums
+from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.exchange.transport import COMBINE, DISPATCH, Values, at_last_hop, from_last_hop
 
 Function = Callable[..., jax.Array]
@@ -56,11 +57,11 @@ def _in_rounds_fwd(function, p, came, x_nd, weights_nk, plan):  # type: ignore[n
     y_rd, vjp = _differentiated(function, p, came, plan)
     with jax.named_scope("rounds"):
         more_nd = lax.cond(
-            plan.rounds.needed > 1,
+            after(plan.rounds.needed, (y_rd, plan.hops)) > 1,
             lambda: _further(function, p, x_nd, weights_nk, plan),
             lambda: jnp.zeros_like(x_nd),
         )
-    return (y_rd, more_nd), (vjp, p, x_nd, weights_nk, plan)
+    return (after(y_rd, more_nd), more_nd), (vjp, p, x_nd, weights_nk, plan)
 
 
 def _in_rounds_bwd(function, saved, g):  # type: ignore[no-untyped-def]
@@ -69,12 +70,12 @@ def _in_rounds_bwd(function, saved, g):  # type: ignore[no-untyped-def]
     dp, dx_rd, dweights_rk = vjp(g_rd)
     with jax.named_scope("rounds"):
         dp, dx_nd, dweights_nk = lax.cond(
-            plan.rounds.needed > 1,
+            after(plan.rounds.needed, (dx_rd, g_nd)) > 1,
             lambda dp: _further_gradients(function, p, x_nd, weights_nk, plan, g_nd, dp),
             lambda dp: (dp, jnp.zeros_like(x_nd), jnp.zeros_like(weights_nk)),
             dp,
         )
-    return dp, Received(dx_rd, dweights_rk), dx_nd, dweights_nk, None
+    return dp, Received(after(dx_rd, dx_nd), dweights_rk), dx_nd, dweights_nk, None
 
 
 in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)
