@@ -83,11 +83,8 @@ def ffn_dgrad(
 def ffn_wgrad(w: Gated, x: Any, at: ForWeights, dy: Any, rows: Rows | None = None) -> Gated:
     """Gradients of the three weights."""
     groups = None if rows is None else rows.groups
-    return Gated(
-        w.gate.wgrad(x, at.d_gate_mf, groups),
-        w.up.wgrad(x, at.d_up_mf, groups),
-        w.down.wgrad(at.act_mf, dy, groups),
-    )
+    d_gate, d_up = w.gate.wgrad_of_two(w.up, x, at.d_gate_mf, at.d_up_mf, groups)
+    return Gated(d_gate, d_up, w.down.wgrad(at.act_mf, dy, groups))
 
 
 # --- dense --------------------------------------------------------------------------------------------------------

@@ -146,16 +146,30 @@ class Plain:
         w = jnp.concatenate([part._matrix(dy.dtype, groups) for part in (self, other)], axis=-1)
         return grouped_gemm(jnp.concatenate([dy, dy_other], axis=-1), w, groups.group_m, out_dtype=dtype)
 
-    def wgrad(self, a: jax.Array, dy: jax.Array, groups: Groups | None = None) -> Any:
-        """a^T dy, accumulated in float32, as the cotangent of this weight."""
+    def _along_tokens(self, a: jax.Array, dtype: Any, groups: Groups | None) -> jax.Array:
+        """a [m, in] of several experts, else transposed."""
+        a = a.astype(dtype)
+        return a if groups is not None else _transposed(a.reshape(-1, math.prod(self.w.shape[: self.n_in])))
+
+    def _wgrad(self, a: jax.Array, dy: jax.Array, groups: Groups | None) -> Self:
+        """`wgrad`, given a `_along_tokens`."""
         if groups is not None:
-            dw = grouped_wgrad(a.astype(dy.dtype), dy, groups.sizes_e)
+            dw = grouped_wgrad(a, dy, groups.sizes_e)
         else:
-            width = math.prod(self.w.shape[: self.n_in])
-            a_im = _transposed(a.astype(dy.dtype).reshape(-1, width))
-            dy_mo, exact = dy.reshape(-1, self.w.size // width), precision(dy.dtype)
-            dw = jnp.matmul(a_im, dy_mo, precision=exact, preferred_element_type=jnp.float32)
+            dy_mo, exact = dy.reshape(-1, self.w.size // len(a)), precision(dy.dtype)
+            dw = jnp.matmul(a, dy_mo, precision=exact, preferred_element_type=jnp.float32)
         return dataclasses.replace(self, w=dw.reshape(self.w.shape).astype(self.w.dtype))
+
+    def wgrad(self, a: jax.Array, dy: jax.Array, groups: Groups | None = None) -> Self:
+        """a^T dy, accumulated in float32, as the cotangent of this weight."""
+        return self._wgrad(self._along_tokens(a, dy.dtype, groups), dy, groups)
+
+    def wgrad_of_two(
+        self, other: Self, a: jax.Array, dy: jax.Array, dy_other: jax.Array, groups: Groups | None = None
+    ) -> tuple[Self, Self]:
+        """`wgrad` of two weights of one input, which is laid along the tokens once."""
+        a = self._along_tokens(a, dy.dtype, groups)
+        return self._wgrad(a, dy, groups), other._wgrad(a, dy_other, groups)
 
 
 @flax.struct.dataclass
@@ -274,16 +288,30 @@ class Quantised:
         pairs = ((self._gradient(dy), self.dgrad_operand), (other._gradient(dy_other), other.dgrad_operand))
         return sum_of_two(*pairs, dtype, groups)
 
-    def wgrad(self, a: Any, dy: Any, groups: Groups | None = None) -> Any:
-        """Operands in 128x1 tiles, along the tokens; the master takes it all."""
+    def _along_tokens(self, a: Any) -> Operand:
+        """a in 128x1 tiles, along the tokens."""
+        assert self.dgrad_operand is not None
+        a = restore(a) if isinstance(a, Operand) else a.reshape(-1, self.dgrad_operand.q.shape[-2])
+        return along_rows(a, self.policy.wgrad[0])
+
+    def _wgrad(self, a: Operand, dy: Any, groups: Groups | None) -> "Quantised":
+        """`wgrad`, given a `_along_tokens`."""
         assert self.master is not None and self.master_shape is not None and self.dgrad_operand is not None
-        width_in, width_out = self.dgrad_operand.q.shape[-2:]
-        a = restore(a) if isinstance(a, Operand) else a.reshape(-1, width_in)
-        dy = dy if isinstance(dy, Operand) else dy.reshape(-1, width_out)
-        a_t, dy_t = along_rows(a, self.policy.wgrad[0]), along_rows(dy, self.policy.wgrad[1])
-        dw = multiply(a_t, dy_t, jnp.float32) if groups is None else multiply_groups(a_t, dy_t, groups)
+        dy = dy if isinstance(dy, Operand) else dy.reshape(-1, self.dgrad_operand.q.shape[-1])
+        dy = along_rows(dy, self.policy.wgrad[1])
+        dw = multiply(a, dy, jnp.float32) if groups is None else multiply_groups(a, dy, groups)
         master = dw.reshape(self.master_shape).astype(self.master.dtype)
         return Quantised(master, None, None, self.policy)
+
+    def wgrad(self, a: Any, dy: Any, groups: Groups | None = None) -> "Quantised":
+        """Both operands are quantised along the tokens; the master takes it all."""
+        return self._wgrad(self._along_tokens(a), dy, groups)
+
+    def wgrad_of_two(
+        self, other: Self, a: Any, dy: Any, dy_other: Any, groups: Groups | None = None
+    ) -> tuple["Quantised", "Quantised"]:
+        a = self._along_tokens(a)
+        return self._wgrad(a, dy, groups), other._wgrad(a, dy_other, groups)
 
 
 def product(w: Any, n_in: int = 1) -> Any:
