@@ -11,7 +11,7 @@ from deepseek_jax.training.preflight import StepProgram, check_tokenizer, granul
 from deepseek_jax.training.schedules import Schedules
 from deepseek_jax.training.start import Start
 from deepseek_jax.training.step import make_train_step
-from experiments.study import plan_memory
+from experiments.planning.memory import report as memory_report
 from experiments.study.memory import state_memory
 
 
@@ -50,6 +50,6 @@ def _memory(cfg: Config, mesh: jax.sharding.AbstractMesh, at_hand: int) -> tuple
     missing = "" if mesh.size <= at_hand else f", of which {at_hand} are at hand"
     return (
         f"memory on each of {mesh.size} device(s){missing}:",
-        plan_memory.report(state_memory(cfg, mesh)),
+        memory_report(state_memory(cfg, mesh)),
         "  without activations, buffers of the exchange and temporary copies",
     )

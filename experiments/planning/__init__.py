@@ -1,0 +1,1 @@
+"""The subcommands of `python -m experiments.plan`, and what they compute with."""
