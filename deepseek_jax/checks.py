@@ -87,17 +87,18 @@ def build(cls: Any, values: Mapping[str, Any], path: str = "") -> Any:
         if nested is not None and isinstance(value, Mapping):
             value = build(nested, value, f"{path}{key}.")
         elif typing.get_origin(hints[key]) is tuple:
-            value = _strings(f"{path}{key}", value)
+            value = _tuple(f"{path}{key}", value, typing.get_args(hints[key])[0])
         else:
             _check_type(f"{path}{key}", value, hints[key])
         kwargs[key] = value
     return cls(**kwargs)
 
 
-def _strings(name: str, value: Any) -> tuple[str, ...]:
-    """A tuple of strings, or JSON's list of them, as a tuple."""
-    ok = isinstance(value, tuple | list) and all(isinstance(entry, str) for entry in value)
-    require(ok, f"config key {name}={shown(value)} should be a tuple of strings")
+def _tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """A tuple of strings or integers, or JSON's list of them, as a tuple."""
+    ok = isinstance(value, tuple | list) and all(type(entry) is kind for entry in value)
+    words = {str: "strings", int: "integers"}[kind]
+    require(ok, f"config key {name}={shown(value)} should be a tuple of {words}")
     return tuple(value)
 
 

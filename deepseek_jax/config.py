@@ -142,11 +142,13 @@ class MeshConfig:
     `tensor` divides the heads inside the attention and the tokens of a sequence outside of it (`parallel/tensor.py`).
     """
 
-    pipe: int = 1  # pipeline stages
+    pipe: int = 1  # ranks of the pipeline
     data: int = 0  # replicas; 0: as many as the other axes leave of the devices
     node: int = 1  # nodes over which experts are spread
     local: int = 1  # devices of a node over which they are spread
     tensor: int = 1  # devices that share a sequence and its heads
+    # how many layers each stage of the pipeline has, from the first; empty: so that stages cost about alike
+    stage_layers: tuple[int, ...] = ()
     # over node x local x tensor: "two_hop", "flat" or "replicated"; auto: by mesh
     experts: str = "auto"
     dispatch: str = "auto"  # format of tokens on the way to experts: same (as computed), bf16, fp8, fp8_ue8m0
@@ -164,6 +166,8 @@ class MeshConfig:
         ranges("mesh", self, "data receive", 0, _MANY)
         ranges("mesh", self, "pipe node local tensor", 1, _MANY)
         ranges("mesh", self, "comm_channels", 0, 64)
+        layers_ok = all(0 <= n <= _MANY for n in self.stage_layers)
+        require(layers_ok, f"mesh.stage_layers={shown(self.stage_layers)} must be numbers of layers >= 0")
         choice("mesh.experts", self.experts, ("auto", *EXCHANGES, "replicated"))
         choice("mesh.dispatch", self.dispatch, ("auto", *DISPATCH_FORMATS))
         choice("mesh.combine", self.combine, ("auto", *COMBINE_FORMATS))

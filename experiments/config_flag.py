@@ -135,7 +135,7 @@ def _as(option: Any, text: str) -> Any:
     if option is types.NoneType:
         raise ValueError
     if typing.get_origin(option) is tuple and not text.startswith(("(", "[")):
-        return tuple(text.split(",")) if text else ()
+        return tuple(map(typing.get_args(option)[0], text.split(","))) if text else ()
     return ast.literal_eval(text)
 
 
