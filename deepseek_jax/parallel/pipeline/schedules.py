@@ -14,88 +14,9 @@ and returns as direction 1.
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import NamedTuple
 
-
-class Item(NamedTuple):
-    """A micro-batch on its way in one direction. `micro` counts from 0 in each direction."""
-
-    direction: int
-    micro: int
-
-    def __str__(self) -> str:
-        return f"{self.direction}.{self.micro}"
-
-
-class Op(NamedTuple):
-    """What a rank does at one time: a forward, a backward, both, or weight gradients.
-
-    Attributes:
-        split: the backward makes gradients of inputs only; a later op makes those of weights.
-    """
-
-    forward: Item | None = None
-    backward: Item | None = None
-    weights: Item | None = None
-    split: bool = False
-
-    def __str__(self) -> str:
-        parts = (("F", self.forward), ("Bi" if self.split else "B", self.backward), ("W", self.weights))
-        return "&".join(f"{kind}{item}" for kind, item in parts if item is not None)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The ops of every rank, and how stages lie over ranks.
-
-    Attributes:
-        num_stages: num_ranks, or twice as many where each micro-batch passes every rank twice (DualPipeV).
-        num_micro: micro-batches of a batch, of both directions together where they share them (DualPipe).
-        ops: those of each rank, in the order in which it runs them.
-        directions: ways through the stages, as many as a rank has chunks, that is, stages that it holds.
-    """
-
-    name: str
-    num_ranks: int
-    num_stages: int
-    num_micro: int
-    ops: tuple[tuple[Op, ...], ...]
-    directions: int = 1
-
-    @property
-    def turns(self) -> bool:
-        """Whether direction 0 goes on as direction 1 at the last rank."""
-        return self.num_stages > self.num_ranks
-
-    def micros(self, direction: int) -> int:
-        """Micro-batches of a direction: half of them, the odd one in direction 0, where there are two starts."""
-        shared = self.directions == 2 and not self.turns
-        return (self.num_micro + 1 - direction) // 2 if shared else self.num_micro
-
-    def stage(self, rank: int, direction: int) -> int:
-        return self.num_stages - 1 - rank if direction else rank
-
-    def chunk(self, rank: int, direction: int) -> int:
-        """Which of the rank's chunks a direction passes: 0 for the lower of its stages."""
-        return int(self.directions == 2 and self.stage(rank, direction) > self.stage(rank, 1 - direction))
-
-    def after(self, rank: int, direction: int) -> tuple[int, int] | None:
-        """(rank, direction) to which the result of a forward goes; None: the loss is here."""
-        if self.stage(rank, direction) == self.num_stages - 1:
-            return None
-        if self.turns and direction == 0 and rank == self.num_ranks - 1:
-            return rank, 1
-        return (rank - 1 if direction else rank + 1), direction
-
-    def before(self, rank: int, direction: int) -> tuple[int, int] | None:
-        """(rank, direction) to which the result of a backward goes; None: the first stage."""
-        if self.stage(rank, direction) == 0:
-            return None
-        if self.turns and direction == 1 and rank == self.num_ranks - 1:
-            return rank, 0
-        return (rank + 1 if direction else rank - 1), direction
+from deepseek_jax.parallel.pipeline.ops import Item, Op, Schedule
 
 
 class _Rank:
