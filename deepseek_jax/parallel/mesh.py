@@ -37,9 +37,10 @@ def _sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
     data = cfg.data or max(1, devices // rest)
     need = data * rest
     if need > devices or (cfg.data == 0 and need != devices):
+        remainder = f", no multiple of {rest}" if need <= devices else ""
         raise ValueError(
             f"mesh pipe={cfg.pipe} data={cfg.data} node={cfg.node} local={cfg.local} tensor={cfg.tensor} "
-            f"needs {need} devices and {devices} are at hand; change config.mesh.*"
+            f"needs {need} devices and {devices} are at hand{remainder}; change config.mesh.*"
         )
     return cfg.pipe, data, cfg.node, cfg.local, cfg.tensor
 

@@ -9,7 +9,7 @@ from experiments import config_flag
 from experiments.study.exchange_memory import Buffer, exchange_buffers, tokens_at_once
 from experiments.study.memory import Memory, state_memory
 
-GIB = 1 << 30
+UNITS = {"GiB": 1 << 30, "MiB": 1 << 20}
 NAMES = {
     "master": "master weights",
     "moments": "moments",
@@ -20,18 +20,19 @@ NAMES = {
 }
 
 
-def _line(name: str, dense: int, experts: int) -> str:
-    return f"  {name:<26}" + "".join(f"{n / GIB:>12.2f}" for n in (dense, experts, dense + experts))
+def _line(name: str, dense: int, experts: int, unit: str) -> str:
+    return f"  {name:<26}" + "".join(f"{n / UNITS[unit]:>12.2f}" for n in (dense, experts, dense + experts))
 
 
 def report(memory: dict[str, Memory]) -> str:
-    """Returns the table, in GiB."""
+    """Returns the table, in GiB, or in MiB where all is less than one."""
     dense, experts = memory["dense"], memory["experts"]
-    lines = [f"  {'GiB per device':<26}{'dense':>12}{'experts':>12}{'all':>12}"]
+    unit = "GiB" if dense.in_step + experts.in_step >= UNITS["GiB"] else "MiB"
+    lines = [f"  {unit + ' per device':<26}{'dense':>12}{'experts':>12}{'all':>12}"]
     rows = [(NAMES[key], getattr(dense, key), getattr(experts, key)) for key in NAMES]
-    lines += [_line(*row) for row in rows if row[1] + row[2]]
-    lines.append(_line("between steps", dense.between_steps, experts.between_steps))
-    lines.append(_line("in a step", dense.in_step, experts.in_step))
+    lines += [_line(*row, unit) for row in rows if row[1] + row[2]]
+    lines.append(_line("between steps", dense.between_steps, experts.between_steps, unit))
+    lines.append(_line("in a step", dense.in_step, experts.in_step, unit))
     return "\n".join(lines)
 
 

@@ -18,7 +18,10 @@ def golden(**sections) -> Config:
 def test_the_report():
     text = dry_run.report(golden(mesh={"local": 4, "data": 1}))
     assert "run: 20 steps of 4 x 32 tokens, 2,560 in all" in text and "output: runs/golden" in text
-    assert "memory on each of 4 device(s):" in text and "in a step" in text
+    assert "memory on each of 4 device(s):" in text
+    [line] = [x for x in text.splitlines() if x.startswith("  between steps")]
+    # A dense parameter and an expert's each have a float32 master and two moments, here in float32.
+    assert "MiB per device" in text and 0 < float(line.split()[-1]) < 12 * 66_724 / 2**20
 
 
 def test_devices_that_are_not_here():

@@ -109,7 +109,7 @@ def test_the_command(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--devices=12"], "needs 8 devices and 12 are at hand"),
+        (["--devices=12"], "needs 8 devices and 12 are at hand, no multiple of 8; change"),
         (["--config.mesh.data=3"], "no dim divides over the 24 devices of data=3 x local=8"),
         (["--config.mesh.local=128"], "64 of 'expert' do not divide over 128 devices of local=128"),
         (["--config=configs/nope.py"], "No such file or directory: 'configs/nope.py'"),
