@@ -1,5 +1,6 @@
 """`deepseek_jax.load(path) -> Model`: a Hugging Face folder, or the output folder of a training run."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ import jax.numpy as jnp
 
 from deepseek_jax import hf, now
 from deepseek_jax.checkpoints.arrays import load_params
+from deepseek_jax.checks import require, shown
 from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
 from deepseek_jax.data import text_files
 from deepseek_jax.data.special_tokens import stop_ids
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.hf.config import quantization
 from deepseek_jax.inference.model import Model
 from deepseek_jax.inference.over_mesh import parameter_shardings
 from deepseek_jax.json_files import read_object
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
+from deepseek_jax.precision import preset
 
 
 def load(
@@ -36,12 +40,20 @@ def load(
     Args:
         step, ema: which checkpoint of a training run, and whether its averaged parameters.
         dtype, mtp, shardings: of the parameters of a Hugging Face checkpoint, see `deepseek_jax.hf.load`.
-        keep_fp8: multiply its FP8 weights as they are, activations quantised as in training, instead of dequantising them.
+        keep_fp8: multiply its FP8 weights as they are instead of dequantising them, activations quantised with scales of
+            the kind that its config.json names (`scale_fmt`).
         mesh: generate over these devices, which hold the experts among them (`inference/over_mesh.py`); None: on one.
 
     Raises:
-        ValueError: neither of the two, or a damaged checkpoint; names the file. Or a mesh that does not fit.
+        ValueError: neither of the two, an argument of another type, or a damaged checkpoint; names the file. Or a mesh
+            that does not fit.
     """
+    for name, value, kind, words in (
+        ("path", path, str | os.PathLike, "a folder's name"),
+        ("step", step, int | None, "a number of steps, or None"),
+        ("mesh", mesh, MeshConfig | None, "a MeshConfig, or None"),
+    ):
+        require(isinstance(value, kind), f"{name}={shown(value)} should be {words}")
     if mesh is not None and shardings is not None:
         raise ValueError("a mesh brings its own shardings: give one of mesh and shardings")
     if keep_fp8 and (mesh is not None or shardings is not None):
@@ -53,13 +65,11 @@ def load(
     folder = Path(path).expanduser()
     with now.doing(f"loading {path}"):
         if (folder / "config.json").is_file():
-            text = _text_side(folder, read_object(folder / "config.json"))
-            cfg, params, router_bias = hf.load(folder, dtype, mtp=mtp, keep_fp8=keep_fp8, shardings=over_mesh)
-            if keep_fp8 and not any(
-                "fp8" in jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)
-            ):
-                raise ValueError(f"{folder} has no weights in FP8: leave out keep_fp8")
-            return Model(cfg, multiplied_as_stored(params, model_params(cfg)), router_bias, *text, mesh)
+            config = read_object(folder / "config.json")
+            text = _text_side(folder, config)
+            cfg, params, bias = hf.load(folder, dtype, mtp=mtp, keep_fp8=keep_fp8, shardings=over_mesh)
+            params = _as_stored(folder, config, cfg, params) if keep_fp8 else params
+            return Model(cfg, params, bias, *text, mesh)
         if (folder / "checkpoints").is_dir():
             if keep_fp8:
                 raise ValueError(
@@ -71,6 +81,15 @@ def load(
             text = _text_side(folder, meta.get("huggingface", {}).get("config", {}))
             return Model(build(Config, saved).model, params, jnp.asarray(bias), *text, mesh)
     raise ValueError(f"{folder} holds neither config.json (Hugging Face) nor checkpoints/ (a training run)")
+
+
+def _as_stored(folder: Path, config: Mapping[str, Any], cfg: ModelConfig, params: Any) -> Any:
+    """Weights that are multiplied in FP8, activations with the kind of scales that the checkpoint's own have."""
+    if not any("fp8" in jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)):
+        raise ValueError(f"{folder} has no weights in FP8: leave out keep_fp8")
+    policy = preset("deepseek_fp8_ue8m0" if quantization(config) == "ue8m0" else "deepseek_fp8")
+    assert policy is not None
+    return multiplied_as_stored(params, model_params(cfg), policy)
 
 
 def _text_side(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer | None, tuple[int, ...]]:

@@ -51,12 +51,12 @@ def attach(params: Any, quantised: Any, policy: Policy | None) -> Any:
     )
 
 
-def multiplied_as_stored(params: Any, declared: Any) -> Any:
+def multiplied_as_stored(params: Any, declared: Any, policy: Policy) -> Any:
     """Parameters of `hf.load(keep_fp8=True)` for inference: leaves {"fp8", "scale"} become weights that are multiplied as
-    they are. `declared`: as for `quantise_weights`."""
+    they are, with activations quantised by `policy`. `declared`: as for `quantise_weights`."""
 
     def one(p: Param, w: Any) -> Any:
         shape = p.shape[1:] if p.axes[0] == "layer" else p.shape
-        return w if hasattr(w, "dtype") else from_blocks(w["fp8"], w["scale"], shape)
+        return w if hasattr(w, "dtype") else from_blocks(w["fp8"], w["scale"], shape, policy)
 
     return tree_map(one, declared, params)

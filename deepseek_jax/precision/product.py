@@ -37,7 +37,7 @@ from deepseek_jax.precision.operands import (
     take_rows,
     transpose,
 )
-from deepseek_jax.precision.policy import PRESETS, Policy
+from deepseek_jax.precision.policy import Policy
 from deepseek_jax.precision.sums import precision
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
 from pallas_kernels.groups import Groups
@@ -329,9 +329,7 @@ def quantise_weight(
     return transpose(in_out if same else quantise(w, fprop.transposed)), in_out
 
 
-def from_blocks(q: jax.Array, scale: jax.Array, shape: tuple[int, ...]) -> Quantised:
+def from_blocks(q: jax.Array, scale: jax.Array, shape: tuple[int, ...], policy: Policy) -> Quantised:
     """A weight of an FP8 checkpoint for inference, multiplied as it is: E4M3 [..., out, in], float32 scales of its
-    128x128 blocks. `shape`: of the parameter, without layer dim. Activations are quantised as in training."""
-    policy = PRESETS["deepseek_fp8"]
-    assert policy is not None
+    128x128 blocks. `shape`: of the parameter, without layer dim; `policy` says how activations are quantised."""
     return Quantised(None, Operand(q, scale, policy.fprop[1]), None, policy, shape)

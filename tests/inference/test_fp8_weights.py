@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from deepseek_jax import hf
 from deepseek_jax.hf.names import leaves
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
+from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.product import product
 from tests.inference.checkpoint import save_run
 from tests.oracle.tiny import V3, weights
@@ -122,7 +124,25 @@ def test_decoding_reads_the_bytes_of_the_checkpoint(models):
 def test_layers_in_bfloat16_beside_layers_in_fp8():
     params = {"a": jnp.ones((2, 3, 4), jnp.bfloat16)}
     declared = {"a": model_params(CFG)["dense_layers"]["attn_norm_d"]}
-    assert multiplied_as_stored(params, declared)["a"] is params["a"]
+    policy = PRESETS["deepseek_fp8"]
+    assert multiplied_as_stored(params, declared, policy)["a"] is params["a"]
+
+
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+def test_activations_have_scales_of_the_checkpoints_kind(scale, tmp_path):
+    """NumPy multiplies the same FP8 numbers: only the order of float32 sums differs."""
+    hf.save(tmp_path / "checkpoint", CFG, *weights(CFG, seed=2), format="fp8", scale=scale)
+    kept = deepseek_jax.load(tmp_path / "checkpoint", dtype="float32", keep_fp8=True)
+    w = jax.tree.map(lambda x: x[0], of(kept.params, "moe_layers.attn.wkv_a_dc"))
+    x = np.random.default_rng(1).standard_normal((3, CFG.hidden_size)).astype(np.float32)
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 128))).reshape(3, -1, 128)
+    scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(448)
+    if scale == "ue8m0":
+        scales = np.exp2(np.ceil(np.log2(scales)))
+    rounded = (blocks / scales).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scales
+    want = rounded.reshape(3, -1)[:, : x.shape[1]] @ np.float64(w.array(jnp.float32))
+    got = w.fprop(w.operand(jnp.asarray(x)), jnp.float32)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
 def test_what_does_not_go_with_fp8_weights(folder, tmp_path):

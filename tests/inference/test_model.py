@@ -82,6 +82,21 @@ def test_dtype_of_a_hugging_face_folder(folder):
     assert {x.dtype.name for x in jax.tree.leaves(model.params)} == {"bfloat16"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": None}, "path=None should be a folder's name"),
+        ({"path": 5}, "path=5 should be a folder's name"),
+        ({"step": "5"}, "step='5' should be a number of steps, or None"),
+        ({"dtype": 16}, "dtype=16 is not one of"),
+        ({"mesh": {"node": 2}}, r"mesh=\{'node': 2\} should be a MeshConfig, or None"),
+    ],
+)
+def test_arguments_of_another_type(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        deepseek_jax.load(**{"path": folder} | arguments)
+
+
 def test_a_folder_that_is_neither(tmp_path):
     with pytest.raises(ValueError, match=r"holds neither config\.json .* nor checkpoints/"):
         deepseek_jax.load(tmp_path)
