@@ -12,6 +12,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from experiments import compiled
 from experiments.screen import SCREEN
 
 _LONGEST = 700  # characters
+_IN_BACKGROUND = "in the background"  # as `deepseek_jax.training.preflight` names a thread that compiles
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT  # exit statuses
 
 Main = Callable[[Sequence[str]], int]
@@ -39,7 +41,8 @@ def run(main: Main) -> NoReturn:
     compiled.keep()
     with _showing():
         code = status(main, sys.argv[1:])
-    if code:  # at once: a thread may be compiling, and would abort the interpreter's own end
+    if code or _IN_BACKGROUND in [thread.name for thread in threading.enumerate()]:
+        # at once: a thread may be compiling, and would abort the interpreter's own end
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()

@@ -23,13 +23,18 @@ class Screen:
     def __init__(self, file: TextIO | None = None):
         self._file = file
         self.quiet = False  # True: show nothing, as all but the first of several processes
-        self._inside: list[threading.Event] = []  # work within work; the innermost is shown
+        # work within work, and what it is; the innermost is shown
+        self._inside: list[tuple[threading.Event, str]] = []
 
     def line(self, text: str) -> None:
         """Writes a line at once, whatever is shown; any thread may call it."""
         if not self.quiet:
             file = self._file or sys.stderr
             _line(text, file, counts=file.isatty() and not tqdm._instances)
+
+    def stopping(self, text: str) -> None:
+        """As `line`, with the work that goes on meanwhile."""
+        self.line(text + "".join(f" (now: {what})" for _, what in self._inside[-1:]))
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -39,9 +44,10 @@ class Screen:
             return
         file, began, over = self._file or sys.stderr, time.monotonic(), threading.Event()
         counts = file.isatty() and not tqdm._instances
-        self._inside.append(over)
+        inside = (over, what)
+        self._inside.append(inside)
         thread = threading.Thread(
-            target=_tell, args=(what, file, counts, over, lambda: self._inside[-1:] == [over]), daemon=True
+            target=_tell, args=(what, file, counts, over, lambda: self._inside[-1:] == [inside]), daemon=True
         )
         thread.start()
         try:
@@ -49,7 +55,7 @@ class Screen:
         finally:
             over.set()
             thread.join()
-            self._inside.remove(over)
+            self._inside.remove(inside)
             seconds = time.monotonic() - began
             if seconds >= _LONG:
                 _line(f"{what}: {seconds:.0f} s", file, counts)

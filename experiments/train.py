@@ -139,7 +139,7 @@ def run(
 
     # Innermost, `failing_fast` spares a process that lost the others the waiting in `close`.
     failing_fast = joining.failing_fast
-    with stop_on_signals(SCREEN.line) as stop, contextlib.ExitStack() as stack:
+    with stop_on_signals(SCREEN.stopping) as stop, contextlib.ExitStack() as stack:
         with failing_fast(command_line.complain):
             trainer = stack.enter_context(contextlib.closing(Trainer(cfg)))
             trainer.check()

@@ -63,7 +63,7 @@ class Trainer(Run):
         self.step_fn: Any = make_train_step(cfg, mesh)
         self.eval_fn = make_eval_step(cfg, mesh)
         self.records: Records | None = None  # of `run`; takes more until `close`
-        self._vote = StopVote(mesh)
+        self._vote, self._averaged = StopVote(mesh), False
         super().__init__(cfg, mesh, data)
 
     @functools.cached_property
@@ -129,7 +129,7 @@ class Trainer(Run):
             self.data.tokenizer.save(self.out_dir)
         _ = self.state
         if self.step < self.total_steps:
-            self._program.wait()
+            self._program.wait(stop)
         latest, devices = self.checkpointer.latest, self.mesh.size
         records = Records(self.cfg, self.step, self.total_steps, devices, latest, progress_file)
         self.records, profile = records, StepProfile(self.out_dir / "profile", profile_steps, records)
@@ -164,6 +164,9 @@ class Trainer(Run):
         records.add(Step(self.step, self.tokens, plan.batch_size, hyper, metrics, waited))
         if self.step % cfg.ema_every == 0:
             self.ema.update(self.state.params, metrics.finite)
+            if not self._averaged:  # the first update compiles its program
+                self._averaged = True
+                records.pause()
         last = self.step == self.total_steps
         saving = last or self.step % cfg.checkpoint_every == 0
         if (not last and self.step % cfg.eval_every == 0) or (saving and cfg.keep_best):

@@ -18,6 +18,8 @@ from deepseek_jax.parallel.mesh import batch_sharding, batch_shards
 from deepseek_jax.training.schedules import Schedules
 from deepseek_jax.training.step import abstract_state
 
+IN_BACKGROUND = "in the background"  # the name of a thread; `experiments.command_line` looks for it
+_LOOK = 0.05  # seconds between two looks at what is compiled
 _FIM_TOKENS = ("fim_begin", "fim_hole", "fim_end")
 
 
@@ -70,7 +72,7 @@ def in_background(f: Callable[[], Any]) -> Future:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=IN_BACKGROUND, daemon=True).start()
     return future
 
 
@@ -92,9 +94,13 @@ class StepProgram:
         if jax.process_count() > 1:  # which compile their programs in the same order
             self._compiled.result()
 
-    def wait(self) -> None:
-        """Returns when the step is compiled."""
+    def wait(self, stop: threading.Event) -> None:
+        """Returns when the step is compiled, or `stop` is set."""
         if self._compiled is None:
             self.compile()
+        assert self._compiled is not None
         with now.doing("compiling the training step"):
-            self._compiled.result()  # type: ignore[union-attr]
+            while not self._compiled.done():
+                if stop.wait(_LOOK):
+                    return
+            self._compiled.result()

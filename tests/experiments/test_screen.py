@@ -48,6 +48,14 @@ def test_within_other_work_the_innermost_is_shown():
     assert "\r\x1b[Kinner ... 1 s" in file.getvalue() and "outer ... 1 s" not in file.getvalue()
 
 
+def test_a_stop_says_what_goes_on():
+    screen = Screen(io.StringIO())
+    with screen.doing("reading"), screen.doing("compiling"):
+        screen.stopping("stopping")
+    screen.stopping("stopping")
+    assert screen._file.getvalue() == "stopping (now: compiling)\nstopping\n"
+
+
 def test_lines_stand_above_a_bar():
     file = Terminal()
     with tqdm(total=3, file=file) as bar:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -101,10 +102,11 @@ def test_an_undisturbed_run(golden_run):
     steps = sorted(int(p.name) for p in (Path(cfg.train.out_dir) / "checkpoints").iterdir())
     assert steps == [10, 15, 20]  # every 5, of which train.keep=3 stay
     assert (Path(cfg.train.out_dir) / "tokenizer.json").exists()
-    # Steps are timed from the one before, unless a checkpoint or an evaluation lies between; a CPU has no MFU.
+    # Steps are timed from the one before, unless a checkpoint, an evaluation or the compilation of the average lies
+    # between; a CPU has no MFU.
     timed = [r for r in read_records(Path(cfg.train.out_dir) / METRICS_FILE) if r["kind"] == "train"]
     for name in ("tokens_per_s", "step_seconds", "data_seconds"):
-        assert [r["step"] for r in timed if name not in r] == [1, 6, 11, 16]
+        assert [r["step"] for r in timed if name not in r] == [1, 2, 6, 11, 16]
         assert all(r[name] >= 0 for r in timed if name in r)
     assert not any("mfu" in r for r in timed)
 
@@ -217,6 +219,16 @@ def test_stopped_before_the_first_step(golden_run, tmp_path):
     result, _ = run_on(config_in(tmp_path, golden_run), steps=0)
     assert (result.step, result.stopped) == (0, True)
     assert (tmp_path / "checkpoints" / "0").is_dir()
+
+
+def test_stopped_while_the_step_is_compiled(golden_run, tmp_path):
+    """Without waiting for the compiler; the same run goes on from its first parameters."""
+    stop, run = threading.Event(), trainer(config_in(tmp_path, golden_run))
+    run._program._compiled = Future()  # which never ends
+    threading.Timer(0.5, stop.set).start()
+    with contextlib.closing(run):
+        result = run.run(stop, io.StringIO())
+    assert (result.step, result.stopped) == (0, True)
 
 
 def test_too_many_bad_steps_end_the_run_and_keep_the_checkpoint(golden_run, tmp_path):
