@@ -67,9 +67,9 @@ def load(
         if (folder / "config.json").is_file():
             config = read_object(folder / "config.json")
             text = _text_side(folder, config)
-            cfg, params, bias = hf.load(folder, dtype, mtp=mtp, keep_fp8=keep_fp8, shardings=over_mesh)
+            cfg, params, router_bias = hf.load(folder, dtype, mtp=mtp, keep_fp8=keep_fp8, shardings=over_mesh)
             params = _as_stored(folder, config, cfg, params) if keep_fp8 else params
-            return Model(cfg, params, bias, *text, mesh)
+            return Model(cfg, params, router_bias, *text, mesh)
         if (folder / "checkpoints").is_dir():
             if keep_fp8:
                 raise ValueError(
