@@ -5,6 +5,7 @@
     python -m experiments.plan memory --config=configs/v3_671b.py --config.mesh.data=8     # bytes on each device
     python -m experiments.plan memory --config=configs/v2_lite_16b.py --devices=64
     python -m experiments.plan overlap                               # what is hidden: `planning/overlap.py`
+    python -m experiments.plan schedule --stages 8 --micro 20 --out dualpipe.png    # pipelines: `planning/schedule.py`
 
 `exchange` routes random tokens and counts what crosses between nodes (`planning/exchange.py`).
 
@@ -16,12 +17,13 @@ import argparse
 from collections.abc import Sequence
 
 from experiments import command_line
-from experiments.planning import exchange, memory, overlap
+from experiments.planning import exchange, memory, overlap, schedule
 
 PLANS = {
     "exchange": exchange.main,
     "memory": memory.main,
     "overlap": overlap.main,
+    "schedule": schedule.main,
 }
 
 
