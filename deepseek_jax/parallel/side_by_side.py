@@ -9,8 +9,11 @@
 The barriers keep each stage beside its part; running them at the same time is up to the scheduler (`compiler.py`).
 Without the first, it does the work while messages are made ready, and nothing while they travel. Without the second, the
 scheduler, which does not know how long a kernel of ours takes, places all work beside the first collective of the
-segment. The backward pass is a segment too, written out: the trip back, last stage first, beside the gradients of the
-parts.
+segment.
+
+`segment` is that, whatever the work. `side_by_side` is differentiable: its backward pass is a segment too, the trip back,
+last stage first, beside the gradients of the parts. A pipeline's pairs of a forward and a backward pass
+(`pipeline/pair.py`) are made of segments in which the trip of one is beside the work of the other.
 """
 
 import functools
@@ -21,15 +24,42 @@ import jax
 from jax import lax
 
 from deepseek_jax.model.layers import Params
+from deepseek_jax.parallel.exchange import order
 from deepseek_jax.parallel.exchange.hops import Plan
-from deepseek_jax.parallel.exchange.transport import COMBINE, DISPATCH, Direction
+from deepseek_jax.parallel.exchange.transport import COMBINE, DISPATCH, Direction, Values
 
 
-class Work(NamedTuple):
-    """first(params, inputs) -> between; second(params, inputs, between) -> result. Pure functions."""
+class Trip(NamedTuple):
+    """What travels in a segment. after: arrays that are to be there, on CPU devices, before it starts: what the trip
+    before it brought, where two do not depend on each other (`exchange/order.py`)."""
 
-    first: Callable[[Params, Any], Any]
-    second: Callable[[Params, Any, Any], Any]
+    direction: Direction
+    values: Values
+    plan: Plan
+    after: Any = ()
+
+
+def nothing(_: Any) -> tuple[()]:
+    """Work that is none."""
+    return ()
+
+
+def segment(
+    trip: Trip | None,
+    first: Callable[[Any], Any] = nothing,
+    second: Callable[[Any], Any] = nothing,
+    inputs: Any = (),
+) -> tuple[Any, Any]:
+    """(what the trip brings, or () without one; the result of the work), both behind the closing barrier.
+
+    first: inputs -> between. second: between -> result. What a part closes over does not wait for the opening barrier:
+    what is computed just before the segment belongs to `inputs`. The plan is finished before the segment starts. Not
+    differentiable as it stands: a gradient by JAX would lie beside nothing.
+    """
+    ready, start, finish = ((), nothing, nothing) if trip is None else _in_stages(trip)
+    ready, _, inputs = _barrier(ready, () if trip is None else trip.plan, inputs)
+    on_the_way, between = _barrier(start(ready), first(inputs))
+    return _barrier(finish(on_the_way), second(between))
 
 
 def _barrier(*values: Any) -> Any:
@@ -40,52 +70,68 @@ def _barrier(*values: Any) -> Any:
     return jax.tree.unflatten(tree, [x if x.dtype == jax.dtypes.float0 else next(done) for x in leaves])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def side_by_side(
-    direction: Direction, work: Work, values: tuple[jax.Array, ...], plan: Plan, p: Params, inputs: Any
-) -> tuple[Any, Any]:
-    """(what the direction brings, the result of the work), differentiable in `values`, `p` and `inputs`.
-
-    The plan is finished before the segment starts.
-    """
-    return _forward(direction, work, values, plan, p, inputs)[0]
-
-
-def _in_stages(direction: Direction, values: tuple[jax.Array, ...], plan: Plan) -> tuple[Any, Any, Any]:
+def _in_stages(trip: Trip) -> tuple[Any, Any, Any]:
     """(messages made ready, functions of the first and of the last stage), under the direction's name."""
 
     def named(stage: Callable[[Any, Plan], Any]) -> Callable[[Any], Any]:
         def run(x: Any) -> Any:
-            with jax.named_scope(direction.name):
-                return stage(x, plan)
+            with jax.named_scope(trip.direction.name):
+                return stage(x, trip.plan)
 
         return run
 
-    load, start, finish = map(named, (direction.load, direction.start, direction.finish))
-    return load(values), start, finish
+    load, start, finish = map(named, (trip.direction.load, trip.direction.start, trip.direction.finish))
+    ready = load(trip.values)
+    return order.after(ready, trip.after) if jax.tree.leaves(trip.after) else ready, start, finish
+
+
+# --- differentiable -----------------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """first(params, inputs) -> between; second(params, inputs, between) -> result. Pure functions."""
+
+    first: Callable[[Params, Any], Any]
+    second: Callable[[Params, Any, Any], Any]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def side_by_side(
+    direction: Direction, work: Work, values: Values, plan: Plan, p: Params, inputs: Any
+) -> tuple[Any, Any]:
+    """(what the direction brings, the result of the work), differentiable in `values`, `p` and `inputs`."""
+    return _forward(direction, work, values, plan, p, inputs)[0]
 
 
 def _forward(direction, work, values, plan, p, inputs):  # type: ignore[no-untyped-def]
-    ready, start, finish = _in_stages(direction, values, plan)
-    ready, _, inputs = _barrier(ready, plan, inputs)
-    between, first_vjp = jax.vjp(work.first, p, inputs)
-    on_the_way, between, inputs = _barrier(start(ready), between, inputs)
-    result, second_vjp = jax.vjp(work.second, p, inputs, between)
-    out = _barrier(finish(on_the_way), result)
-    return out, (plan, first_vjp, second_vjp)
+    vjps = []  # which hold the parameters, and so pass no barrier
+
+    def first(inputs: Any) -> Any:
+        between, vjp = jax.vjp(work.first, p, inputs)
+        vjps.append(vjp)
+        return inputs, between
+
+    def second(between: Any) -> Any:
+        result, vjp = jax.vjp(work.second, p, *between)
+        vjps.append(vjp)
+        return result
+
+    out = segment(Trip(direction, values, plan), first, second, inputs)
+    return out, (plan, *vjps)
 
 
 def _backward(direction, work, saved, g):  # type: ignore[no-untyped-def]
     plan, first_vjp, second_vjp = saved
     g_values, g_result = g
     back = COMBINE if direction is DISPATCH else DISPATCH
-    ready, start, finish = _in_stages(back, direction.values(g_values), plan)
-    ready, g_result = _barrier(ready, g_result)
-    dp_second, d_inputs, d_between = second_vjp(g_result)
-    on_the_way, dp_second, d_inputs, d_between = _barrier(start(ready), dp_second, d_inputs, d_between)
-    dp_first, d_inputs_first = first_vjp(d_between)
-    d_values, dp_first, d_inputs_first = _barrier(finish(on_the_way), dp_first, d_inputs_first)
-    return back.values(d_values), None, _add(dp_first, dp_second), _add(d_inputs_first, d_inputs)
+
+    def first_part(gradients: Any) -> Any:
+        *of_p_and_inputs, d_between = gradients
+        return _add(first_vjp(d_between), tuple(of_p_and_inputs))
+
+    trip = Trip(back, direction.values(g_values), plan)
+    brought, (dp, d_inputs) = segment(trip, second_vjp, first_part, g_result)
+    return back.values(brought), None, dp, d_inputs
 
 
 def _add(a: Any, b: Any) -> Any:

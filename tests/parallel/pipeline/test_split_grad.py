@@ -60,7 +60,12 @@ def swiglu_ffn():
 
 def attention():
     fn = lambda p, segments, qkv: core_output(qkv, segments, p)  # noqa: E731
-    return fn, normal(2, 8, D), np.arange(T)[None] // np.array([[5], [9]]), tuple(normal(3, B, 2, T, 8))
+    return (
+        fn,
+        normal(2, 8, D),
+        np.int32(np.arange(T)[None] // np.array([[5], [9]])),
+        tuple(normal(3, B, 2, T, 8)),
+    )
 
 
 def head(loss=weighted_nll, remat=jax.checkpoint):
@@ -70,7 +75,12 @@ def head(loss=weighted_nll, remat=jax.checkpoint):
         labels_n, weights_n = hand
         return loss(h_nd, p, labels_n, *((weights_n,) if loss is weighted_nll else ()), 12)
 
-    return remat(fn), normal(D, 66), (np.arange(B * T) % 66, np.ones(B * T, np.float32)), normal(B * T, D)
+    return (
+        remat(fn),
+        normal(D, 66),
+        (np.int32(np.arange(B * T) % 66), np.ones(B * T, np.float32)),
+        normal(B * T, D),
+    )
 
 
 def layer(kind, remat="none", precision="bf16"):
