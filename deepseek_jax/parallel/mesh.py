@@ -1,6 +1,6 @@
 """Device mesh and the one table that maps logical axes to mesh axes (report section 3.1-3.2).
 
-Mesh axes: `pipe` (pipeline stages), `data` (replicas), `node` and `local` (expert parallelism spans both),
+Mesh axes: `pipe` (ranks of the pipeline), `data` (replicas), `node` and `local` (expert parallelism spans both),
 `tensor` (heads inside the attention, the tokens of a sequence and experts outside of it). Sequences are sharded over
 data, node and local, their tokens over `tensor`. An axis of size 1 costs nothing.
 "axis" is of the mesh, "dim" of a tensor.
@@ -18,9 +18,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.params import Param, tree_map_with_name
 
-AXES = ("pipe", "data", "node", "local", "tensor")
+PIPE = "pipe"
+AXES = (PIPE, "data", "node", "local", "tensor")
 BATCH_AXES = ("data", "node", "local")
 TOKEN_AXES = (*BATCH_AXES, "tensor")  # a device's tokens differ from those of all others along these
+STATE_AXES = (*TOKEN_AXES, PIPE)  # what may divide the state between steps: all, coarse to fine
 EXPERT_AXES = ("node", "local", "tensor")
 
 Rules = Mapping[str, tuple[str, ...]]

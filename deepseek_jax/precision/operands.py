@@ -92,26 +92,36 @@ def quantise_part(
     x: jax.Array,
     fmt: Format,
     rows: jax.Array,
-    total: int,
+    columns: jax.Array | None,
+    whole: tuple[int, int],
     largest: Callable[[jax.Array], jax.Array],
 ) -> Operand:
-    """Some rows of an operand, with the scales that the whole operand's elements give.
+    """Some rows of an operand, whole or some columns of them, with the scales that the whole operand's elements give.
 
     Args:
-      x: [..., n, depth], this device's rows.
+      x: [..., n, m], this device's part.
       rows: int32 [n], which rows of the whole they are; blocks may have rows elsewhere.
-      total: rows of the whole.
-      largest: maximum over the devices that have the other rows.
+      columns: int32 [m], which columns; None: all.
+      whole: rows and depth of the whole.
+      largest: maximum over the devices that have the other parts.
 
     Returns:
-      Operand of q [..., n, depth] and the scales of the whole: bit for bit what `quantise` makes of it.
+      Operand of q [..., n, m] and the scales of the whole: bit for bit what `quantise` makes of it.
     """
-    height, width = fmt.rows or total, fmt.depth or x.shape[-1]
+    height, width = fmt.rows or whole[0], fmt.depth or whole[1]
     x, block = x.astype(jnp.float32), rows // height
-    amax = jnp.max(jnp.abs(split_blocks(x, (1, width))), axis=(-3, -1))
-    blocks = jnp.zeros((*amax.shape[:-2], cdiv(total, height), amax.shape[-1]), amax.dtype)
+    if columns is None:
+        amax = jnp.max(jnp.abs(split_blocks(x, (1, width))), axis=(-3, -1))
+    else:
+        along = jnp.zeros((*x.shape[:-1], cdiv(whole[1], width)), x.dtype)
+        amax = along.at[..., columns // width].max(jnp.abs(x))
+    blocks = jnp.zeros((*amax.shape[:-2], cdiv(whole[0], height), amax.shape[-1]), amax.dtype)
     scale = scale_from_amax(largest(blocks.at[..., block, :].max(amax)), fmt.scale)
-    per_element = expand_scale(scale[..., block, :], (1, width), x.shape)
+    of_rows = scale[..., block, :]
+    if columns is None:
+        per_element = expand_scale(of_rows, (1, width), x.shape)
+    else:
+        per_element = of_rows[..., columns // width]
     return Operand(divide(x, per_element).astype(jnp.float8_e4m3fn), scale, fmt)
 
 

@@ -4,6 +4,7 @@ Activations and temporary copies (a gradient while it is cast and scattered) are
 the exchange's buffers.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model.params import tree_map
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import quantise_weights
+from deepseek_jax.parallel.pipeline.stages import Held, stages
 from deepseek_jax.precision import preset
 from deepseek_jax.training.state import parameter_shares
 
@@ -24,10 +26,12 @@ class Memory(NamedTuple):
 
     master: int = 0  # float32
     moments: int = 0  # both
-    compute: int = 0  # what the forward pass reads beside the master: gathered and cast, or quantised
+    compute: int = (
+        0  # what the forward pass reads beside the master: gathered, selected and cast, or quantised
+    )
     gradients: int = 0  # of one micro-batch, as the backward pass makes them
     accumulated: int = 0  # float32, whole; only with grad_accumulation
-    scattered: int = 0  # float32, as summed to their owners; only with mesh.zero
+    scattered: int = 0  # float32, as summed to their owners; only with mesh.zero or a pipeline
 
     @property
     def between_steps(self) -> int:
@@ -42,7 +46,8 @@ class Memory(NamedTuple):
 def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
     """Returns the `Memory` of "dense" parameters (whatever is no routed expert) and of "experts".
 
-    Raises ValueError for what does not divide over the mesh.
+    On a mesh with a pipeline, a device reads the layers in the slots of both its stages (`pipeline/stages.py`), empty
+    slots included, and whole what is no layer of them. Raises ValueError for what does not divide over the mesh.
     """
     declared, policy = model_params(cfg.model), preset(cfg.precision)
 
@@ -50,29 +55,46 @@ def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
         return NamedSharding(mesh, spec).shard_shape(whole)
 
     shares = parameter_shares(cfg, mesh)
+    held = _layers_held(cfg, mesh)
     read = tree_map(lambda p, s: jax.ShapeDtypeStruct(shape(s.compute, p.shape), s.dtype), declared, shares)
+    read |= {kind: jax.tree.map(functools.partial(_in_slots, n), read[kind]) for kind, n in held.items()}
     operands = jax.eval_shape(lambda w: quantise_weights(w, declared, policy), read)
     moment = 2 * jnp.dtype(cfg.optimizer.moment_dtype).itemsize
 
     total = {"dense": Memory(), "experts": Memory()}
 
-    def add(p: Any, share: Any, copy: Any, quantised: Any) -> None:
-        held, whole, item = math.prod(shape(share.held, p.shape)), math.prod(copy.shape), copy.dtype.itemsize
-        gathered = whole * item if share.axes else 0
+    def add(in_slots: bool, p: Any, share: Any, copy: Any, quantised: Any) -> None:
+        own, whole, item = math.prod(shape(share.held, p.shape)), math.prod(copy.shape), copy.dtype.itemsize
+        comes = bool(share.divided) or in_slots  # else it is read as it lies
+        gathered = whole * item if comes else 0
         memory = Memory(
-            master=4 * held,
-            moments=moment * held,
+            master=4 * own,
+            moments=moment * own,
             compute=gathered if quantised is None else sum(map(_bytes, jax.tree.leaves(quantised))),
             gradients=whole * item,
             accumulated=4 * whole if cfg.train.grad_accumulation > 1 else 0,
-            scattered=4 * held if share.axes else 0,
+            scattered=4 * own if comes else 0,
         )
 
         kind = "experts" if "expert" in p.axes else "dense"
         total[kind] = Memory(*map(sum, zip(total[kind], memory, strict=True)))
 
-    tree_map(add, declared, shares, read, operands)
+    for name, group in declared.items():
+        tree_map(functools.partial(add, name in held), group, shares[name], read[name], operands[name])
     return total
+
+
+def _layers_held(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Slots that each device has for layers of a kind under DualPipe; none on a mesh without a pipeline."""
+    ranks = mesh.shape["pipe"]
+    if ranks == 1:
+        return {}
+    slots = Held(stages(cfg.model, ranks, cfg.mesh.stage_layers), ranks, chunks=2).slots
+    return {kind: sum(n) for kind, n in slots.items() if sum(n)}
+
+
+def _in_slots(slots: int, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((slots, *x.shape[1:]), x.dtype)
 
 
 def _bytes(x: jax.ShapeDtypeStruct) -> int:

@@ -76,6 +76,43 @@ def test_quantised_experts_have_two_operands():
     assert experts.gradients == 4 * n
 
 
+def test_v3_over_2048_devices_as_dualpipe_has_it():
+    """16 ranks of 128: each device reads eight slots of MoE layers, four of either stage, three of dense ones, though
+    only two ranks fill these, and embedding, head and MTP module whole. The state is divided over all 2048."""
+    dense, experts = planned(shipped("v3_671b", 15, "deepseek_fp8", pipe=16, data=2), 2048)
+    one = 4 * 3 * 7168 * 2048  # of a layer, four experts of 256 per device
+    n = 9 * one
+    master = 59 * 64 * one // 2048
+    assert experts == Memory(4 * master, 4 * master, 2 * (n + 4 * n // 128**2), 4 * n, 4 * n, 4 * master)
+    norms = 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
+    whole = 671_026_419_200 + 11_610_068_224 - 59 * 256 - 59 * 64 * one
+    held = (whole - norms) // 2048 + norms
+    in_slots = 12 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
+    attention, tables = 187_107_328 - 1536 - 512, 2 * 129280 * 7168
+    linear = 12 * attention + 3 * 3 * 7168 * 18432 + 9 * 3 * 7168 * 2048 + 2 * 7168 * 7168
+    gates = 9 * 7168 * 256
+    scales = 4 * 2 * blocks()
+    norms_read = (
+        4 * 11 * (2 * 7168 + 1536 + 512)
+    )  # of the layers in slots, selected; the others are read as they lie
+    assert dense.master == dense.moments == 4 * held
+    assert dense.compute == 2 * linear + scales + 2 * tables + 4 * gates + norms_read
+    assert dense.gradients == 4 * (linear + gates + in_slots) + 2 * tables
+    assert dense.accumulated == 4 * (linear + gates + in_slots + tables)
+    layer_norms = norms - (7168 + 3 * 7168) - (2 * 7168 + 1536 + 512)
+    assert dense.scattered == 4 * ((whole - norms) // 2048 + layer_norms)
+
+
+def blocks():
+    """Scales of one operand of all linear weights but experts: 128x128 blocks, the last ones part of one."""
+    attention = [(7168, 1536), (1536, 128 * 192), (7168, 576), (512, 128 * 256), (128 * 128, 7168)]
+    mlp = {width: 2 * [(7168, width)] + [(width, 7168)] for width in (18432, 2048)}
+    count = [
+        sum(math.ceil(a / 128) * math.ceil(b / 128) for a, b in m) for m in (attention, mlp[18432], mlp[2048])
+    ]
+    return 12 * count[0] + 3 * count[1] + 9 * count[2] + 112 * 56
+
+
 @pytest.mark.parametrize("zero", [False, True])
 def test_as_the_state_lies(zero):
     cfg = tiny(mesh={"data": 2, "node": 2, "local": 2, "zero": zero})

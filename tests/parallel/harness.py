@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from deepseek_jax.config import Config, MeshConfig
-from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
+from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, named_devices
 from deepseek_jax.precision.product import swiglu
 from deepseek_jax.training.state import TrainState, state_shardings
 from deepseek_jax.training.step import Metrics, make_train_step
@@ -42,8 +42,7 @@ def config(
 
 
 def mesh_of(cfg: Config) -> Mesh:
-    m = cfg.mesh
-    return make_mesh(m, jax.devices()[: m.data * m.node * m.local * m.tensor])
+    return make_mesh(cfg.mesh, jax.devices()[: named_devices(cfg.mesh)])
 
 
 def put(cfg: Config, nudge: float = 0.0) -> TrainState:

@@ -78,7 +78,7 @@ def test_parts_quantised_and_gathered_are_the_whole_quantised(policy):
     rng = np.random.default_rng(0)
     params = {name: rng.standard_normal(p.shape, np.float32) for name, p in DIVIDED.items()}
     tree = {name: share_of(name, p, mesh, {}, jnp.float32) for name, p in DIVIDED.items()}
-    assert [share.dim for share in tree.values()] == [0, 1, 1, 2, 2, 1]
+    assert [share.divided[0][0] for share in tree.values()] == [0, 1, 1, 2, 2, 1]
     local = functools.partial(gather, tree=tree, declared=DIVIDED, policy=policy)
     spread = jax.shard_map(local, mesh=mesh, in_specs=(held_specs(tree),), out_specs=P(), check_vma=False)
     zeros, got = jax.jit(spread)(params)

@@ -61,9 +61,7 @@ def test_only_linear_layers_are_quantised():
 
 def test_weights_are_quantised_once_for_all_micro_batches(monkeypatch):
     cfg, seen = small(grad_accumulation=2), []
-    monkeypatch.setattr(
-        zero, "quantise_weight", lambda w, policy: seen.append(w) or quantise_weight(w, policy)
-    )
+    monkeypatch.setattr(zero, "quantise_weight", lambda w, *by: seen.append(w) or quantise_weight(w, *by))
     jax.eval_shape(make_train_step(cfg, one_device()), fresh_state(cfg), {"tokens": tokens(cfg)}, HYPER)
     declared = jax.tree.leaves(model_params(cfg.model), is_leaf=lambda p: hasattr(p, "n_in"))
     assert len(seen) == sum(p.n_in is not None for p in declared) > 0
