@@ -46,9 +46,9 @@ def test_costs_and_queue(capsys):
 
 def colours(png: bytes) -> dict[tuple[int, ...], int]:
     """RGB -> pixels."""
-    pixels = (imread(io.BytesIO(png))[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    found, counts = np.unique(pixels, axis=0, return_counts=True)
-    return {tuple(colour): count for colour, count in zip(found.tolist(), counts.tolist(), strict=True)}
+    pixels = (imread(io.BytesIO(png))[..., :3] * 255).round().astype(int) @ (1 << 16, 1 << 8, 1)
+    found, counts = np.unique(pixels, return_counts=True)
+    return {(c >> 16, c >> 8 & 255, c & 255): n for c, n in zip(found.tolist(), counts.tolist(), strict=True)}
 
 
 def rgb(colour: str) -> tuple[int, ...]:

@@ -170,7 +170,7 @@ def forward_only(num_ranks: int, num_micro: int, like: str = "dualpipe") -> Sche
     """Forwards alone, for evaluation, with the stages where the schedule named `like` has them.
 
     A rank of two chunks begins with the direction whose start is nearer, and takes turns from when the other one's
-    micro-batches arrive: no rank waits between its ops more than their way takes.
+    micro-batches arrive. An even number of them, at least one per rank, takes the shortest time that there is.
 
     Args:
         num_micro: at least 1; odd too.

@@ -95,6 +95,16 @@ def test_a_full_queue_makes_backwards_whole(name, ranks):
             ]
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_rank_of_zero_bubble_holds_as_much_as_the_first(ranks):
+    """Micro-batches from their forward to their weight gradients."""
+    held = [
+        max(accumulate(bool(op.forward) - bool(op.weights) for op in ops))
+        for ops in zero_bubble(ranks, 2 * ranks).ops
+    ]
+    assert held == [ranks] * ranks
+
+
 @pytest.mark.parametrize(("name", "ranks"), KINDS)
 def test_a_micro_batch_passes_all_stages_and_back(name, ranks):
     schedule = SCHEDULES[name](ranks, 2 * ranks)
@@ -115,7 +125,7 @@ def test_a_micro_batch_passes_all_stages_and_back(name, ranks):
 
 @pytest.mark.parametrize(("name", "ranks"), KINDS)
 def test_forwards_alone_are_as_dense_as_their_way_allows(name, ranks):
-    """A rank works on after its first item until its last, which then has the way out to go."""
+    """From the first start, a rank of DualPipe's middle waits half of the others' way, and so do its results."""
     for micro in (1, 2, ranks, 2 * ranks, 2 * ranks + 1):
         schedule = forward_only(ranks, micro, name)
         training = SCHEDULES[name](ranks, 2 * ranks)
