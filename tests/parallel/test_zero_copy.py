@@ -69,20 +69,38 @@ DIVIDED = {  # name -> parameter and, on eight devices, what its first dim that 
 }
 
 
-@pytest.mark.parametrize("policy", ["deepseek_fp8_ue8m0", "per_token_channel", "per_tensor"])
-def test_parts_quantised_and_gathered_are_the_whole_quantised(policy):
+TWICE_DIVIDED = {  # by two replicas, and by a pipeline of four
+    "rows and columns": Param((2, 150, 516), ("layer", "embed", None), n_in=1),  # 75 and 129 each
+    "heads and values": Param((2, 6, 4, 129), ("layer", "heads", None, "embed"), n_in=2),
+    "experts and rows": Param((2, 6, 20, 129), ("layer", "expert", "embed", None), n_in=1),
+}
+EIGHT = config((2, 2, 2), mesh={"zero": True})
+PIPELINE = config((2,), mesh={"pipe": 4, "zero": True})
+
+
+@pytest.mark.parametrize(
+    ("policy", "cfg", "declared", "dims"),
+    [
+        ("deepseek_fp8_ue8m0", EIGHT, DIVIDED, [[0], [1], [1], [2], [2], [1]]),
+        ("per_token_channel", EIGHT, DIVIDED, [[0], [1], [1], [2], [2], [1]]),
+        ("per_tensor", EIGHT, DIVIDED, [[0], [1], [1], [2], [2], [1]]),
+        ("deepseek_fp8", PIPELINE, TWICE_DIVIDED, [[1, 2], [1, 2], [1, 2]]),
+        ("per_token_channel", PIPELINE, TWICE_DIVIDED, [[1, 2], [1, 2], [1, 2]]),
+        ("per_tensor", PIPELINE, TWICE_DIVIDED, [[1, 2], [1, 2], [1, 2]]),
+    ],
+)
+def test_parts_quantised_and_gathered_are_the_whole_quantised(policy, cfg, declared, dims):
     """To the bit, values and scales of both operands, whatever is divided; one device's part of a block may have its
     largest element, or another's."""
-    cfg = config((2, 2, 2), mesh={"zero": True})
     mesh, policy = mesh_of(cfg), preset(policy)
     rng = np.random.default_rng(0)
-    params = {name: rng.standard_normal(p.shape, np.float32) for name, p in DIVIDED.items()}
-    tree = {name: share_of(name, p, mesh, {}, jnp.float32) for name, p in DIVIDED.items()}
-    assert [share.divided[0][0] for share in tree.values()] == [0, 1, 1, 2, 2, 1]
-    local = functools.partial(gather, tree=tree, declared=DIVIDED, policy=policy)
+    params = {name: rng.standard_normal(p.shape, np.float32) for name, p in declared.items()}
+    tree = {name: share_of(name, p, mesh, {}, jnp.float32) for name, p in declared.items()}
+    assert [[dim for dim, _ in share.divided] for share in tree.values()] == dims
+    local = functools.partial(gather, tree=tree, declared=declared, policy=policy)
     spread = jax.shard_map(local, mesh=mesh, in_specs=(held_specs(tree),), out_specs=P(), check_vma=False)
     zeros, got = jax.jit(spread)(params)
-    want = jax.jit(lambda w: quantise_weights(w, DIVIDED, policy))(params)
+    want = jax.jit(lambda w: quantise_weights(w, declared, policy))(params)
     for name, w in params.items():
         assert zeros[name].shape == w.shape and not zeros[name].any()
         for x, y in zip(*map(jax.tree.leaves, (got[name], want[name])), strict=True):
