@@ -19,6 +19,7 @@ PRECISIONS = tuple(PRESETS)
 EXCHANGES = ("flat", "two_hop")  # of tokens and experts: `parallel/exchange/dispatcher.py`
 DISPATCH_FORMATS = ("same", "bf16", "fp8", "fp8_ue8m0")  # `parallel/exchange/wire.py`
 COMBINE_FORMATS = ("same", "bf16")
+PIPELINE_SCHEDULES = ("dualpipe", "dualpipe_v", "zero_bubble", "one_f_one_b", "gpipe")
 REMAT = ("none", "deepseek", "full")
 
 # Larger numbers are refused by name: they would end in memory or time that no machine has.
@@ -149,6 +150,10 @@ class MeshConfig:
     tensor: int = 1  # devices that share a sequence and its heads
     # how many layers each stage of the pipeline has, from the first; empty: so that stages cost about alike
     stage_layers: tuple[int, ...] = ()
+    # of the pipeline: "dualpipe", "dualpipe_v", "zero_bubble" (ZB1P), "one_f_one_b" or "gpipe"; auto: DualPipe where there are
+    # an even number of ranks and micro-batches, at least 2 per rank, else 1F1B
+    schedule: str = "auto"
+    weight_queue: int = 1  # micro-batches whose weight gradients may wait at a rank
     # over node x local x tensor: "two_hop", "flat" or "replicated"; auto: by mesh
     experts: str = "auto"
     dispatch: str = "auto"  # format of tokens on the way to experts: same (as computed), bf16, fp8, fp8_ue8m0
@@ -158,7 +163,8 @@ class MeshConfig:
     # a peer that gets a quarter more than its share. 0: one round, with buffers for the worst routing
     receive: float = 0.0
     zero: bool = False  # ZeRO-1: master weights and moments divided over all axes that divide tokens
-    # two halves of each device's batch in flight: one computes while the other's tokens travel
+    # one computes while the other's tokens travel: two halves of each device's batch, or, with a pipeline, the forward and
+    # the backward of a pair of micro-batches
     overlap: bool = False
     comm_channels: int = 0  # NCCL channels, so many SMs, that a collective may take on GPUs; 0: NCCL decides
 
@@ -166,8 +172,10 @@ class MeshConfig:
         ranges("mesh", self, "data receive", 0, _MANY)
         ranges("mesh", self, "pipe node local tensor", 1, _MANY)
         ranges("mesh", self, "comm_channels", 0, 64)
+        ranges("mesh", self, "weight_queue", 0, _MANY)
         layers_ok = all(0 <= n <= _MANY for n in self.stage_layers)
         require(layers_ok, f"mesh.stage_layers={shown(self.stage_layers)} must be numbers of layers >= 0")
+        choice("mesh.schedule", self.schedule, ("auto", *PIPELINE_SCHEDULES))
         choice("mesh.experts", self.experts, ("auto", *EXCHANGES, "replicated"))
         choice("mesh.dispatch", self.dispatch, ("auto", *DISPATCH_FORMATS))
         choice("mesh.combine", self.combine, ("auto", *COMBINE_FORMATS))

@@ -89,5 +89,5 @@ def layout_over(cfg: Config, mesh: Mesh | AbstractMesh) -> Layout:
             f"n_routed_experts={cfg.model.n_routed_experts}; spread the experts over node x local x tensor, or set "
             "config.mesh.overlap=False"
         )
-    stack = overlapped if cfg.mesh.overlap else None
+    stack = overlapped if cfg.mesh.overlap and mesh.shape["pipe"] == 1 else None
     return dataclasses.replace(layout, remat=cfg.train.remat, moe_stack=stack)

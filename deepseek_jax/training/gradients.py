@@ -18,6 +18,7 @@ from deepseek_jax.model.layout import Layout
 from deepseek_jax.model.transformer import forward
 from deepseek_jax.model.weights import attach
 from deepseek_jax.precision import preset
+from deepseek_jax.precision.policy import Policy
 from deepseek_jax.training.labels import Batch, Totals, inputs
 from deepseek_jax.training.objectives import Objective, Outputs, Scalars
 from deepseek_jax.training.state import Hyper
@@ -52,14 +53,19 @@ def value_of(cfg: Config, layout: Layout, objective: Objective) -> Callable[...,
     return value
 
 
+def loss_scale(policy: Policy | None, total: Totals) -> float:
+    """Under an FP8 policy, a power of two near the global token count, on which the backward pass runs: gradients of a mean
+    over a large batch would lie below the quantiser's smallest scale, and vanish."""
+    return 1.0 if policy is None else 2.0 ** math.ceil(math.log2(total.room))
+
+
 def by_micro_batches(cfg: Config, layout: Layout, objective: Objective) -> Gradients:
     """Of `grad_accumulation` micro-batches, one after the other; `hyper.micro_batches`: only the first so many of them,
     so that one program serves batches of all sizes.
 
     Under an FP8 policy the weights' quantised operands (`model.weights`) serve all micro-batches, and the backward pass
-    runs on the scalar times a power of two near the global token count: gradients of a mean over a large batch would
-    lie below the quantiser's smallest scale, and vanish. Of parameters that come in the compute dtype, a micro-batch's
-    gradient is rounded to it, as products are; sums are float32.
+    runs on the scalar times `loss_scale`. Of parameters that come in the compute dtype, a micro-batch's gradient is
+    rounded to it, as products are; sums are float32.
     """
     policy, steps, value = (
         preset(cfg.precision),
@@ -70,7 +76,7 @@ def by_micro_batches(cfg: Config, layout: Layout, objective: Objective) -> Gradi
     def gradients(
         params: Any, quantised: Any, batch: Batch, bias_le: jax.Array, total: Totals, hyper: Hyper
     ) -> tuple[Any, Parts]:
-        scale = 1.0 if policy is None else 2.0 ** math.ceil(math.log2(total.room))
+        scale = loss_scale(policy, total)
 
         def scaled(params: Any, part: Batch) -> tuple[jax.Array, Parts]:
             scalar, parts = value(attach(params, quantised, policy), part, bias_le, total, hyper)

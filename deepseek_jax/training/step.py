@@ -22,11 +22,12 @@ from deepseek_jax.model.layout import Layout
 from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
-from deepseek_jax.model.transformer import forward, model_params
+from deepseek_jax.model.transformer import final_norm, forward, model_params
 from deepseek_jax.model.weights import attach
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, replicated
+from deepseek_jax.parallel.pipeline.pipeline import pipeline_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.training.frozen import frozen_leaves, trained
@@ -34,6 +35,7 @@ from deepseek_jax.training.gradients import Gradients, by_micro_batches
 from deepseek_jax.training.labels import Batch, inputs, targets, totals
 from deepseek_jax.training.objectives import Objective, Scalars, pretraining
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
+from deepseek_jax.training.pipelined import evaluated, pipelined
 from deepseek_jax.training.state import Hyper, TrainState, parameter_shares, state_shardings
 
 
@@ -89,20 +91,11 @@ def _sequences(cfg: Config, mesh: Mesh | AbstractMesh, batch: Batch) -> int:
     return n
 
 
-def _check_axes(mesh: Mesh | AbstractMesh) -> None:
-    idle = {axis: n for axis, n in mesh.shape.items() if n > 1 and axis not in TOKEN_AXES}
-    if idle:
-        raise ValueError(
-            f"training does not divide work over the mesh axes {idle}: set config.mesh.{next(iter(idle))}=1 and use "
-            f"{', '.join(TOKEN_AXES)}"
-        )
-
-
 def make_train_step(
     cfg: Config,
     mesh: Mesh | AbstractMesh,
     objective: Objective | None = None,
-    gradients: Callable[[Config, Layout, Objective], Gradients] = by_micro_batches,
+    gradients: Callable[[Config, Layout, Objective], Gradients] | None = None,
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch, hyper) -> (state, metrics). `state` is donated.
 
@@ -110,29 +103,31 @@ def make_train_step(
     spread over node x local x tensor as `mesh.experts` says, and with `mesh.zero` parameters are gathered and gradients
     scattered once per step. Give it a state of `init_state`, or one laid out by `state_shardings`.
 
-    objective: `objectives.pretraining(cfg)` by default. gradients: how its gradients are computed on each device.
+    objective: `objectives.pretraining(cfg)` by default. gradients: how its gradients are computed on each device, by
+    default by `pipelined` over a mesh with several pipeline ranks, else by `by_micro_batches`.
 
     A metric or gradient that is not finite leaves parameters, moments and bias as they were and is counted.
     One program serves all batch sizes of a ramp: each device's rows are filled up to the full batch, and
-    `hyper.micro_batches` says how many micro-batches of it are there. Raises ValueError for a mesh with a pipeline axis,
-    whose devices would all do the same work, and for what does not divide over the mesh.
+    `hyper.micro_batches` says how many micro-batches of it are there. Raises ValueError for what does not divide over
+    the mesh, and for too few micro-batches for the pipeline.
     """
-    _check_axes(mesh)
     frozen = frozen_leaves(cfg.train.frozen, model_params(cfg.model))
     optimizer = adamw(cfg.optimizer, frozen=frozen)
     everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
     declared, policy = model_params(cfg.model), preset(cfg.precision)
-    held = held_specs(shares)
+    held, pipeline = held_specs(shares), pipeline_over(cfg, mesh.shape)
+    gradients = gradients or (by_micro_batches if pipeline is None else pipelined)
+    layers = None if pipeline is None else pipeline.held.layers
     grads_of = gradients(cfg, layout_over(cfg, mesh), objective or pretraining(cfg))
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         n = _sequences(cfg, mesh, batch)
 
         def local(params, bias, batch, hyper):
-            read = gather(params, shares, declared, policy)
+            read = gather(params, shares, declared, policy, layers)
             total = totals(cfg, batch, n, hyper.micro_batches, BATCH_AXES)
             grads, parts = grads_of(*read, batch, bias, total, hyper)
-            return scatter(grads, shares), lax.psum(parts, TOKEN_AXES)
+            return scatter(grads, shares, layers), lax.psum(parts, TOKEN_AXES)
 
         grads, parts = jax.shard_map(
             local,
@@ -175,15 +170,15 @@ def make_eval_step(
     """The jitted evaluation: (params, balance_bias, batch) -> of each window, summed nats and number of labels that
     count, both float32 [b].
 
-    Raises ValueError for the meshes that `make_train_step` refuses.
+    Raises ValueError for what does not divide over the mesh.
     """
-    _check_axes(mesh)
     model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
     shares, layout = parameter_shares(cfg, mesh), layout_over(cfg, mesh).forward_only
 
-    def local(params, bias, batch):
-        params = attach(*gather(params, shares, model_params(model), policy), policy)
-        h_btd, _ = forward(params, model, inputs(batch, t), bias, layout, mtp=False)
+    pipeline = pipeline_over(cfg, mesh.shape)
+    layers = None if pipeline is None else pipeline.held.layers
+
+    def nats(params, batch, h_btd):
         labels, valid = map(layout.sequence.own, targets(batch, t, 0))
         w_dv = head_weight(params)
 
@@ -192,7 +187,19 @@ def make_eval_step(
             weights = v.astype(jnp.float32)
             return weighted_nll(h, w_dv, y, weights, cfg.train.loss_chunk), weights.sum()
 
-        return layout.sequence.total(lax.map(window, (h_btd, labels, valid)))
+        return lax.map(window, (h_btd, labels, valid))
+
+    def local(params, bias, batch):
+        read = gather(params, shares, model_params(model), policy, layers)
+        if pipeline is None:
+            params = attach(*read, policy)
+            h_btd, _ = forward(params, model, inputs(batch, t), bias, layout, mtp=False)
+            return layout.sequence.total(nats(params, batch, h_btd))
+
+        def of(part, x_btd):
+            return nats(read[0], part, final_norm(read[0], model, x_btd))
+
+        return layout.sequence.total(evaluated(cfg, layout, *read, batch, bias, of))
 
     sharded = PartitionSpec(BATCH_AXES)
     in_specs = (held_specs(shares), PartitionSpec(), sharded)

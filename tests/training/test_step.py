@@ -303,14 +303,6 @@ def test_a_smaller_batch_runs_in_the_same_program(packed):
     assert_equal_up_to_order(got, want)
 
 
-@pytest.mark.parametrize("make", [make_train_step, make_eval_step])
-def test_an_axis_that_would_repeat_the_work_is_refused(make):
-    cfg = tiny()
-    mesh = make_mesh(MeshConfig(pipe=2))
-    with pytest.raises(ValueError, match=r"does not divide work over the mesh axes .*config\.mesh\.pipe=1"):
-        make(cfg, mesh)
-
-
 def lowered_lines(layers):
     cfg = tiny(model={"num_hidden_layers": layers})
     state = jax.eval_shape(lambda: fresh_state(cfg))

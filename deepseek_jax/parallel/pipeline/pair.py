@@ -1,0 +1,129 @@
+"""A forward and a backward of two micro-batches, layer beside layer (report, figure 4).
+
+Of two MoE layers whose tokens travel, the forward one's phases hide the backward one's trips and the other way round:
+
+    1  attention of F                       | combine of B: the gradients of its results, to the experts
+    2  experts of B, with weight gradients  | dispatch of F
+    3  shared and routed experts of F       | dispatch of B: the gradients of its tokens, back
+    4  attention of B, with weight gradients | combine of F
+
+Each line is a segment (`parallel/side_by_side.py`) of two stages, in the order of the trip's hops.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from deepseek_jax.model.router import BalanceStats
+from deepseek_jax.parallel.exchange.transport import COMBINE, DISPATCH
+from deepseek_jax.parallel.pipeline.layer import (
+    Backward,
+    Hand,
+    Kept,
+    Travelling,
+    Weights,
+    added,
+    at_experts,
+    flat,
+    merged,
+    of_gate,
+    of_results,
+    values,
+)
+from deepseek_jax.parallel.side_by_side import Trip, segment
+
+Ahead = tuple[Any, Any, Weights, Hand]  # (name, layer, weights, hand)
+Back = tuple[Any, Any, Weights, Hand, Any]  # and what its forward pass kept
+
+
+def pair(
+    f: Travelling, wf: Weights, hf: Hand, x_btd: jax.Array, b: Travelling, wb: Weights, hb: Hand, at: Backward
+) -> tuple[jax.Array, BalanceStats, Kept, jax.Array, Any]:
+    """`f.forward` of one micro-batch beside `b.backward` and `b.weights` of another -> results of all three."""
+    kept = b.restored(wb, hb, at.kept)
+
+    # 1
+    def attend(x_btd: jax.Array) -> Any:
+        return x_btd, *f.attention_in.forward(wf, hf, x_btd)
+
+    def leave(between: Any) -> Any:
+        x_btd, read, entered = between
+        return *f.attention_out.forward(wf, hf, (x_btd, read)), entered
+
+    trip = Trip(DISPATCH, (flat(at.g_btd),), kept.plan)
+    g_came, (to, left, entered) = segment(trip, attend, leave, x_btd)
+
+    # 2
+    def compute_back(inputs: Any) -> Any:
+        of_experts, g_rd, g_btd = inputs
+        return g_btd, b.experts.backward(wb, hb, of_experts, of_results(g_rd, g_btd))
+
+    def share_back(between: Any) -> Any:
+        g_btd, (d_at, cut) = between
+        d_x, of_shared = b.shared.backward(wb, hb, kept.shared, g_btd)
+        return d_at, d_x, added(b.experts.weights(wb, hb, cut), b.shared.weights(wb, hb, of_shared))
+
+    trip = Trip(DISPATCH, values(to), to.plan, after=g_came.x_rd)
+    came, (d_at, d_x, dp) = segment(trip, compute_back, share_back, (kept.experts, g_came.x_rd, at.g_btd))
+
+    # 3
+    def share(inputs: Any) -> Any:
+        to, came = inputs
+        return to, came, f.shared.forward(wf, hf, (to.x_btd, to.h_btd))
+
+    def compute(between: Any) -> Any:
+        to, came, of_shared = between
+        return of_shared, f.experts.forward(wf, hf, at_experts(to, came))
+
+    trip = Trip(COMBINE, DISPATCH.values(d_at[-1]), kept.plan, after=came.x_rd)
+    back, ((shared_btd, of_shared), (y, of_experts)) = segment(trip, share, compute, (to, came))
+
+    # 4
+    def leave_back(inputs: Any) -> Any:
+        d_to, of_out, of_in = inputs
+        (dx_btd, d_read), left = b.attention_out.backward(wb, hb, of_out, d_to)
+        d_in, entered = b.attention_in.backward(wb, hb, of_in, d_read)
+        return dx_btd + d_in, left, entered
+
+    def attend_back(between: Any) -> Any:
+        dx_btd, left, entered = between
+        dp = added(b.attention_out.weights(wb, hb, left), b.attention_in.weights(wb, hb, entered))
+        return dx_btd, dp
+
+    d_to = of_gate(d_x, d_at, back, at.g_stats)
+    trip = Trip(COMBINE, (y.y_rd,), to.plan, after=back)
+    (y_nd,), (dx_btd, dp_attention) = segment(
+        trip, leave_back, attend_back, (d_to, kept.attention_out, kept.attention_in)
+    )
+    y_btd = merged(shared_btd, y, y_nd, to.plan)
+    of_f = f.to_keep(Kept(x_btd, to.plan, entered, left, of_shared, of_experts))
+    return y_btd, to.stats, of_f, dx_btd, added(dp, dp_attention)
+
+
+def in_pairs(
+    ahead: Sequence[Ahead], x_btd: jax.Array, back: Sequence[Back], g_btd: jax.Array, g_stats: Any
+) -> tuple[jax.Array, jax.Array, dict[Any, BalanceStats], list[Any], dict[Any, Any]]:
+    """Layers `ahead` of one micro-batch, in order, beside layers `back` of another, the last first.
+
+    Returns (stream, gradient, statistics by name, kept of each layer ahead, weight gradients by name). Layers in which
+    nothing travels, and what one side has more, run alone.
+    """
+    stats, kept, grads = {}, [], {}
+    ahead, back = list(ahead), list(back)
+    while ahead or back:
+        travels_f, travels_b = (bool(side) and isinstance(side[0][1], Travelling) for side in (ahead, back))
+        if travels_f and travels_b:
+            (name, f_layer, wf, hf), (name_b, b_layer, wb, hb, of_b) = ahead.pop(0), back.pop(0)
+            at = Backward(of_b, g_btd, g_stats)
+            x_btd, stats[name], of_f, g_btd, grads[name_b] = pair(f_layer, wf, hf, x_btd, b_layer, wb, hb, at)
+            kept.append(of_f)
+        elif ahead and not (travels_f and back):
+            name, f_layer, wf, hf = ahead.pop(0)
+            x_btd, stats[name], of_f = f_layer.forward(wf, hf, x_btd)
+            kept.append(of_f)
+        else:
+            name, b_layer, wb, hb, of_b = back.pop(0)
+            g_btd, cut = b_layer.backward(wb, hb, Backward(of_b, g_btd, g_stats))
+            grads[name] = b_layer.weights(wb, hb, cut)
+    return x_btd, g_btd, stats, kept, grads
