@@ -46,6 +46,7 @@ def dispatcher_over(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMe
         wire=_wire(cfg, wire),
         most=nodes_per_token(model, mesh.shape["node"]) if mode == "two_hop" else None,
         receive=cfg.receive or None,
+        apart=cfg.pipe > 1,
     )
 
 

@@ -15,8 +15,9 @@ from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.hops import for_peers
 from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.exchange.transport import DISPATCH, at_last_hop
+from deepseek_jax.parallel.pipeline.split_grad import split
 from tests.parallel.comparison import BOUND, difference
-from tests.parallel.harness import E, K, arrays, on_mesh, single_device, with_gradients
+from tests.parallel.harness import E, K, arrays, dense, on_mesh, single_device, with_gradients
 
 NODES, LOCAL, N = 4, 2, 6
 DEVICES, E_LOCAL = NODES * LOCAL, E // (NODES * LOCAL)
@@ -108,6 +109,28 @@ def test_experts_over_sorted_rows_sized_by_pairs(share, present, rounds):
     got, want = sorted_rows_program()(p, x, w, g, ids), single_device()(p, x, w, g, ids)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         assert difference(a, b) < BOUND, jax.tree_util.keystr(path)
+
+
+def in_two_parts(p, x, w, g, ids):
+    """The gradients of a pipeline, of parameters later. On CPU devices, one part after the other."""
+    experts = Ragged(receive=4, function=dense, apart=True)
+    apart = split(lambda p, _, x: experts(p, x[0], x[2], x[1]), p, (), (x, w, ids))
+    y, saved = apart.forward(p, (), (x, w, ids))
+    (dx, dw, _), cut = apart.backward(p, (), saved, after(g, y))
+    assert not {w.size for w in jax.tree.leaves(p)} & {a.size for a in cut}
+    return {"y": y, "params": apart.weights(p, (), after(cut, dx)), "x": dx, "weights": dw}
+
+
+def test_weight_gradients_of_all_rounds_come_later():
+    """Nothing of the size of a weight is handed over, whether there are further rounds or not."""
+    p, x, w, g = arrays(DEVICES * N)
+    run = on_mesh(in_two_parts, (NODES, LOCAL), 5)
+    for share, rounds in ((0, 1), (1, 4)):
+        ids = skewed(share)
+        assert np.ceil(pairs_between(ids, "two_hop").max() / np.ceil(4 * N / LOCAL)) == rounds
+        got, want = run(p, x, w, g, ids), single_device()(p, x, w, g, ids)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+            assert difference(a, b) < BOUND, (share, jax.tree_util.keystr(path))
 
 
 def test_what_waits_depends_on_what_it_waits_for():

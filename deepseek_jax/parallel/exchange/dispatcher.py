@@ -98,12 +98,14 @@ class Ragged(OverMesh):
     receive: None makes buffers for the worst routing; a number bounds what the last hop sends and receives, and the
       experts' work, to `receive` x n (token, expert) pairs at a time, see `MeshConfig.receive`. Nothing is dropped:
       the rest comes in further rounds. What a first hop receives, at most nodes x n rows, is not bounded.
+    apart: the weight gradients of further rounds do not hold up the others (`rounds.py`), for a pipeline.
     """
 
     mode: str = "two_hop"
     function: Callable[..., jax.Array] = routed_experts
     most: int | None = None
     receive: float | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,7 +126,7 @@ class Ragged(OverMesh):
     ) -> Results:
         if plan.rounds is None:
             return Results(on_rows(self.function, p, came, plan), None)
-        return Results(*in_rounds(self.function, p, came, x_nd, weights_nk, plan))
+        return Results(*in_rounds(self.function, self.apart, p, came, x_nd, weights_nk, plan))
 
     def combine(self, y: Results, plan: Plan) -> jax.Array:
         y_nd = fitting(combine(y.y_rd, plan), plan)

@@ -26,11 +26,12 @@ def after(tree: Any, done: Any) -> Any:
         none = lax.optimization_barrier(jnp.int32(0))  # which no simplification sees through
         waited = jnp.int32(0)
         for x in done:
-            waited += lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.int32) & none
+            waited += lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & none
         return [x + waited.astype(x.dtype) for x in leaves]
 
     there = [x for x in leaves if x.dtype != jax.dtypes.float0]
-    ordered = iter(lax.platform_dependent(there, _arrays(done), cpu=cpu, default=lambda leaves, done: leaves))
+    of_each = [x.reshape(-1)[0] for x in _arrays(done)]  # so that nothing larger is kept for what waits
+    ordered = iter(lax.platform_dependent(there, of_each, cpu=cpu, default=lambda leaves, done: leaves))
     return jax.tree.unflatten(
         structure, [x if x.dtype == jax.dtypes.float0 else next(ordered) for x in leaves]
     )

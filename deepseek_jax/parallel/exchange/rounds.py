@@ -3,7 +3,9 @@
 Each round brings a part of the rows of the last hop (`hops.py: Rounds`), runs the experts on it and adds the results
 to the rows at the source of the last hop. The first round is an ordinary dispatch and combine; if it is enough, as with
 balanced routing, the others are skipped, in both passes. The backward pass of further rounds brings the rows again
-instead of keeping them.
+instead of keeping them. It adds its gradients of the parameters to those of the first round, so that nothing of the
+weights' size is made where there are no further rounds. A pipeline computes weight gradients later than the others: `apart`,
+those of further rounds have a branch of their own, which brings the rows once more.
 
 Dims: n token of this device, m row at the source of the last hop, r row received, d hidden, k selected expert, e expert
 of this device.
@@ -45,15 +47,24 @@ def _differentiated(function: Function, p: Params, came: Received, plan: Plan) -
     return jax.vjp(results, p, came.x_rd, came.weights_rk)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_rounds(
-    function: Function, p: Params, came: Received, x_nd: jax.Array, weights_nk: jax.Array, plan: Plan
+    function: Function,
+    apart: bool,
+    p: Params,
+    came: Received,
+    x_nd: jax.Array,
+    weights_nk: jax.Array,
+    plan: Plan,
 ) -> tuple[jax.Array, jax.Array]:
-    """(y [r, d] of the first round, whose combine is to come; what further rounds add to the tokens [n, d])."""
-    return _in_rounds_fwd(function, p, came, x_nd, weights_nk, plan)[0]
+    """(y [r, d] of the first round, whose combine is to come; what further rounds add to the tokens [n, d]).
+
+    apart: the gradients of x, rows and weights need nothing that those of the parameters need alone.
+    """
+    return _in_rounds_fwd(function, apart, p, came, x_nd, weights_nk, plan)[0]
 
 
-def _in_rounds_fwd(function, p, came, x_nd, weights_nk, plan):  # type: ignore[no-untyped-def]
+def _in_rounds_fwd(function, apart, p, came, x_nd, weights_nk, plan):  # type: ignore[no-untyped-def]
     y_rd, vjp = _differentiated(function, p, came, plan)
     with jax.named_scope("rounds"):
         more_nd = lax.cond(
@@ -64,17 +75,23 @@ def _in_rounds_fwd(function, p, came, x_nd, weights_nk, plan):  # type: ignore[n
     return (after(y_rd, more_nd), more_nd), (vjp, p, x_nd, weights_nk, plan)
 
 
-def _in_rounds_bwd(function, saved, g):  # type: ignore[no-untyped-def]
+def _in_rounds_bwd(function, apart, saved, g):  # type: ignore[no-untyped-def]
     vjp, p, x_nd, weights_nk, plan = saved
     g_rd, g_nd = g
     dp, dx_rd, dweights_rk = vjp(g_rd)
-    with jax.named_scope("rounds"):
-        dp, dx_nd, dweights_nk = lax.cond(
-            after(plan.rounds.needed, (dx_rd, g_nd)) > 1,
-            lambda dp: _further_gradients(function, p, x_nd, weights_nk, plan, g_nd, dp),
-            lambda dp: (dp, jnp.zeros_like(x_nd), jnp.zeros_like(weights_nk)),
+
+    def further(done, dp, like):  # type: ignore[no-untyped-def]
+        return lax.cond(
+            after(plan.rounds.needed, done) > 1,
+            lambda dp: _further_gradients(function, p, x_nd, weights_nk, plan, g_nd, dp, like),
+            lambda dp: (dp, *map(jnp.zeros_like, like)),
             dp,
         )
+
+    like = (x_nd, weights_nk)
+    with jax.named_scope("rounds"):
+        first, dx_nd, dweights_nk = further((dx_rd, g_nd), None if apart else dp, like)
+        dp = further(dx_nd, dp, ())[0] if apart else first
     return dp, Received(after(dx_rd, dx_nd), dweights_rk), dx_nd, dweights_nk, None
 
 
@@ -114,8 +131,9 @@ def _further(function, p, x_nd, weights_nk, plan):  # type: ignore[no-untyped-de
     return _finished(sums_m, (x_nd,), plan)[0]
 
 
-def _further_gradients(function, p, x_nd, weights_nk, plan, g_nd, dp):  # type: ignore[no-untyped-def]
-    """Gradients of `_further`; those of the parameters are added to `dp`, in float32. Dispatches again."""
+def _further_gradients(function, p, x_nd, weights_nk, plan, g_nd, dp, like):  # type: ignore[no-untyped-def]
+    """Gradients of `_further`: those of the parameters added to `dp`, in float32, unless that is None, and those of
+    `like`, which is (x, weights) or (). Dispatches again."""
     message, g_message = at_last_hop((x_nd, weights_nk), plan), at_last_hop((g_nd,), plan)
 
     def one(i, carry):
@@ -123,10 +141,11 @@ def _further_gradients(function, p, x_nd, weights_nk, plan, g_nd, dp):  # type: 
         here = plan.at_round(i)
         _, vjp = _differentiated(function, p, _brought(message, here), here)
         dp_here, *back = vjp(_brought(g_message, here).x_rd)
-        dp = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dp, dp_here)
-        return dp, _added(sums_m, tuple(back), here)
+        if dp is not None:
+            dp = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dp, dp_here)
+        return dp, _added(sums_m, tuple(back), here) if like else ()
 
-    like = (x_nd, weights_nk)
-    dp = jax.tree.map(lambda d: d.astype(jnp.float32), dp)
-    dp, sums_m = lax.fori_loop(1, plan.rounds.needed, one, (dp, _nothing(like, plan)))
-    return jax.tree.map(lambda d, w: d.astype(w.dtype), dp, p), *_finished(sums_m, like, plan)
+    wide = jax.tree.map(lambda d: d.astype(jnp.float32), dp)
+    wide, sums_m = lax.fori_loop(1, plan.rounds.needed, one, (wide, _nothing(like, plan)))
+    dp = jax.tree.map(lambda wide, d: wide.astype(d.dtype), wide, dp)
+    return dp, *(_finished(sums_m, like, plan) if like else ())
