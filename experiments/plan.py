@@ -5,25 +5,32 @@
     python -m experiments.plan memory --config=configs/v3_671b.py --config.mesh.data=8     # bytes on each device
     python -m experiments.plan memory --config=configs/v2_lite_16b.py --devices=64
     python -m experiments.plan overlap                               # what is hidden: `planning/overlap.py`
+    python -m experiments.plan step --config=configs/v2_lite_16b.py --hardware=h100      # seconds, bytes, MFU, price
+    python -m experiments.plan search --config=configs/v3_671b.py --devices=256 --hardware=h200     # the fastest that fit
     python -m experiments.plan schedule --stages 8 --micro 20 --out dualpipe.png    # pipelines: `planning/schedule.py`
 
 `exchange` routes random tokens and counts what crosses between nodes (`planning/exchange.py`).
 
 `memory` adds up what training keeps of a config on each device of its mesh: master weights, moments, gradients and
 the compute copy, of dense parameters and of experts; and the buffers of one exchange of tokens.
+
+`step` predicts what a run needs and takes on H800, H100 or H200: memory part by part, bytes per link, seconds of phases and of a
+step, MFU, tokens per day, price (`planning/step.py`); `search` ranks meshes by it (`planning/search.py`).
 """
 
 import argparse
 from collections.abc import Sequence
 
 from experiments import command_line
-from experiments.planning import exchange, memory, overlap, schedule
+from experiments.planning import exchange, memory, overlap, schedule, search, step
 
 PLANS = {
     "exchange": exchange.main,
     "memory": memory.main,
     "overlap": overlap.main,
     "schedule": schedule.main,
+    "search": search.main,
+    "step": step.main,
 }
 
 

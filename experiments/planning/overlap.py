@@ -10,12 +10,10 @@ jax-cuda13-plugin and jax-cuda13-pjrt (`pip install --no-deps`).
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import v3_671b
@@ -31,13 +29,13 @@ from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh, param_specs, rules
 from deepseek_jax.parallel.zero import read_dtype
 from deepseek_jax.precision import PRESETS, preset
 from experiments import command_line
+from experiments.planning import xla
+from experiments.planning.hardware import GIB
 from experiments.study.hlo_schedule import Transfer, transfers
-from pallas_kernels.testing.aot import TARGET, why_unavailable
 
 SEQUENCES = 2  # per device
 LAYERS = 5  # more than are unrolled: the report is on the body of the loop over layers
 SCOPES = ("plan", "dispatch", "combine", "rounds")
-GIB = 2**30
 
 
 def layer_config(nodes: int, local: int, precision: str, receive: float, overlap: bool, remat: str) -> Config:
@@ -58,10 +56,8 @@ def layer_config(nodes: int, local: int, precision: str, receive: float, overlap
 def compile_stack(cfg: Config, tokens: int) -> jax.stages.Compiled:
     """Compiles the gradient of the stack for as many H100s as the mesh has, with `tokens` per device."""
     nodes, local = cfg.mesh.node, cfg.mesh.local
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET.read_text(), topology=f"1x{nodes}x{local}"
-    )
-    mesh, model, policy = make_mesh(cfg.mesh, topology.devices), cfg.model, preset(cfg.precision)
+    devices = xla.h100s(nodes * local, local)
+    mesh, model, policy = make_mesh(cfg.mesh, devices), cfg.model, preset(cfg.precision)
     declared = stacked(block_params(model, True), model.num_moe_layers)
     specs, batch = param_specs(declared, mesh, rules(cfg.mesh, mesh)), PartitionSpec(BATCH_AXES)
     t = tokens // SEQUENCES
@@ -134,13 +130,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
-    if (missing := why_unavailable()) is not None:
-        raise ValueError(f"cannot compile for H100: {missing}")
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of a GPU: the plugin is here for its compiler
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # what is compiled for a topology cannot be read back
+    xla.check_compiler()
+    xla.prepare()
     cfg = layer_config(args.nodes, args.local, args.precision, args.receive, args.overlap, args.remat)
     print(
         f"{args.nodes} nodes x {args.local} H100, {args.tokens} tokens per GPU, {cfg.precision}, {cfg.mesh}"
