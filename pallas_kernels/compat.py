@@ -1,7 +1,6 @@
 """Hides what differs between jax 0.10.2, 0.11 and 0.12, and says what the present device can run.
 
-Mosaic GPU kernels of this package compile for sm_90a (Hopper) on all three versions. The CPU interpreter executes FP8
-kernels from 0.11 on; 0.10.2 cannot interpret a `wgmma` whose second operand is a transposed reference.
+Mosaic GPU kernels of this package compile for sm_90a (Hopper) on all three versions.
 """
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__[:2]
-HAS_INTERPRETER: bool = JAX_VERSION >= (0, 11)
 
 
 def compiler_params(**kwargs) -> plgpu.CompilerParams:
@@ -29,32 +27,6 @@ def load_global(ref, layout) -> jax.Array:
     if JAX_VERSION < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
-
-
-def interpret_mode():
-    """Runs every Mosaic GPU kernel that the block traces in the CPU interpreter, with race detection.
-
-    Raises:
-      ValueError: jax is older than 0.11, whose interpreter cannot run the kernels of this package.
-    """
-    if not HAS_INTERPRETER:
-        raise ValueError(f"the Mosaic GPU interpreter needs jax >= 0.11, this is {jax.__version__}")
-    params = plgpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]
-    return plgpu.force_gpu_interpret_mode(params)  # type: ignore[attr-defined]
-
-
-def reset_interpreter() -> None:
-    """Clears the interpreter's simulated memory: after a failed kernel it would poison the next one."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
-def races_found() -> bool:
-    """Says whether the last interpreted kernel had a data race (jax 0.12 raises by itself as well)."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    return bool(getattr(gpu_callbacks.get_races(), "races_found", False))
 
 
 def why_not_hopper() -> str | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels.compat import HAS_INTERPRETER, reset_interpreter
+from tests.kernels.interpreter import HAS_INTERPRETER, reset_interpreter
 
 DEADLOCK_S = 120
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.compat import HAS_INTERPRETER, interpret_mode, races_found
 from pallas_kernels.dispatch import IMPLEMENTATIONS
+from tests.kernels.interpreter import HAS_INTERPRETER, interpret_mode, races_found
 
 NO_INTERPRETER = f"jax {jax.__version__} cannot interpret FP8 kernels; 0.11 and later can"
 

@@ -114,12 +114,6 @@ def test_other_gpus_get_the_xla_path(monkeypatch):
     assert compat.why_not_hopper() is None
 
 
-def test_interpreter_is_refused_where_it_cannot_work(monkeypatch):
-    monkeypatch.setattr(compat, "HAS_INTERPRETER", False)
-    with pytest.raises(ValueError, match=r"needs jax >= 0\.11"):
-        compat.interpret_mode()
-
-
 def test_kernel_does_not_run_on_cpu_by_accident():
     q, s = quantize(jnp.ones((128, 128)))
     with pytest.raises(ValueError, match=r"CPU|cpu"):
