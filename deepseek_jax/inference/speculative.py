@@ -11,24 +11,14 @@ Dims: b batch, t prompt token, s cache slot, n new token, v vocabulary, d hidden
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.batch import (
-    Batch,
-    Choice,
-    Prompts,
-    Request,
-    allowed,
-    emit,
-    empty_output,
-    is_stop,
-)
-from deepseek_jax.inference.driver import State, advancing, complete, grown, on_one_device
+from deepseek_jax.inference.batch import Batch, Choice, Prompts, allowed, emit, empty_output, is_stop
+from deepseek_jax.inference.driver import State, advancing, grown, on_one_device
 from deepseek_jax.inference.generate import choose, prompt_forward
 from deepseek_jax.inference.sampling import (
     RowSampling,
@@ -175,22 +165,3 @@ def check_speculative(cfg: ModelConfig, sampling: Sampling) -> None:
             f"repetition_penalty={sampling.repetition_penalty} does not go with speculative decoding, whose second token "
             "depends on the first: leave out one of them"
         )
-
-
-def generate_speculative(
-    params: Any,
-    cfg: ModelConfig,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    balance_bias: Any = None,
-    **options: Any,
-) -> tuple[list[list[int]], Stats]:
-    """As `generate`, with drafts from the MTP module. Greedy output is the same as without.
-
-    Raises ValueError as `generate`, for a model without MTP module, and for a repetition penalty.
-    """
-    request = Request(prompts, max_new_tokens, **options)
-    check_speculative(cfg, request.sampling)
-    rows, state = complete(speculative(params, cfg, balance_bias), cfg, request)
-    return [row.tokens for row in rows], stats(state)

@@ -19,7 +19,7 @@ from deepseek_jax.inference.batch import Request
 from deepseek_jax.inference.driver import complete
 from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.sampling import Sampling, keys_at, row_sampling
-from deepseek_jax.inference.speculative import Stats, generate_speculative, verify
+from deepseek_jax.inference.speculative import Stats, check_speculative, verify
 from deepseek_jax.model.modules import DeepSeekV3
 from tests.oracle.tiny import V3, weights
 
@@ -70,6 +70,13 @@ def replay(prompt, continuation, drafts, new_tokens, stop_ids):
 
 def up_to(row, stop_ids):
     return list(itertools.takewhile(lambda token: token not in stop_ids, row))
+
+
+def generate_speculative(params, cfg, prompts, max_new_tokens, *, balance_bias=None, **options):
+    """(new tokens of each prompt, statistics of the drafts)"""
+    request = Request(prompts, max_new_tokens, **options)
+    rows, state = complete(speculative.speculative(params, cfg, balance_bias), cfg, request)
+    return [row.tokens for row in rows], speculative.stats(state)
 
 
 class Greedy:
@@ -149,7 +156,7 @@ def test_stats():
 def test_a_model_without_mtp_module_is_refused():
     cfg = dataclasses.replace(CFG, num_nextn_predict_layers=0)
     with pytest.raises(ValueError, match="num_nextn_predict_layers is 0"):
-        generate_speculative({}, cfg, PROMPTS, 4)
+        check_speculative(cfg, Sampling())
 
 
 # --- sampling ----------------------------------------------------------------------------------------------
@@ -254,9 +261,9 @@ def test_log_probabilities_are_those_of_plain_generation(small):
         np.testing.assert_allclose(row.sampled_logprobs, np.log(distribution(x, BEST)[at]), atol=2e-4)
 
 
-def test_a_repetition_penalty_is_refused(small):
+def test_a_repetition_penalty_is_refused():
     with pytest.raises(ValueError, match=r"repetition_penalty=1.1 does not go with speculative decoding"):
-        generate_speculative(*small[:1], SMALL, [PROMPT], 2, sampling=Sampling(repetition_penalty=1.1))
+        check_speculative(SMALL, Sampling(repetition_penalty=1.1))
 
 
 def test_greedy_and_sampled_settings_share_a_program(small):
