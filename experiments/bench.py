@@ -39,29 +39,12 @@ def _config(experts: int = 1) -> Config:
     return from_config_dict(config)
 
 
-def _train_spec(cfg: Config, args: argparse.Namespace) -> dict[str, Any]:
-    c = cfg.optimizer
+def _spec(kind: str, cfg: Config, args: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """What a worker is told: the two configs hold the rest."""
     return {
-        "kind": "train",
+        "kind": kind,
         "threads": args.threads,
         "steps": args.steps,
-        "config": to_dict(cfg),
-        "hf_config": cfg.model.to_hf(),
-        "batch": cfg.train.batch_size,
-        "seq_len": cfg.data.seq_len,
-        "optimizer": {
-            "lr": c.peak_lr,
-            "betas": [c.b1, c.b2],
-            "weight_decay": c.weight_decay,
-            "clip_norm": c.clip_norm,
-        },
-    }
-
-
-def _decode_spec(cfg: Config, args: argparse.Namespace, batch: int) -> dict[str, Any]:
-    return {
-        "kind": "decode",
-        "threads": args.threads,
         "config": to_dict(cfg),
         "hf_config": cfg.model.to_hf(),
         "batch": batch,
@@ -162,7 +145,7 @@ def _experts(worker: Worker, args: argparse.Namespace) -> None:
     for factor in (1, 4):
         cfg = _config(factor)
         name = f"{cfg.model.n_routed_experts} experts"
-        worker.setup(name, **_train_spec(cfg, args))
+        worker.setup(name, **_spec("train", cfg, args, cfg.train.batch_size))
         tasks.append((name, functools.partial(worker.measure, name)))
     medians = {name: _seconds(rounds) for name, rounds in _alternate(tasks, args.rounds).items()}
     few, many = medians.values()
@@ -257,11 +240,19 @@ def main(argv: Sequence[str]) -> int:
             batch, length = cfg.train.batch_size, cfg.data.seq_len
             title = f"train, batch {batch} x {length}, {cfg.model.dtype}, {args.threads} threads"
             flops = cfg.model.flops_per_token(length) * batch * length
-            _compare(workers, "train", title, _train_spec(cfg, args), args.rounds, batch * length, flops)
+            _compare(
+                workers,
+                "train",
+                title,
+                _spec("train", cfg, args, cfg.train.batch_size),
+                args.rounds,
+                batch * length,
+                flops,
+            )
         else:
             for batch in args.batch:
                 title = f"decode, batch {batch}, {PROMPT} prompt + {NEW} new tokens, greedy"
-                spec = _decode_spec(cfg, args, batch)
+                spec = _spec("decode", cfg, args, batch)
                 _compare(workers, f"decode{batch}", title, spec, args.rounds, batch * NEW)
     finally:
         for worker in workers.values():

@@ -41,18 +41,18 @@ def _train(model: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
     import torch
 
     model.train()
-    hyper = spec["optimizer"]
+    c = spec["config"]["optimizer"]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=hyper["lr"], betas=hyper["betas"], weight_decay=hyper["weight_decay"]
+        model.parameters(), lr=c["peak_lr"], betas=(c["b1"], c["b2"]), weight_decay=c["weight_decay"]
     )
-    tokens = torch.randint(model.config.vocab_size, (spec["batch"], spec["seq_len"]))
+    tokens = torch.randint(model.config.vocab_size, (spec["batch"], spec["config"]["data"]["seq_len"]))
 
     def run(steps: int) -> float:
         began = time.perf_counter()
         for _ in range(steps):
             optimizer.zero_grad()
             model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), hyper["clip_norm"])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), c["clip_norm"])
             optimizer.step()
         return (time.perf_counter() - began) / steps
 

@@ -109,9 +109,9 @@ def _print(model: Any, record: prompts.Record, done: Any) -> None:
 def _complete(model: Any, records: list[prompts.Record]) -> None:
     texts = prompts.for_model(model, records, _TOKENS.value)
     if _OUT.value is not None:
-        with prompts.Writer(_OUT.value, _LOGPROBS.value) as writer:
+        with prompts.writing(_OUT.value, _LOGPROBS.value) as write:
             for record, done in zip(records, _generated(model, texts), strict=True):
-                writer.write(record, done)
+                write(record, done)
         print(f"{len(texts)} completions in {_OUT.value}")
     elif len(texts) == 1 and model.tokenizer is not None and not _LOGPROBS.value:
         pieces = model.stream(texts[0], _TOKENS.value, seed=_SEED.value, **_options())

@@ -96,9 +96,9 @@ class Run:
         while process.poll() is None and path.stat().st_size <= size:
             time.sleep(0.005)
 
-    def arrays(self, step: int | None = None) -> dict[str, np.ndarray]:
-        """Reads every array of a checkpoint by its path; the newest checkpoint for None."""
-        folder = self.folder / "checkpoints" / str(self.checkpoint() if step is None else step)
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Reads every array of the newest checkpoint by its path."""
+        folder = self.folder / "checkpoints" / str(self.checkpoint())
         found, handler = {}, ocp.PyTreeCheckpointHandler()
         for item in ("state", "ema"):
             as_numpy = jax.tree.map(
@@ -109,12 +109,11 @@ class Run:
                 found[item + jax.tree_util.keystr(path)] = np.asarray(x)
         return found
 
-    def records(self, step: int | None = None) -> list[dict]:
-        """Reads the metrics, up to a step if one is given, without those measured in seconds."""
+    def records(self) -> list[dict]:
+        """Reads the metrics without those measured in seconds."""
         return [
             {name: value for name, value in record.items() if name not in TIMINGS}
             for record in read_records(self.folder / METRICS_FILE)
-            if step is None or record["step"] <= step
         ]
 
 
@@ -151,13 +150,11 @@ def kill_at_random(run: Run, timing: Timing, rng: random.Random, while_training:
     return None
 
 
-def differences(run: Run, want: Run, step: int | None = None) -> list[str]:
-    """Names what is not bitwise equal in two finished runs, or in their checkpoints and records up to `step`."""
-    got, wanted = (
-        {name: (x.dtype, x.tobytes()) for name, x in one.arrays(step).items()} for one in (run, want)
-    )
+def differences(run: Run, want: Run) -> list[str]:
+    """Names what is not bitwise equal in two finished runs."""
+    got, wanted = ({name: (x.dtype, x.tobytes()) for name, x in one.arrays().items()} for one in (run, want))
     found = [name for name in sorted(got.keys() | wanted.keys()) if got.get(name) != wanted.get(name)]
-    return found + ([] if run.records(step) == want.records(step) else [METRICS_FILE])
+    return found + ([] if run.records() == want.records() else [METRICS_FILE])
 
 
 def kill_test(folder: Path, arguments: Sequence[str], kills: int, seed: int) -> bool:

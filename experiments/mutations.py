@@ -22,9 +22,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import flags
 
@@ -46,6 +45,8 @@ SHARES = {
     "command-launch": 30,
 }
 SECONDS, MEMORY = 20, 4 << 30
+_START = 600  # seconds to prepare a process
+_SPAWN = multiprocessing.get_context("spawn")
 _ROOT = str(Path(__file__).parents[1])
 _LONGEST = 1000  # characters of a line that somebody reads
 
@@ -139,60 +140,37 @@ def _limits() -> Iterator[None]:
 # --- one process per kind ---------------------------------------------------------------------------------
 
 
-def _work(kind: str, pipe: Connection) -> None:
-    """Answers each seed with a verdict, in a process of its own; what it prints is dropped."""
+_case: Case | None = None  # in a process that judges
+
+
+def _begin(kind: str, folder: str) -> None:
+    """Prepares a process that judges; what it prints is dropped."""
+    global _case
     os.environ |= {"JAX_PLATFORMS": "cpu", "DEEPSEEK_JAX_TRACEBACK": "1"}
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     from experiments import mutation_cases
 
-    with tempfile.TemporaryDirectory() as folder:
-        case = mutation_cases.prepare(kind, Path(folder))
-        pipe.send("ready")
-        while True:
-            pipe.send(judge(kind, pipe.recv(), case))
+    _case = mutation_cases.prepare(kind, Path(tempfile.mkdtemp(dir=folder)))
 
 
-class Worker:
-    """A process that judges cases of one kind."""
-
-    def __init__(self, kind: str):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(kind, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        if self._answer(600) is None:
-            raise RuntimeError(f"the process for {kind} did not start")
-
-    def judge(self, seed: int) -> Verdict | None:
-        """Returns None if the process hung or died; it is useless then."""
-        self._pipe.send(seed)
-        return self._answer(2 * SECONDS)
-
-    def _answer(self, seconds: float) -> Any:
-        with contextlib.suppress(EOFError, ConnectionError):
-            return self._pipe.recv() if self._pipe.poll(seconds) else None
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.join()
+def _judge(kind: str, seed: int) -> Verdict:
+    assert _case is not None
+    return judge(kind, seed, _case)
 
 
 def run(kind: str, seeds: Sequence[int]) -> list[Verdict]:
     """Judges one kind, in a process of its own and a new one after it hung or died."""
     verdicts: list[Verdict] = []
-    worker = Worker(kind)
-    try:
-        for seed in seeds:
-            verdict = worker.judge(seed)
-            if verdict is None:
-                worker.close()
-                worker = Worker(kind)
-                verdict = Verdict(kind, seed, "unexpected", "", "the process hung or died")
-            verdicts.append(verdict)
-    finally:
-        worker.close()
+    while len(verdicts) < len(seeds):
+        with tempfile.TemporaryDirectory() as folder, _SPAWN.Pool(1, _begin, (kind, folder)) as process:
+            process.apply_async(int).get(_START)
+            for seed in seeds[len(verdicts) :]:
+                try:
+                    verdicts.append(process.apply_async(_judge, (kind, seed)).get(2 * SECONDS))
+                except multiprocessing.TimeoutError:
+                    verdicts.append(Verdict(kind, seed, "unexpected", "", "the process hung or died"))
+                    break
     return verdicts
 
 

@@ -1,8 +1,10 @@
 """Reads prompts from files and writes completions as JSON lines."""
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 Record = dict[str, Any]
 
@@ -78,28 +80,23 @@ def _ids(model: Any, record: Record) -> list[int]:
     return model.tokenizer.encode_prompt(record["prompt"])
 
 
-class Writer:
-    """Writes completions as JSON lines: the prompt's record with "completion", "finish_reason", and token by token, if asked
-    for, "tokens", "logprobs" and "sampled_logprobs" (`deepseek_jax.inference.batch.Completion`). Each is in the file as
-    soon as it is written. Raises ValueError for a file that has something in it already."""
+@contextlib.contextmanager
+def writing(path: str, logprobs: bool) -> Iterator[Callable[[Record, Any], None]]:
+    """Gives a function that writes a completion as a line of JSON: the prompt's record with "completion",
+    "finish_reason", and token by token, if asked for, "tokens", "logprobs" and "sampled_logprobs"
+    (`deepseek_jax.inference.batch.Completion`). Each is in the file as soon as it is written. Raises ValueError for a file
+    that has something in it already."""
+    if Path(path).is_file() and Path(path).stat().st_size:
+        raise ValueError(f"{path} exists: name another file, or remove it")
+    with open(path, "w", encoding="utf-8") as file:
 
-    def __init__(self, path: str, logprobs: bool):
-        if Path(path).is_file() and Path(path).stat().st_size:
-            raise ValueError(f"{path} exists: name another file, or remove it")
-        self._file: TextIO = open(path, "w", encoding="utf-8")  # noqa: SIM115
-        self._logprobs = logprobs
+        def write(record: Record, done: Any) -> None:
+            new: Record = {"completion": done.text, "finish_reason": done.finish_reason}
+            if done.text is None or logprobs:
+                new["tokens"] = done.tokens
+            if logprobs:
+                new |= {"logprobs": done.logprobs, "sampled_logprobs": done.sampled_logprobs}
+            file.write(json.dumps(record | new, ensure_ascii=False) + "\n")
+            file.flush()
 
-    def write(self, record: Record, done: Any) -> None:
-        new: Record = {"completion": done.text, "finish_reason": done.finish_reason}
-        if done.text is None or self._logprobs:
-            new["tokens"] = done.tokens
-        if self._logprobs:
-            new |= {"logprobs": done.logprobs, "sampled_logprobs": done.sampled_logprobs}
-        self._file.write(json.dumps(record | new, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
+        yield write
