@@ -15,21 +15,18 @@ def _count(n: int) -> str:
     return f"{n / size:.3g}{unit}"
 
 
-def _mesh_text(mesh: MeshConfig) -> str:
-    return ", ".join(f"{axis}={getattr(mesh, axis)}" for axis in ("data", "node", "local", "tensor"))
-
-
 def describe(cfg: ModelConfig, params: Any, tokenizer: Tokenizer | None, mesh: MeshConfig | None) -> str:
     sizes: dict[str, int] = collections.Counter()
     for x in jax.tree.leaves(params):
         sizes[x.dtype.name] += x.size
     known = "no tokenizer" if tokenizer is None else f"tokenizer of {tokenizer.vocab_size:,} ids"
+    axes = [] if mesh is None else [f"{a}={getattr(mesh, a)}" for a in ("data", "node", "local", "tensor")]
     parts = (
         f"{cfg.num_hidden_layers} layers ({cfg.num_moe_layers} with {cfg.n_routed_experts} experts)",
         f"{_count(cfg.num_params())} parameters, {_count(cfg.num_active_params())} active",
         max(sizes, key=sizes.__getitem__),
         f"{cfg.max_position_embeddings:,} positions",
         known,
-        *([] if mesh is None else [f"over {_mesh_text(mesh)}"]),
+        *([f"over {', '.join(axes)}"] if axes else []),
     )
     return f"Model({'; '.join(parts)})"

@@ -53,30 +53,31 @@ def advice(cfg: Config, history: History, unigram_loss: float | None = None) -> 
         history: of its records.
         unigram_loss: nats per token of a unigram model on the validation tokens.
     """
-    found = (
-        _skipped(cfg, history),
-        _training_rises(cfg, history),
-        _no_better_than_unigram(cfg, history, unigram_loss),
-        _validation_rises(cfg, history),
-        _collapsed(cfg, history),
-        _idle_experts(cfg, history),
-        _waits_for_data(cfg, history),
-    )
-    return [one for one in found if one is not None]
+    found = {
+        "skipped steps": _skipped(cfg, history),
+        "training loss": _training_rises(cfg, history),
+        "unigram": _no_better_than_unigram(cfg, history, unigram_loss),
+        "validation": _validation_rises(cfg, history),
+        "MaxVio": _collapsed(cfg, history),
+        "idle experts": _idle_experts(cfg, history),
+        "data": _waits_for_data(cfg, history),
+    }
+    return [Advice(about, text) for about, text in found.items() if text is not None]
 
 
-def _skipped(cfg: Config, history: History) -> Advice | None:
+def _slower(cfg: Config) -> str:
+    peak, warmup = cfg.optimizer.peak_lr, cfg.optimizer.warmup_steps
+    return f"lower optimizer.peak_lr ({peak:g}) or raise optimizer.warmup_steps ({warmup})"
+
+
+def _skipped(cfg: Config, history: History) -> str | None:
     skipped = history.recent[-1].get("skipped", 0) if history.recent else 0
     if not skipped:
         return None
-    return Advice(
-        "skipped steps",
-        f"{skipped} step(s) skipped, because loss or gradient were not finite: lower optimizer.peak_lr "
-        f"({cfg.optimizer.peak_lr:g}) or raise optimizer.warmup_steps ({cfg.optimizer.warmup_steps})",
-    )
+    return f"{skipped} step(s) skipped, because loss or gradient were not finite: {_slower(cfg)}"
 
 
-def _training_rises(cfg: Config, history: History) -> Advice | None:
+def _training_rises(cfg: Config, history: History) -> str | None:
     losses = np.array([loss for _, loss in history.losses])
     if len(losses) < 2 * RECENT:
         return None
@@ -85,27 +86,22 @@ def _training_rises(cfg: Config, history: History) -> Advice | None:
     if means[-1] <= means[best] * (1 + _TRAINING_RISE):
         return None
     step = history.losses[best + RECENT - 1][0]
-    return Advice(
-        "training loss",
-        f"training loss rose from {means[best]:.3f} at step {step} to {means[-1]:.3f}: lower optimizer.peak_lr "
-        f"({cfg.optimizer.peak_lr:g}) or raise optimizer.warmup_steps ({cfg.optimizer.warmup_steps})",
-    )
+    return f"training loss rose from {means[best]:.3f} at step {step} to {means[-1]:.3f}: {_slower(cfg)}"
 
 
-def _no_better_than_unigram(cfg: Config, history: History, unigram_loss: float | None) -> Advice | None:
+def _no_better_than_unigram(cfg: Config, history: History, unigram_loss: float | None) -> str | None:
     if unigram_loss is None or not history.validation:
         return None
     step, loss = history.validation[-1]
     if loss < unigram_loss or step < cfg.train.steps / 2:
         return None
-    return Advice(
-        "unigram",
+    return (
         f"validation loss {loss:.3f} is no better than a unigram model's {unigram_loss:.3f}, which sees no context: "
-        f"raise train.steps ({cfg.train.steps}) or optimizer.peak_lr ({cfg.optimizer.peak_lr:g})",
+        f"raise train.steps ({cfg.train.steps}) or optimizer.peak_lr ({cfg.optimizer.peak_lr:g})"
     )
 
 
-def _validation_rises(cfg: Config, history: History) -> Advice | None:
+def _validation_rises(cfg: Config, history: History) -> str | None:
     if not history.validation:
         return None
     best_step, best = min(history.validation, key=lambda x: x[1])
@@ -122,10 +118,7 @@ def _validation_rises(cfg: Config, history: History) -> Advice | None:
         if by_heart
         else f"lower optimizer.peak_lr ({cfg.optimizer.peak_lr:g})"
     )
-    return Advice(
-        "validation",
-        f"validation loss rose from {best:.3f} at step {best_step} to {loss:.3f} at step {step}: {cure}",
-    )
+    return f"validation loss rose from {best:.3f} at step {best_step} to {loss:.3f} at step {step}: {cure}"
 
 
 # --- experts ------------------------------------------------------------------------------------------------
@@ -153,7 +146,7 @@ def _several(names: Sequence[str], separator: str = ", ", at_most: int = 4) -> s
     return separator.join([*names[:at_most], *(["..."] if len(names) > at_most else [])])
 
 
-def _collapsed(cfg: Config, history: History) -> Advice | None:
+def _collapsed(cfg: Config, history: History) -> str | None:
     recent = [
         r for r in history.recent if r["step"] > history.recent[-1]["step"] / 2
     ]  # not how a short run began
@@ -167,15 +160,14 @@ def _collapsed(cfg: Config, history: History) -> Advice | None:
     full = [name for name, x in zip(layer_names(cfg), mean_l, strict=True) if x >= _FULL * most]
     if not full:
         return None
-    return Advice(
-        "MaxVio",
+    return (
         f"MaxVio is at its maximum of {most:.2f} in layer {_several(full)}: the same {cfg.model.num_experts_per_tok} "
         f"experts get every token: {_balance_key(cfg)} and lower optimizer.peak_lr "
-        f"({cfg.optimizer.peak_lr:g})",
+        f"({cfg.optimizer.peak_lr:g})"
     )
 
 
-def _idle_experts(cfg: Config, history: History) -> Advice | None:
+def _idle_experts(cfg: Config, history: History) -> str | None:
     having = [r for r in history.recent if np.size(r.get("expert_counts", ()))]
     if not having:
         return None
@@ -188,14 +180,13 @@ def _idle_experts(cfg: Config, history: History) -> Advice | None:
         for name, idle_e in zip(layer_names(cfg), idle_le, strict=True)
         if idle_e.any()
     ]
-    return Advice(
-        "idle experts",
+    return (
         f"{idle_le.sum()} of {idle_le.size} experts got no token in steps {having[0]['step']} to "
-        f"{having[-1]['step']} ({_several(where, '; ')}): {_balance_key(cfg)}",
+        f"{having[-1]['step']} ({_several(where, '; ')}): {_balance_key(cfg)}"
     )
 
 
-def _waits_for_data(cfg: Config, history: History) -> Advice | None:
+def _waits_for_data(cfg: Config, history: History) -> str | None:
     timed = [r for r in history.recent if r.get("step_seconds") is not None]
     total = sum(r["step_seconds"] for r in timed)
     share = sum(r["data_seconds"] for r in timed) / total if total else 0.0
@@ -203,8 +194,7 @@ def _waits_for_data(cfg: Config, history: History) -> Advice | None:
         return None
     rates = [name for name in ("fim_rate", "split_punctuation_rate") if getattr(cfg.data, name) > 0]
     lower = "".join(f", or lower data.{name} ({getattr(cfg.data, name):g})" for name in rates)
-    return Advice(
-        "data",
+    return (
         f"{share:.0%} of the time goes by waiting for data: put data.cache_dir ({cfg.data.cache_dir}) on a faster "
-        f"disk{lower}",
+        f"disk{lower}"
     )

@@ -48,7 +48,10 @@ class EMA:
         self._decay = decay
         self._updates = int(updates)
         self._abstract = jax.tree.map(_abstract, params)
-        self._average = [_on_host(x) for x in jax.tree.leaves(params)]
+        self._average = [
+            {place: np.array(block, np.float32) for place, block in _blocks(x).items()}
+            for x in jax.tree.leaves(params)
+        ]
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ema")
         self._pending: concurrent.futures.Future | None = None
 
@@ -141,10 +144,6 @@ def _place(index: Any) -> Place:
 def _blocks(x: Any) -> dict[Place, Any]:
     """The parts of `x` that this process holds, each once; {(): x} where it holds it whole."""
     return {(): x} if _is_whole(x) else {_place(shard.index): shard.data for shard in x.addressable_shards}
-
-
-def _on_host(x: Any) -> dict[Place, np.ndarray]:
-    return {place: np.array(block, np.float32) for place, block in _blocks(x).items()}
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -70,16 +70,13 @@ class CaseReport:
 
 def why_unavailable() -> str | None:
     """Says why this machine cannot compile for H100, or None if it can."""
-    if importlib.util.find_spec("jax_plugins") is None or not _has_plugin():
+    plugins = [f"jax_plugins.{name}" for name in ("xla_cuda13", "xla_cuda12")]
+    if importlib.util.find_spec("jax_plugins") is None or not any(map(importlib.util.find_spec, plugins)):
         return "the packages jax-cuda13-plugin and jax-cuda13-pjrt are not installed"
     in_path = shutil.which("ptxas") or pathlib.Path("/usr/local/cuda/bin/ptxas").exists()
     if not in_path and importlib.util.find_spec("nvidia") is None:
         return "no ptxas: neither a CUDA toolkit nor the package nvidia-cuda-nvcc is installed"
     return None
-
-
-def _has_plugin() -> bool:
-    return any(importlib.util.find_spec(f"jax_plugins.{name}") for name in ("xla_cuda13", "xla_cuda12"))
 
 
 def compile_for_h100(workloads: Sequence["Workload"]) -> list[CaseReport]:

@@ -132,13 +132,6 @@ def test_errors(documents, tokenizer, texts, tmp_path):
         packer(documents, tokenizer, seq_len=10_000_000)
     with pytest.raises(IndexError, match="window -1 of"):
         PackedStream(documents, SEQ_LEN)[-1]
-    for name, value in (
-        ("fim_rate", 1.5),
-        ("split_punctuation_rate", -0.1),
-        ("seq_len", 0),
-    ):
-        with pytest.raises(ValueError, match=f"{name} must .* got {value}"):
-            packer(documents, tokenizer, **{name: value})
     without_fim = Tokenizer(
         tokenizers.Tokenizer.from_str(tokenizer._full.to_str().replace("fim▁hole", "hole"))
     )
