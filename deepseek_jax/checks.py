@@ -5,9 +5,11 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _LONGEST = 120  # characters of a value that an error repeats
@@ -39,6 +41,12 @@ def shown(value: Any) -> str:
 def plain(name: str) -> str:
     """A name for an error message: as it is, unless it would break the line."""
     return name if name.isprintable() and len(name) <= 2 * _LONGEST else shown(name)
+
+
+def path_of(value: Any, name: str) -> Path:
+    """`value` as a path, "~" expanded. Raises ValueError, with its `name`, for what is no path."""
+    require(isinstance(value, str | os.PathLike), f"{name}={shown(value)} should be a path")
+    return Path(os.path.expanduser(value))
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

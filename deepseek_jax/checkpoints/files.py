@@ -12,7 +12,7 @@ import jax
 
 from deepseek_jax.checkpoints import inventory
 from deepseek_jax.checkpoints.changes import differing
-from deepseek_jax.checks import listed, shown
+from deepseek_jax.checks import listed, path_of, shown
 from deepseek_jax.json_files import read_object
 from deepseek_jax.parallel.processes.together import lowest
 
@@ -60,7 +60,7 @@ def locate(path: str | Path, step: int | None = None) -> tuple[Path, Path]:
 
     step: which; None for the newest. Raises CheckpointError if there is none.
     """
-    path = Path(path).expanduser().absolute()
+    path = path_of(path, "path").absolute()
     if (path / "state").is_dir():
         if step is not None and path.name != str(step):
             raise CheckpointError(

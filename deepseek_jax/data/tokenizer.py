@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from deepseek_jax.checks import named, require
+from deepseek_jax.checks import named, path_of, require
 from deepseek_jax.data import byte_level, cuts, special_tokens, text_files
 from deepseek_jax.data.chat import DEFAULT_TEMPLATE, ChatTemplate
 from deepseek_jax.data.special_tokens import SPECIAL_TOKENS
@@ -92,7 +92,7 @@ class Tokenizer:
         Raises:
             ValueError: there is no such file, or one of them is not what it should be.
         """
-        given = Path(path).expanduser()
+        given = path_of(path, "path")
         file = given / text_files.TOKENIZER if given.is_dir() else given
         require(file.is_file(), f"no tokenizer at {file}: give a tokenizer.json or a folder that holds one")
         beside = file.name == text_files.TOKENIZER

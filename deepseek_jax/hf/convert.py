@@ -14,7 +14,7 @@ from typing import Any
 
 from deepseek_jax.checkpoints import inventory
 from deepseek_jax.checkpoints.files import FORMAT, ITEMS, locate
-from deepseek_jax.checks import choice, require
+from deepseek_jax.checks import choice, path_of, require
 from deepseek_jax.config import Config, DataConfig
 from deepseek_jax.data import text_files
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def to_hf(
     """
     tree: Source
     kept: original.Kept | None = None
-    if (Path(source) / "config.json").exists():
+    if (path_of(source, "source") / "config.json").exists():
         require(
             step is None and not ema, f"{source} has one set of parameters: no step and no average to choose"
         )

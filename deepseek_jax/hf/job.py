@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.checks import require
+from deepseek_jax.checks import path_of, require
 from deepseek_jax.data import text_files
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf.write import require_free
@@ -37,7 +37,7 @@ class Counter:
 
 def begin(source: Path, target: str | Path, options: str) -> tuple[Path | None, Path]:
     """Returns (partial output, output). The partial output may be that of a killed call; None: nothing is left to do."""
-    target = Path(target).absolute()
+    target = path_of(target, "target").absolute()
     require(bool(target.name), f"{target} cannot be an output: name a folder that is not there yet")
     partial = target.with_name(target.name + ".partial")
     job = {"source": str(source), "options": options, "files": _stamps(source, (partial, target))}

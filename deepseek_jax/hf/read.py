@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.checks import choice, named, plain
+from deepseek_jax.checks import choice, named, path_of, plain
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.arrays import on_devices
@@ -77,7 +77,7 @@ class Checkpoint(Source):
     """
 
     def __init__(self, path: str | Path, mtp: bool = True):
-        self.path = Path(path).absolute()
+        self.path = path_of(path, "path").absolute()
         self.hf = read_config(self.path)
         with named(f"{self.path}/"):
             cfg = from_hf(self.hf)

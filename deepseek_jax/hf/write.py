@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from deepseek_jax.checks import choice, named, require
+from deepseek_jax.checks import choice, named, path_of, require
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf import fp8
@@ -57,7 +57,7 @@ def save(
     Raises:
         ValueError: `path` is in use; unknown format; parameters that do not fit `cfg`, naming the leaf.
     """
-    path = Path(path).absolute()
+    path = path_of(path, "path").absolute()
     require_free(path)
     source = _MemorySource(cfg, params, balance_bias)
     producer = Producer(source, format, scale)

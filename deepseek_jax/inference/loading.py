@@ -1,6 +1,5 @@
 """`deepseek_jax.load(path) -> Model`: a Hugging Face folder, or the output folder of a training run."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from deepseek_jax import hf, now
 from deepseek_jax.checkpoints.arrays import load_params
-from deepseek_jax.checks import require, shown
+from deepseek_jax.checks import path_of, require, shown
 from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
 from deepseek_jax.data import text_files
 from deepseek_jax.data.special_tokens import stop_ids
@@ -49,7 +48,6 @@ def load(
             that does not fit.
     """
     for name, value, kind, words in (
-        ("path", path, str | os.PathLike, "a folder's name"),
         ("step", step, int | None, "a number of steps, or None"),
         ("mesh", mesh, MeshConfig | None, "a MeshConfig, or None"),
     ):
@@ -62,7 +60,7 @@ def load(
     def over_mesh(cfg: ModelConfig) -> Any:
         return shardings if mesh is None else parameter_shardings(cfg, mesh)
 
-    folder = Path(path).expanduser()
+    folder = path_of(path, "path")
     with now.doing(f"loading {path}"):
         if (folder / "config.json").is_file():
             config = read_object(folder / "config.json")

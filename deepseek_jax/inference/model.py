@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.checks import choice
+from deepseek_jax.checks import choice, require, shown
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -68,7 +68,10 @@ class Model:
 
     def _ids(self, text: Text) -> list[int]:
         if not isinstance(text, str):
-            return [int(token) for token in text]
+            try:
+                return [operator.index(token) for token in text]
+            except TypeError:
+                raise ValueError(f"{shown(text)} is neither text nor token ids") from None
         return self._tokenizer().encode_prompt(text)
 
     def logits(self, text: Text | Sequence[Text]) -> Any:
@@ -143,27 +146,10 @@ class Model:
             operator.itemgetter(0), self._generation([prompt], request, stop, speculative, show=True)
         )
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        max_new_tokens: int = 512,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """The assistant's next turn; append it to `messages` as {"role": "assistant"} to go on.
-
-        Args:
-            tools: JSON schemas of functions that it may call.
-            chat_template_kwargs: the template's switches, as {"enable_thinking": False}.
-            kwargs: as for `generate`.
-        """
-        return "".join(
-            self.stream_chat(
-                messages, max_new_tokens, tools=tools, chat_template_kwargs=chat_template_kwargs, **kwargs
-            )
-        )
+    def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 512, **kwargs: Any) -> str:
+        """The assistant's next turn; append it to `messages` as {"role": "assistant"} to go on. For the other arguments
+        see `stream_chat`."""
+        return "".join(self.stream_chat(messages, max_new_tokens, **kwargs))
 
     def stream_chat(
         self,
@@ -174,7 +160,13 @@ class Model:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
-        """`chat`, in pieces, while it is generated."""
+        """`chat`, in pieces, while it is generated.
+
+        Args:
+            tools: JSON schemas of functions that it may call.
+            chat_template_kwargs: the template's switches, as {"enable_thinking": False}.
+            kwargs: as for `stream`.
+        """
         ids = self._tokenizer().encode_chat(messages, tools=tools, **(chat_template_kwargs or {}))
         return self.stream(ids, max_new_tokens, **kwargs)
 
@@ -240,8 +232,10 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
 
 
 def _as_lists(prompts: Any) -> Any:
-    """Arrays of ids as lists, of NumPy or JAX."""
-    return prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    """Arrays of ids as lists, of NumPy or JAX. Raises ValueError for what is neither text, nor ids, nor several."""
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    require(isinstance(prompts, Sequence), f"{shown(prompts)} is neither text nor token ids")
+    return prompts
 
 
 def _is_single(prompts: Any) -> bool:

@@ -12,7 +12,7 @@ from deepseek_jax.inference.batch import Completion
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Stop strings as a tuple. Raises ValueError for an empty one, which would stop at once."""
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    strings = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
     if not all(isinstance(s, str) and s for s in strings):
         raise ValueError(f"stop={strings!r}: stop strings must be text of at least one character")
     return strings

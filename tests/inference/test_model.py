@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 import deepseek_jax
+from deepseek_jax import hf
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference import model as model_file
@@ -85,8 +86,8 @@ def test_dtype_of_a_hugging_face_folder(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"path": None}, "path=None should be a folder's name"),
-        ({"path": 5}, "path=5 should be a folder's name"),
+        ({"path": None}, "path=None should be a path"),
+        ({"path": 5}, "path=5 should be a path"),
         ({"step": "5"}, "step='5' should be a number of steps, or None"),
         ({"dtype": 16}, "dtype=16 is not one of"),
         ({"mesh": {"node": 2}}, r"mesh=\{'node': 2\} should be a MeshConfig, or None"),
@@ -95,6 +96,28 @@ def test_dtype_of_a_hugging_face_folder(folder):
 def test_arguments_of_another_type(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         deepseek_jax.load(**{"path": folder} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda _: hf.load(None), "path=None should be a path"),
+        (lambda _: hf.save(5, CFG, {}, None), "path=5 should be a path"),
+        (lambda _: hf.convert.to_hf(None, "x"), "source=None should be a path"),
+        (lambda _: Tokenizer.load(b"x"), "path=b'x' should be a path"),
+        (lambda model: model.generate(None), "None is neither text nor token ids"),
+        (lambda model: model.generate([1.5]), "1.5 is neither text nor token ids"),
+        (lambda model: model.score([None, [1, 2]]), "None is neither text nor token ids"),
+        (lambda model: model.generate(IDS[:3], "5"), "max_new_tokens='5' must be an integer"),
+        (lambda model: model.generate(IDS[:3], 5, stop=5), r"stop=\(5,\): stop strings must be text"),
+        (lambda model: model.generate(IDS[:3], 5, stop_ids=5), "stop_ids=5 must be token ids"),
+        (lambda model: model.generate(IDS[:3], 5, temperature="hot"), "temperature='hot' must be a number"),
+        (lambda model: model.generate(IDS[:3], 5, seed="x"), "seed='x' must be an integer, or one for each"),
+    ],
+)
+def test_what_is_of_another_type_is_named(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
 
 
 def test_a_folder_that_is_neither(tmp_path):
