@@ -341,9 +341,10 @@ def _work_begins(*args: Any, **kwargs: Any) -> Any:
 
 def _begin(module: Any, arguments: list[str]) -> str | None:
     with flagsaver.flagsaver(), contextlib.suppress(WorkBegins):
+        status: int | str | None
         try:
             status = command_line.status(module.main, arguments)
         except SystemExit as end:  # --help
-            status = end.code or 0
-        return None if status == 0 else f"ended with status {status} without an error"
+            status = end.code
+        return None if not status else f"ended with status {status} without an error"
     return None
