@@ -82,7 +82,7 @@ def evaluated(
     pipeline = pipeline_over(cfg, dict(layout.mesh))
     assert pipeline is not None
     n = len(batch["tokens"])
-    micro = _micro_batches(batch, n, cfg.data.seq_len, None)  # type: ignore[arg-type]
+    micro = _micro_batches(batch, n, cfg.data.seq_len, lambda *_: (jnp.zeros((), jnp.float32), {}))
     gathered = Gathered(params, quantised, bias_le)
     run = Stages(cfg.model, layout, preset(cfg.precision), pipeline.held, gathered, micro)
     return lax.psum(Forwards(pipeline.forwards(n), run, of).run(), PIPE)

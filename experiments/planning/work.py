@@ -231,16 +231,13 @@ def moe_mlp(run: Run) -> Passes:
 # --- the ends -----------------------------------------------------------------------------------------------------
 
 
-def head(run: Run) -> Passes:
-    """Logits and loss, and their gradients."""
+def head(run: Run) -> tuple[Work, ...]:
+    """Logits, loss and their gradients, all in the forward pass: three products."""
     m, n = run.model, run.tokens
     one = 2.0 * n * m.hidden_size * m.vocab_size
     precision = {2: "bf16", 4: "float32"}[run.act]
-    fprop, dgrad, wgrad = (
-        Work(f"linear.{which}", one, 0.0, precision) for which in ("fprop", "dgrad", "wgrad")
-    )
-    logits = _pass(run, m.vocab_size * (4 + 4 + 2 * run.act))
-    return Passes((fprop, logits), (dgrad,), (wgrad,))
+    products = tuple(Work(f"linear.{which}", one, 0.0, precision) for which in ("fprop", "dgrad", "wgrad"))
+    return (*products, _pass(run, m.vocab_size * (4 + 4 + 2 * run.act)))
 
 
 def mtp_input(run: Run) -> Passes:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, named_devices
 from deepseek_jax.precision.product import swiglu
-from deepseek_jax.training.state import TrainState, state_shardings
+from deepseek_jax.training.state import Hyper, TrainState, state_shardings
 from deepseek_jax.training.step import Metrics, make_train_step
 from tests.tiny_run import HYPER, fresh_state, tiny, tokens
 
@@ -62,7 +62,7 @@ def batch_on(cfg: Config, seed: int = 0, packed: bool = False, padded: bool = Fa
     of two devices' parts. padded: sequences of different lengths, padding behind them."""
     batch = {"tokens": tokens(cfg, seed)}
     if packed:
-        cut = np.array([3, 4, 1, 8, 2, 6, 7, 5])[:, None]
+        cut = np.resize([3, 4, 1, 8, 2, 6, 7, 5], cfg.train.batch_size)[:, None]
         at = np.arange(batch["tokens"].shape[1])[None]
         batch["segments"] = (at >= cut).astype(np.int32)
         batch["positions"] = np.where(at >= cut, at - cut, at).astype(np.int32)
@@ -77,11 +77,16 @@ class Program(NamedTuple):
     step: jax.stages.Compiled
 
 
+def hyper(micro_batches: int | None = None) -> Hyper:
+    """Of a batch that has only the first so many of its micro-batches, where it is given."""
+    return HYPER if micro_batches is None else HYPER._replace(micro_batches=np.int32(micro_batches))
+
+
 @functools.cache
-def program(cfg: Config, packed: bool = False, padded: bool = False) -> Program:
-    """The training step of a config on its mesh."""
+def program(cfg: Config, packed: bool = False, padded: bool = False, ramp: bool = False) -> Program:
+    """The training step of a config on its mesh. ramp: for batches of any number of micro-batches."""
     step = make_train_step(cfg, mesh_of(cfg))
-    lowered = step.lower(put(cfg), batch_on(cfg, 0, packed, padded), HYPER)
+    lowered = step.lower(put(cfg), batch_on(cfg, 0, packed, padded), hyper(1 if ramp else None))
     return Program(lowered, lowered.compile())
 
 
@@ -92,11 +97,19 @@ class Run(NamedTuple):
 
 
 @functools.cache
-def run(cfg: Config, steps: int = 1, nudge: float = 0.0, packed: bool = False, padded: bool = False) -> Run:
-    """A run on other tokens in each step."""
+def run(
+    cfg: Config,
+    steps: int = 1,
+    nudge: float = 0.0,
+    packed: bool = False,
+    padded: bool = False,
+    ramp: tuple[int, ...] = (),
+) -> Run:
+    """A run on other tokens in each step. ramp: so many micro-batches of each step's batch are there."""
     state, history, first = put(cfg, nudge), [], None
+    step = program(cfg, packed, padded, bool(ramp)).step
     for i in range(steps):
-        state, metrics = program(cfg, packed, padded).step(state, batch_on(cfg, i, packed, padded), HYPER)
+        state, metrics = step(state, batch_on(cfg, i, packed, padded), hyper(ramp[i] if ramp else None))
         history.append(jax.device_get(metrics))
         first = first or jax.device_get(state)
     assert first is not None
