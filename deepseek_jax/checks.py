@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import operator
 import os
 import types
 import typing
@@ -41,6 +42,15 @@ def shown(value: Any) -> str:
 def plain(name: str) -> str:
     """A name for an error message: as it is, unless it would break the line."""
     return name if name.isprintable() and len(name) <= 2 * _LONGEST else shown(name)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it counts as one: Python's, NumPy's or JAX's."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def path_of(value: Any, name: str) -> Path:

@@ -153,7 +153,9 @@ class MeshConfig:
     # of the pipeline: "dualpipe", "dualpipe_v", "zero_bubble" (ZB1P), "one_f_one_b" or "gpipe"; auto: DualPipe where there are
     # an even number of ranks and micro-batches, at least 2 per rank, else 1F1B
     schedule: str = "auto"
-    weight_queue: int = 1  # micro-batches whose weight gradients may wait at a rank
+    # micro-batches whose weight gradients may wait at a rank; -1: as many as ZB1P wants, none in the other schedules, which
+    # gain less than one tick in fifty by them and need the memory of all products' operands for each
+    weight_queue: int = -1
     # over node x local x tensor: "two_hop", "flat" or "replicated"; auto: by mesh
     experts: str = "auto"
     dispatch: str = "auto"  # format of tokens on the way to experts: same (as computed), bf16, fp8, fp8_ue8m0
@@ -172,7 +174,7 @@ class MeshConfig:
         ranges("mesh", self, "data receive", 0, _MANY)
         ranges("mesh", self, "pipe node local tensor", 1, _MANY)
         ranges("mesh", self, "comm_channels", 0, 64)
-        ranges("mesh", self, "weight_queue", 0, _MANY)
+        ranges("mesh", self, "weight_queue", -1, _MANY)
         layers_ok = all(0 <= n <= _MANY for n in self.stage_layers)
         require(layers_ok, f"mesh.stage_layers={shown(self.stage_layers)} must be numbers of layers >= 0")
         choice("mesh.schedule", self.schedule, ("auto", *PIPELINE_SCHEDULES))

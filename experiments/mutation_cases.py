@@ -4,13 +4,11 @@ import contextlib
 import copy
 import dataclasses
 import importlib
-import io
 import json
 import os
 import random
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -342,26 +340,11 @@ def _work_begins(*args: Any, **kwargs: Any) -> Any:
 
 
 def _begin(module: Any, arguments: list[str]) -> str | None:
-    with _as_before(), contextlib.suppress(WorkBegins):
-        status = command_line.status(module.main, arguments)
-        return None if status == 0 else f"ended with status {status} without an error"
-    return None
-
-
-@contextlib.contextmanager
-def _as_before() -> Iterator[None]:
-    """Drops the output of the block, and restores flags and signal handlers after it."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    with (
-        flagsaver.flagsaver(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
+    with flagsaver.flagsaver(), contextlib.suppress(WorkBegins):
+        status: int | str | None
         try:
-            yield
-        except SystemExit as end:
-            if end.code not in (0, None):  # 0: --help
-                raise
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            status = command_line.status(module.main, arguments)
+        except SystemExit as end:  # --help
+            status = end.code
+        return None if not status else f"ended with status {status} without an error"
+    return None

@@ -7,7 +7,6 @@ Dims: b row of the batch, t prompt token, s cache slot, n new token, v vocabular
 """
 
 import dataclasses
-import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.checks import require, shown
+from deepseek_jax.checks import is_integer, require, shown
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.sampling import RowSampling, Sampling, row_sampling
 
@@ -49,8 +48,8 @@ class Request:
         """Raises ValueError if there is nothing to generate, ids outside the vocabulary, or too many positions."""
         if not self.prompts or any(len(p) == 0 for p in self.prompts):
             raise ValueError("generation needs at least one prompt, and each needs at least one token")
-        whole = isinstance(self.max_new_tokens, numbers.Integral)
-        require(whole, f"max_new_tokens={shown(self.max_new_tokens)} must be an integer")
+        asked = self.max_new_tokens
+        require(is_integer(asked), f"max_new_tokens={shown(asked)} must be an integer")
         require(isinstance(self.stop_ids, Iterable), f"stop_ids={shown(self.stop_ids)} must be token ids")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")

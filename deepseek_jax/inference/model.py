@@ -2,12 +2,12 @@
 
 import dataclasses
 import operator
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from deepseek_jax.checks import choice, require, shown
+from deepseek_jax.checks import choice, is_integer, require, shown
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -68,10 +68,9 @@ class Model:
 
     def _ids(self, text: Text) -> list[int]:
         if not isinstance(text, str):
-            try:
-                return [operator.index(token) for token in text]
-            except TypeError:
-                raise ValueError(f"{shown(text)} is neither text nor token ids") from None
+            tokens = list(text) if isinstance(text, Iterable) else [None]
+            require(all(map(is_integer, tokens)), f"{shown(text)} is neither text nor token ids")
+            return [int(token) for token in tokens]
         return self._tokenizer().encode_prompt(text)
 
     def logits(self, text: Text | Sequence[Text]) -> Any:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deepseek_jax.checks import require, shown
+from deepseek_jax.checks import is_integer, require, shown
 
 Array = Any  # jax.Array in programs, NumPy's on the host
 
@@ -50,7 +50,8 @@ class Sampling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            require(isinstance(value, numbers.Real), f"{field.name}={shown(value)} must be a number")
+            number = isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0  # JAX's, too
+            require(number, f"{field.name}={shown(value)} must be a number")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature={self.temperature} must be finite and >= 0 (0 is greedy)")
         if not 0 < self.top_p <= 1:
@@ -88,8 +89,7 @@ def row_sampling(sampling: Sampling, seed: int | Sequence[int], rows: int) -> Ro
     """
     one = np.ndim(seed) == 0
     seeds: list[Any] = [seed] * rows if one else list(seed)  # type: ignore[arg-type]
-    integers = all(isinstance(s, numbers.Integral) for s in seeds)
-    require(integers, f"seed={shown(seed)} must be an integer, or one for each prompt")
+    require(all(map(is_integer, seeds)), f"seed={shown(seed)} must be an integer, or one for each prompt")
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} prompts: give one seed, or one for each")
     seed_b = np.array([int(s) % 2**32 for s in seeds], np.uint32)

@@ -9,9 +9,8 @@ import functools
 from collections.abc import Iterable
 
 from deepseek_jax.parallel.pipeline.stages import Stage
-from deepseek_jax.parallel.pipeline.ticks import Rings, table
 from experiments.planning.links import counts
-from experiments.planning.run import E5M6, Run, schedule_of
+from experiments.planning.run import E5M6, Run
 from experiments.planning.work import widths
 from experiments.study.exchange_memory import exchange_buffers
 from experiments.study.memory import Memory, state_memory
@@ -58,8 +57,8 @@ def kept(run: Run, stage: Stage) -> float:
     attention, d = _attention_kept(run), run.model.hidden_size
     dense, moe = attention + _mlp_kept(run, False), attention + _mlp_kept(run, True)
     per_token = len(stage.dense) * dense + len(stage.moe) * moe
-    if stage.last:  # gradient of the states, from the loss; of MTP modules their inputs
-        per_token += d * run.act + run.model.num_nextn_predict_layers * (moe + 3 * d * run.act)
+    if stage.last:  # the stream, of which the end is made again
+        per_token += d * run.act
     return run.tokens * per_token
 
 
@@ -73,8 +72,7 @@ def cut(run: Run, stage: Stage) -> float:
 
     experts = run.capacity * ffn(m.moe_intermediate_size) + ffn(m.n_shared_experts * m.moe_intermediate_size)
     dense, moe = attention + ffn(m.intermediate_size), attention + experts
-    modules = m.num_nextn_predict_layers * (moe + 3 * w.d * a) if stage.last else 0
-    return run.tokens * (len(stage.dense) * dense + len(stage.moe) * moe + modules)
+    return run.tokens * (len(stage.dense) * dense + len(stage.moe) * moe)
 
 
 # --- while it computes --------------------------------------------------------------------------------------------
@@ -91,23 +89,19 @@ def _working(run: Run) -> float:
         if run.model.num_moe_layers
         else 0
     )
-    both = 2 if run.pipe > 1 and run.cfg.mesh.overlap else 1
+    both = 2 if run.pipeline and run.cfg.mesh.overlap else 1
     return both * run.tokens * (max(heads + scores, 2 * rows) if both == 1 else (heads + scores) / 2 + rows)
 
 
-def _logits(run: Run) -> float:
-    """Of a chunk: float32 logits, their exponentials, gradients in the compute dtype."""
-    tokens = min(run.cfg.train.loss_chunk, run.tokens)
-    return tokens * run.model.vocab_size * (4.0 + 4 + run.act)
-
-
-@functools.lru_cache(64)
-def _rings(pipe: int, micros: int, queue: int) -> Rings:
-    return table(schedule_of(pipe, micros, queue)).rings
-
-
-def rings(run: Run) -> Rings:
-    return _rings(run.pipe, run.micros, run.queue)
+def _end(run: Run) -> float:
+    """After the last layer: of a chunk of tokens float32 logits, their exponentials, and gradients in the compute dtype;
+    what MTP modules keep; and the gradients of a micro-batch, of embedding, head (summed in float32) and modules."""
+    tokens, depth = min(run.cfg.train.loss_chunk, run.tokens), run.model.num_nextn_predict_layers
+    logits = tokens * run.model.vocab_size * (4.0 + 4 + run.act)
+    d = run.model.hidden_size
+    modules = run.tokens * depth * (_attention_kept(run) + _mlp_kept(run, True) + 5 * d * run.act)
+    gradients = d * run.model.vocab_size * (2 * run.act + 4.0)
+    return logits + modules + (gradients if run.pipeline else 4.0 * d * run.model.vocab_size)
 
 
 def _largest(sizes: Iterable[float]) -> float:
@@ -119,14 +113,14 @@ def footprint(run: Run) -> dict[str, float]:
     s = state(run)
     parts: dict[str, float] = {"master weights": s.master, "moments": s.moments, "compute copy": s.compute}
     buffers = float(sum(b.bytes for b in exchange_buffers(run.cfg, run.mesh)))
-    if run.pipe > 1:
-        slots = rings(run)
+    if run.pipeline is not None:
+        slots = run.table().rings
         message = run.tokens * run.model.hidden_size * run.act
         parts |= {
             "gradients, float32": max(s.accumulated, s.gradients),
             "activations in flight": slots.saved * _largest(kept(run, x) for x in run.stages),
             "queue of weight gradients": slots.queue * _largest(cut(run, x) for x in run.stages),
-            "rings between ranks": (slots.act + slots.grad) * message,
+            "rings between ranks": (slots.act + slots.grad + 2) * message,
         }
         buffers *= 2 if run.cfg.mesh.overlap else 1
     else:
@@ -138,7 +132,7 @@ def footprint(run: Run) -> dict[str, float]:
         "gradients, scattered": s.scattered,
         "exchange buffers": buffers,
         "a layer's arrays": _working(run),
-        "logits of a chunk": _logits(run),
+        "head, MTP modules": _end(run),
     }
     return parts
 
@@ -148,6 +142,6 @@ def least_bytes(run: Run) -> float:
     float32 gradients."""
     c = counts(run)
     weights = c.linear + c.experts + c.tables + c.float32
-    slots = rings(run).saved if run.pipe > 1 else 1
+    slots = run.table().rings.saved if run.pipeline else 1
     gradient = 4 if run.pipe > 1 or run.micros > 1 else min(4, run.act)
     return gradient * weights + slots * _largest(kept(run, x) for x in run.stages)

@@ -113,8 +113,8 @@ def counts(run: Run) -> Counts:
             size = 1.0
             for n in p.shape:
                 size *= n
-            if run.pipe > 1 and name in run.held.slots:
-                size *= sum(run.held.slots[name]) / p.shape[0]
+            if run.pipeline and name in run.pipeline.held.slots:
+                size *= sum(run.pipeline.held.slots[name]) / p.shape[0]
             found = _add(found, p, size / run.expert_devices if "expert" in p.axes else size)
     return found
 
@@ -186,27 +186,34 @@ def _plus(*amounts: Bytes) -> Bytes:
 
 
 def of_step(run: Run) -> dict[str, Bytes]:
-    """What the busiest device of a pipeline sends per step: it has the most MoE layers."""
-    moe = max(_moe_layers(run)) * run.micros / (2 if run.pipe > 1 else 1)
-    layers = moe + run.model.first_k_dense_replace * run.micros / run.pipe
+    """What the busiest device of a pipeline sends per step: the one with the most MoE layers to pass."""
+    moe, layers = _passed(run)
     both = 2 if run.cfg.train.remat != "full" else 3
-    dispatch = _plus(trip(run, "dispatch"), trip(run, "dispatch", True))
-    combine = _plus(trip(run, "combine"), trip(run, "combine", True))
-    hops = 2 * run.micros * (1 if run.pipe > 1 else 0)
+    again = 1 if run.cfg.train.remat == "full" else 0
+    forward = _times(trip(run, "dispatch"), 1 + again)
+    messages = (
+        2
+        * run.micros
+        * (run.pipeline.held.chunks if run.pipeline and run.pipeline.name == "dualpipe_v" else 1)
+    )
     return {
-        "dispatch": _times(dispatch, moe),
-        "combine": _times(combine, moe),
-        "pipeline hops": _times(hop(run), hops),
+        "dispatch": _times(_plus(forward, trip(run, "dispatch", True)), moe),
+        "combine": _times(_plus(trip(run, "combine"), trip(run, "combine", True)), moe),
+        "pipeline hops": _times(hop(run), messages),
         "tensor parallel": _times(divided(run), both * layers),
         "ZeRO gather and scatter": zero(run).bytes,
     }
 
 
-def _moe_layers(run: Run) -> list[int]:
-    """MoE layers of each rank's chunks, MTP modules included."""
+def _passed(run: Run) -> tuple[int, int]:
+    """(MoE layers, layers) that micro-batches pass on the rank with most of the former, MTP modules included."""
     depth = run.model.num_nextn_predict_layers
-    if run.pipe == 1:
-        return [run.model.num_moe_layers + depth]
-    chunks = range(run.held.chunks)
-    stages = [[run.held.stage(r, c) for c in chunks] for r in range(run.pipe)]
-    return [sum(len(s.moe) + depth * s.last for s in rank) for rank in stages]
+    sizes = [(len(s.moe) + depth * s.last, len(s.dense) + len(s.moe) + depth * s.last) for s in run.stages]
+    if run.pipeline is None:
+        return sizes[0][0] * run.micros, sizes[0][1] * run.micros
+    schedule = run.table().schedule
+    ranks = [
+        [(schedule.micros(d), sizes[schedule.stage(r, d)]) for d in range(schedule.directions)]
+        for r in range(run.pipe)
+    ]
+    return max((sum(m * moe for m, (moe, _) in rank), sum(m * n for m, (_, n) in rank)) for rank in ranks)

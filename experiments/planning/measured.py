@@ -18,7 +18,6 @@ STEP = 19.926
 SECONDS = {"F": 1.13, "B": 1.99, "W": 0.48, "F&B": 13.95, "bubble": 2.06, "optimizer": 0.29}
 NAMES = {"F": "1F", "B": "1B", "W": "1W", "F&B": "1F1B"}
 GPU_HOURS = 180e3  # per trillion tokens (report section 1)
-OWN_QUEUE = 1 << 10  # DeepSeek's DualPipe does not bound its queue of weight gradients
 PAIR, PAIR_LAYERS = 129.0, 4  # ms
 # ms per layer; MLP(W) runs on two streams: what both are busy, less the other phases
 PHASES = {
@@ -91,8 +90,8 @@ def _each(part: str, ops: float) -> float:
 
 def parts(prediction: Prediction) -> list[Part]:
     """The parts of the step, as DualPipe runs on ranks that go on by themselves; their predictions add up to the step's."""
-    run = dataclasses.replace(prediction.run, queue=OWN_QUEUE)
-    ran = times.micro_batches(run)
+    run = prediction.run
+    ran = times.as_deepseek(run)
     n = ran.ops
     pair, x = 1e3 * pair_seconds(run), times.layer(run, True)
     forward = 1e3 * PAIR_LAYERS * (x.attention.forward + x.mlp.forward)
@@ -126,18 +125,26 @@ def report(prediction: Prediction) -> str:
     ]
     lines += [
         ("step, s", _against(STEP, total, ".3f")),
-        ("the same in ticks, s", _against(STEP, prediction.step, ".3f")),
+        ("as this project runs it, s", _against(STEP, prediction.step, ".3f")),
     ]
     hours = gpu_hours(total, run.tokens_per_step, run.devices)
     lines.append(("GPU-hours per trillion", _against(GPU_HOURS, hours, ",.0f")))
     reasons = [f"  {NAMES.get(p.name, p.name)}: {p.why}." for p in rows]
-    reasons.append(
-        f"  In ticks: DeepSeek's ranks go on when what they need is there; this executor's exchange messages with their "
-        f"neighbours after every tick, and wait for them {prediction.ran.waiting:.2f} s, because stages are not alike (queue of "
-        f"{run.queue})."
-    )
+    reasons.append(f"  As this project runs it: {_difference(prediction)}.")
     title, columns = "DeepSeek-V3 as measured", ["measured", "predicted", "error", "ops of a rank"]
     return "\n".join([phases(run), "", table(title, columns, lines), *reasons])
+
+
+def _difference(prediction: Prediction) -> str:
+    """Why this project's step is another than that which its phases make as DeepSeek orders them."""
+    run, ran = prediction.run, prediction.ran
+    layers = [times.layer(run, True)] * PAIR_LAYERS
+    mine, theirs = (1e3 * f(layers, layers) for f in (times.segments_seconds, times.pair_seconds))
+    return (
+        f"a pair of four layers takes {mine:.0f} ms for {theirs:.0f}, because a trip and the work beside it wait for each other; "
+        "head and MTP modules run forward and backward in the last stage's backward, alone; and ranks exchange messages "
+        f"with their neighbours after every tick, for which they wait {ran.waiting:.2f} s, since stages are not alike"
+    )
 
 
 def _against(measured: float, predicted: float, form: str) -> list[str]:
@@ -150,7 +157,7 @@ def _against(measured: float, predicted: float, form: str) -> list[str]:
 def pair_seconds(run: Run) -> float:
     """Of the profile's pair."""
     layers = [times.layer(run, True)] * PAIR_LAYERS
-    return times.pair_seconds(layers, layers, True)
+    return times.pair_seconds(layers, layers)
 
 
 def predicted_phases(run: Run) -> dict[str, float]:

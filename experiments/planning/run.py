@@ -11,9 +11,10 @@ from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import EXPERT_AXES, abstract_mesh, batch_shards, rules
-from deepseek_jax.parallel.pipeline.ops import Schedule
-from deepseek_jax.parallel.pipeline.schedules import dualpipe
-from deepseek_jax.parallel.pipeline.stages import Held, Stage, stages
+from deepseek_jax.parallel.pipeline.pipeline import Pipeline, pipeline_over
+from deepseek_jax.parallel.pipeline.schedules import SCHEDULES
+from deepseek_jax.parallel.pipeline.stages import Stage, stages
+from deepseek_jax.parallel.pipeline.ticks import Table, table
 from deepseek_jax.precision import preset
 from deepseek_jax.training.preflight import granularity
 from experiments.planning.hardware import COMM_SMS, Hardware, Link
@@ -23,13 +24,13 @@ E5M6 = 1.5
 
 
 @functools.lru_cache(64)
-def schedule_of(pipe: int, micros: int, queue: int) -> Schedule:
-    return dualpipe(pipe, micros, queue)
+def table_of(name: str, ranks: int, micros: int, queue: int) -> Table:
+    return table(SCHEDULES[name](ranks, micros, queue))
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config on `mesh`, of GPUs `hardware`; `queue`: weight gradients of a pipeline that may wait.
+    """A config on `mesh`, of GPUs `hardware`.
 
     Raises ValueError, in one line with the numbers, for what does not divide, or does not lie on such machines.
     """
@@ -37,7 +38,6 @@ class Run:
     cfg: Config
     mesh: AbstractMesh
     hardware: Hardware
-    queue: int = 1
 
     def __post_init__(self):
         granularity(self.cfg, self.mesh)
@@ -48,9 +48,7 @@ class Run:
                 f"{self.hardware.node} {self.hardware.name}; change config.mesh.local or config.mesh.tensor"
             )
         travels = self.wire is not None
-        if self.pipe > 1:
-            self.schedule()
-        elif travels and self.cfg.mesh.overlap and self.sequences % 2:
+        if self.pipeline is None and travels and self.cfg.mesh.overlap and self.sequences % 2:
             raise ValueError(
                 f"mesh.overlap=True halves a micro-batch, and a device's has {self.sequences} sequences; change "
                 "config.train.grad_accumulation or train.batch_size, or set config.mesh.overlap=False"
@@ -76,7 +74,7 @@ class Run:
     @property
     def micros(self) -> int:
         """Micro-batches of a step."""
-        return self.cfg.train.grad_accumulation
+        return self.pipeline.micro if self.pipeline else self.cfg.train.grad_accumulation
 
     @property
     def sequences(self) -> int:
@@ -150,17 +148,19 @@ class Run:
         dispatcher = layout_over(self.cfg, self.mesh).dispatcher
         return dispatcher.wire if isinstance(dispatcher, Ragged) else None
 
-    def schedule(self) -> Schedule:
-        """The pipeline's, DualPipe."""
-        return schedule_of(self.pipe, self.micros, self.queue)
+    @functools.cached_property
+    def pipeline(self) -> Pipeline | None:
+        return pipeline_over(self.cfg, self.mesh.shape)
+
+    def table(self) -> Table:
+        """The pipeline's schedule, in ticks."""
+        p = self.pipeline
+        assert p is not None
+        return table_of(p.name, p.ranks, p.micro, p.weight_queue)
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
-        return stages(self.model, self.pipe, self.cfg.mesh.stage_layers)
-
-    @functools.cached_property
-    def held(self) -> Held:
-        return Held(self.stages, self.pipe, 2 if self.pipe > 1 else 1)
+        return self.pipeline.held.stages if self.pipeline else stages(self.model, 1)
 
     def stride(self, axis: str) -> int:
         """Devices between neighbours along a mesh axis."""
@@ -174,5 +174,5 @@ class Run:
         return self.hardware.nvlink if within else self.hardware.nic
 
 
-def run_of(cfg: Config, devices: int, hardware: Hardware, queue: int = 1) -> Run:
-    return Run(cfg, abstract_mesh(cfg.mesh, devices), hardware, queue)
+def run_of(cfg: Config, devices: int, hardware: Hardware) -> Run:
+    return Run(cfg, abstract_mesh(cfg.mesh, devices), hardware)

@@ -49,7 +49,7 @@ def meshes(cfg: Config, devices: int, hardware: Hardware) -> Iterator[MeshConfig
             continue
         if inside > hardware.node or (node > 1 and inside < hardware.node):
             continue
-        if pipe > cfg.model.num_hidden_layers or (pipe > 1 and pipe % 2):
+        if pipe > cfg.model.num_hidden_layers:
             continue
         layers = cfg.mesh.stage_layers if pipe == cfg.mesh.pipe else ()
         yield dataclasses.replace(
@@ -63,7 +63,7 @@ def meshes(cfg: Config, devices: int, hardware: Hardware) -> Iterator[MeshConfig
         )
 
 
-def candidates(cfg: Config, devices: int, hardware: Hardware, queue: int = 1) -> Iterator[Run]:
+def candidates(cfg: Config, devices: int, hardware: Hardware) -> Iterator[Run]:
     """Every run that divides over its mesh."""
     for mesh in meshes(cfg, devices, hardware):
         shards = mesh.data * mesh.node * mesh.local
@@ -74,7 +74,7 @@ def candidates(cfg: Config, devices: int, hardware: Hardware, queue: int = 1) ->
             train = dataclasses.replace(cfg.train, grad_accumulation=micros, remat=remat)
             changed = dataclasses.replace(cfg, mesh=dataclasses.replace(mesh, overlap=overlap), train=train)
             try:
-                yield run_of(changed, devices, hardware, queue)
+                yield run_of(changed, devices, hardware)
             except (
                 ValueError
             ):  # too few micro-batches for the pipeline, nothing to overlap with, tokens do not divide
@@ -87,11 +87,9 @@ def _sizes(cfg: Config, shards: int) -> list[int]:
     return [s for s in (1, 2, 4, 8, LARGEST_MICRO_BATCH) if each % s == 0]
 
 
-def search(cfg: Config, devices: int, hardware: Hardware, queue: int = 1) -> Found:
+def search(cfg: Config, devices: int, hardware: Hardware) -> Found:
     """The fastest runs, found in the order of a lower bound of their time: what is left out is not faster."""
-    ordered = [
-        (times.least_seconds(run), i, run) for i, run in enumerate(candidates(cfg, devices, hardware, queue))
-    ]
+    ordered = [(times.least_seconds(run), i, run) for i, run in enumerate(candidates(cfg, devices, hardware))]
     heapq.heapify(ordered)
     tried = len(ordered)
     fit: list[Prediction] = []
@@ -168,7 +166,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("devices", 2048, "How many.", 1, 1 << 16, flag_values=values)
     cfg = config_flag.parse(argv, "configs/v3_671b.py", values)
     hardware = PRESETS[values.hardware]
-    found = search(cfg, values.devices, hardware, values.queue)
+    found = search(cfg, values.devices, hardware)
     if not found.tried:
         raise ValueError(
             f"no mesh of {values.devices} devices divides train.batch_size={cfg.train.batch_size} and the model; change "

@@ -25,9 +25,6 @@ def common_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "price", PRICE, "Dollars per GPU-hour.", lower_bound=0.0, upper_bound=1e6, flag_values=values
     )
-    flags.DEFINE_integer(
-        "queue", 1, "Weight gradients of a pipeline that may wait.", 0, 1024, flag_values=values
-    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         "compile", False, "Compile the step for H100s, without a GPU, too.", flag_values=values
     )
     cfg = config_flag.parse(argv, "configs/v3_671b.py", values)
-    run = run_of(cfg, values.devices or named_devices(cfg.mesh), PRESETS[values.hardware], values.queue)
+    run = run_of(cfg, values.devices or named_devices(cfg.mesh), PRESETS[values.hardware])
     if values.compile:
         xla.check(run)
     prediction = predict(run)

@@ -36,9 +36,11 @@ def heading(run: Run) -> str:
         f"{m.flops_per_token(cfg.data.seq_len) / 1e9:.2f} GFLOP per token, "
         f"{m.flops_per_token(cfg.data.seq_len) * run.tokens_per_step:.3e} FLOP per step (without MTP)",
     ]
-    if run.pipe > 1:
+    if run.pipeline is not None:
         layers = " ".join(str(len(s.dense) + len(s.moe)) for s in run.stages)
-        lines.insert(1, f"DualPipe over {run.pipe} stages of {layers} layers, queue of {run.queue}")
+        lines.insert(
+            1, f"{run.pipeline.name}: stages of {layers} layers, weight_queue={cfg.mesh.weight_queue}"
+        )
     return "\n".join(lines)
 
 

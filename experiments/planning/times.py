@@ -1,18 +1,19 @@
 """Seconds of layers, stages and a step: arithmetic in one lane, exchanges of tokens in another, as the phases depend.
 
-Within a pair of a forward and a backward, phases are issued per layer as in DeepSeek's profile (report figure 4):
-combine(B), attention(F), MLP(B), dispatch(F), dispatch(B), MLP(W), MLP(F), attention(B), attention(W), combine(F). combine(B),
-the gradient of a combine, is a dispatch; dispatch(B) is a combine.
+Phases of a pair of a forward and a backward, in the order in which DeepSeek's profile issues them per layer (report figure
+4): combine(B), attention(F), MLP(B), dispatch(F), dispatch(B), MLP(W), MLP(F), attention(B), attention(W), combine(F). combine(B),
+the gradient of a combine, is a dispatch; dispatch(B) is a combine. `segments_seconds` has this project's order.
 """
 
 import functools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepseek_jax.model_config import DTYPE_BYTES
 from deepseek_jax.parallel.pipeline.ops import Schedule
+from deepseek_jax.parallel.pipeline.schedules import dualpipe
 from deepseek_jax.parallel.pipeline.simulate import Timeline, rows, simulate
 from deepseek_jax.parallel.pipeline.stages import Stage
 from experiments.planning import links, work
@@ -71,7 +72,7 @@ def layer(run: Run, is_moe: bool, share: float = 1.0) -> Layer:
 
 def ends(run: Run, share: float = 1.0) -> list[Layer]:
     """What comes after the last layer: head and loss, and MTP modules with theirs, as layers."""
-    head = Layer(mlp=Times(share * work.seconds(work.head(run), run.hardware, run.comm_sms)))
+    head = Layer(mlp=_seconds(run, work.head(run), share))
     moe = layer(run, True, share) if run.model.num_nextn_predict_layers else Layer()
     before = _seconds(run, work.mtp_input(run), share)
     module = moe._replace(attention=moe.attention.plus(before))
@@ -79,9 +80,9 @@ def ends(run: Run, share: float = 1.0) -> list[Layer]:
 
 
 def stage_layers(run: Run, stage: Stage, share: float = 1.0) -> list[Layer]:
+    """Without what comes after the last layer."""
     kinds = ((False, stage.dense), (True, stage.moe))
-    found = [layer(run, is_moe, share) for is_moe, which in kinds for _ in which]
-    return found + (ends(run, share) if stage.last else [])
+    return [layer(run, is_moe, share) for is_moe, which in kinds for _ in which]
 
 
 # --- lanes --------------------------------------------------------------------------------------------------------
@@ -149,8 +150,8 @@ def weights_seconds(layers: Sequence[Layer]) -> float:
     return sum(x.attention.weights + x.mlp.weights for x in layers)
 
 
-def pair_seconds(forward: Sequence[Layer], backward: Sequence[Layer], overlap: bool) -> float:
-    """A forward through some layers beside a backward through others, layer by layer."""
+def pair_seconds(forward: Sequence[Layer], backward: Sequence[Layer]) -> float:
+    """A forward through some layers beside a backward through others, in the order of DeepSeek's profile."""
     tasks: list[Task] = []
     for i in range(max(len(forward), len(backward))):
         f = _forward(forward[i], "f", i) if i < len(forward) else {}
@@ -160,7 +161,33 @@ def pair_seconds(forward: Sequence[Layer], backward: Sequence[Layer], overlap: b
             *((b, "mlp weights"), (f, "mlp"), (b, "attention"), (b, "attention weights"), (f, "combine")),
         ]
         tasks += [phases[name] for phases, name in order if name in phases]
-    return span(tasks, overlap)
+    return span(tasks)
+
+
+def segments_seconds(forward: Sequence[Layer], backward: Sequence[Layer]) -> float:
+    """The same as `parallel/pipeline/pair.py` orders it: four times a trip of one beside work of the other, which wait for
+    each other; layers in which nothing travels, and what one side has more, alone."""
+    ahead, back, total = list(forward), list(reversed(backward)), 0.0
+    while ahead or back:
+        travels = [bool(side) and side[0].exchange > 0 for side in (ahead, back)]
+        if all(travels):
+            total += _segments(ahead.pop(0), back.pop(0))
+        elif ahead and not (travels[0] and back):
+            total += forward_seconds([ahead.pop(0)])
+        else:
+            total += backward_seconds([back.pop(0)], True, False)
+    return total
+
+
+def _segments(f: Layer, b: Layer) -> float:
+    again = b.attention.forward + b.dispatch + b.mlp.forward if b.again else 0.0
+    return (
+        again
+        + max(f.attention.forward, b.combine_gradient)
+        + max(b.mlp.backward + b.mlp.weights, f.dispatch)
+        + max(f.mlp.forward, b.dispatch_gradient)
+        + max(b.attention.backward + b.attention.weights, f.combine)
+    )
 
 
 def halves_seconds(layers: Sequence[Layer]) -> tuple[float, float]:
@@ -209,14 +236,14 @@ class Ran(NamedTuple):
 
 def micro_batches(run: Run) -> Ran:
     """All micro-batches of a step, forward and backward."""
-    if run.pipe > 1:
-        return _pipeline(run)
+    if run.pipeline is not None:
+        return _ran(run.table().schedule, stage_costs(run))
     overlap = run.comm_sms > 0
-    stage = run.stages[0]
+    share = 0.5 if overlap else 1.0
+    layers = stage_layers(run, run.stages[0], share) + ends(run, share)
     if overlap:
-        forward, backward = halves_seconds(stage_layers(run, stage, 0.5))
+        forward, backward = halves_seconds(layers)
     else:
-        layers = stage_layers(run, stage)
         forward, backward = forward_seconds(layers), backward_seconds(layers, True, False)
     parts = {"F": run.micros * forward, "B": run.micros * backward}
     both = sum(parts.values())
@@ -224,39 +251,66 @@ def micro_batches(run: Run) -> Ran:
 
 
 def stage_costs(run: Run) -> dict[str, Any]:
-    """Costs of the pipeline's ops, as its simulator takes them."""
-    layers, overlap = [stage_layers(run, s) for s in run.stages], run.cfg.mesh.overlap
-    pair = functools.lru_cache(lambda f, b: pair_seconds(layers[f], layers[b], overlap))
-    same = [run.stages.index(next(s for s in run.stages if _alike(s, stage))) for stage in run.stages]
-    return {
-        "F": np.array([forward_seconds(x) for x in layers]),
-        "B": np.array([backward_seconds(x, True, overlap) for x in layers]),
-        "Bi": np.array([backward_seconds(x, False, overlap) for x in layers]),
-        "W": np.array([weights_seconds(x) for x in layers]),
-        "F&B": np.array([[pair(f, b) for b in same] for f in same]),
+    """Costs of the pipeline's ops, as its simulator takes them, with what comes after the last layer as part of its
+    backward: `parallel/pipeline/stage.py` runs forward and backward of it there."""
+    layers, tail = [stage_layers(run, s) for s in run.stages], ends(run)
+    end = np.zeros(len(layers))
+    end[-1] = forward_seconds(tail) + backward_seconds(tail, True, False)
+    split = np.array([backward_seconds(x, False, False) for x in layers]) + end
+    weights = np.array([weights_seconds(x) for x in layers])
+    forward = np.array([forward_seconds(x) for x in layers])
+    pairs = forward[:, None] + split + weights
+    if run.cfg.mesh.overlap:
+        pairs = _pairs(run, layers, segments_seconds) + end
+    hop = links.seconds(run, links.hop(run))
+    return {"F": forward, "B": split + weights, "Bi": split, "W": weights, "F&B": pairs, "hop": hop}
+
+
+def _pairs(run: Run, layers: Sequence[Sequence[Layer]], seconds: Callable[..., float]) -> np.ndarray:
+    """Seconds of every pair of stages; those of stages with as many layers are alike."""
+    kinds = [(len(s.dense), len(s.moe), len(x)) for s, x in zip(run.stages, layers, strict=True)]
+    first = [kinds.index(kind) for kind in kinds]
+    found = {(f, b): seconds(layers[f], layers[b]) for f in set(first) for b in set(first)}
+    return np.array([[found[f, b] for b in first] for f in first])
+
+
+def as_deepseek(run: Run) -> Ran:
+    """The same as DeepSeek describes its own training: phases of a pair in the order of its profile, head and MTP modules
+    as layers of the last stage, weight gradients beside the exchanges of a backward, no bound of the queue."""
+    assert run.pipeline is not None
+    layers = [stage_layers(run, s) + (ends(run) if s.last else []) for s in run.stages]
+    costs = {
+        "F": [forward_seconds(x) for x in layers],
+        "B": [backward_seconds(x, True, True) for x in layers],
+        "Bi": [backward_seconds(x, False, True) for x in layers],
+        "W": [weights_seconds(x) for x in layers],
+        "F&B": _pairs(run, layers, pair_seconds),
         "hop": links.seconds(run, links.hop(run)),
     }
+    return _ran(dualpipe(run.pipe, run.micros), costs)
 
 
-def _alike(a: Stage, b: Stage) -> bool:
-    return (len(a.dense), len(a.moe), a.last) == (len(b.dense), len(b.moe), b.last)
-
-
-def _pipeline(run: Run) -> Ran:
-    schedule, costs = run.schedule(), stage_costs(run)
+def _ran(schedule: Schedule, costs: dict[str, Any]) -> Ran:
     free = simulate(schedule, costs)
     parts, ops = _parts(free)
     return Ran(parts, free.makespan, _in_ticks(schedule, free, costs["hop"]), ops)
 
 
 def least_seconds(run: Run) -> float:
-    """A bound that `micro_batches` is not below, without a simulation: the ops of the busiest rank, all in pairs."""
-    if run.pipe == 1:
+    """A bound that `micro_batches` is not below, without a simulation: the ops of the busiest rank, in pairs where there
+    are two directions."""
+    if run.pipeline is None:
         return micro_batches(run).seconds
-    costs = stage_costs(run)
-    pairs = np.minimum(costs["F&B"], costs["F"][:, None] + costs["B"])
-    of_stage = np.array([pairs[i, -1 - i] for i in range(run.pipe)])
-    return run.micros / 2 * float((of_stage + of_stage[::-1]).max())
+    costs, schedule = stage_costs(run), run.table().schedule
+    alone = costs["F"][:, None] + costs["B"]
+    pairs = np.minimum(costs["F&B"], alone) if schedule.directions == 2 else alone
+
+    def busy(rank: int) -> float:
+        stages = [schedule.stage(rank, d) for d in range(schedule.directions)]
+        fewest = min(schedule.micros(d) for d in range(schedule.directions))
+        return fewest * sum(pairs[f, b] for f, b in zip(stages, reversed(stages), strict=True))
+
+    return max(busy(rank) for rank in range(run.pipe))
 
 
 def _in_ticks(schedule: Schedule, ran: Timeline, hop: float) -> float:

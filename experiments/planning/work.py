@@ -231,13 +231,16 @@ def moe_mlp(run: Run) -> Passes:
 # --- the ends -----------------------------------------------------------------------------------------------------
 
 
-def head(run: Run) -> tuple[Work, ...]:
-    """Logits, loss and their gradients, all in the forward pass: three products."""
+def head(run: Run) -> Passes:
+    """Logits and loss, and their gradients."""
     m, n = run.model, run.tokens
     one = 2.0 * n * m.hidden_size * m.vocab_size
     precision = {2: "bf16", 4: "float32"}[run.act]
-    products = tuple(Work(f"linear.{which}", one, 0.0, precision) for which in ("fprop", "dgrad", "wgrad"))
-    return (*products, _pass(run, m.vocab_size * (4 + 4 + 2 * run.act)))
+    fprop, dgrad, wgrad = (
+        Work(f"linear.{which}", one, 0.0, precision) for which in ("fprop", "dgrad", "wgrad")
+    )
+    logits = _pass(run, m.vocab_size * (4 + 4 + 2 * run.act))
+    return Passes((fprop, logits), (dgrad,), (wgrad,))
 
 
 def mtp_input(run: Run) -> Passes:

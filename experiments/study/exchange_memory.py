@@ -13,6 +13,7 @@ from deepseek_jax.parallel.exchange.hops import Plan
 from deepseek_jax.parallel.exchange.wire import write
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import EXPERT_AXES, TOKEN_AXES, batch_shards
+from deepseek_jax.parallel.pipeline.pipeline import pipeline_over
 
 PLACES = {"node": "between nodes", EXPERT_AXES[1:]: "in the node", EXPERT_AXES: "all devices"}
 
@@ -24,9 +25,12 @@ class Buffer(NamedTuple):
 
 
 def tokens_at_once(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Tokens of a device in one exchange: of its micro-batch, or of a half of it."""
-    sequences = cfg.train.batch_size // (batch_shards(mesh) * cfg.train.grad_accumulation)
-    return sequences * cfg.data.seq_len // mesh.shape["tensor"] // (2 if cfg.mesh.overlap else 1)
+    """Tokens of a device in one exchange: of its micro-batch, or, with overlap but without a pipeline, of a half of it."""
+    pipeline = pipeline_over(cfg, mesh.shape)
+    micro = cfg.train.grad_accumulation if pipeline is None else pipeline.micro
+    sequences = cfg.train.batch_size // (batch_shards(mesh) * micro)
+    parts = 2 if cfg.mesh.overlap and pipeline is None else 1
+    return sequences * cfg.data.seq_len // mesh.shape["tensor"] // parts
 
 
 def exchange_buffers(cfg: Config, mesh: Mesh | AbstractMesh) -> list[Buffer]:

@@ -16,7 +16,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model.params import tree_map
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import quantise_weights
-from deepseek_jax.parallel.pipeline.stages import Held, stages
+from deepseek_jax.parallel.pipeline.pipeline import pipeline_over
 from deepseek_jax.precision import preset
 from deepseek_jax.training.state import parameter_shares
 
@@ -46,7 +46,7 @@ class Memory(NamedTuple):
 def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
     """Returns the `Memory` of "dense" parameters (whatever is no routed expert) and of "experts".
 
-    On a mesh with a pipeline, a device reads the layers in the slots of both its stages (`pipeline/stages.py`), empty
+    On a mesh with a pipeline, a device reads the layers in the slots of its stages (`pipeline/stages.py`), empty
     slots included, and whole what is no layer of them. Raises ValueError for what does not divide over the mesh.
     """
     declared, policy = model_params(cfg.model), preset(cfg.precision)
@@ -85,11 +85,9 @@ def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
 
 
 def _layers_held(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """Slots that each device has for layers of a kind under DualPipe; none on a mesh without a pipeline."""
-    ranks = mesh.shape["pipe"]
-    if ranks == 1:
-        return {}
-    slots = Held(stages(cfg.model, ranks, cfg.mesh.stage_layers), ranks, chunks=2).slots
+    """Slots that each device has for layers of a kind; none on a mesh without a pipeline."""
+    pipeline = pipeline_over(cfg, mesh.shape)
+    slots = {} if pipeline is None else pipeline.held.slots
     return {kind: sum(n) for kind, n in slots.items() if sum(n)}
 
 

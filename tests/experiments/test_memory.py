@@ -79,7 +79,7 @@ def test_quantised_experts_have_two_operands():
 def test_v3_over_2048_devices_as_dualpipe_has_it():
     """16 ranks of 128: each device reads eight slots of MoE layers, four of either stage, three of dense ones, though
     only two ranks fill these, and embedding, head and MTP module whole. The state is divided over all 2048."""
-    dense, experts = planned(shipped("v3_671b", 15, "deepseek_fp8", pipe=16, data=2), 2048)
+    dense, experts = planned(shipped("v3_671b", 120, "deepseek_fp8", pipe=16, data=2), 2048)
     one = 4 * 3 * 7168 * 2048  # of a layer, four experts of 256 per device
     n = 9 * one
     master = 59 * 64 * one // 2048

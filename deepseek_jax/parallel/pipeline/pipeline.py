@@ -19,7 +19,7 @@ class Pipeline:
     name: str
     ranks: int
     micro: int
-    weight_queue: int
+    weight_queue: int | None  # None: as the schedule has it
     held: Held
 
     def training(self) -> Table:
@@ -50,8 +50,11 @@ def pipeline_over(cfg: Config, axes: Mapping[str, int]) -> Pipeline | None:
     if name == "auto":
         both_ways = ranks % 2 == 0 and micro % 2 == 0 and micro >= 2 * ranks
         name = "dualpipe" if both_ways else "one_f_one_b"
+    queue: int | None = cfg.mesh.weight_queue
+    if queue == -1:
+        queue = None if name == "zero_bubble" else 0
     try:
-        SCHEDULES[name](ranks, micro, queue=cfg.mesh.weight_queue)
+        SCHEDULES[name](ranks, micro, queue=queue)
     except ValueError as error:
         raise ValueError(
             f"{error}; mesh.pipe={ranks} with {micro} micro-batches on each device: change train.grad_accumulation, "
@@ -60,4 +63,4 @@ def pipeline_over(cfg: Config, axes: Mapping[str, int]) -> Pipeline | None:
     chunks = 2 if name in ("dualpipe", "dualpipe_v") else 1
     number = 2 * ranks if name == "dualpipe_v" else ranks
     held = Held(stages(cfg.model, number, cfg.mesh.stage_layers), ranks, chunks)
-    return Pipeline(name, ranks, micro, cfg.mesh.weight_queue, held)
+    return Pipeline(name, ranks, micro, queue, held)

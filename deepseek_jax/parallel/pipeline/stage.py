@@ -10,7 +10,7 @@ and the rest of the objective is computed once, at the end.
 Dims: b sequence, t token, w window, d hidden, l layer, e expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from deepseek_jax.model.mtp import mtp_hidden
 from deepseek_jax.model.router import BalanceStats
 from deepseek_jax.model.transformer import Aux, context, final_norm
 from deepseek_jax.model.weights import attach
-from deepseek_jax.parallel.pipeline.layer import Backward, Hand, Weights, layer
+from deepseek_jax.parallel.pipeline.layer import Backward, Hand, Weights, layer, traced_once
 from deepseek_jax.parallel.pipeline.pair import in_pairs
 from deepseek_jax.parallel.pipeline.stages import KINDS, Content, Held
 from deepseek_jax.precision.policy import Policy
@@ -82,6 +82,8 @@ class Stages:
             n_local = params["moe_layers"]["ffn"]["experts"]["w_gate_edf"].shape[1]
         self.layers = {kind: layer(cfg, layout, policy, kind == "moe_layers", n_local) for kind in KINDS}
         self._apart = {kind: self._slots(kind) for kind in KINDS if kind in params}
+        self._end_gradients: Any = None
+        self._rates = jax.jit(self._rates_of)
         self._end, self._end_operands = (
             {name: tree[name] for name in END if name in tree} for tree in (params, operands)
         )
@@ -126,17 +128,25 @@ class Stages:
         aux = Aux(counts, seq_loss, classic_loss, mtp, None)
         return self.batch.objective(part, h_btd, head_weight(self._end), aux)
 
-    def _balance(self, part: Any, stats: BalanceStats) -> Scalars:
-        """What balance losses add to the metrics."""
-        zero = jnp.zeros((), jnp.float32)
-        of = (stats.seq_loss, stats.classic_loss)
-        return jax.jvp(lambda *s: self._with_balance(part, *s)[1], (zero, zero), of)[1]
+    def _rates_of(self, part: Any) -> tuple[Any, Any]:
+        """Derivatives of (scalar, metrics) of the objective by a layer's sequence-wise and its classic loss."""
+        zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+        seq, classic = (
+            jax.jvp(lambda *s: self._with_balance(part, *s), (zero, zero), unit)[1]
+            for unit in ((one, zero), (zero, one))
+        )
+        return seq, classic
+
+    def _balance(self, part: Any, stats: Sequence[BalanceStats]) -> Scalars:
+        """What balance losses of layers add to the metrics."""
+        seq, classic = (sum(getattr(s, name) for s in stats) for name in ("seq_loss", "classic_loss"))
+        (_, by_seq), (_, by_classic) = self._rates(part)
+        return jax.tree.map(lambda a, b: a * seq + b * classic, by_seq, by_classic)
 
     def _balance_gradients(self, part: Any, scale: float) -> tuple[jax.Array, jax.Array]:
         """Of the objective, for each layer's (sequence-wise, classic) loss."""
-        zero = jnp.zeros((), jnp.float32)
-        g = jax.grad(lambda *s: self._with_balance(part, *s)[0], (0, 1))(zero, zero)
-        return g[0] * scale, g[1] * scale
+        (by_seq, _), (by_classic, _) = self._rates(part)
+        return by_seq * scale, by_classic * scale
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
@@ -175,11 +185,13 @@ class Stages:
 
     def _counted(self, part: Any, stats: dict[tuple[str, int], BalanceStats]) -> Done:
         done = self.nothing
-        for (kind, slot), s in stats.items():
-            if kind == "moe_layers":
-                metrics = jax.tree.map(jnp.add, done.metrics, self._balance(part, s))
-                done = Done(metrics, done.counts_se.at[slot].add(s.counts_e), done.mtp_counts_ke)
-        return done
+        moe = {slot: s for (kind, slot), s in stats.items() if kind == "moe_layers"}
+        if not moe:
+            return done
+        counts_se = done.counts_se
+        for slot, s in moe.items():
+            counts_se = counts_se.at[slot].add(s.counts_e)
+        return Done(self._balance(part, list(moe.values())), counts_se, done.mtp_counts_ke)
 
     def backward(
         self, chunk: int, content: Content, index: jax.Array, kept: Any, g_btd: Any, scale: float
@@ -256,9 +268,11 @@ class Stages:
     def end(self, part: Any, x_btd: jax.Array, scale: float) -> tuple[jax.Array, Any, Done]:
         """(gradient of the stream, gradients of the end's parameters, `Done`)"""
 
-        def scaled(p: Any, x_btd: jax.Array) -> Any:
+        def scaled(p: Any, x_btd: jax.Array, part: Any) -> Any:
             scalar, metrics, counts_ke = self._after(part, p, x_btd)
             return scalar * scale, (metrics, counts_ke)
 
-        (dp, dx_btd), (metrics, counts_ke) = jax.grad(scaled, (0, 1), has_aux=True)(self._end, x_btd)
+        if self._end_gradients is None:
+            self._end_gradients = traced_once(jax.grad(scaled, (0, 1), has_aux=True))
+        (dp, dx_btd), (metrics, counts_ke) = self._end_gradients(self._end, x_btd, part)
         return dx_btd, dp, Done(metrics, self.nothing.counts_se, counts_ke)
