@@ -2,12 +2,16 @@
 
 import importlib
 
+import jax
+import numpy as np
 import pytest
 
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.parallel.pipeline.pipeline import described, pipeline_over
+from deepseek_jax.training.step import abstract_state, make_train_step
 from experiments import dry_run
-from tests.tiny_run import tiny
+from tests.tiny_run import HYPER, tiny
 
 FOUR = {"num_hidden_layers": 4}
 
@@ -99,3 +103,14 @@ def test_what_is_refused(settings, message):
     with pytest.raises(ValueError, match=message) as error:
         dry_run.report(over(**settings)[0])
     assert "\n" not in str(error.value)
+
+
+def test_a_batch_of_another_size():
+    """Of 4 sequences a device would leave one out of 3 micro-batches."""
+    cfg = over(2, 3)[0]
+    mesh = abstract_mesh(cfg.mesh, 2)
+    batch = {"tokens": jax.ShapeDtypeStruct((4, cfg.data.seq_len + 1), np.int32)}
+    with pytest.raises(
+        ValueError, match=r"batch of 4 .* 1 device shards x 3 micro-batches of the pipeline; change"
+    ):
+        make_train_step(cfg, mesh).trace(abstract_state(cfg, mesh), batch, HYPER)
