@@ -341,7 +341,11 @@ def test_the_search_command(capsys):
         ("step", ["--compile"], "--compile: the compiler knows H100s, not --hardware=h800"),
         ("step", ["--config=nope.py"], "No such file or directory: 'nope.py'"),
         ("search", ["--devices=0"], "devices"),
-        ("search", ["--devices=7", "--config.train.batch_size=15"], "no mesh of 7 devices divides"),
+        (
+            "search",
+            ["--devices=7", "--config.train.batch_size=15", "--config.train.grad_accumulation=1"],
+            "no mesh of 7 devices divides",
+        ),
         ("search", ["more"], "unexpected arguments ['more']"),
     ],
 )

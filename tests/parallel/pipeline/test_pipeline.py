@@ -19,7 +19,10 @@ FOUR = {"num_hidden_layers": 4}
 def over(pipe, rows, shards=1, accumulation=1, **mesh):
     """(config, mesh axes), each device with `rows` sequences of a step."""
     train = {"batch_size": rows * shards, "grad_accumulation": accumulation}
-    return tiny(model=FOUR, train=train, mesh={"pipe": pipe, **mesh}), {"pipe": pipe, "node": shards}
+    return tiny(model=FOUR, train=train, mesh={"pipe": pipe, "data": 1, **mesh}), {
+        "pipe": pipe,
+        "node": shards,
+    }
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def test_a_run_says_what_it_does():
     cfg, axes = over(4, 4, shards=2)
     assert described(cfg, axes) == [
         "pipeline: one_f_one_b over 4 ranks; on each device 4 micro-batches of 1 sequence(s)",
-        "  stages: embedding, layers 0 to 1 | layer 2 | layer 3 | no layer, MTP, head",
+        "  stages: embedding, no layer | layers 0 to 1 | layers 2 to 3 | no layer, MTP, head",
         "  not DualPipe, which needs an even number of micro-batches, at least two per rank: train.batch_size=16, for "
         "instance",
     ]
