@@ -5,6 +5,7 @@ Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt (`pip install --no-deps
 """
 
 import os
+import time
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.pipeline.pair import PAIR
 from deepseek_jax.training.preflight import abstract_batch
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import abstract_state, make_train_step
@@ -21,6 +23,7 @@ from experiments.planning.memory import UNITS
 from experiments.planning.prediction import Prediction
 from experiments.planning.run import Run
 from experiments.planning.tables import table, unit_of
+from experiments.study.hlo_schedule import transfers
 from pallas_kernels.testing.aot import TARGET, why_unavailable
 
 
@@ -64,9 +67,10 @@ def compile_step(cfg: Config, mesh: Mesh) -> jax.stages.Compiled:
 
 
 def report(prediction: Prediction) -> str:
-    """XLA's arguments, outputs and temporaries beside the predicted bytes."""
-    run = prediction.run
-    stats = compile_step(run.cfg, make_mesh(run.cfg.mesh, h100s(run.devices))).memory_analysis()
+    """XLA's arguments, outputs and temporaries beside the predicted bytes; and which exchanges GEMMs hide."""
+    run, began = prediction.run, time.perf_counter()
+    compiled = compile_step(run.cfg, make_mesh(run.cfg.mesh, h100s(run.devices)))
+    took, stats = time.perf_counter() - began, compiled.memory_analysis()
     assert stats is not None
     kept = prediction.memory["master weights"] + prediction.memory["moments"]
     rows: list[tuple[str, float, float]] = [
@@ -77,4 +81,18 @@ def report(prediction: Prediction) -> str:
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     unit = unit_of(prediction.bytes)
     lines = [(name, [f"{a / UNITS[unit]:.2f}", f"{b / UNITS[unit]:.2f}"]) for name, a, b in rows]
-    return table("compiled for H100", [f"XLA {unit}", "predicted"], lines)
+    title = f"compiled for H100, in {took:.0f} s"
+    return table(title, [f"XLA {unit}", "predicted"], lines) + "\n" + exchanges(compiled.as_text() or "")
+
+
+def exchanges(program: str) -> str:
+    """How many of a compiled step's collectives travel while matrices are multiplied, in pairs of layers and in all."""
+    found = transfers(program)
+    in_pairs = [t for t in found if f"/{PAIR}/" in t.op_name and t.within("dispatch", "combine")]
+    lines = [f"{sum(not t.is_sync for t in found)} of {len(found)} collectives are asynchronous"]
+    if in_pairs:
+        hidden = sum(t.hidden for t in in_pairs)
+        lines.append(
+            f"in pairs of layers, {hidden} of {len(in_pairs)} dispatches and combines travel beside GEMMs"
+        )
+    return "\n".join(f"  {line}" for line in lines)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.mesh import PIPE
 from deepseek_jax.parallel.pipeline.rings import Form, Ring, ring
 from deepseek_jax.parallel.pipeline.stage import Done, Stages
@@ -260,7 +261,8 @@ class Steps(_Ticks):
             if program.backward:
                 c, dx = self._backward(c, o, program.backward, program.split)
             if program.forward:
-                c, y = self._forward(c, o, program.forward)
+                # One after the other on CPU devices, whose exchanges must not meet.
+                c, y = self._forward(c, after(o, dx) if program.backward else o, program.forward)
             return c, {"act": y, "grad": dx}
 
         return run

@@ -33,6 +33,8 @@ from deepseek_jax.parallel.pipeline.layer import (
 )
 from deepseek_jax.parallel.side_by_side import Trip, segment
 
+PAIR = "pair"  # name of the scope of a pair of layers
+
 Ahead = tuple[Any, Any, Weights, Hand]  # (name, layer, weights, hand)
 Back = tuple[Any, Any, Weights, Hand, Any]  # and what its forward pass kept
 
@@ -116,7 +118,9 @@ def in_pairs(
         if travels_f and travels_b:
             (name, f_layer, wf, hf), (name_b, b_layer, wb, hb, of_b) = ahead.pop(0), back.pop(0)
             at = Backward(of_b, g_btd, g_stats)
-            x_btd, stats[name], of_f, g_btd, grads[name_b] = pair(f_layer, wf, hf, x_btd, b_layer, wb, hb, at)
+            with jax.named_scope(PAIR):
+                results = pair(f_layer, wf, hf, x_btd, b_layer, wb, hb, at)
+            x_btd, stats[name], of_f, g_btd, grads[name_b] = results
             kept.append(of_f)
         elif ahead and not (travels_f and back):
             name, f_layer, wf, hf = ahead.pop(0)
