@@ -3,14 +3,16 @@
     python -m experiments.train --config=configs/v3_671b.py --config.data.source="data/*.parquet"
 
 The model is `ModelConfig`'s defaults: 4K tokens without YaRN, which the context extension adds afterwards. FP8 with
-DeepSeek's recipe and recomputation, experts over 8 nodes of 8 GPUs in two hops, two halves of each micro-batch
-overlapped, ZeRO-1. Batch 3072 -> 15360 sequences of 4096 tokens over the first 469B tokens, in micro-batches of 1024;
-242,785 steps in all.
+DeepSeek's recipe and recomputation, ZeRO-1. Batch 3072 -> 15360 sequences of 4096 tokens over the first 469B tokens, each
+device's in 24 to 120 micro-batches of one sequence; 242,785 steps in all. During the ramp the pipeline runs all 120, the
+others empty.
 
-Hardware: the report used 2,048 H800 for 54 days of pre-training, 16 pipeline stages of 128. There is no pipeline
-parallelism yet, so every GPU puts all layers together to compute, and no GPU of 80 GB holds that: `python -m
-experiments.plan memory --config=configs/v3_671b.py --devices=512` says what each of 512 GPUs, 8 replicas of 8 nodes,
-would need: 10 GiB between steps, and some 270 GiB in a step. Not run: there is no expected loss.
+Hardware: 2,048 GPUs of 80 GB; the report used as many H800 for 54 days. A pipeline of 16 ranks, DualPipe, two replicas of
+each, experts over 8 nodes of 8 GPUs in two hops. Not run: there is no expected loss. Without a GPU,
+
+    python -m experiments.train --config=configs/v3_671b.py --dry_run      # checks the config and traces the step
+    python -m experiments.plan step --config=configs/v3_671b.py            # memory, links, seconds of a step, price
+    python -m experiments.plan step --config=configs/v3_671b.py --compile  # and what XLA's compiler for H100s says
 """
 
 import ml_collections
@@ -23,12 +25,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.precision = "deepseek_fp8"
     config.model.dtype = "bfloat16"
     config.data.update({"source": "data/*.parquet", "vocab_size": 129280, "seq_len": 4096})
-    config.mesh.update({"node": 8, "local": 8, "zero": True, "overlap": True, "receive": 10.0})
+    config.mesh.update(
+        {"pipe": 16, "data": 2, "node": 8, "local": 8, "zero": True, "overlap": True, "receive": 10.0}
+    )
     config.train.update(
         {
             "steps": 242785,
             "batch_size": 15360,
-            "grad_accumulation": 15,
+            "grad_accumulation": 120,
             "remat": "deepseek",
             "loss_chunk": 4096,
             "eval_every": 500,

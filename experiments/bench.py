@@ -5,6 +5,7 @@
     python -m experiments.bench experts    # our step with 4 times the experts, same top-k and tokens
     python -m experiments.bench speculative --checkpoint=runs/tiny   # drafts from the MTP module against none
     python -m experiments.bench exchange   # experts over a mesh: ragged exchange beside padded and all-gather
+    python -m experiments.bench pipeline   # CPU seconds of a step over pipeline stages beside one without them
 
 Each side has a process of its own, idle while the other measures; the rounds alternate, and medians are compared.
 Compilation and warm-up are not counted. Beside each stand its CPU seconds, which a busy neighbour disturbs least, and
@@ -198,7 +199,9 @@ def _speculative(args: argparse.Namespace) -> None:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_line.Parser(description="Speed beside Hugging Face transformers, on CPU.")
-    parser.add_argument("command", choices=("train", "decode", "experts", "speculative", "exchange"))
+    parser.add_argument(
+        "command", choices=("train", "decode", "experts", "speculative", "exchange", "pipeline")
+    )
     parser.add_argument("--checkpoint", default="runs/tiny", help="of `speculative`: a run or a checkpoint")
     parser.add_argument(
         "--peer_python", default=sys.executable, help="interpreter with torch and transformers"
@@ -219,11 +222,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     print(f"machine: {_machine()}")
-    if args.command == "exchange":
+    if args.command in ("exchange", "pipeline"):
         force_devices(8)
-        from experiments import bench_exchange
+        from experiments import bench_exchange, bench_pipeline
 
-        bench_exchange.run(args)
+        bench_exchange.run(args) if args.command == "exchange" else bench_pipeline.run(args, _alternate)
         return 0
     if args.command == "speculative":
         _speculative(args)

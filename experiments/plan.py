@@ -2,7 +2,7 @@
 
     python -m experiments.plan exchange                              # DeepSeek-V3: rows and bytes between nodes
     python -m experiments.plan exchange --mesh 4x8 --topk_groups 2   # 4 nodes of 8 devices, tokens of 2 groups
-    python -m experiments.plan memory --config=configs/v3_671b.py --config.mesh.data=8     # bytes on each device
+    python -m experiments.plan memory --config=configs/v3_671b.py                       # bytes on each device
     python -m experiments.plan memory --config=configs/v2_lite_16b.py --devices=64
     python -m experiments.plan overlap                               # what is hidden: `planning/overlap.py`
     python -m experiments.plan step --config=configs/v2_lite_16b.py --hardware=h100      # seconds, bytes, MFU, price

@@ -19,6 +19,7 @@ from absl import flags
 
 from deepseek_jax import now
 from deepseek_jax.config import Config
+from deepseek_jax.parallel.pipeline.pipeline import described
 from deepseek_jax.parallel.processes import joining
 from deepseek_jax.parallel.processes.together import is_first, whole_copy
 from experiments import command_line, config_flag, dry_run
@@ -120,6 +121,7 @@ def _tell_begun(trainer, resumed: bool) -> None:
         f"run: {trainer.total_steps:,} steps, {schedules.total_tokens:,} tokens on {len(devices)} device(s) of "
         f"{len({d.process_index for d in devices})} process(es)"
     )
+    print("".join(f"{line}\n" for line in described(cfg, trainer.mesh.shape)), end="")
     if trainer.nothing_left():
         done = f"step {trainer.step}, {trainer.tokens:,} tokens"
         print(f"nothing is left to train: {done}; for more, raise train.steps={cfg.train.steps}")

@@ -37,7 +37,7 @@ def test_config_builds_and_says_how_to_run_it(name):
     assert cfg.model.vocab_size >= cfg.data.vocab_size
 
 
-LARGE = {"small_1b": 1, "v2_lite_16b": 8, "v2_236b": 256, "v3_671b": 512}
+LARGE = {"small_1b": 1, "v2_lite_16b": 8, "v2_236b": 256, "v3_671b": 2048}
 
 
 @pytest.mark.parametrize(("name", "devices"), LARGE.items())

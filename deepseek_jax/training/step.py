@@ -27,7 +27,7 @@ from deepseek_jax.model.weights import attach
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, replicated
-from deepseek_jax.parallel.pipeline.pipeline import pipeline_over
+from deepseek_jax.parallel.pipeline.pipeline import Pipeline, pipeline_over
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.training.frozen import frozen_leaves, trained
@@ -80,13 +80,16 @@ def init_state(cfg: Config, mesh: Mesh | AbstractMesh) -> TrainState:
     return creation(cfg, mesh)()
 
 
-def _sequences(cfg: Config, mesh: Mesh | AbstractMesh, batch: Batch) -> int:
+def _sequences(cfg: Config, mesh: Mesh | AbstractMesh, pipeline: Pipeline | None, batch: Batch) -> int:
     """Global batch size. Raises ValueError if it does not divide over devices and micro-batches."""
-    n, parts = batch["tokens"].shape[0], batch_shards(mesh) * cfg.train.grad_accumulation
-    if n % parts:
+    n, shards, micro = batch["tokens"].shape[0], batch_shards(mesh), cfg.train.grad_accumulation
+    of_each = f"grad_accumulation={micro}"
+    if pipeline is not None:
+        micro, of_each = pipeline.micro, f"{pipeline.micro} micro-batches of the pipeline"
+    if n % (shards * micro):
         raise ValueError(
-            f"a batch of {n} sequences does not divide into {batch_shards(mesh)} device shards x "
-            f"grad_accumulation={cfg.train.grad_accumulation}; change train.batch_size or mesh.*"
+            f"a batch of {n} sequences does not divide into {shards} device shards x {of_each}; change "
+            "train.batch_size or mesh.*"
         )
     return n
 
@@ -121,7 +124,7 @@ def make_train_step(
     grads_of = gradients(cfg, layout_over(cfg, mesh), objective or pretraining(cfg))
 
     def step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
-        n = _sequences(cfg, mesh, batch)
+        n = _sequences(cfg, mesh, pipeline, batch)
 
         def local(params, bias, batch, hyper):
             read = gather(params, shares, declared, policy, layers)

@@ -60,6 +60,7 @@ def meshes(cfg: Config, devices: int, hardware: Hardware) -> Iterator[MeshConfig
             local=local,
             tensor=tensor,
             stage_layers=layers,
+            schedule=cfg.mesh.schedule if pipe > 1 else "auto",
         )
 
 

@@ -29,8 +29,10 @@ class Memory(NamedTuple):
     compute: int = (
         0  # what the forward pass reads beside the master: gathered, selected and cast, or quantised
     )
-    gradients: int = 0  # of one micro-batch, as the backward pass makes them
-    accumulated: int = 0  # float32, whole; only with grad_accumulation
+    gradients: int = (
+        0  # of one micro-batch, as the backward pass makes them; with a pipeline, of its end and one layer
+    )
+    accumulated: int = 0  # float32, whole; only with grad_accumulation or a pipeline
     scattered: int = 0  # float32, as summed to their owners; only with mesh.zero or a pipeline
 
     @property
@@ -46,8 +48,9 @@ class Memory(NamedTuple):
 def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
     """Returns the `Memory` of "dense" parameters (whatever is no routed expert) and of "experts".
 
-    On a mesh with a pipeline, a device reads the layers in the slots of its stages (`pipeline/stages.py`), empty
-    slots included, and whole what is no layer of them. Raises ValueError for what does not divide over the mesh.
+    On a mesh with a pipeline, a device reads the layers in the slots of its stages (`pipeline/stages.py`), empty slots
+    included, and whole what is no layer of them; a layer's gradients are added to the sums as they come. Raises ValueError
+    for what does not divide over the mesh.
     """
     declared, policy = model_params(cfg.model), preset(cfg.precision)
 
@@ -71,16 +74,19 @@ def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
             master=4 * own,
             moments=moment * own,
             compute=gathered if quantised is None else sum(map(_bytes, jax.tree.leaves(quantised))),
-            gradients=whole * item,
-            accumulated=4 * whole if cfg.train.grad_accumulation > 1 else 0,
+            gradients=0 if in_slots else whole * item,
+            accumulated=4 * whole if held or cfg.train.grad_accumulation > 1 else 0,
             scattered=4 * own if comes else 0,
         )
 
-        kind = "experts" if "expert" in p.axes else "dense"
+        kind = _kind(p)
         total[kind] = Memory(*map(sum, zip(total[kind], memory, strict=True)))
 
     for name, group in declared.items():
         tree_map(functools.partial(add, name in held), group, shares[name], read[name], operands[name])
+    layers = [_of_a_layer(declared[kind], read[kind]) for kind in held]
+    for kind, size in max(layers, key=lambda sizes: sum(sizes.values()), default={}).items():
+        total[kind] = total[kind]._replace(gradients=total[kind].gradients + size)
     return total
 
 
@@ -89,6 +95,21 @@ def _layers_held(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     pipeline = pipeline_over(cfg, mesh.shape)
     slots = {} if pipeline is None else pipeline.held.slots
     return {kind: sum(n) for kind, n in slots.items() if sum(n)}
+
+
+def _of_a_layer(declared: Any, read: Any) -> dict[str, int]:
+    """Bytes of one layer of a stack, by kind of parameter."""
+    sizes = {"dense": 0, "experts": 0}
+
+    def add(p: Any, stacked: jax.ShapeDtypeStruct) -> None:
+        sizes[_kind(p)] += _bytes(stacked) // stacked.shape[0]
+
+    tree_map(add, declared, read)
+    return sizes
+
+
+def _kind(p: Any) -> str:
+    return "experts" if "expert" in p.axes else "dense"
 
 
 def _in_slots(slots: int, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

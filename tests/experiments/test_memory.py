@@ -58,7 +58,7 @@ def test_v2_lite_over_eight_devices():
 
 def test_v3_over_512_devices():
     """64-way expert parallelism, 8 replicas; with the MTP module."""
-    dense, experts = planned(shipped("v3_671b"), 512)
+    dense, experts = planned(shipped("v3_671b", pipe=1, data=8), 512)
     n = 59 * 256 * 3 * 7168 * 2048
     assert experts == Memory(4 * n // 512, 4 * n // 512, 2 * n // 64, 2 * n // 64, 0, 4 * n // 512)
     norms = 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
@@ -70,7 +70,7 @@ def test_v3_over_512_devices():
 
 def test_quantised_experts_have_two_operands():
     """One byte each, and a float32 scale per 128x128 block; gradients are float32 then."""
-    _, experts = planned(shipped("v3_671b", precision="deepseek_fp8"), 512)
+    _, experts = planned(shipped("v3_671b", precision="deepseek_fp8", pipe=1, data=8), 512)
     n = 59 * 4 * 3 * 7168 * 2048
     assert experts.compute == 2 * (n + 4 * n // 128**2)
     assert experts.gradients == 4 * n
@@ -78,13 +78,15 @@ def test_quantised_experts_have_two_operands():
 
 def test_v3_over_2048_devices_as_dualpipe_has_it():
     """16 ranks of 128: each device reads eight slots of MoE layers, four of either stage, three of dense ones, though
-    only two ranks fill these, and embedding, head and MTP module whole. The state is divided over all 2048."""
-    dense, experts = planned(shipped("v3_671b", 120, "deepseek_fp8", pipe=16, data=2), 2048)
+    only two ranks fill these, and embedding, head and MTP module whole. The state is divided over all 2048. Gradients that are
+    not sums yet: of embedding, head and MTP module, and of one layer, of which a dense one is the largest."""
+    dense, experts = planned(shipped("v3_671b", 120, "deepseek_fp8"), 2048)
     one = 4 * 3 * 7168 * 2048  # of a layer, four experts of 256 per device
     n = 9 * one
     master = 59 * 64 * one // 2048
-    assert experts == Memory(4 * master, 4 * master, 2 * (n + 4 * n // 128**2), 4 * n, 4 * n, 4 * master)
-    norms = 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
+    assert experts == Memory(4 * master, 4 * master, 2 * (n + 4 * n // 128**2), 4 * one, 4 * n, 4 * master)
+    of_layer = 2 * 7168 + 1536 + 512
+    norms = 62 * of_layer + 7168 + 3 * 7168
     whole = 671_026_419_200 + 11_610_068_224 - 59 * 256 - 59 * 64 * one
     held = (whole - norms) // 2048 + norms
     in_slots = 12 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
@@ -97,7 +99,8 @@ def test_v3_over_2048_devices_as_dualpipe_has_it():
     )  # of the layers in slots, selected; the others are read as they lie
     assert dense.master == dense.moments == 4 * held
     assert dense.compute == 2 * linear + scales + 2 * tables + 4 * gates + norms_read
-    assert dense.gradients == 4 * (linear + gates + in_slots) + 2 * tables
+    end = attention + 3 * 7168 * 2048 + 2 * 7168 * 7168 + 7168 * 256 + of_layer + 7168 + 3 * 7168
+    assert dense.gradients == 4 * (end + attention + 3 * 7168 * 18432 + of_layer) + 2 * tables
     assert dense.accumulated == 4 * (linear + gates + in_slots + tables)
     layer_norms = norms - (7168 + 3 * 7168) - (2 * 7168 + 1536 + 512)
     assert dense.scattered == 4 * ((whole - norms) // 2048 + layer_norms)

@@ -26,7 +26,7 @@ def shipped(name, **sections):
     return changed(from_config_dict(importlib.import_module(f"configs.{name}").get_config()), **sections)
 
 
-V3 = shipped("v3_671b", mesh={"pipe": 16, "data": 2}, train={"grad_accumulation": 120})
+V3 = shipped("v3_671b")
 
 
 @pytest.fixture(scope="module")
@@ -293,11 +293,9 @@ def divides(run):
 
 # --- the commands -----------------------------------------------------------------------------------------------------
 
-ARGUMENTS = ["--config.mesh.pipe=16", "--config.mesh.data=2", "--config.train.grad_accumulation=120"]
-
 
 def test_the_step_command(capsys, v3):
-    assert plan.main(["step", "--config=configs/v3_671b.py", *ARGUMENTS, "--price=3"]) == 0
+    assert plan.main(["step", "--config=configs/v3_671b.py", "--price=3"]) == 0
     out = capsys.readouterr().out
     assert "2048 h800: pipe=16 x data=2 x node=8 x local=8" in out and "250.45 GFLOP per token" in out
     assert f"${3 * v3.gpu_hours:,.0f} per trillion tokens" in out
@@ -321,7 +319,11 @@ def test_the_search_command(capsys):
     [
         ("step", ["--hardware=h20"], "value should be one of <h100|h200|h800>"),
         ("step", ["--price=-1"], "price"),
-        ("step", ["--config.mesh.local=16"], "mesh local=16 x tensor=1 is one node's, and a node has 8 h800"),
+        (
+            "step",
+            ["--config.mesh.local=16", "--config.train.grad_accumulation=60"],
+            "mesh local=16 x tensor=1 is one node's, and a node has 8 h800",
+        ),
         (
             "step",
             ["--config.mesh.pipe=3", "--config.mesh.schedule=dualpipe"],
@@ -329,17 +331,21 @@ def test_the_search_command(capsys):
         ),
         (
             "step",
-            ["--config.mesh.pipe=16", "--config.mesh.schedule=dualpipe"],
+            ["--config.train.grad_accumulation=15", "--config.mesh.schedule=dualpipe"],
             "mesh.pipe=16 with 15 micro-batches",
         ),
         ("step", ["--config.train.grad_accumulation=7"], "must be divisible by grad_accumulation=7"),
         ("step", ["--config.mesh.data=7"], "train.batch_size=15360 must be a multiple of"),
-        ("step", ["--config.train.grad_accumulation=240"], "mesh.overlap=True halves a micro-batch"),
-        ("step", ["--devices=100"], "needs 64 devices and 100 are at hand"),
+        ("step", ["--config.mesh.pipe=1"], "mesh.overlap=True halves a micro-batch"),
+        ("step", ["--devices=100"], "needs 2048 devices and 100 are at hand"),
         ("step", ["--compile"], "--compile: the compiler knows H100s, not --hardware=h800"),
         ("step", ["--config=nope.py"], "No such file or directory: 'nope.py'"),
         ("search", ["--devices=0"], "devices"),
-        ("search", ["--devices=7", "--config.train.batch_size=15"], "no mesh of 7 devices divides"),
+        (
+            "search",
+            ["--devices=7", "--config.train.batch_size=15", "--config.train.grad_accumulation=1"],
+            "no mesh of 7 devices divides",
+        ),
         ("search", ["more"], "unexpected arguments ['more']"),
     ],
 )

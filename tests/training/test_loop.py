@@ -328,7 +328,10 @@ def test_tokenizer_that_does_not_fit_the_model(golden_run, tmp_path):
         ({"data": {"tokenizer": "/nonexistent"}}, "no tokenizer at /nonexistent"),
         ({"data": {"tokenizer": None, "vocab_size": 263}}, r"data\.vocab_size=263 must be at least 264"),
         ({"data": {"vocab_size": 383}}, r"the tokenizer has 384 ids, data\.vocab_size is 383: raise it"),
-        ({"mesh": {"pipe": 2}}, r"set config\.mesh\.pipe=1"),
+        (
+            {"mesh": {"pipe": 2, "schedule": "dualpipe"}, "train": {"batch_size": 2}},
+            "dualpipe: 2 micro-batches",
+        ),
         ({"mesh": {"overlap": True}}, "mesh.overlap=True, but no tokens travel"),
         (
             {"mesh": {"local": 2, "overlap": True}, "train": {"batch_size": 2}},
