@@ -37,11 +37,11 @@ def _names(names: str) -> frozenset[str]:
 CALLS = _names("jit pjit closed_call core_call custom_vjp_call custom_jvp_call checkpoint remat2")
 COPIES = _names(
     "reshape transpose squeeze expand_dims broadcast_in_dim convert_element_type bitcast_convert_type slice split rev "
-    "pad concatenate copy copy_p name reduce_precision optimization_barrier"
+    "pad concatenate stack unstack tile copy copy_p name stop_gradient reduce_precision optimization_barrier"
 )
 ELEMENTWISE = _names(
-    "add sub mul div rem neg abs sign floor ceil round exp exp2 log log1p expm1 logistic tanh sin cos sqrt rsqrt cbrt "
-    "pow integer_pow square max min clamp select_n eq ne lt le gt ge and or not xor is_finite shift_left "
+    "add add_any sub mul div rem neg abs sign floor ceil round exp exp2 log log1p expm1 logistic tanh sin cos sqrt rsqrt cbrt "
+    "pow integer_pow square max min clamp select_n eq ne lt le gt ge lt_to le_to and or not xor is_finite shift_left "
     "shift_right_logical shift_right_arithmetic"
 )
 LIGHT = COPIES | ELEMENTWISE | _names("gather dynamic_slice reduce_sum reduce_max")
@@ -344,4 +344,5 @@ def _shape(v: Any) -> jax.ShapeDtypeStruct:
 
 
 def _arrays(atoms: Iterable[Any], values: dict[Var, Any]) -> Arrays:
-    return tuple(jnp.asarray(_read(v, values), v.aval.dtype) for v in atoms)
+    """What is one value stays one object."""
+    return tuple(jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else values[v] for v in atoms)
