@@ -126,11 +126,8 @@ LAYERS = [
     ("dense", "deepseek", "deepseek_fp8"),
     ("moe", "none", "bf16"),
     ("moe", "full", "bf16"),
-    ("moe", "deepseek", "bf16"),
-    ("moe", "none", "deepseek_fp8"),
     ("moe", "full", "deepseek_fp8"),
     ("moe", "deepseek", "deepseek_fp8"),
-    ("mtp", "full", "bf16"),
     ("mtp", "deepseek", "deepseek_fp8"),
 ]
 PARTS |= {", ".join(args): functools.partial(layer, *args) for args in LAYERS}
@@ -269,7 +266,6 @@ def numbers(name):
         "head",
         "dense, none, bf16",
         "moe, full, bf16",
-        "moe, none, deepseek_fp8",
         "mtp, deepseek, deepseek_fp8",
     ],
 )
