@@ -345,4 +345,4 @@ def _shape(v: Any) -> jax.ShapeDtypeStruct:
 
 def _arrays(atoms: Iterable[Any], values: dict[Var, Any]) -> Arrays:
     """What is one value stays one object."""
-    return tuple(jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else values[v] for v in atoms)
+    return tuple(jnp.asarray(v.val, _shape(v).dtype) if isinstance(v, Literal) else values[v] for v in atoms)
