@@ -30,13 +30,21 @@ from deepseek_jax.parallel.exchange.transport import COMBINE, DISPATCH, Directio
 
 
 class Trip(NamedTuple):
-    """What travels in a segment. after: arrays that are to be there, on CPU devices, before it starts: what the trip
-    before it brought, where two do not depend on each other (`exchange/order.py`)."""
+    """What travels in a segment.
+
+    after: None, or what the trip of the segment before brought; for work that may have further rounds of an exchange to
+    do, which must not meet a trip on CPU devices (`exchange/order.py`). There the trip then waits for these arrays, each
+    part of the work for the stage beside it, and what the trip brings for the work.
+    """
 
     direction: Direction
     values: Values
     plan: Plan
-    after: Any = ()
+    after: Any = None
+
+    @property
+    def in_order(self) -> bool:
+        return self.after is not None and self.plan.rounds is not None
 
 
 def nothing(_: Any) -> tuple[()]:
@@ -58,8 +66,12 @@ def segment(
     """
     ready, start, finish = ((), nothing, nothing) if trip is None else _in_stages(trip)
     ready, _, inputs = _barrier(ready, () if trip is None else trip.plan, inputs)
-    on_the_way, between = _barrier(start(ready), first(inputs))
-    return _barrier(finish(on_the_way), second(between))
+    after = order.after if trip is not None and trip.in_order else lambda tree, done: tree
+    on_the_way = start(ready)
+    on_the_way, between = _barrier(on_the_way, first(after(inputs, on_the_way)))
+    brought = finish(on_the_way)
+    result = second(after(between, brought))
+    return _barrier(after(brought, result), result)
 
 
 def _barrier(*values: Any) -> Any:
@@ -82,7 +94,7 @@ def _in_stages(trip: Trip) -> tuple[Any, Any, Any]:
 
     load, start, finish = map(named, (trip.direction.load, trip.direction.start, trip.direction.finish))
     ready = load(trip.values)
-    return order.after(ready, trip.after) if jax.tree.leaves(trip.after) else ready, start, finish
+    return order.after(ready, trip.after) if trip.in_order else ready, start, finish
 
 
 # --- differentiable -----------------------------------------------------------------------------------------------

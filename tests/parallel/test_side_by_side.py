@@ -13,7 +13,7 @@ SHAPE, N = (4, 2), 24
 
 
 def both(x_nd, weights_nk, ids_nk, before_d):
-    plan = Ragged().plan(ids_nk, E // 8)
+    plan = Ragged(receive=1).plan(ids_nk, E // 8)
     came, none = segment(Trip(DISPATCH, (x_nd, weights_nk), plan, after=before_d))
     no_trip, worked = segment(None, lambda x: (x, 2 * x), lambda between: between[0] + between[1], x_nd)
     assert none == no_trip == ()
@@ -27,7 +27,7 @@ def test_a_trip_alone_and_work_alone():
     came, want, worked = program(*args)
     jax.tree.map(np.testing.assert_array_equal, came, want)
     np.testing.assert_array_equal(worked, 3 * x)
-    # What is to be there before is read by the program; `test_rounds.py` says that it stays in the compiled one.
+    # With further rounds, what is to be there before is read; `test_rounds.py` says that the compiled program waits.
     (on_devices,) = (e for e in program.trace(*args).jaxpr.eqns if e.primitive.name == "shard_map")
     inner = on_devices.params["jaxpr"]
     assert any(v is inner.invars[-1] for e in equations(inner) for v in e.invars)

@@ -214,7 +214,7 @@ class Steps(_Ticks):
         if split:
             c = c._replace(queue=self.cuts[held].write(c.queue, o["backward_queue"], cuts))
         else:
-            c = self._added(c, self.stages.weights(*held, o["backward"], cuts))
+            c = self._added(c, self.stages.weights(*held, o["backward"], self.stages.then(cuts, dx)))
         return c, dx
 
     def _weights(self, c: Carry, o: dict[str, jax.Array], held: Held) -> Carry:
@@ -256,10 +256,12 @@ class Steps(_Ticks):
             y = dx = nothing
             if program.weights:
                 c = self._weights(c, o, program.weights)
+                o = self.stages.then(o, c.grads)
             if self.pairs and program.forward and program.backward:
                 return self._pair(c, o, program.forward, program.backward)
             if program.backward:
                 c, dx = self._backward(c, o, program.backward, program.split)
+                o = self.stages.then(o, (dx, c.grads))
             if program.forward:
                 # One after the other on CPU devices, whose exchanges must not meet.
                 c, y = self._forward(c, after(o, dx) if program.backward else o, program.forward)

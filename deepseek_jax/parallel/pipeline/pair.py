@@ -10,7 +10,7 @@ Of two MoE layers whose tokens travel, the forward one's phases hide the backwar
 Each line is a segment (`parallel/side_by_side.py`) of two stages, in the order of the trip's hops.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def pair(
         x_btd, read, entered = between
         return *f.attention_out.forward(wf, hf, (x_btd, read)), entered
 
-    trip = Trip(DISPATCH, (flat(at.g_btd),), kept.plan)
+    trip = Trip(DISPATCH, (flat(at.g_btd),), kept.plan, after=x_btd)
     g_came, (to, left, entered) = segment(trip, attend, leave, x_btd)
 
     # 2
@@ -104,14 +104,19 @@ def pair(
 
 
 def in_pairs(
-    ahead: Sequence[Ahead], x_btd: jax.Array, back: Sequence[Back], g_btd: jax.Array, g_stats: Any
+    ahead: Sequence[Ahead],
+    x_btd: jax.Array,
+    back: Sequence[Back],
+    g_btd: jax.Array,
+    g_stats: Any,
+    then: Callable[[Any, Any], Any],
 ) -> tuple[jax.Array, jax.Array, dict[Any, BalanceStats], list[Any], dict[Any, Any]]:
     """Layers `ahead` of one micro-batch, in order, beside layers `back` of another, the last first.
 
     Returns (stream, gradient, statistics by name, kept of each layer ahead, weight gradients by name). Layers in which
-    nothing travels, and what one side has more, run alone.
+    nothing travels, and what one side has more, run alone. then: (tree, done) -> tree, which waits where it must.
     """
-    stats, kept, grads = {}, [], {}
+    stats, kept, grads, dp = {}, [], {}, None
     ahead, back = list(ahead), list(back)
     while ahead or back:
         travels_f, travels_b = (bool(side) and isinstance(side[0][1], Travelling) for side in (ahead, back))
@@ -120,8 +125,9 @@ def in_pairs(
             at = Backward(of_b, g_btd, g_stats)
             with jax.named_scope(PAIR):
                 results = pair(f_layer, wf, hf, x_btd, b_layer, wb, hb, at)
-            x_btd, stats[name], of_f, g_btd, grads[name_b] = results
+            x_btd, stats[name], of_f, g_btd, dp = results
             kept.append(of_f)
+            grads[name_b] = dp
         elif ahead and not (travels_f and back):
             name, f_layer, wf, hf = ahead.pop(0)
             x_btd, stats[name], of_f = f_layer.forward(wf, hf, x_btd)
@@ -129,5 +135,6 @@ def in_pairs(
         else:
             name, b_layer, wb, hb, of_b = back.pop(0)
             g_btd, cut = b_layer.backward(wb, hb, Backward(of_b, g_btd, g_stats))
-            grads[name] = b_layer.weights(wb, hb, cut)
+            grads[name] = dp = b_layer.weights(wb, hb, then(cut, g_btd))
+        x_btd, g_btd = then((x_btd, g_btd), (x_btd, g_btd, dp))
     return x_btd, g_btd, stats, kept, grads

@@ -24,6 +24,7 @@ from deepseek_jax.model.mtp import mtp_hidden
 from deepseek_jax.model.router import BalanceStats
 from deepseek_jax.model.transformer import Aux, context, final_norm
 from deepseek_jax.model.weights import attach
+from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.pipeline.layer import Backward, Hand, Weights, layer, traced_once
 from deepseek_jax.parallel.pipeline.pair import in_pairs
 from deepseek_jax.parallel.pipeline.stages import KINDS, Content, Held
@@ -148,6 +149,13 @@ class Stages:
         (by_seq, _), (by_classic, _) = self._rates(part)
         return by_seq * scale, by_classic * scale
 
+    # --- order ------------------------------------------------------------------------------------------------------
+
+    def then(self, tree: Any, done: Any) -> Any:
+        """`tree`; on CPU devices, where an exchange may have further rounds, once all arrays of `done` are there: their
+        collectives must meet no others (`exchange/order.py`)."""
+        return after(tree, done) if getattr(self.layout.dispatcher, "receive", None) else tree
+
     # --- passes -----------------------------------------------------------------------------------------------------
 
     @property
@@ -216,9 +224,10 @@ class Stages:
         part = self.batch.part(index)
         (of_layers, g_btd), hand = cuts, self._hand(part)
         grads: dict[Any, Any] = {}
+        dp = None
         for (kind, slot), cut in zip(reversed(self._layers(chunk, content)), of_layers, strict=True):
             run, w, at_hand = self._at(kind, slot, hand)
-            grads[kind, slot] = run.weights(w, at_hand, cut)
+            dp = grads[kind, slot] = run.weights(w, at_hand, self.then(cut, dp))
         if content.first:
             grads["embed"] = self.of_embedding(part, g_btd)
         return grads
@@ -243,7 +252,7 @@ class Stages:
         ]
         g_stats = self._balance_gradients(part_b, scale)
         x_btd, g_btd, stats, kept_f, grads = in_pairs(
-            ahead, self.start(content_f, part_f, x_btd), back[::-1], g_btd, g_stats
+            ahead, self.start(content_f, part_f, x_btd), back[::-1], g_btd, g_stats, self.then
         )
         if content_b.first:
             grads["embed"] = self.of_embedding(part_b, g_btd)
@@ -275,4 +284,4 @@ class Stages:
         if self._end_gradients is None:
             self._end_gradients = traced_once(jax.grad(scaled, (0, 1), has_aux=True))
         (dp, dx_btd), (metrics, counts_ke) = self._end_gradients(self._end, x_btd, part)
-        return dx_btd, dp, Done(metrics, self.nothing.counts_se, counts_ke)
+        return self.then(dx_btd, dp), dp, Done(metrics, self.nothing.counts_se, counts_ke)
