@@ -108,6 +108,7 @@ def _largest(sizes: Iterable[float]) -> float:
     return max(sizes, default=0.0)
 
 
+@functools.lru_cache(16)
 def footprint(run: Run) -> dict[str, float]:
     """Part -> bytes. One program runs on all ranks of a pipeline: each slot is as large as the largest stage needs."""
     s = state(run)

@@ -205,15 +205,16 @@ def of_step(run: Run) -> dict[str, Bytes]:
     }
 
 
-def _passed(run: Run) -> tuple[int, int]:
+def _passed(run: Run) -> tuple[float, float]:
     """(MoE layers, layers) that micro-batches pass on the rank with most of the former, MTP modules included."""
     depth = run.model.num_nextn_predict_layers
     sizes = [(len(s.moe) + depth * s.last, len(s.dense) + len(s.moe) + depth * s.last) for s in run.stages]
     if run.pipeline is None:
         return sizes[0][0] * run.micros, sizes[0][1] * run.micros
     schedule = run.table().schedule
+    ratio = run.micros / schedule.num_micro
     ranks = [
-        [(schedule.micros(d), sizes[schedule.stage(r, d)]) for d in range(schedule.directions)]
+        [(ratio * schedule.micros(d), sizes[schedule.stage(r, d)]) for d in range(schedule.directions)]
         for r in range(run.pipe)
     ]
     return max((sum(m * moe for m, (moe, _) in rank), sum(m * n for m, (_, n) in rank)) for rank in ranks)

@@ -11,14 +11,17 @@ from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import EXPERT_AXES, abstract_mesh, batch_shards, rules
+from deepseek_jax.parallel.pipeline.ops import Op
 from deepseek_jax.parallel.pipeline.pipeline import Pipeline, pipeline_over
 from deepseek_jax.parallel.pipeline.schedules import SCHEDULES
+from deepseek_jax.parallel.pipeline.simulate import rows
 from deepseek_jax.parallel.pipeline.stages import Stage, stages
 from deepseek_jax.parallel.pipeline.ticks import Table, table
 from deepseek_jax.precision import preset
 from deepseek_jax.training.preflight import granularity
 from experiments.planning.hardware import COMM_SMS, Hardware, Link
 
+MOST_PER_RANK = 8  # micro-batches whose schedule is looked at; what more of them take is a straight line
 FP8 = 1 + 4 / 128  # bytes of an element in E4M3 with a float32 scale per 128
 E5M6 = 1.5
 
@@ -26,6 +29,11 @@ E5M6 = 1.5
 @functools.lru_cache(64)
 def table_of(name: str, ranks: int, micros: int, queue: int) -> Table:
     return table(SCHEDULES[name](ranks, micros, queue))
+
+
+@functools.lru_cache(64)
+def ticks_of(name: str, ranks: int, micros: int, queue: int) -> list[dict[int, Op]]:
+    return rows(table_of(name, ranks, micros, queue).schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +160,20 @@ class Run:
     def pipeline(self) -> Pipeline | None:
         return pipeline_over(self.cfg, self.mesh.shape)
 
-    def table(self) -> Table:
-        """The pipeline's schedule, in ticks."""
+    def _numbers(self, per_rank: int) -> tuple[str, int, int, int]:
         p = self.pipeline
         assert p is not None
-        return table_of(p.name, p.ranks, p.micro, p.weight_queue)
+        micro = p.micro if p.name == "gpipe" else min(p.micro, per_rank * p.ranks)
+        return p.name, p.ranks, micro, p.weight_queue
+
+    def ticks(self, per_rank: int = MOST_PER_RANK) -> list[dict[int, Op]]:
+        """The ops of `table`, tick by tick."""
+        return ticks_of(*self._numbers(per_rank))
+
+    def table(self, per_rank: int = MOST_PER_RANK) -> Table:
+        """The pipeline's schedule, in ticks, of so many micro-batches per rank at most: more change nothing but the number
+        of rounds, and in GPipe, whose every micro-batch is in flight, are all there."""
+        return table_of(*self._numbers(per_rank))
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:

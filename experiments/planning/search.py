@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 from deepseek_jax.config import REMAT, Config, MeshConfig
 from experiments import config_flag
 from experiments.planning import times
-from experiments.planning.footprint import least_bytes
+from experiments.planning.footprint import footprint, least_bytes
 from experiments.planning.hardware import GIB, PRESETS, Hardware
 from experiments.planning.prediction import Prediction, predict
 from experiments.planning.run import Run, run_of
@@ -102,6 +102,8 @@ def search(cfg: Config, devices: int, hardware: Hardware) -> Found:
         if (len(large) >= TOO_LARGE or run.mesh in large) and least_bytes(run) > hardware.usable:
             continue
         try:
+            if len(large) >= TOO_LARGE and sum(footprint(run).values()) > hardware.usable:
+                continue
             prediction = predict(run)
         except ValueError:  # a parameter does not divide over the mesh
             tried -= 1

@@ -39,7 +39,7 @@ def heading(run: Run) -> str:
     if run.pipeline is not None:
         layers = " ".join(str(len(s.dense) + len(s.moe)) for s in run.stages)
         lines.insert(
-            1, f"{run.pipeline.name}: stages of {layers} layers, weight_queue={cfg.mesh.weight_queue}"
+            1, f"{run.pipeline.name}: stages of {layers} layers, weight_queue={run.pipeline.weight_queue}"
         )
     return "\n".join(lines)
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepseek_jax.model_config import DTYPE_BYTES
-from deepseek_jax.parallel.pipeline.ops import Schedule
+from deepseek_jax.parallel.pipeline.ops import Op, Schedule
 from deepseek_jax.parallel.pipeline.schedules import dualpipe
 from deepseek_jax.parallel.pipeline.simulate import Timeline, rows, simulate
 from deepseek_jax.parallel.pipeline.stages import Stage
 from experiments.planning import links, work
-from experiments.planning.run import Run
+from experiments.planning.run import MOST_PER_RANK, Run
 
 
 class Times(NamedTuple):
@@ -237,7 +237,7 @@ class Ran(NamedTuple):
 def micro_batches(run: Run) -> Ran:
     """All micro-batches of a step, forward and backward."""
     if run.pipeline is not None:
-        return _ran(run.table().schedule, stage_costs(run))
+        return _pipelined(run)
     overlap = run.comm_sms > 0
     share = 0.5 if overlap else 1.0
     layers = stage_layers(run, run.stages[0], share) + ends(run, share)
@@ -287,13 +287,35 @@ def as_deepseek(run: Run) -> Ran:
         "F&B": _pairs(run, layers, pair_seconds),
         "hop": links.seconds(run, links.hop(run)),
     }
-    return _ran(dualpipe(run.pipe, run.micros), costs)
+    schedule = dualpipe(run.pipe, run.micros)
+    return _ran(schedule, rows(schedule), costs)
 
 
-def _ran(schedule: Schedule, costs: dict[str, Any]) -> Ran:
+def _pipelined(run: Run) -> Ran:
+    """Of many micro-batches, a straight line through two smaller numbers of them, between which rounds repeat."""
+    costs = stage_costs(run)
+    most, fewer = (run.table(n).schedule for n in (MOST_PER_RANK, MOST_PER_RANK - 2))
+    ran = _ran(most, run.ticks(MOST_PER_RANK), costs)
+    more = run.micros - most.num_micro
+    if not more:
+        return ran
+    before = _ran(fewer, run.ticks(MOST_PER_RANK - 2), costs)
+    rounds = more / (most.num_micro - fewer.num_micro)
+
+    def line(a: float, b: float) -> float:
+        return b + rounds * (b - a)
+
+    parts, ops = (
+        {key: line(a[key], b[key]) for key in b}
+        for a, b in ((before.parts, ran.parts), (before.ops, ran.ops))
+    )
+    return Ran(parts, line(before.free, ran.free), line(before.seconds, ran.seconds), ops)
+
+
+def _ran(schedule: Schedule, ticks: Sequence[dict[int, Op]], costs: dict[str, Any]) -> Ran:
     free = simulate(schedule, costs)
     parts, ops = _parts(free)
-    return Ran(parts, free.makespan, _in_ticks(schedule, free, costs["hop"]), ops)
+    return Ran(parts, free.makespan, _in_ticks(ticks, free, costs["hop"]), ops)
 
 
 def least_seconds(run: Run) -> float:
@@ -307,17 +329,17 @@ def least_seconds(run: Run) -> float:
 
     def busy(rank: int) -> float:
         stages = [schedule.stage(rank, d) for d in range(schedule.directions)]
-        fewest = min(schedule.micros(d) for d in range(schedule.directions))
-        return fewest * sum(pairs[f, b] for f, b in zip(stages, reversed(stages), strict=True))
+        fewest = min(schedule.micros(d) for d in range(schedule.directions)) / schedule.num_micro
+        return fewest * run.micros * sum(pairs[f, b] for f, b in zip(stages, reversed(stages), strict=True))
 
     return max(busy(rank) for rank in range(run.pipe))
 
 
-def _in_ticks(schedule: Schedule, ran: Timeline, hop: float) -> float:
+def _in_ticks(ticks: Sequence[dict[int, Op]], ran: Timeline, hop: float) -> float:
     """Seconds where each rank waits for its neighbours after each tick."""
     took = {(event.rank, event.op): event.end - event.start for event in ran.events}
-    clock = np.zeros(schedule.num_ranks)
-    for row in rows(schedule):
+    clock = np.zeros(len(ran.busy))
+    for row in ticks:
         for rank, op in row.items():
             clock[rank] += took[rank, op]
         ends = np.pad(clock + hop, 1)
