@@ -27,12 +27,12 @@ E5M6 = 1.5
 
 
 @functools.lru_cache(64)
-def table_of(name: str, ranks: int, micros: int, queue: int) -> Table:
+def table_of(name: str, ranks: int, micros: int, queue: int | None) -> Table:
     return table(SCHEDULES[name](ranks, micros, queue))
 
 
 @functools.lru_cache(64)
-def ticks_of(name: str, ranks: int, micros: int, queue: int) -> list[dict[int, Op]]:
+def ticks_of(name: str, ranks: int, micros: int, queue: int | None) -> list[dict[int, Op]]:
     return rows(table_of(name, ranks, micros, queue).schedule)
 
 
@@ -160,7 +160,7 @@ class Run:
     def pipeline(self) -> Pipeline | None:
         return pipeline_over(self.cfg, self.mesh.shape)
 
-    def _numbers(self, per_rank: int) -> tuple[str, int, int, int]:
+    def _numbers(self, per_rank: int) -> tuple[str, int, int, int | None]:
         p = self.pipeline
         assert p is not None
         micro = p.micro if p.name == "gpipe" else min(p.micro, per_rank * p.ranks)

@@ -1,17 +1,24 @@
 """The pipeline of a run: its schedule and what each rank holds, from the config and the sizes of the mesh; in words, too."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
 from deepseek_jax.checks import named, require
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import BATCH_AXES, PIPE
+from deepseek_jax.parallel.pipeline.ops import Schedule
 from deepseek_jax.parallel.pipeline.schedules import SCHEDULES, forward_only
 from deepseek_jax.parallel.pipeline.stages import Held, Stage, stages
 from deepseek_jax.parallel.pipeline.ticks import Table, table
 
 _MOST = 4  # micro-batches per rank, where the config leaves their number open
+
+
+@functools.lru_cache(64)
+def _schedule(name: str, ranks: int, micro: int, queue: int | None) -> Schedule:
+    return SCHEDULES[name](ranks, micro, queue=queue)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Pipeline:
     held: Held
 
     def training(self) -> Table:
-        return table(SCHEDULES[self.name](self.ranks, self.micro, queue=self.weight_queue))
+        return table(_schedule(self.name, self.ranks, self.micro, self.weight_queue))
 
     def forwards(self, micro: int) -> Table:
         """Of forward passes alone."""
@@ -80,7 +87,7 @@ def pipeline_over(cfg: Config, axes: Mapping[str, int]) -> Pipeline | None:
         "mesh.schedule or mesh.pipe"
     )
     with named("", change):
-        SCHEDULES[name](ranks, micro, queue=queue)
+        _schedule(name, ranks, micro, queue)
     chunks = 2 if name in ("dualpipe", "dualpipe_v") else 1
     number = 2 * ranks if name == "dualpipe_v" else ranks
     held = Held(stages(cfg.model, number, mesh.stage_layers), ranks, chunks)
