@@ -7,41 +7,35 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import Config
-from deepseek_jax.parallel.pipeline.pipeline import pipeline_over
+from deepseek_jax.training.step import make_eval_step
 from tests.parallel import harness
-from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks
+from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
 from tests.tiny_run import HYPER
 
 STEPS = 4
 NUDGE = BOUND / 8
 
 
-def config(
-    pipe, data=1, node=1, tensor=1, micro=4, rows=1, model=None, balance="loss_free", precision="bf16", **mesh
-):
-    """micro: micro-batches of a device, of `rows` sequences each."""
-    model = harness.SHALLOW | {"num_hidden_layers": 3, "first_k_dense_replace": 1} | (model or {})
-    train = {"batch_size": data * node * micro * rows, "grad_accumulation": micro}
-    train |= {name: mesh.pop(name) for name in ("remat", "frozen") if name in mesh}
+def config(pipe, data=1, node=1, micro=4, model=None, precision="bf16", remat="none", **mesh):
+    """micro: micro-batches of a device, of a sequence each."""
     return harness.config(
-        (data, node, 1, tensor),
-        model,
-        train=train,
+        (data, node),
+        harness.SHALLOW | {"num_hidden_layers": 3, "first_k_dense_replace": 1} | (model or {}),
+        train={"batch_size": data * node * micro, "grad_accumulation": micro, "remat": remat},
         mesh={"pipe": pipe} | mesh,
-        balance={"mode": balance},
         precision=precision,
     )
 
 
-def without(cfg: Config) -> Config:
+def without(cfg: Config, remat: str = "none") -> Config:
     """The same run on the mesh without the pipeline."""
-    plain = {"pipe": 1, "overlap": False, "zero": False, "stage_layers": (), "receive": 0.0}
+    plain = {"pipe": 1, "overlap": False, "zero": False, "stage_layers": (), "schedule": "auto"}
     mesh = dataclasses.replace(cfg.mesh, **plain)
-    return dataclasses.replace(cfg, mesh=mesh, train=dataclasses.replace(cfg.train, remat="none"))
+    return dataclasses.replace(cfg, mesh=mesh, train=dataclasses.replace(cfg.train, remat=remat))
 
 
 MTP = {"num_nextn_predict_layers": 1}
-DUALPIPE = config(2, 2, 2, model=MTP, zero=True, overlap=True)
+DUALPIPE = config(2, 2, 2, model=MTP, stage_layers=(2, 1), zero=True, overlap=True)
 PACKED = {"packed": True, "padded": True, "ramp": (4, 2, 3, 4)}
 RUNS = {
     "DualPipe, overlapped, divided, packed, padded, batches of several sizes": (DUALPIPE, PACKED),
@@ -84,62 +78,20 @@ def test_a_bad_step_changes_nothing_on_any_rank():
     assert metrics.finite and (int(state.step), int(state.bad_steps), int(state.skipped)) == (2, 0, 1)
 
 
-# --- what it refuses ----------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def chosen(micro=1, batch=64, pipe=4, **mesh):
-    cfg = config(pipe, data=2, **mesh)
-    train = dataclasses.replace(cfg.train, batch_size=batch, grad_accumulation=micro)
-    return pipeline_over(
-        dataclasses.replace(cfg, train=train), {"pipe": pipe, "data": 2, "node": 1, "local": 1}
-    )
-
-
-def test_what_is_chosen():
-    """A sequence per micro-batch, but at most four micro-batches per rank, of a number that divides the device's rows."""
-    assert chosen(pipe=1) is None
-    found = [chosen(batch=batch) for batch in (16, 32, 64, 44, 2)]
-    assert [p.micro for p in found] == [8, 16, 16, 11, 1]
-    assert [p.name for p in found] == ["dualpipe", "dualpipe", "dualpipe", "one_f_one_b", "one_f_one_b"]
-    assert (chosen(16).micro, chosen(16).name) == (16, "dualpipe")
-    assert [chosen(6, 24).name, chosen(9, 36).name, chosen(12, 48, pipe=3).name] == ["one_f_one_b"] * 3
-    v = chosen(8, schedule="dualpipe_v")
-    assert (len(v.held.stages), v.held.chunks, v.held.num_ranks) == (8, 2, 4)
-    assert chosen(8, weight_queue=3).weight_queue == 3
-
-
-@pytest.mark.parametrize(
-    ("pipe", "micro", "mesh", "message"),
-    [
-        (
-            3,
-            12,
-            {"schedule": "dualpipe"},
-            r"3.*mesh\.pipe=3 with 12 micro-batches on each device: change train\.grad_acc",
-        ),
-        (
-            4,
-            6,
-            {"schedule": "dualpipe"},
-            r"6.*mesh\.pipe=4 with 6 micro-batches .*train\.batch_size, mesh\.schedule or mesh",
-        ),
-        (4, 9, {"schedule": "dualpipe"}, r"9.*mesh\.pipe=4 with 9 micro-batches"),
-        (4, 4, {"schedule": "dualpipe_v"}, r"4.*mesh\.pipe=4 with 4 micro-batches"),
-        (
-            4,
-            8,
-            {"stage_layers": (1, 1, 1)},
-            r"mesh\.stage_layers=\(1, 1, 1\): 3 stages of 3 layers in all.*3 layers on 4",
-        ),
-        (
-            4,
-            8,
-            {"stage_layers": (1, 1, 1, 1)},
-            r"4 layers in all, and the model has 3 layers on 4 stages; give 4 numbers",
-        ),
-    ],
-)
-def test_what_does_not_fit(pipe, micro, mesh, message):
-    with pytest.raises(ValueError, match=message) as error:
-        chosen(micro, 2 * micro, pipe, **mesh)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize(("cfg", "windows"), [(DUALPIPE, 12)], ids=["three windows"])
+def test_evaluation_is_that_without_a_pipeline(cfg, windows):
+    """Numbers of each device, as they come: odd too, and fewer than ranks."""
+    found = []
+    for c in (cfg, without(cfg)):
+        state = harness.put(c)
+        rows = dataclasses.replace(
+            c, train=dataclasses.replace(c.train, batch_size=windows, grad_accumulation=1)
+        )
+        batch = harness.batch_on(rows, 3, packed=True, padded=True)
+        found.append(make_eval_step(c, harness.mesh_of(c))(state.params, state.balance_bias, batch))
+    (nats, counts), (want, want_counts) = found
+    np.testing.assert_array_equal(counts, want_counts)
+    assert nats.shape == (windows,) and difference(nats, want) < BOUND
