@@ -7,8 +7,9 @@ DeepSeek's recipe and recomputation, ZeRO-1. Batch 3072 -> 15360 sequences of 40
 device's in 24 to 120 micro-batches of one sequence; 242,785 steps in all. During the ramp the pipeline runs all 120, the
 others empty.
 
-Hardware: 2,048 GPUs of 80 GB; the report used as many H800 for 54 days. A pipeline of 16 ranks, DualPipe, two replicas of
-each, experts over 8 nodes of 8 GPUs in two hops. Not run: there is no expected loss. Without a GPU,
+Hardware: 2,048 GPUs; the report used as many H800, of 80 GB, for 54 days. A pipeline of 16 ranks, DualPipe, two replicas
+of each, experts over 8 nodes of 8 GPUs in two hops. Not run: there is no expected loss, and on paper 80 GB do not suffice
+(experiments/LOG.md). Without a GPU,
 
     python -m experiments.train --config=configs/v3_671b.py --dry_run      # checks the config and traces the step
     python -m experiments.plan step --config=configs/v3_671b.py            # memory, links, seconds of a step, price
