@@ -2,12 +2,13 @@
 
 Of two MoE layers whose tokens travel, the forward one's phases hide the backward one's trips and the other way round:
 
-    1  attention of F                       | combine of B: the gradients of its results, to the experts
-    2  experts of B, with weight gradients  | dispatch of F
-    3  shared and routed experts of F       | dispatch of B: the gradients of its tokens, back
-    4  attention of B, with weight gradients | combine of F
+    1  attention of F                               | combine of B: the gradients of its results, to the experts
+    2  routed and shared experts of B               | dispatch of F
+    3  their weight gradients; the experts of F     | dispatch of B: the gradients of its tokens, back
+    4  attention of B, then its weight gradients    | combine of F
 
-Each line is a segment (`parallel/side_by_side.py`) of two stages, in the order of the trip's hops.
+Each line is a segment (`parallel/side_by_side.py`) of two stages, in the order of the trip's hops. The weight gradients
+of the experts lie beside the longer trip, as in DeepSeek's profile.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,23 +64,25 @@ def pair(
 
     def share_back(between: Any) -> Any:
         g_btd, (d_at, cut) = between
-        d_x, of_shared = b.shared.backward(wb, hb, kept.shared, g_btd)
-        return d_at, d_x, added(b.experts.weights(wb, hb, cut), b.shared.weights(wb, hb, of_shared))
+        d_x, shared_cut = b.shared.backward(wb, hb, kept.shared, g_btd)
+        return d_at, d_x, (cut, shared_cut)
 
     trip = Trip(DISPATCH, values(to), to.plan, after=g_came.x_rd)
-    came, (d_at, d_x, dp) = segment(trip, compute_back, share_back, (kept.experts, g_came.x_rd, at.g_btd))
+    came, (d_at, d_x, cuts) = segment(trip, compute_back, share_back, (kept.experts, g_came.x_rd, at.g_btd))
 
     # 3
-    def share(inputs: Any) -> Any:
-        to, came = inputs
-        return to, came, f.shared.forward(wf, hf, (to.x_btd, to.h_btd))
+    def weigh_and_share(inputs: Any) -> Any:
+        to, came, (cut, shared_cut) = inputs
+        dp = added(b.experts.weights(wb, hb, cut), b.shared.weights(wb, hb, shared_cut))
+        return to, came, dp, f.shared.forward(wf, hf, (to.x_btd, to.h_btd))
 
     def compute(between: Any) -> Any:
-        to, came, of_shared = between
-        return of_shared, f.experts.forward(wf, hf, at_experts(to, came))
+        to, came, dp, of_shared = between
+        return dp, of_shared, f.experts.forward(wf, hf, at_experts(to, came))
 
     trip = Trip(COMBINE, DISPATCH.values(d_at[-1]), kept.plan, after=came.x_rd)
-    back, ((shared_btd, of_shared), (y, of_experts)) = segment(trip, share, compute, (to, came))
+    inputs = (to, came, cuts)
+    back, (dp, (shared_btd, of_shared), (y, of_experts)) = segment(trip, weigh_and_share, compute, inputs)
 
     # 4
     def leave_back(inputs: Any) -> Any:
