@@ -124,13 +124,10 @@ class _Ticks:
 
     def _message(self, into: Ring, place: jax.Array, row: jax.Array, value: jax.Array, way: Any) -> Ring:
         """Where any rank of the row receives something, all take part; the last place takes what nobody wants."""
-
-        def send(into: Ring) -> Ring:
-            got = value if way is None else lax.ppermute(value, PIPE, way)
-            last = next(iter(into.values())).shape[0] - 1
-            return self.stream_form.write(into, jnp.where(place < 0, last, place), got)
-
-        return lax.cond((row >= 0).any(), send, lambda into: into, into)
+        if way is not None:
+            value = lax.cond((row >= 0).any(), lambda x: lax.ppermute(x, PIPE, way), lambda x: x, value)
+        last = next(iter(into.values())).shape[0] - 1
+        return self.stream_form.write(into, jnp.where(place < 0, last, place), value)
 
 
 class ForwardCarry(NamedTuple):
