@@ -37,6 +37,9 @@ class Outputs(NamedTuple):
 
 
 Scalars = dict[str, jax.Array]
+# Over a pipeline (`pipelined.py`), whose ranks have parts of the model: balance losses enter linearly, with factors that
+# no state changes; `aux.expert_counts_le` is None; and micro-batches that a ramp has no sequences for are there, all of
+# them "padding".
 Objective = Callable[[Outputs, Batch, Totals, Hyper], tuple[jax.Array, Scalars]]
 
 

@@ -55,7 +55,10 @@ def pipelined(cfg: Config, layout: Layout, objective: Objective) -> Gradients:
         def worth(part: Batch, h_btd: jax.Array, head_dv: jax.Array, aux: Aux) -> Any:
             return objective(Outputs(h_btd, head_dv, aux, layout.sequence), part, total, hyper)
 
-        micro = _micro_batches(batch, pipeline.micro, cfg.data.seq_len, worth, hyper.micro_batches)
+        there = hyper.micro_batches
+        if there is not None:  # of the accumulated ones, which the pipeline may divide
+            there = there * (pipeline.micro // cfg.train.grad_accumulation)
+        micro = _micro_batches(batch, pipeline.micro, cfg.data.seq_len, worth, there)
         run = Stages(cfg.model, layout, policy, held, Gathered(params, quantised, bias_le), micro)
         scale = loss_scale(policy, total)
         grads, done = Steps(schedule, run, scale, cfg.mesh.overlap).run()

@@ -119,6 +119,10 @@ def make_train_step(
     everywhere, shares = PartitionSpec(), parameter_shares(cfg, mesh)
     declared, policy = model_params(cfg.model), preset(cfg.precision)
     held, pipeline = held_specs(shares), pipeline_over(cfg, mesh.shape)
+    if pipeline is not None and gradients is by_micro_batches:
+        raise ValueError(
+            f"by_micro_batches runs the whole model, and mesh.pipe={pipeline.ranks} divides it: leave gradients out"
+        )
     gradients = gradients or (by_micro_batches if pipeline is None else pipelined)
     layers = None if pipeline is None else pipeline.held.layers
     grads_of = gradients(cfg, layout_over(cfg, mesh), objective or pretraining(cfg))

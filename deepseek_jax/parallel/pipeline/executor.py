@@ -9,6 +9,7 @@ has a layer that it does not run. Nothing here is differentiated: `stage.py` has
 Dims: b sequence, t token, d hidden.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,15 +25,15 @@ from deepseek_jax.parallel.pipeline.stage import Done, Stages
 from deepseek_jax.parallel.pipeline.stages import Content
 from deepseek_jax.parallel.pipeline.ticks import PROGRAMS, Table
 
-Held = tuple[int, Content]  # chunk and content of a stage
+Chunk = tuple[int, Content]  # number and content
 
 
 class Program(NamedTuple):
     """A branch: the stages that it runs forward, backward, and whose queued weight gradients it makes."""
 
-    forward: Held | None = None
-    backward: Held | None = None
-    weights: Held | None = None
+    forward: Chunk | None = None
+    backward: Chunk | None = None
+    weights: Chunk | None = None
     split: bool = False
 
 
@@ -53,7 +54,7 @@ def programs(table: Table, held: Any) -> tuple[tuple[Program, ...], np.ndarray]:
     found: dict[Program, int] = {}
     which = np.zeros_like(ticks.program)
 
-    def stage(rank: int, direction: int) -> Held | None:
+    def stage(rank: int, direction: int) -> Chunk | None:
         if direction < 0:
             return None
         chunk = schedule.chunk(rank, direction)
@@ -97,7 +98,7 @@ class _Ticks:
         """An empty ring of streams, with one place more for what nobody wants."""
         return ring(places + 1, [self.stream_form])
 
-    def read_input(self, act: Ring, o: dict[str, jax.Array], held: Held) -> Any:
+    def read_input(self, act: Ring, o: dict[str, jax.Array], held: Chunk) -> Any:
         return None if held[1].first else self.stream_form.read(act, o["forward_input"])
 
     def scan(self, carry: Any, branches: list[Callable[[Any, Any], Any]]) -> Any:
@@ -106,8 +107,11 @@ class _Ticks:
         def tick(c: Any, row: dict[str, jax.Array]) -> tuple[Any, None]:
             o = {name: x[self.stages.rank] for name, x in row.items()}
             c, sent = lax.switch(o["program"], branches, c, o)
+            before: Ring = {}
             for name, value in sent.items():
-                c = c._replace(**{name: self._received(name, getattr(c, name), o, row, value)})
+                value = after(value, before) if before else value  # one after the other on CPU devices
+                before = self._received(name, getattr(c, name), o, row, value)
+                c = c._replace(**{name: before})
             return c, None
 
         return lax.scan(tick, carry, jax.tree.map(jnp.asarray, self.xs))[0]
@@ -151,7 +155,7 @@ class Forwards(_Ticks):
         carry = ForwardCarry(self.streams(self.table.rings.act), results)
         return self.scan(carry, [self._branch(p.forward) for p in self.programs]).results
 
-    def _branch(self, held: Held | None) -> Callable[[ForwardCarry, Any], Any]:
+    def _branch(self, held: Chunk | None) -> Callable[[ForwardCarry, Any], Any]:
         def run(c: ForwardCarry, o: dict[str, jax.Array]) -> Any:
             if held is None:
                 return c, {"act": jnp.zeros(self.stream.shape, self.stream.dtype)}
@@ -174,12 +178,12 @@ class Steps(_Ticks):
         self.scale, self.pairs = scale, pairs
         self.kept, self.cuts = self._forms()
 
-    def _forms(self) -> tuple[dict[Held, Form], dict[Held, Form]]:
+    def _forms(self) -> tuple[dict[Chunk, Form], dict[Chunk, Form]]:
         """How what a forward keeps, and what a split backward leaves, lie in their rings, by stage."""
-        kept: dict[Held, Form] = {}
-        cuts: dict[Held, Form] = {}
+        kept: dict[Chunk, Form] = {}
+        cuts: dict[Chunk, Form] = {}
 
-        def run(held: Held, x: jax.Array, index: jax.Array) -> None:
+        def run(held: Chunk, x: jax.Array, index: jax.Array) -> None:
             _, of_forward, _ = self.stages.forward(*held, index, x)
             kept[held] = Form(of_forward)
             _, cut, _, _ = self.stages.backward(*held, index, of_forward, x, self.scale)
@@ -191,19 +195,19 @@ class Steps(_Ticks):
 
     # --- programs ---------------------------------------------------------------------------------------------------
 
-    def _gradient(self, c: Carry, o: dict[str, jax.Array], held: Held) -> Any:
+    def _gradient(self, c: Carry, o: dict[str, jax.Array], held: Chunk) -> Any:
         return None if held[1].last else self.stream_form.read(c.grad, o["backward_grad"])
 
-    def _forward(self, c: Carry, o: dict[str, jax.Array], held: Held) -> tuple[Carry, jax.Array]:
+    def _forward(self, c: Carry, o: dict[str, jax.Array], held: Chunk) -> tuple[Carry, jax.Array]:
         y, kept, done = self.stages.forward(*held, o["forward"], self.read_input(c.act, o, held))
         return self._saved(c, o, held, kept, done), y
 
-    def _saved(self, c: Carry, o: dict[str, jax.Array], held: Held, kept: Any, done: Done) -> Carry:
+    def _saved(self, c: Carry, o: dict[str, jax.Array], held: Chunk, kept: Any, done: Done) -> Carry:
         saved = self.kept[held].write(c.saved, o["forward_saved"], kept)
         return c._replace(saved=saved, done=jax.tree.map(jnp.add, c.done, done))
 
     def _backward(
-        self, c: Carry, o: dict[str, jax.Array], held: Held, split: bool
+        self, c: Carry, o: dict[str, jax.Array], held: Chunk, split: bool
     ) -> tuple[Carry, jax.Array]:
         kept, g = self.kept[held].read(c.saved, o["backward_saved"]), self._gradient(c, o, held)
         dx, cuts, dp, done = self.stages.backward(*held, o["backward"], kept, g, self.scale)
@@ -214,11 +218,11 @@ class Steps(_Ticks):
             c = self._added(c, self.stages.weights(*held, o["backward"], self.stages.then(cuts, dx)))
         return c, dx
 
-    def _weights(self, c: Carry, o: dict[str, jax.Array], held: Held) -> Carry:
+    def _weights(self, c: Carry, o: dict[str, jax.Array], held: Chunk) -> Carry:
         cuts = self.cuts[held].read(c.queue, o["weights_queue"])
         return self._added(c, self.stages.weights(*held, o["weights"], cuts))
 
-    def _pair(self, c: Carry, o: dict[str, jax.Array], f: Held, b: Held) -> Any:
+    def _pair(self, c: Carry, o: dict[str, jax.Array], f: Chunk, b: Chunk) -> Any:
         kept = self.kept[b].read(c.saved, o["backward_saved"])
         forward = (*f, o["forward"], self.read_input(c.act, o, f))
         backward = (*b, o["backward"], kept, self._gradient(c, o, b))
@@ -241,9 +245,7 @@ class Steps(_Ticks):
                 grads["embed"] = jax.tree.map(_add, grads["embed"], dp)
                 continue
             kind, slot = key
-            grads[kind] = jax.tree.map(
-                lambda sum_, g, slot=slot: sum_.at[slot].add(g.astype(sum_.dtype)), grads[kind], dp
-            )
+            grads[kind] = jax.tree.map(functools.partial(_add_at, slot), grads[kind], dp)
         return c._replace(grads=grads)
 
     def _branch(self, program: Program) -> Callable[[Carry, Any], Any]:
@@ -277,6 +279,11 @@ class Steps(_Ticks):
         start = Carry(self.streams(rings.act), self.streams(rings.grad), saved, queue, grads, stages.nothing)
         end = self.scan(start, [self._branch(program) for program in self.programs])
         return end.grads, end.done
+
+
+def _add_at(slot: int, sum_: jax.Array, g: jax.Array) -> jax.Array:
+    """Not a scatter, which adds in any order on GPUs."""
+    return lax.dynamic_update_index_in_dim(sum_, _add(sum_[slot], g), slot, 0)
 
 
 def _add(sum_: jax.Array, g: jax.Array) -> jax.Array:

@@ -68,6 +68,7 @@ def pipeline_over(cfg: Config, axes: Mapping[str, int]) -> Pipeline | None:
         alone = {
             "stage_layers": mesh.stage_layers or None,
             "schedule": None if mesh.schedule == "auto" else mesh.schedule,
+            "weight_queue": None if mesh.weight_queue == -1 else mesh.weight_queue,
         }
         for name, value in alone.items():
             require(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Ring = dict[str, jax.Array]  # dtype -> [place, elements]
+Ring = dict[str, jax.Array]  # dtype, with a number where one array is too small -> [place, elements]
+_MOST = 2**31 - 1  # elements of a place: XLA is given offsets as int32
 
 
 class Form:
@@ -27,28 +28,28 @@ class Form:
         self._which = [first.setdefault(id(x), len(first)) for x in leaves]
         unique = [leaves[self._which.index(i)] for i in range(len(first))]
         self.shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in unique]
-        self._starts: list[int] = []
-        ends: dict[str, int] = {}
+        self._where: list[tuple[str, int]] = []
+        self.elements: dict[str, int] = {}
         for s in self.shapes:
-            name = jnp.dtype(s.dtype).name
-            self._starts.append(ends.get(name, 0))
-            ends[name] = ends.get(name, 0) + math.prod(s.shape)
-        self.elements: dict[str, int] = ends
+            kind, size, number = jnp.dtype(s.dtype).name, math.prod(s.shape), 0
+            while self.elements.get(name := f"{kind}.{number}", 0) + size > _MOST:
+                number += 1
+            self._where.append((name, self.elements.get(name, 0)))
+            self.elements[name] = self._where[-1][1] + size
 
     def write(self, ring: Ring, place: jax.Array, tree: Any) -> Ring:
         """The ring with a tree at a place."""
         ring, leaves = dict(ring), jax.tree.leaves(tree)
-        for i, (s, start) in enumerate(zip(self.shapes, self._starts, strict=True)):
-            name, x = jnp.dtype(s.dtype).name, leaves[self._which.index(i)]
+        for i, (name, start) in enumerate(self._where):
+            x = leaves[self._which.index(i)]
             ring[name] = lax.dynamic_update_slice(ring[name], x.reshape(1, -1), (place, start))
         return ring
 
     def read(self, ring: Ring, place: jax.Array) -> Any:
         """The tree at a place."""
         arrays = []
-        for s, start in zip(self.shapes, self._starts, strict=True):
-            size = math.prod(s.shape)
-            x = lax.dynamic_slice(ring[jnp.dtype(s.dtype).name], (place, start), (1, size))
+        for s, (name, start) in zip(self.shapes, self._where, strict=True):
+            x = lax.dynamic_slice(ring[name], (place, start), (1, math.prod(s.shape)))
             arrays.append(x.reshape(s.shape))
         return jax.tree.unflatten(self._tree, [arrays[i] for i in self._which])
 
@@ -57,4 +58,4 @@ def ring(places: int, forms: Sequence[Form]) -> Ring:
     """An empty ring for trees of all these forms."""
     names = sorted({name for form in forms for name in form.elements})
     most = {name: max(form.elements.get(name, 0) for form in forms) for name in names}
-    return {name: jnp.zeros((places, n), name) for name, n in most.items()}
+    return {name: jnp.zeros((places, n), name.split(".")[0]) for name, n in most.items()}

@@ -30,6 +30,7 @@ from deepseek_jax.parallel.pipeline.pair import in_pairs
 from deepseek_jax.parallel.pipeline.stages import KINDS, Content, Held
 from deepseek_jax.precision.policy import Policy
 
+_NO_LOADS: Any = None  # an objective cannot read loads: no rank has those of all layers
 END = ("embed", "final_norm", "head", "mtp")
 Scalars = dict[str, jax.Array]
 
@@ -125,8 +126,7 @@ class Stages:
         """(scalar, metrics) of the objective on states of zeros, as a function of the balance losses alone."""
         h_btd = jnp.zeros(self.stream.shape, self.stream.dtype)
         mtp = jnp.zeros((self.cfg.num_nextn_predict_layers, *h_btd.shape), h_btd.dtype)
-        counts = jnp.zeros(self.cfg.balance_bias_shape, jnp.int32)
-        aux = Aux(counts, seq_loss, classic_loss, mtp, None)
+        aux = Aux(_NO_LOADS, seq_loss, classic_loss, mtp, None)
         return self.batch.objective(part, h_btd, head_weight(self._end), aux)
 
     def _rates_of(self, part: Any) -> tuple[Any, Any]:
@@ -271,7 +271,7 @@ class Stages:
         if cfg.num_nextn_predict_layers:
             ctx, bias_ke = context(cfg, given, self.layout), self.gathered.bias_le[cfg.num_moe_layers :]
             mtp, stats = mtp_hidden(p, cfg, h_btd, given, bias_ke, ctx)
-        aux = Aux(stats.counts_e, stats.seq_loss.sum(), stats.classic_loss.sum(), mtp, None)
+        aux = Aux(_NO_LOADS, stats.seq_loss.sum(), stats.classic_loss.sum(), mtp, None)
         return *self.batch.objective(part, h_btd, head_weight(p), aux), stats.counts_e
 
     def end(self, part: Any, x_btd: jax.Array, scale: float) -> tuple[jax.Array, Any, Done]:
