@@ -1,5 +1,6 @@
 """What stands in a traced program."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,3 +16,18 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
                     yield from equations(inner)
+
+
+def flops(jaxpr):
+    """Of the products of a program, those in a scan as often as it runs, in other loops and branches once."""
+    total = 0
+    for e in jaxpr.eqns:
+        if e.primitive.name == "dot_general":
+            (contracted, _), _ = e.params["dimension_numbers"]
+            depth = math.prod(e.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * e.outvars[0].aval.size * depth
+        times = e.params["length"] if e.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(list(e.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            total += times * flops(inner) if hasattr(inner, "eqns") else 0
+    return total

@@ -61,14 +61,13 @@ def pipeline_over(cfg: Config, axes: Mapping[str, int]) -> Pipeline | None:
     """The pipeline on a mesh with these axes; None without one.
 
     With `train.grad_accumulation=1`, the micro-batches are as small as can be, a sequence each, but at most 4 per rank.
-    Raises ValueError for a schedule that does not fit the numbers, and for settings of a pipeline without one.
+    Raises ValueError for a schedule that does not fit the numbers, and for a schedule or stages without a pipeline.
     """
     ranks, mesh = axes.get(PIPE, 1), cfg.mesh
     if ranks == 1:
         alone = {
             "stage_layers": mesh.stage_layers or None,
             "schedule": None if mesh.schedule == "auto" else mesh.schedule,
-            "weight_queue": None if mesh.weight_queue == -1 else mesh.weight_queue,
         }
         for name, value in alone.items():
             require(

@@ -32,7 +32,7 @@ class Form:
         self.elements: dict[str, int] = {}
         for s in self.shapes:
             kind, size, number = jnp.dtype(s.dtype).name, math.prod(s.shape), 0
-            while self.elements.get(name := f"{kind}.{number}", 0) + size > _MOST:
+            while self.elements.get(name := f"{kind}.{number}" if number else kind, 0) + size > _MOST:
                 number += 1
             self._where.append((name, self.elements.get(name, 0)))
             self.elements[name] = self._where[-1][1] + size

@@ -17,9 +17,8 @@ from deepseek_jax.parallel.mesh import abstract_mesh, named_devices
 from deepseek_jax.parallel.pipeline.executor import Program, Steps
 from deepseek_jax.training import pipelined
 from deepseek_jax.training.step import abstract_state, make_train_step
-from tests.parallel.pipeline.test_pipelined_step import MTP, config, without
-from tests.parallel.pipeline.test_split_grad import flops
-from tests.programs import equations
+from tests.parallel.pipeline.runs import MTP, config, without
+from tests.programs import equations, flops
 from tests.tiny_run import HYPER
 
 T = 17

@@ -6,35 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Config
 from deepseek_jax.training.step import make_eval_step
 from tests.parallel import harness
 from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
+from tests.parallel.pipeline.runs import MTP, config, without
 from tests.tiny_run import HYPER
 
 STEPS = 4
 NUDGE = BOUND / 8
 
 
-def config(pipe, data=1, node=1, micro=4, model=None, precision="bf16", remat="none", **mesh):
-    """micro: micro-batches of a device, of a sequence each."""
-    return harness.config(
-        (data, node),
-        harness.SHALLOW | {"num_hidden_layers": 3, "first_k_dense_replace": 1} | (model or {}),
-        train={"batch_size": data * node * micro, "grad_accumulation": micro, "remat": remat},
-        mesh={"pipe": pipe} | mesh,
-        precision=precision,
-    )
-
-
-def without(cfg: Config, remat: str = "none") -> Config:
-    """The same run on the mesh without the pipeline."""
-    plain = {"pipe": 1, "overlap": False, "zero": False, "stage_layers": (), "schedule": "auto"}
-    mesh = dataclasses.replace(cfg.mesh, **plain)
-    return dataclasses.replace(cfg, mesh=mesh, train=dataclasses.replace(cfg.train, remat=remat))
-
-
-MTP = {"num_nextn_predict_layers": 1}
 DUALPIPE = config(2, 2, 2, model=MTP, stage_layers=(2, 1), zero=True, overlap=True)
 PACKED = {"packed": True, "padded": True, "ramp": (4, 2, 3, 4)}
 RUNS = {

@@ -4,7 +4,6 @@ Dims: b sequence, t token, d hidden, n = b * t; 2 * 17 tokens, so that no activa
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from deepseek_jax.parallel.pipeline.split_grad import split
 from deepseek_jax.precision import preset
 from tests.oracle.tiny import weights
 from tests.parallel.comparison import BOUND, difference
-from tests.programs import equations
+from tests.programs import equations, flops
 from tests.tiny_run import tiny
 
 CFG = tiny().model
@@ -167,21 +166,6 @@ def both_passes(fn, p, hand, x, g):
 def cotangent(fn, p, hand, x):
     shapes = jax.eval_shape(fn, p, hand, x)
     return jax.tree.map(lambda s: normal(*s.shape) if is_float(s) else np.zeros(s.shape, s.dtype), shapes)
-
-
-def flops(jaxpr):
-    """Of the products of a program, those in a scan as often as it runs, in other loops and branches once."""
-    total = 0
-    for e in jaxpr.eqns:
-        if e.primitive.name == "dot_general":
-            (contracted, _), _ = e.params["dimension_numbers"]
-            depth = math.prod(e.invars[0].aval.shape[i] for i in contracted)
-            total += 2 * e.outvars[0].aval.size * depth
-        times = e.params["length"] if e.primitive.name == "scan" else 1
-        for inner in jax.tree.leaves(list(e.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            total += times * flops(inner) if hasattr(inner, "eqns") else 0
-    return total
 
 
 def programs(name):
