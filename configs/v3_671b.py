@@ -8,8 +8,9 @@ device's in 24 to 120 micro-batches of one sequence; 242,785 steps in all. Durin
 others empty.
 
 Hardware: 2,048 GPUs; the report used as many H800, of 80 GB, for 54 days. A pipeline of 16 ranks, DualPipe, two replicas
-of each, experts over 8 nodes of 8 GPUs in two hops. Not run: there is no expected loss, and on paper 80 GB do not suffice
-(experiments/LOG.md). Without a GPU,
+of each, experts over 8 nodes of 8 GPUs in two hops. Not run: there is no expected loss. 80 GB do not suffice as it stands:
+on paper a step takes 118 GiB; with everything recomputed (--config.train.remat=full) XLA's compiler allots 89 GiB if all
+exchanges are asynchronous, 63 if none is (experiments/LOG.md). Without a GPU,
 
     python -m experiments.train --config=configs/v3_671b.py --dry_run      # checks the config and traces the step
     python -m experiments.plan step --config=configs/v3_671b.py            # memory, links, seconds of a step, price
