@@ -165,8 +165,8 @@ class MeshConfig:
     # a peer that gets a quarter more than its share. 0: one round, with buffers for the worst routing
     receive: float = 0.0
     zero: bool = False  # ZeRO-1: master weights and moments divided over all axes that divide tokens
-    # one computes while the other's tokens travel: two halves of each device's batch, or, with a pipeline, the forward and
-    # the backward of a pair of micro-batches
+    # two halves of each device's batch in flight: one computes while the other's tokens travel; with a pipeline, the forward
+    # and the backward of a pair of micro-batches
     overlap: bool = False
     comm_channels: int = 0  # NCCL channels, so many SMs, that a collective may take on GPUs; 0: NCCL decides
 

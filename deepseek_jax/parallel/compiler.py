@@ -5,7 +5,6 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.parallel.mesh import PIPE
 
 GPUS = ("gpu", "cuda", "rocm")
 
@@ -30,7 +29,7 @@ def compiler_options(
     if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform not in GPUS:
         return None
     options: dict[str, Any] = {"xla_gpu_enable_latency_hiding_scheduler": True}
-    if mesh.shape[PIPE] > 1:
+    if cfg.pipe > 1:
         options["xla_gpu_memory_limit_slop_factor"] = 800  # per cent; 95 by default
     if cfg.comm_channels:
         options["xla_gpu_nccl_collective_max_nchannels"] = cfg.comm_channels
