@@ -137,13 +137,16 @@ def _backward(direction, work, saved, g):  # type: ignore[no-untyped-def]
     g_values, g_result = g
     back = COMBINE if direction is DISPATCH else DISPATCH
 
+    of_second = []  # added up behind the segment: sums in it hold up what travels
+
     def first_part(gradients: Any) -> Any:
         *of_p_and_inputs, d_between = gradients
-        return _add(first_vjp(d_between), tuple(of_p_and_inputs))
+        of_second.extend(of_p_and_inputs)
+        return first_vjp(d_between)
 
     trip = Trip(back, direction.values(g_values), plan)
-    brought, (dp, d_inputs) = segment(trip, second_vjp, first_part, g_result)
-    return back.values(brought), None, dp, d_inputs
+    brought, of_first = segment(trip, second_vjp, first_part, g_result)
+    return back.values(brought), None, *map(_add, of_first, of_second)
 
 
 def _add(a: Any, b: Any) -> Any:
