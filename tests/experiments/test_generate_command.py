@@ -163,7 +163,15 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(folder, model, capsys, monkeypatch
     assert calls[1] == want
 
 
-def test_ctrl_c_shows_no_traceback(folder):
+@pytest.fixture
+def interruptible():
+    """Processes started here heed SIGINT, also where a shell has put the tests into the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_shows_no_traceback(folder, interruptible):
     """Sent while the programs compile, after the prompt is on the screen."""
     command = [
         sys.executable,
