@@ -1,11 +1,12 @@
 """Two processes of four devices each, over gloo: one device's results, through kill, SIGTERM and on other devices.
 
-Every expert lies on a device of its own, and the two processes divide master weights and moments (ZeRO-1); a process
-alone keeps them whole.
+First they are the two ranks of a pipeline; then the run goes on with the processes as nodes and every expert on a device
+of its own. They divide master weights and moments (ZeRO-1); a process alone keeps them whole.
 """
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import pytest
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Checkpointer
+from deepseek_jax.training.metrics import METRICS_FILE
 from deepseek_jax.training.state import state_shardings
 from experiments.kill_test import Run
 from tests.golden.config import get_config
@@ -34,6 +36,7 @@ COMPARED = 8  # rounding, which differs between devices, grows with the steps
 # Relative, as in the golden run's first ten steps: sums over devices in another order, rounding of up to 6e-7 in the
 # losses and 4e-6 in the gradient's norm there, five and ten times that allowed.
 BOUND = {"loss": 3e-6, "grad_norm": 4e-5, "validation": 3e-6}
+KEPT = {"train.checkpoint_every": SAVED, "train.keep": STEPS}
 HEARTBEAT = 6  # seconds
 SETTINGS = {
     "train.steps": STEPS,
@@ -46,13 +49,11 @@ SETTINGS = {
     "model.first_k_dense_replace": 0,
     "model.num_nextn_predict_layers": 0,
 }
-TWO = {
-    # Every expert on a device of its own, the processes as nodes.
-    "mesh.node": 2,
-    "mesh.local": 4,
-    "mesh.zero": True,
-    "distributed.heartbeat_timeout": HEARTBEAT,
-}
+TWO = {"mesh.zero": True, "distributed.heartbeat_timeout": HEARTBEAT}
+# A rank each, of which one has the layer and one the head.
+RANKS = TWO | {"mesh.pipe": 2, "mesh.node": 2, "mesh.local": 2, "mesh.stage_layers": "(1,0)"}
+# Every expert on a device of its own, the processes as nodes.
+NODES = TWO | {"mesh.node": 2, "mesh.local": 4}
 
 
 class Runs:
@@ -76,11 +77,12 @@ class Runs:
             found[section][field] = value
         return from_config_dict(found)
 
-    def launch(self, name: str, more: dict[str, Any], *options: str) -> Launched:
-        """Two processes with four devices each."""
-        settings = (f"--config.{key}={value}" for key, value in self.settings(name, TWO | more).items())
+    def launch(self, name: str, more: dict[str, Any], *arguments: str, restarts: int = 0) -> Launched:
+        """Two processes with four devices each. arguments: of the run, beside `more` settings."""
+        settings = (f"--config.{key}={value}" for key, value in self.settings(name, more).items())
         command = [sys.executable, "-m", "experiments.train", "--config=tests/golden/config.py", *settings]
-        return Launched(self.base / f"{name}.log", command, ("--processes=2", *options), devices(4))
+        options = ("--processes=2", f"--restarts={restarts}")
+        return Launched(self.base / f"{name}.log", [*command, *arguments], options, devices(4))
 
     def alone(self, name: str, from_step: int | None = None) -> None:
         """To step COMPARED in this process, on one device."""
@@ -99,9 +101,7 @@ def two(runs) -> tuple[Path, int]:
     """Two processes: one killed after a checkpoint, both restarted, then stopped by a signal to one; where they ran,
     and the step at which they stopped."""
     folder = runs.base / "two"
-    with runs.launch(
-        "two", {"train.checkpoint_every": SAVED, "train.keep": STEPS}, "--restarts=1"
-    ) as launched:
+    with runs.launch("two", RANKS | KEPT, restarts=1) as launched:
         until(
             lambda: step(folder) > SAVED in Run(folder, ()).checkpoints(), "a checkpoint and a step after it"
         )
@@ -159,6 +159,24 @@ def test_one_process_goes_on_from_the_middle(runs, two, one):
     shutil.copytree(two[0], runs.base / "on")
     runs.alone("on", from_step=SAVED)
     assert_close(runs.base / "on", one)
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_go_on_as_nodes(runs, two, one):
+    """Of the pipeline's run, from the middle, on another mesh."""
+    shutil.copytree(two[0], runs.base / "nodes")
+    metrics = (
+        runs.base / "nodes" / METRICS_FILE
+    )  # whose later records the run drops, as `step` would see too late
+    kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] <= SAVED]
+    metrics.write_text("".join(kept))
+    arguments = (f"--from_step={SAVED}", "--discard_newer")
+    with runs.launch("nodes", NODES | KEPT, *arguments) as launched:
+        until(lambda: f"resumed from step {SAVED}" in launched.printed, "the start of the run")
+        until(lambda: step(runs.base / "nodes") > COMPARED, "the steps compared")
+        os.kill(launched.pids()[1], signal.SIGTERM)
+        assert launched.wait() == 0, launched.printed
+    assert_close(runs.base / "nodes", one)
 
 
 def words(name: str) -> str:
