@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
 
+from deepseek_jax.training.checkpoint import Checkpointer
+from deepseek_jax.training.ema import EMA
+from deepseek_jax.training.state import state_shardings
 from deepseek_jax.training.step import make_eval_step
 from tests.parallel import harness
 from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
@@ -76,3 +80,30 @@ def test_evaluation_is_that_without_a_pipeline(cfg, windows):
     (nats, counts), (want, want_counts) = found
     np.testing.assert_array_equal(counts, want_counts)
     assert nats.shape == (windows,) and difference(nats, want) < BOUND
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [DUALPIPE, without(DUALPIPE)], ids=["a pipeline's", "one without"])
+def test_a_run_goes_on_on_another_mesh(source, tmp_path):
+    """On its own the rest of the run is the same bit by bit; on the other it tracks."""
+    checkpointer, whole = Checkpointer(tmp_path), harness.run(source, STEPS, **PACKED)
+    first = jax.device_put(whole.first, state_shardings(source, harness.mesh_of(source)))
+    checkpointer.save(1, first, EMA(first.params, 0.9).state(), {"config": {}, "data": {}, "tokens": 0})
+    checkpointer.wait()
+    for target in (DUALPIPE, without(DUALPIPE)):
+        state, step = (
+            checkpointer.restore(harness.put(target)).state,
+            harness.program(target, True, True, True).step,
+        )
+        for i in range(1, STEPS):
+            batch = harness.batch_on(target, i, packed=True, padded=True)
+            state, metrics = step(state, batch, harness.hyper(PACKED["ramp"][i]))
+            for name, value in whole.history[i].objective.items():
+                assert difference(metrics.objective[name], value) < BOUND, (i, name)
+            np.testing.assert_array_equal(metrics.counts_le, whole.history[i].counts_le)
+        np.testing.assert_array_equal(state.balance_bias, whole.last.balance_bias)
+        if target == source:
+            chex.assert_trees_all_equal(state, whole.last)
+    checkpointer.close()
