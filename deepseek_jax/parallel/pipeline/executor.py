@@ -260,10 +260,10 @@ class Steps(_Ticks):
                 return self._pair(c, o, program.forward, program.backward)
             if program.backward:
                 c, dx = self._backward(c, o, program.backward, program.split)
-                o = self.stages.then(o, (dx, c.grads))
-            if program.forward:
                 # One after the other on CPU devices, whose exchanges must not meet.
-                c, y = self._forward(c, after(o, dx) if program.backward else o, program.forward)
+                o = self.stages.then(after(o, dx), c.grads)
+            if program.forward:
+                c, y = self._forward(c, o, program.forward)
             return c, {"act": y, "grad": dx}
 
         return run

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.extend.core import Var, jaxpr_as_fun
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import attention_in, attention_out, block
@@ -73,7 +71,7 @@ class Phase:
     def __init__(self, fn: Callable[[Any, Hand, Any], Any], names: Any, policy: Policy | None):
         self._names = names
         self._fn = lambda p, hand, x: fn(attach(p, hand[0], policy), hand[1], x)
-        self._parts: _Parts | None = None
+        self._split: Split | None = None
 
     def _arguments(self, w: Weights, hand: Hand) -> tuple[Any, Any]:
         return picked(w.params, self._names), (picked(w.operands, self._names), hand)
@@ -81,78 +79,25 @@ class Phase:
     def forward(self, w: Weights, hand: Hand, x: Any) -> tuple[Any, Any]:
         """(out, what the backward pass needs)"""
         p, at_hand = self._arguments(w, hand)
-        if self._parts is None:
-            self._parts = _Parts(split(self._fn, p, at_hand, x), p, at_hand, x)
-        return self._parts.forward(p, at_hand, x)
+        if self._split is None:
+            self._split = split(self._fn, p, at_hand, x)
+        return self._split.forward(p, at_hand, x)
 
     def backward(self, w: Weights, hand: Hand, saved: Any, g: Any) -> tuple[Any, Any]:
         """(gradient of x, what `weights` needs)"""
-        assert self._parts is not None
+        assert self._split is not None
         g = jax.tree.map(
             lambda g, out: jax.tree.map(lambda _: None, out) if g is None or out is None else g,
             g,
-            self._parts.out,
+            self._split.out,
             is_leaf=lambda g: g is None,
         )
-        return self._parts.backward(*self._arguments(w, hand), saved, g)
+        return self._split.backward(*self._arguments(w, hand), saved, g)
 
     def weights(self, w: Weights, hand: Hand, cut: Any) -> Any:
         """Gradients of the parameters it reads."""
-        assert self._parts is not None
-        return self._parts.weights(*self._arguments(w, hand), cut)
-
-
-class _Parts:
-    """The parts of a `Split` as functions that are traced once. out: shapes of the result."""
-
-    def __init__(self, parts: Split, p: Any, hand: Any, x: Any):
-        program, (self.out, _) = jax.make_jaxpr(parts.forward, return_shape=True)(p, hand, x)
-        given, n = len(jax.tree.leaves((p, hand))), len(jax.tree.leaves(self.out))
-        # What is saved and comes in or goes out besides is the same array outside, too.
-        variables = (*program.jaxpr.invars[given:], *program.jaxpr.outvars[:n])
-        there = {v: i for i, v in enumerate(variables) if isinstance(v, Var)}
-        self._same = [there.get(v) if isinstance(v, Var) else None for v in program.jaxpr.outvars[n:]]
-
-        def forward(p: Any, hand: Any, x: Any) -> Any:
-            out, saved = parts.forward(p, hand, x)
-            return out, [x for x, same in zip(saved, self._same, strict=True) if same is None]
-
-        self._forward = traced_once(forward)
-        self.backward, self.weights = traced_once(parts.backward), traced_once(parts.weights)
-
-    def forward(self, p: Any, hand: Any, x: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-        out, new = self._forward(p, hand, x)
-        there, fresh = [*jax.tree.leaves(x), *jax.tree.leaves(out)], iter(new)
-        return out, tuple(next(fresh) if same is None else there[same] for same in self._same)
-
-
-def traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, for arguments of the same shapes in all calls; they are trees of arrays.
-
-    What it does not read is not an argument of the program: of quantised weights, the masters, which are zeros as large as
-    the weights in float32, exist nowhere.
-    """
-    found: list[tuple[list[bool], Callable[..., Any], Any]] = []
-
-    def call(*args: Any) -> Any:
-        leaves = jax.tree.leaves(args)
-        if not found:
-            program, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-            reads = {v for e in program.jaxpr.eqns for v in e.invars if isinstance(v, Var)}
-            reads |= {v for v in program.jaxpr.outvars if isinstance(v, Var)}
-            read = [v in reads for v in program.jaxpr.invars]
-            like = [(x.shape, x.dtype) for x in leaves]
-
-            def run(*given: Any) -> list[Any]:
-                rest = iter(given)
-                every = [next(rest) if r else jnp.zeros(*of) for r, of in zip(read, like, strict=True)]
-                return jaxpr_as_fun(program)(*every)
-
-            found.append((read, jax.jit(run), jax.tree.structure(shapes)))
-        read, run, tree = found[0]
-        return jax.tree.unflatten(tree, run(*(x for r, x in zip(read, leaves, strict=True) if r)))
-
-    return call
+        assert self._split is not None
+        return self._split.weights(*self._arguments(w, hand), cut)
 
 
 class Backward(NamedTuple):

@@ -8,9 +8,11 @@
 
 No equation is done twice, but those that parameters and constants alone determine (a cast or a slice of a weight) and
 light ones: copies, casts, and in `weights` also arithmetic of elements, sums and rows taken by index, where that hands
-over fewer bytes (`cut.py`). For the same reason the gradient of a norm's scale, a sum, is part of `backward`. Scans, loops and branches stay whole; one that gives both gradients is part of `backward`.
+over fewer bytes (`cut.py`). For the same reason the gradient of a norm's scale, a sum, is part of `backward`. Scans,
+loops and branches stay whole; one that gives both gradients is part of `backward`.
 
-What a program consists of is read here, and nowhere else, from JAX's own representation.
+The parts are traced once (`traced.py`), however often they are called. What a program consists of is read in these two
+files, and nowhere else, from JAX's own representation.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ from jax import lax
 from jax.extend.core import Literal, Var
 
 from deepseek_jax.parallel.pipeline.cut import fewest_bytes
+from deepseek_jax.parallel.pipeline.traced import traced_once
 
 Arrays = tuple[jax.Array, ...]
 
@@ -53,7 +56,8 @@ class Split(NamedTuple):
     forward: (p, hand, x) -> (out, saved)
     backward: (p, hand, saved, g) -> (dx, cut); g like out, of which integer leaves are not read
     weights: (p, hand, cut) -> dp
-    saved, cut: shapes and dtypes of what is kept in between. dx and dp have None in the place of integers.
+    saved, cut: shapes and dtypes of what is kept in between. dx and dp have None in the place of integers. What is saved
+    and is a leaf of x or out besides is the same object. out: shapes and dtypes of the result.
     """
 
     forward: Callable[[Any, Any, Any], tuple[Any, Arrays]]
@@ -61,6 +65,7 @@ class Split(NamedTuple):
     weights: Callable[[Any, Any, Arrays], Any]
     saved: tuple[jax.ShapeDtypeStruct, ...]
     cut: tuple[jax.ShapeDtypeStruct, ...]
+    out: Any
 
 
 # --- programs -----------------------------------------------------------------------------------------------------
@@ -310,12 +315,21 @@ def split(fn: Callable[..., Any], p: Any, hand: Any, x: Any) -> Split:
         at_hand = (*_like(shapes[0], p), *_like(shapes[1], hand))
         return t.consts | dict(zip([*t.p, *t.hand], at_hand, strict=True))
 
-    def forward(p: Any, hand: Any, x: Any) -> tuple[Any, Arrays]:
+    place = {v: i for i, v in enumerate([*t.x, *t.out]) if not isinstance(v, Literal)}
+
+    @traced_once
+    def results(p: Any, hand: Any, x: Any) -> tuple[Any, Arrays]:
         values = start(p, hand) | dict(zip(t.x, _like(shapes[2], x), strict=True))
         _run(parts.forward, values)
         out = jax.tree.unflatten(jax.tree.structure(t.out_shape), _arrays(t.out, values))
-        return out, _arrays(parts.saved, values)
+        return out, _arrays((v for v in parts.saved if v not in place), values)
 
+    def forward(p: Any, hand: Any, x: Any) -> tuple[Any, Arrays]:
+        out, new = results(p, hand, x)
+        there, fresh = [*jax.tree.leaves(x), *jax.tree.leaves(out)], iter(new)
+        return out, tuple(there[place[v]] if v in place else next(fresh) for v in parts.saved)
+
+    @traced_once
     def backward(p: Any, hand: Any, saved: Arrays, g: Any) -> tuple[Any, Arrays]:
         pairs = zip(_like(t.out_shape, g), jax.tree.leaves(t.out_shape), strict=True)
         g_floats = [leaf for leaf, shape in pairs if _is_float(shape)]
@@ -324,13 +338,14 @@ def split(fn: Callable[..., Any], p: Any, hand: Any, x: Any) -> Split:
         _run(parts.backward, values)
         return jax.tree.unflatten(t.dx_tree, _arrays(t.dx, values)), _arrays(parts.cut, values)
 
+    @traced_once
     def weights(p: Any, hand: Any, cut: Arrays) -> Any:
         values = start(p, hand) | dict(zip(parts.cut, cut, strict=True))
         _run(parts.weights, values)
         return jax.tree.unflatten(t.dp_tree, _arrays(t.dp, values))
 
     saved, cut = (tuple(_shape(v) for v in vs) for vs in (parts.saved, parts.cut))
-    return Split(forward, backward, weights, saved, cut)
+    return Split(forward, backward, weights, saved, cut, t.out_shape)
 
 
 def _like(shapes: Any, tree: Any) -> list[Any]:

@@ -10,6 +10,7 @@ and the rest of the objective is computed once, at the end.
 Dims: b sequence, t token, w window, d hidden, l layer, e expert.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,9 +26,10 @@ from deepseek_jax.model.router import BalanceStats
 from deepseek_jax.model.transformer import Aux, context, final_norm
 from deepseek_jax.model.weights import attach
 from deepseek_jax.parallel.exchange.order import after
-from deepseek_jax.parallel.pipeline.layer import Backward, Hand, Weights, layer, traced_once
+from deepseek_jax.parallel.pipeline.layer import Backward, Hand, Weights, layer
 from deepseek_jax.parallel.pipeline.pair import in_pairs
 from deepseek_jax.parallel.pipeline.stages import KINDS, Content, Held
+from deepseek_jax.parallel.pipeline.traced import traced_once
 from deepseek_jax.precision.policy import Policy
 
 _NO_LOADS: Any = None  # an objective cannot read loads: no rank has those of all layers
@@ -85,7 +87,7 @@ class Stages:
         self.layers = {kind: layer(cfg, layout, policy, kind == "moe_layers", n_local) for kind in KINDS}
         self._apart = {kind: self._slots(kind) for kind in KINDS if kind in params}
         self._end_gradients: Any = None
-        self._rates = jax.jit(self._rates_of)
+        self._rates = traced_once(self._rates_of)
         self._end, self._end_operands = (
             {name: tree[name] for name in END if name in tree} for tree in (params, operands)
         )
@@ -158,21 +160,21 @@ class Stages:
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
-    @property
-    def metrics(self) -> Scalars:
-        """Zeros."""
+    @functools.cached_property
+    def _metrics(self) -> Any:
+        """Shapes of the objective's."""
         zero = jnp.zeros((), jnp.float32)
-        shapes = jax.eval_shape(lambda: self._with_balance(self.batch.part(jnp.int32(0)), zero, zero)[1])
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.eval_shape(lambda: self._with_balance(self.batch.part(jnp.int32(0)), zero, zero)[1])
 
     @property
     def nothing(self) -> Done:
-        cfg = self.cfg
+        """Zeros."""
+        cfg, metrics = self.cfg, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._metrics)
         slots = sum(self.held.slots["moe_layers"])
         counts = [
             jnp.zeros((n, cfg.n_routed_experts), jnp.int32) for n in (slots, cfg.num_nextn_predict_layers)
         ]
-        return Done(self.metrics, *counts)
+        return Done(metrics, *counts)
 
     def start(self, content: Content, part: Any, x_btd: jax.Array) -> jax.Array:
         """What the first layer reads: the stream of the stage before, or embeddings."""

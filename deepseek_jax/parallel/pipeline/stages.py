@@ -185,16 +185,3 @@ class Held:
     def content(self, rank: int, chunk: int) -> Content:
         dense, moe, first, last = self.stage(rank, chunk)
         return Content(len(dense), len(moe), first, last)
-
-    def contents(self, chunk: int) -> tuple[Content, ...]:
-        """The contents of a chunk that differ, as they come rank by rank: so many programs it needs."""
-        return tuple(dict.fromkeys(self.content(rank, chunk) for rank in range(self.num_ranks)))
-
-    @functools.cached_property
-    def which_content(self) -> np.ndarray:
-        """int32 [rank, chunk]: of the chunk's `contents`, the one that the rank has."""
-        found = [
-            [self.contents(c).index(self.content(r, c)) for c in range(self.chunks)]
-            for r in range(self.num_ranks)
-        ]
-        return np.array(found, np.int32)

@@ -22,19 +22,15 @@ NUDGE = BOUND / 8
 
 DUALPIPE = config(2, 2, 2, model=MTP, stage_layers=(2, 1), zero=True, overlap=True)
 PACKED = {"packed": True, "padded": True, "ramp": (4, 2, 3, 4)}
-RUNS = {
-    "DualPipe, overlapped, divided, packed, padded, batches of several sizes": (DUALPIPE, PACKED),
-}
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_the_run_is_that_without_a_pipeline(name):
-    """Only the order of sums differs: of copies of layers, of micro-batches, of rows. Clipped by the norm over all ranks."""
-    cfg, how = RUNS[name]
-    starts = (cfg, 0.0), (without(cfg), 0.0), (without(cfg), NUDGE)
-    runs = [harness.run(c, STEPS, nudge, **how) for c, nudge in starts]
+def test_the_run_is_that_without_a_pipeline():
+    """Overlapped, divided, with packed and padded sequences and batches of several sizes, clipped by the norm over all
+    ranks. Only the order of sums differs: of copies of layers, of micro-batches, of rows."""
+    starts = (DUALPIPE, 0.0), (without(DUALPIPE), 0.0), (without(DUALPIPE), NUDGE)
+    runs = [harness.run(cfg, STEPS, nudge, **PACKED) for cfg, nudge in starts]
     assert_same_step(*runs[:2])
-    assert runs[1].history[0].grad_norm > cfg.optimizer.clip_norm
+    assert runs[1].history[0].grad_norm > DUALPIPE.optimizer.clip_norm
     assert_tracks(*runs, 2 * HYPER.gamma, list(runs[1].history[0].scalars))
 
 
@@ -66,17 +62,15 @@ def test_a_bad_step_changes_nothing_on_any_rank():
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cfg", "windows"), [(DUALPIPE, 12)], ids=["three windows"])
-def test_evaluation_is_that_without_a_pipeline(cfg, windows):
-    """Numbers of each device, as they come: odd too, and fewer than ranks."""
-    found = []
-    for c in (cfg, without(cfg)):
-        state = harness.put(c)
-        rows = dataclasses.replace(
-            c, train=dataclasses.replace(c.train, batch_size=windows, grad_accumulation=1)
-        )
-        batch = harness.batch_on(rows, 3, packed=True, padded=True)
-        found.append(make_eval_step(c, harness.mesh_of(c))(state.params, state.balance_bias, batch))
+def test_evaluation_is_that_without_a_pipeline():
+    """Of three windows on each device: numbers as they come, odd too."""
+    windows, found = 12, []
+    for cfg in (DUALPIPE, without(DUALPIPE)):
+        state = harness.put(cfg)
+        train = dataclasses.replace(cfg.train, batch_size=windows, grad_accumulation=1)
+        batch = harness.batch_on(dataclasses.replace(cfg, train=train), 3, packed=True, padded=True)
+        step = make_eval_step(cfg, harness.mesh_of(cfg))
+        found.append(step(state.params, state.balance_bias, batch))
     (nats, counts), (want, want_counts) = found
     np.testing.assert_array_equal(counts, want_counts)
     assert nats.shape == (windows,) and difference(nats, want) < BOUND

@@ -141,9 +141,10 @@ def test_slots_of_v3_under_dualpipe():
     assert held.chunk_slots("moe_layers", 1) == slice(4, 8) and held.chunk_slots("dense_layers", 1) == slice(
         3, 3
     )
-    assert held.contents(0) == (Content(3, 1, True, False), Content(0, 4, False, False))
-    assert held.contents(1) == (Content(0, 1, False, True), Content(0, 4, False, False))
-    assert held.which_content.tolist() == [[0, 0], *[[1, 1]] * 14, [0, 0]]
+    outer, inner = [0, 15], range(1, 15)
+    for chunk, content in enumerate((Content(3, 1, True, False), Content(0, 1, False, True))):
+        assert [held.content(rank, chunk) for rank in outer] == [content] * 2
+        assert [held.content(rank, chunk) for rank in inner] == [Content(0, 4, False, False)] * 14
 
 
 @pytest.mark.parametrize(("cfg", "ranks"), SPLITS)
@@ -159,6 +160,7 @@ def test_slots_hold_the_stages(cfg, ranks, chunks):
             slots = table[rank, held.chunk_slots(kind, chunk)]
             assert slots[slots >= 0].tolist() == list(held.numbers(kind, rank, chunk))
             assert (slots >= 0).tolist() == sorted(slots >= 0, reverse=True)
-            content = held.contents(chunk)[held.which_content[rank, chunk]]
             stage = held.stages[held.stage_number(rank, chunk)]
-            assert content == Content(len(stage.dense), len(stage.moe), stage.first, stage.last)
+            assert held.content(rank, chunk) == Content(
+                len(stage.dense), len(stage.moe), stage.first, stage.last
+            )

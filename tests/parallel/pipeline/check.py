@@ -1,6 +1,6 @@
 """Compares the pipelined step with the step of the same micro-batches on the mesh without a pipeline: the long form.
 
-    python -m experiments.study.pipeline_check [--only=NAME-OR-NUMBER ...] [--from=NUMBER] [--list]
+    python -m tests.parallel.pipeline.check [--only=NAME-OR-NUMBER ...] [--from=NUMBER] [--list]
 
 Each case runs a few steps of a tiny model both ways on eight CPU devices and prints one line: the loss, the largest
 relative difference (by the norm of an array) of all gradients in the first step and of all metrics in any step, and
@@ -9,7 +9,6 @@ do not hold.
 """
 
 import argparse
-import dataclasses
 import functools
 import os
 import sys
@@ -28,34 +27,15 @@ from deepseek_jax.training.labels import Batch, Totals, targets
 from deepseek_jax.training.objectives import Objective, Outputs, Scalars
 from deepseek_jax.training.state import Hyper, TrainState, state_shardings
 from deepseek_jax.training.step import Metrics, init_state, make_train_step
+from tests.parallel.comparison import BOUND, difference
+from tests.parallel.pipeline.runs import without
+from tests.tiny_run import MODEL
 
 STEPS = 4
-# Of float32, as in the tests: sums of some 70 terms in another order. Of BF16: some 20 roundings of 2^-9 along a
-# gradient's path, of random sign, on each side: sqrt(2 * 20) * 2^-9.
-BOUND = {"float32": 2e-6, "bfloat16": 1.3e-2}
+# Of BF16: some 20 roundings of 2^-9 along a gradient's path, of random sign, on each side: sqrt(2 * 20) * 2^-9.
+BOUNDS = {"float32": BOUND, "bfloat16": 1.3e-2}
 
-MODEL = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "num_hidden_layers": 5,
-    "first_k_dense_replace": 1,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 12,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "max_position_embeddings": 128,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "num_nextn_predict_layers": 1,
-    "initializer_range": 0.2,
-}
+MODEL = MODEL | {"num_hidden_layers": 5, "initializer_range": 0.2}
 SECTIONS: dict[str, dict[str, Any]] = {
     "model": MODEL,
     "data": {"vocab_size": 384, "seq_len": 8},
@@ -158,12 +138,6 @@ def _config(case: Case) -> Config:
     return from_config_dict(sections)
 
 
-def without_pipeline(cfg: Config) -> Config:
-    """On the mesh without `pipe`, nothing divided, overlapped or recomputed."""
-    mesh = dataclasses.replace(cfg.mesh, pipe=1, schedule="auto", stage_layers=(), zero=False, overlap=False)
-    return dataclasses.replace(cfg, mesh=mesh, train=dataclasses.replace(cfg.train, remat="none"))
-
-
 def _policy(cfg: Config) -> Objective:
     """A clipped ratio of probabilities, as reinforcement learning has it."""
 
@@ -220,18 +194,11 @@ def _run(cfg: Config, case: Case, first: TrainState) -> Run:
 # --- the comparison -----------------------------------------------------------------------------------------------
 
 
-def difference(got: Any, want: Any) -> float:
-    """Norm of the difference by norm of what is wanted; where that is 0, 0 or infinity."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    if not want.any():
-        return float("inf") if got.any() else 0.0
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
 def check(case: Case) -> tuple[bool, str]:
     """(whether it holds, the line)"""
     cfg, began = _config(case), time.process_time()
-    plain = without_pipeline(cfg)
+    # Where arithmetic is quantised, recomputation rounds otherwise.
+    plain = without(cfg, "none" if cfg.precision == "bf16" else cfg.train.remat)
     first = jax.device_get(
         init_state(plain, make_mesh(plain.mesh, jax.devices()[: named_devices(plain.mesh)]))
     )
@@ -252,7 +219,7 @@ def check(case: Case) -> tuple[bool, str]:
     )
     bias = np.array_equal(got.last.balance_bias, want.last.balance_bias)
     finite = all(m.finite for m in want.metrics)
-    bound = BOUND[cfg.model.dtype]
+    bound = BOUNDS[cfg.model.dtype]
     holds = worst < bound and of_metrics < bound and finite and ((counts and bias) or bound > 1e-3)
     same = "equal" if counts and bias else "differ"
     line = (
