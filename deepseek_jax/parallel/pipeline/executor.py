@@ -20,7 +20,7 @@ from jax import lax
 
 from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.mesh import PIPE
-from deepseek_jax.parallel.pipeline.rings import Form, Ring, ring
+from deepseek_jax.parallel.pipeline.rings import Flat, Form, Ring, nothing, put, ring, take, widths
 from deepseek_jax.parallel.pipeline.stage import Done, Stages
 from deepseek_jax.parallel.pipeline.stages import Content
 from deepseek_jax.parallel.pipeline.ticks import PROGRAMS, Table
@@ -38,14 +38,39 @@ class Program(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """From tick to tick. act, grad: streams and gradients received; saved: of forwards; queue: of split backwards."""
+    """From tick to tick. act, grad: streams and gradients received [place, b, t, d]; saved: of forwards; queue: of split
+    backwards."""
 
-    act: Ring
-    grad: Ring
+    act: jax.Array
+    grad: jax.Array
     saved: Ring
     queue: Ring
+    sums: "Sums"
+
+
+class Sums(NamedTuple):
+    """What programs add to."""
+
     grads: Any
     done: Done
+
+
+class Found(NamedTuple):
+    """What a program reads, as it waited for it: streams, what a forward kept, what a split backward left."""
+
+    x_btd: jax.Array
+    g_btd: jax.Array
+    kept: Flat
+    cuts: Flat
+
+
+class Sent(NamedTuple):
+    """What a program gives, zeros where it gives nothing: to neighbours, and to itself in a later tick."""
+
+    act: jax.Array
+    grad: jax.Array
+    kept: Flat
+    cuts: Flat
 
 
 def programs(table: Table, held: Any) -> tuple[tuple[Program, ...], np.ndarray]:
@@ -84,7 +109,6 @@ class _Ticks:
 
     def __init__(self, table: Table, stages: Stages):
         self.table, self.stages, self.stream = table, stages, stages.stream
-        self.stream_form = Form(self.stream)
         self.programs, which = programs(table, stages.held)
         ticks = table.ticks
         self.xs = ticks._asdict() | {
@@ -94,48 +118,43 @@ class _Ticks:
             "weights": micro_batches(table, ticks.weights_direction, ticks.weights_micro),
         }
 
-    def streams(self, places: int) -> Ring:
-        """An empty ring of streams, with one place more for what nobody wants."""
-        return ring(places + 1, [self.stream_form])
+    @property
+    def no_stream(self) -> jax.Array:
+        return jnp.zeros(self.stream.shape, self.stream.dtype)
 
-    def read_input(self, act: Ring, o: dict[str, jax.Array], held: Chunk) -> Any:
-        return None if held[1].first else self.stream_form.read(act, o["forward_input"])
+    def streams(self, places: int) -> jax.Array:
+        """An empty ring of streams."""
+        return jnp.zeros((places + 1, *self.stream.shape), self.stream.dtype)
 
-    def scan(self, carry: Any, branches: list[Callable[[Any, Any], Any]]) -> Any:
-        """branch: (carry, this rank's entries of the tick) -> (carry, results by ring: "act", "grad")."""
+    def scan(self, carry: Any, tick: Callable[[Any, dict[str, jax.Array], Any], Any]) -> Any:
+        """tick: (carry, this rank's entries of the tick, those of all ranks) -> carry."""
 
-        def tick(c: Any, row: dict[str, jax.Array]) -> tuple[Any, None]:
-            o = {name: x[self.stages.rank] for name, x in row.items()}
-            c, sent = lax.switch(o["program"], branches, c, o)
-            before: Ring = {}
-            for name, value in sent.items():
-                value = after(value, before) if before else value  # one after the other on CPU devices
-                before = self._received(name, getattr(c, name), o, row, value)
-                c = c._replace(**{name: before})
-            return c, None
+        def one(c: Any, row: dict[str, jax.Array]) -> tuple[Any, None]:
+            return tick(c, {name: x[self.stages.rank] for name, x in row.items()}, row), None
 
-        return lax.scan(tick, carry, jax.tree.map(jnp.asarray, self.xs))[0]
+        return lax.scan(one, carry, jax.tree.map(jnp.asarray, self.xs))[0]
 
-    def _received(self, name: str, into: Ring, o: dict[str, jax.Array], row: Any, value: jax.Array) -> Ring:
+    def received(
+        self, name: str, into: jax.Array, o: dict[str, jax.Array], row: Any, value: jax.Array
+    ) -> jax.Array:
+        """A ring of streams with the messages of a tick. Where any rank receives something, all take part."""
         ranks = self.table.schedule.num_ranks
         right = [(r, r + 1) for r in range(ranks - 1)]
         ways = {"left": right, "right": [(b, a) for a, b in right], "self": None}
         for side, way in ways.items():
-            key = f"{name}_from_{side}"
-            if (self.xs[key] >= 0).any():
-                into = self._message(into, o[key], row[key], value, way)
+            key, got = f"{name}_from_{side}", value
+            if (self.xs[key] < 0).all():
+                continue
+            if way is not None:
+                got = lax.cond(
+                    (row[key] >= 0).any(), lambda x, w=way: lax.ppermute(x, PIPE, w), lambda x: x, value
+                )
+            into = put(into, o[key], got)
         return into
-
-    def _message(self, into: Ring, place: jax.Array, row: jax.Array, value: jax.Array, way: Any) -> Ring:
-        """Where any rank of the row receives something, all take part; the last place takes what nobody wants."""
-        if way is not None:
-            value = lax.cond((row >= 0).any(), lambda x: lax.ppermute(x, PIPE, way), lambda x: x, value)
-        last = next(iter(into.values())).shape[0] - 1
-        return self.stream_form.write(into, jnp.where(place < 0, last, place), value)
 
 
 class ForwardCarry(NamedTuple):
-    act: Ring
+    act: jax.Array
     results: Any
 
 
@@ -152,20 +171,28 @@ class Forwards(_Ticks):
         shapes = jax.eval_shape(lambda x: self.of(self.stages.batch.part(index), x), self.stream)
         n = self.table.schedule.num_micro
         results = jax.tree.map(lambda s: jnp.zeros((n * s.shape[0], *s.shape[1:]), s.dtype), shapes)
-        carry = ForwardCarry(self.streams(self.table.rings.act), results)
-        return self.scan(carry, [self._branch(p.forward) for p in self.programs]).results
+        branches = [self._branch(p.forward) for p in self.programs]
 
-    def _branch(self, held: Chunk | None) -> Callable[[ForwardCarry, Any], Any]:
-        def run(c: ForwardCarry, o: dict[str, jax.Array]) -> Any:
-            if held is None:
-                return c, {"act": jnp.zeros(self.stream.shape, self.stream.dtype)}
-            y, _, _ = self.stages.forward(*held, o["forward"], self.read_input(c.act, o, held))
-            if held[1].last:
-                of = self.of(self.stages.batch.part(o["forward"]), y)
-                rows = self.stages.batch.rows
-                put = lambda r, x: lax.dynamic_update_slice_in_dim(r, x, o["forward"] * rows, 0)  # noqa: E731
-                c = c._replace(results=jax.tree.map(put, c.results, of))
-            return c, {"act": y}
+        def tick(c: ForwardCarry, o: dict[str, jax.Array], row: Any) -> ForwardCarry:
+            x_btd = take(c.act, o["forward_input"])
+            y_btd, results = lax.switch(o["program"], branches, x_btd, c.results, o["forward"])
+            return ForwardCarry(self.received("act", c.act, o, row, y_btd), results)
+
+        return self.scan(ForwardCarry(self.streams(self.table.rings.act), results), tick).results
+
+    def _branch(self, chunk: Chunk | None) -> Callable[[jax.Array, Any, jax.Array], Any]:
+        def run(x_btd: jax.Array, results: Any, index: jax.Array) -> tuple[jax.Array, Any]:
+            if chunk is None:
+                return self.no_stream, results
+            y_btd, _, _ = self.stages.forward(*chunk, index, x_btd)
+            if chunk[1].last:
+                start = index * self.stages.batch.rows
+                results = jax.tree.map(
+                    lambda r, x: lax.dynamic_update_slice_in_dim(r, x, start, 0),
+                    results,
+                    self.of(self.stages.batch.part(index), y_btd),
+                )
+            return y_btd, results
 
         return run
 
@@ -177,6 +204,8 @@ class Steps(_Ticks):
         super().__init__(table, stages)
         self.scale, self.pairs = scale, pairs
         self.kept, self.cuts = self._forms()
+        self.saved_widths = widths(self.kept.values())
+        self.queue_widths = widths(self.cuts.values()) if table.rings.queue else {}
 
     def _forms(self) -> tuple[dict[Chunk, Form], dict[Chunk, Form]]:
         """How what a forward keeps, and what a split backward leaves, lie in their rings, by stage."""
@@ -195,90 +224,112 @@ class Steps(_Ticks):
 
     # --- programs ---------------------------------------------------------------------------------------------------
 
-    def _gradient(self, c: Carry, o: dict[str, jax.Array], held: Chunk) -> Any:
-        return None if held[1].last else self.stream_form.read(c.grad, o["backward_grad"])
-
-    def _forward(self, c: Carry, o: dict[str, jax.Array], held: Chunk) -> tuple[Carry, jax.Array]:
-        y, kept, done = self.stages.forward(*held, o["forward"], self.read_input(c.act, o, held))
-        return self._saved(c, o, held, kept, done), y
-
-    def _saved(self, c: Carry, o: dict[str, jax.Array], held: Chunk, kept: Any, done: Done) -> Carry:
-        saved = self.kept[held].write(c.saved, o["forward_saved"], kept)
-        return c._replace(saved=saved, done=jax.tree.map(jnp.add, c.done, done))
+    def _forward(
+        self, sums: Sums, found: Found, o: dict[str, jax.Array], chunk: Chunk
+    ) -> tuple[Sums, Any, Flat]:
+        y, kept, done = self.stages.forward(*chunk, o["forward"], found.x_btd)
+        return _with_done(sums, done), y, self.kept[chunk].laid_out(kept, self.saved_widths)
 
     def _backward(
-        self, c: Carry, o: dict[str, jax.Array], held: Chunk, split: bool
-    ) -> tuple[Carry, jax.Array]:
-        kept, g = self.kept[held].read(c.saved, o["backward_saved"]), self._gradient(c, o, held)
-        dx, cuts, dp, done = self.stages.backward(*held, o["backward"], kept, g, self.scale)
-        c = c._replace(grads=self._with_end(c.grads, dp), done=jax.tree.map(jnp.add, c.done, done))
-        if split:
-            c = c._replace(queue=self.cuts[held].write(c.queue, o["backward_queue"], cuts))
-        else:
-            c = self._added(c, self.stages.weights(*held, o["backward"], self.stages.then(cuts, dx)))
-        return c, dx
+        self, sums: Sums, found: Found, o: dict[str, jax.Array], chunk: Chunk
+    ) -> tuple[Sums, jax.Array, Any]:
+        kept = self.kept[chunk].read(found.kept)
+        dx, cuts, dp, done = self.stages.backward(*chunk, o["backward"], kept, found.g_btd, self.scale)
+        return _with_done(_with_end(sums, dp), done), dx, cuts
 
-    def _weights(self, c: Carry, o: dict[str, jax.Array], held: Chunk) -> Carry:
-        cuts = self.cuts[held].read(c.queue, o["weights_queue"])
-        return self._added(c, self.stages.weights(*held, o["weights"], cuts))
+    def _pair(
+        self, sums: Sums, found: Found, o: dict[str, jax.Array], f: Chunk, b: Chunk
+    ) -> tuple[Sums, Sent]:
+        forward = (*f, o["forward"], found.x_btd)
+        backward = (*b, o["backward"], self.kept[b].read(found.kept), found.g_btd)
+        (y, kept, done_f), (dx, dp, done_b), grads = self.stages.pair(forward, backward, self.scale)
+        sums = _with_weights(_with_end(_with_done(_with_done(sums, done_f), done_b), dp), grads)
+        laid_out = self.kept[f].laid_out(kept, self.saved_widths)
+        return sums, Sent(y, dx, laid_out, nothing(self.queue_widths))
 
-    def _pair(self, c: Carry, o: dict[str, jax.Array], f: Chunk, b: Chunk) -> Any:
-        kept = self.kept[b].read(c.saved, o["backward_saved"])
-        forward = (*f, o["forward"], self.read_input(c.act, o, f))
-        backward = (*b, o["backward"], kept, self._gradient(c, o, b))
-        (y, kept_f, done_f), (dx, dp, done_b), grads = self.stages.pair(forward, backward, self.scale)
-        c = self._saved(c, o, f, kept_f, jax.tree.map(jnp.add, done_f, done_b))
-        return self._added(c._replace(grads=self._with_end(c.grads, dp)), grads), {"act": y, "grad": dx}
-
-    @staticmethod
-    def _with_end(grads: Any, dp: Any) -> Any:
-        """With gradients of the parameters outside of the layers added."""
-        if dp is None:
-            return grads
-        return grads | {name: jax.tree.map(_add, grads[name], of) for name, of in dp.items()}
-
-    def _added(self, c: Carry, of: dict[Any, Any]) -> Carry:
-        """With weight gradients of `Stages.weights` added."""
-        grads = dict(c.grads)
-        for key, dp in of.items():
-            if key == "embed":
-                grads["embed"] = jax.tree.map(_add, grads["embed"], dp)
-                continue
-            kind, slot = key
-            grads[kind] = jax.tree.map(functools.partial(_add_at, slot), grads[kind], dp)
-        return c._replace(grads=grads)
-
-    def _branch(self, program: Program) -> Callable[[Carry, Any], Any]:
-        nothing = jnp.zeros(self.stream.shape, self.stream.dtype)
-
-        def run(c: Carry, o: dict[str, jax.Array]) -> tuple[Carry, dict[str, jax.Array]]:
-            y = dx = nothing
+    def _branch(self, program: Program) -> Callable[[Sums, Found, Any], tuple[Sums, Sent]]:
+        def run(sums: Sums, found: Found, o: dict[str, jax.Array]) -> tuple[Sums, Sent]:
+            y = dx = self.no_stream
+            saved, queued = nothing(self.saved_widths), nothing(self.queue_widths)
             if program.weights:
-                c = self._weights(c, o, program.weights)
-                o = self.stages.then(o, c.grads)
+                cuts = self.cuts[program.weights].read(found.cuts)
+                sums = _with_weights(sums, self.stages.weights(*program.weights, o["weights"], cuts))
+                o = self.stages.then(o, sums.grads)
             if self.pairs and program.forward and program.backward:
-                return self._pair(c, o, program.forward, program.backward)
-            if program.backward:
-                c, dx = self._backward(c, o, program.backward, program.split)
+                return self._pair(sums, found, o, program.forward, program.backward)
+            if chunk := program.backward:
+                sums, dx, cuts = self._backward(sums, found, o, chunk)
+                if program.split:
+                    queued = self.cuts[chunk].laid_out(cuts, self.queue_widths)
+                else:
+                    cuts = self.stages.then(cuts, dx)
+                    sums = _with_weights(sums, self.stages.weights(*chunk, o["backward"], cuts))
                 # One after the other on CPU devices, whose exchanges must not meet.
-                o = self.stages.then(after(o, dx), c.grads)
+                o = self.stages.then(after(o, dx), sums.grads)
             if program.forward:
-                c, y = self._forward(c, o, program.forward)
-            return c, {"act": y, "grad": dx}
+                sums, y, saved = self._forward(sums, found, o, program.forward)
+            return sums, Sent(y, dx, saved, queued)
 
         return run
 
-    def run(self) -> tuple[Any, Done]:
-        """(float32 sums of gradients, as the parameters were gathered; `Done`): of this rank."""
+    # --- ticks ------------------------------------------------------------------------------------------------------
+
+    def _tick(self, branches: list[Any], c: Carry, o: dict[str, jax.Array], row: Any) -> Carry:
+        """What is large and only waits does not go through the switch: XLA for CPUs copies all that does."""
+        found = Found(
+            take(c.act, o["forward_input"]),
+            take(c.grad, o["backward_grad"]),
+            take(c.saved, o["backward_saved"]),
+            take(c.queue, o["weights_queue"]),
+        )
+        sums, sent = lax.switch(o["program"], branches, c.sums, found, o)
+        act = self.received("act", c.act, o, row, sent.act)
+        grad = self.received("grad", c.grad, o, row, after(sent.grad, act))  # in order on CPU devices
+        saved, queue = (
+            put(c.saved, o["forward_saved"], sent.kept),
+            put(c.queue, o["backward_queue"], sent.cuts),
+        )
+        return Carry(act, grad, saved, queue, sums)
+
+    def run(self) -> Sums:
+        """Of this rank; gradients in float32, as the parameters were gathered."""
         rings, stages = self.table.rings, self.stages
         grads = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), stages.gathered.params)
-        saved, queue = (
-            ring(rings.saved, list(self.kept.values())),
-            ring(rings.queue, list(self.cuts.values())),
+        start = Carry(
+            self.streams(rings.act),
+            self.streams(rings.grad),
+            ring(rings.saved, self.saved_widths),
+            ring(rings.queue, self.queue_widths),
+            Sums(grads, stages.nothing),
         )
-        start = Carry(self.streams(rings.act), self.streams(rings.grad), saved, queue, grads, stages.nothing)
-        end = self.scan(start, [self._branch(program) for program in self.programs])
-        return end.grads, end.done
+        branches = [self._branch(program) for program in self.programs]
+        end = self.scan(start, functools.partial(self._tick, branches))
+        return end.sums
+
+
+# --- sums -----------------------------------------------------------------------------------------------------------
+
+
+def _with_done(sums: Sums, done: Done) -> Sums:
+    return sums._replace(done=jax.tree.map(jnp.add, sums.done, done))
+
+
+def _with_end(sums: Sums, dp: Any) -> Sums:
+    """With gradients of the parameters outside of the layers, if there are any."""
+    added = {name: jax.tree.map(_add, sums.grads[name], of) for name, of in (dp or {}).items()}
+    return sums._replace(grads=sums.grads | added)
+
+
+def _with_weights(sums: Sums, of: dict[Any, Any]) -> Sums:
+    """With weight gradients of `Stages.weights`."""
+    grads = dict(sums.grads)
+    for key, dp in of.items():
+        if key == "embed":
+            grads["embed"] = jax.tree.map(_add, grads["embed"], dp)
+        else:
+            kind, slot = key
+            grads[kind] = jax.tree.map(functools.partial(_add_at, slot), grads[kind], dp)
+    return sums._replace(grads=grads)
 
 
 def _add_at(slot: int, sum_: jax.Array, g: jax.Array) -> jax.Array:

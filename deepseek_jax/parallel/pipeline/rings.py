@@ -1,25 +1,27 @@
-"""Rings: places for what waits between two ops of a rank, as many as a schedule ever needs at once.
+"""Rings: places for what waits between two ops of a rank, as many as a schedule ever needs at once, and one more that
+takes what nobody wants.
 
-Whatever waits is written into flat arrays, one per dtype, so that stages of different content share the same memory: a
-ring is as large as its largest content, not as the sum of all.
+Whatever waits is laid out flat, an array per dtype, so that stages of different content share the same memory: a place is
+as large as the largest content, not as the sum of all.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Ring = dict[str, jax.Array]  # dtype, with a number where one array is too small -> [place, elements]
+Flat = dict[str, jax.Array]  # dtype, with a number where one array is too small -> [elements]
+Ring = dict[str, jax.Array]  # the same -> [place, elements]
 _MOST = 2**31 - 1  # elements of a place: XLA is given offsets as int32
 
 
 class Form:
-    """How trees of one structure lie in a ring. What is there twice, the same array, is kept once.
+    """How trees of one structure lie in a place. What is there twice, the same array, is kept once.
 
-    tree: of arrays, as it is to be written; `jax.eval_shape` may be running.
+    tree: of arrays, as it is to be laid out; `jax.eval_shape` may be running.
     """
 
     def __init__(self, tree: Any):
@@ -37,25 +39,56 @@ class Form:
             self._where.append((name, self.elements.get(name, 0)))
             self.elements[name] = self._where[-1][1] + size
 
-    def write(self, ring: Ring, place: jax.Array, tree: Any) -> Ring:
-        """The ring with a tree at a place."""
-        ring, leaves = dict(ring), jax.tree.leaves(tree)
-        for i, (name, start) in enumerate(self._where):
-            x = leaves[self._which.index(i)]
-            ring[name] = lax.dynamic_update_slice(ring[name], x.reshape(1, -1), (place, start))
-        return ring
+    def laid_out(self, tree: Any, widths: Mapping[str, int]) -> Flat:
+        """A tree in arrays of these widths, filled up with zeros."""
+        leaves = jax.tree.leaves(tree)
+        parts: dict[str, list[jax.Array]] = {name: [] for name in widths}
+        for i, (name, _) in enumerate(self._where):
+            parts[name].append(leaves[self._which.index(i)].reshape(-1))
+        for name, width in widths.items():
+            parts[name].append(jnp.zeros(width - self.elements.get(name, 0), _dtype(name)))
+        return {name: jnp.concatenate(xs) for name, xs in parts.items()}
 
-    def read(self, ring: Ring, place: jax.Array) -> Any:
-        """The tree at a place."""
+    def read(self, flat: Flat) -> Any:
+        """The inverse."""
         arrays = []
         for s, (name, start) in zip(self.shapes, self._where, strict=True):
-            x = lax.dynamic_slice(ring[name], (place, start), (1, math.prod(s.shape)))
-            arrays.append(x.reshape(s.shape))
+            arrays.append(lax.slice_in_dim(flat[name], start, start + math.prod(s.shape)).reshape(s.shape))
         return jax.tree.unflatten(self._tree, [arrays[i] for i in self._which])
 
 
-def ring(places: int, forms: Sequence[Form]) -> Ring:
-    """An empty ring for trees of all these forms."""
-    names = sorted({name for form in forms for name in form.elements})
-    most = {name: max(form.elements.get(name, 0) for form in forms) for name in names}
-    return {name: jnp.zeros((places, n), name.split(".")[0]) for name, n in most.items()}
+def _dtype(name: str) -> str:
+    return name.split(".")[0]
+
+
+def widths(forms: Iterable[Form]) -> dict[str, int]:
+    """Of a place for trees of all these forms."""
+    found: dict[str, int] = {}
+    for form in forms:
+        for name, n in form.elements.items():
+            found[name] = max(found.get(name, 0), n)
+    return dict(sorted(found.items()))
+
+
+def nothing(widths: Mapping[str, int]) -> Flat:
+    """Zeros."""
+    return {name: jnp.zeros(width, _dtype(name)) for name, width in widths.items()}
+
+
+def ring(places: int, widths: Mapping[str, int]) -> Ring:
+    """An empty ring; of no places, none at all."""
+    return {name: jnp.zeros((places + 1, width), _dtype(name)) for name, width in widths.items() if places}
+
+
+def put(into: Any, place: jax.Array, what: Any) -> Any:
+    """The ring with what a place is to hold; place -1: with nothing that anybody reads."""
+
+    def one(x: jax.Array, new: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(x, new, jnp.where(place < 0, len(x) - 1, place), 0)
+
+    return jax.tree.map(one, into, what)
+
+
+def take(ring: Any, place: jax.Array) -> Any:
+    """What a place holds; place -1: anything."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, 0, keepdims=False), ring)

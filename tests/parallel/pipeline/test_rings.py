@@ -5,25 +5,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.parallel.pipeline.rings import Form, ring
+from deepseek_jax.parallel.pipeline.rings import Form, put, ring, take, widths
 
 
 def test_contents_of_different_stages_share_a_ring():
-    """The same array is kept once; a place is as large as the largest content of each dtype."""
+    """The same array is kept once; a place is as large as the largest content of each dtype; one more is for nobody."""
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 3), (5,)))
     first = {"x": x, "again": x, "n": jnp.arange(4)}
     second = (y, y.astype(jnp.bfloat16))
     forms = Form(first), Form(second)
-    empty = ring(3, forms)
-    assert {name: a.shape for name, a in empty.items()} == {
-        "float32": (3, 6),
-        "int32": (3, 4),
-        "bfloat16": (3, 5),
-    }
-    full = forms[1].write(forms[0].write(empty, jnp.int32(2), first), jnp.int32(0), second)
-    chex.assert_trees_all_equal(forms[0].read(full, jnp.int32(2)), first)
-    chex.assert_trees_all_equal(forms[1].read(full, jnp.int32(0)), second)
+    wide = widths(forms)
+    assert wide == {"float32": 6, "int32": 4, "bfloat16": 5}
+    full = ring(3, wide)
+    assert {name: a.shape for name, a in full.items()} == {name: (4, n) for name, n in wide.items()}
+    for place, form, tree in ((2, forms[0], first), (0, forms[1], second), (-1, forms[1], second)):
+        full = put(full, jnp.int32(place), form.laid_out(tree, wide))
+    chex.assert_trees_all_equal(forms[0].read(take(full, jnp.int32(2))), first)
+    chex.assert_trees_all_equal(forms[1].read(take(full, jnp.int32(0))), second)
     assert not any(np.asarray(a[1]).any() for a in full.values())
 
 
@@ -33,6 +32,5 @@ def test_no_offset_leaves_int32():
     tree.insert(1, jax.ShapeDtypeStruct((600_000_000,), jnp.uint8))
     form = Form(tree)
     assert form.elements == {"uint8": 2_100_000_000, "uint8.1": 1_500_000_000, "uint8.2": 1_500_000_000}
-    empty = jax.eval_shape(lambda: ring(2, [form]))
-    back = jax.eval_shape(lambda r, t: form.read(form.write(r, jnp.int32(1), t), jnp.int32(1)), empty, tree)
+    back = jax.eval_shape(lambda t: form.read(form.laid_out(t, form.elements)), tree)
     chex.assert_trees_all_equal_shapes_and_dtypes(back, tree)
