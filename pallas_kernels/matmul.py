@@ -1,7 +1,8 @@
 """The persistent, warp-specialised Hopper matmul that every GEMM kernel of this package is an instance of.
 
 One thread block per SM walks over output tiles. Its third warpgroup feeds shared memory by TMA, `stages` steps of the
-contraction ahead; the other two multiply with wgmma, each one half of the tile, and store their half by TMA.
+contraction ahead and across the end of a tile (`ring.py`); the other two multiply with wgmma, each one half of the tile,
+and store their half by TMA.
 
 What varies is a `Problem`: the pipelined operands, one step of arithmetic, which tiles exist and how many steps each
 one takes. Two kinds of step:
@@ -25,11 +26,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.blocks import pad_last2, round_up
 from pallas_kernels.compat import compiler_params, load_global, swizzled
 from pallas_kernels.groups import tile_groups
+from pallas_kernels.ring import Ring
 
 COMPUTE_WARPGROUPS = 2
 WGMMA_ROWS = 64
 # Registers per thread of the TMA warpgroup: with fewer it spills. The compute warpgroups share the rest.
 MEMORY_REGISTERS = 72
+COMPUTE_REGISTERS = 216
 H100_SMS = 132
 
 
@@ -125,7 +128,7 @@ class Problem:
       num_steps: int, or (refs, tile) -> int32 where it depends on the data.
       step: (refs, tile, share, k, smem, acc) -> acc, which is a list of one array per slab where `promoted`, else the
         reference of a wgmma accumulator.
-      promoted: which of the two kinds of step.
+      promoted: which of the two kinds of step. A direct one waits until only its own wgmma is in flight.
     """
 
     out: jax.ShapeDtypeStruct
@@ -172,7 +175,7 @@ def persistent_matmul(
       config: tiling.
       operands: arrays that `views` and `step` read.
       group_ids: [M] int32, the group of each row, equal within a tile but for -1, padding. Rows of padding become zero;
-        tiles of nothing else are not computed. Each tile's group is its `Tile.g`.
+        tiles of nothing else take no step. Each tile's group is its `Tile.g`.
       accumulate: array of the output's type, added to the product; padded with zeros where it is smaller.
 
     Returns:
@@ -186,14 +189,22 @@ def persistent_matmul(
         raise ValueError(f"{n_tiles} tiles along N do not divide into clusters of {config.cluster}")
     ids = () if group_ids is None else (group_ids, tile_groups(group_ids, config.tile_m))
     addend = () if accumulate is None else (pad_last2(accumulate, (config.tile_m, config.tile_n)),)
+    num_inputs = len(operands) + len(ids) + len(addend)
 
     def body(*all_refs):
-        *refs, out_ref, out_smem, addend_barrier = all_refs
+        refs, (out_ref, *scratch) = list(all_refs[:num_inputs]), all_refs[num_inputs:]
+        *buffers, filled, released, out_smem, addend_barrier = scratch
         addend_ref = refs.pop() if addend else None
         groups_ref, ids_ref = (refs.pop(), refs.pop()) if ids else (None, None)
+        ring = Ring(problem.in_specs, config.stages, buffers, filled, released)
         share = Share.of(config)
         store = _store(share, ids_ref, addend_ref, out_ref, out_smem, addend_barrier)
-        _walk(problem, config, share, refs, groups_ref, store)
+        compute = _compute(problem, share, refs, ring, store)
+        lax.cond(
+            lax.axis_index("wg") < COMPUTE_WARPGROUPS,
+            lambda: _compute_tiles(problem, config, refs, groups_ref, compute),
+            lambda: _load_tiles(problem, config, refs, groups_ref, ring),
+        )
 
     cluster: dict[str, Any] = (
         {"cluster": (config.cluster,), "cluster_names": ("cluster",)} if config.cluster > 1 else {}
@@ -201,10 +212,12 @@ def persistent_matmul(
     dtype = problem.out.dtype
     cols = config.tile_n if config.tile_m > WGMMA_ROWS else config.tile_n // COMPUTE_WARPGROUPS
     transforms = swizzled(dtype, min(cols, 128 // jnp.dtype(dtype).itemsize))
+    dtypes = [operand.dtype for operand, _ in zip(operands, problem.in_specs, strict=False)]
     return plgpu.kernel(
         body,
         out_type=problem.out,
         scratch_types=[
+            *Ring.scratch(problem.in_specs, dtypes, config.stages, COMPUTE_WARPGROUPS),
             plgpu.SMEM((COMPUTE_WARPGROUPS, WGMMA_ROWS, cols), dtype, transforms=transforms),
             plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         ],
@@ -217,49 +230,78 @@ def persistent_matmul(
     )(*operands, *ids, *addend)
 
 
-def _walk(problem: Problem, config: TileConfig, share: Share, refs, groups_ref, store: Callable) -> None:
-    """Computes all tiles; the SMs take them by turns, in a snake along M and N."""
+def _over_tiles(problem: Problem, config: TileConfig, refs, groups_ref, visit: Callable) -> jax.Array:
+    """Calls visit(tile, num_steps, count) for each tile of this SM, `count` being the steps before it; returns all steps.
+
+    The SMs take the tiles by turns, in a snake along M and N. All warpgroups of a thread block see the same."""
     *lead, m, n = problem.out.shape
     m_tiles, n_clusters = m // config.tile_m, n // config.tile_n // config.cluster
-    tile_pipeline = _pipeline(problem, config, share, refs, store, groups_ref is not None)
-    allocations = _emit(problem, config, _static_steps(problem), _ignore, _ignore).get_allocations
-    pipelined = refs[: len(problem.in_specs)]
 
-    def walk(allocations):
-        @plgpu.nd_loop((*(lead or (1,)), m_tiles * n_clusters), collective_axes="sm")
-        def _(info):
-            g, linear = info.index
-            mi, ni = plgpu.planar_snake(linear, (m_tiles, n_clusters), 1, config.snake)
-            if config.cluster > 1:
-                ni = ni * config.cluster + lax.axis_index("cluster")
-            g = g if groups_ref is None else groups_ref[mi]
-            tile_pipeline(Tile(g, mi, ni, config), allocations)
+    @plgpu.nd_loop((*(lead or (1,)), m_tiles * n_clusters), collective_axes="sm", init_carry=jnp.int32(0))
+    def total(info, carry):
+        g, linear = info.index
+        mi, ni = plgpu.planar_snake(linear, (m_tiles, n_clusters), 1, config.snake)
+        if config.cluster > 1:
+            ni = ni * config.cluster + lax.axis_index("cluster")
+        g = g if groups_ref is None else groups_ref[mi]
+        tile = Tile(g, mi, ni, config)
+        num_steps = problem.num_steps if isinstance(problem.num_steps, int) else problem.num_steps(refs, tile)
+        if groups_ref is not None:
+            num_steps = jnp.where(g >= 0, num_steps, 0)
+        visit(tile, num_steps, carry)
+        return carry + num_steps
 
-    sizes = allocations(*(ref if len(ref.shape) == 2 else ref.at[0] for ref in pipelined))
-    pl.run_scoped(walk, sizes, collective_axes="wg")
+    return total
+
+
+def _load_tiles(problem: Problem, config: TileConfig, refs, groups_ref, ring: Ring) -> None:
+    """Fills the ring for all tiles: what the third warpgroup does."""
+    plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+
+    def load(tile, num_steps, count):
+        views = problem.views(refs, tile)
+        lax.fori_loop(0, num_steps, lambda k, _: ring.fill(views, k, count + k), None)
+
+    ring.drain(_over_tiles(problem, config, refs, groups_ref, load))
+
+
+def _compute_tiles(problem: Problem, config: TileConfig, refs, groups_ref, compute: Callable) -> None:
+    """Computes and stores all tiles: what the first two warpgroups do."""
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    _over_tiles(problem, config, refs, groups_ref, compute)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _ignore(*_, **__) -> None:
-    """Stands for the bodies of a pipeline where only its allocations are asked for."""
+def _compute(problem: Problem, share: Share, refs, ring: Ring, store: Callable) -> Callable:
+    """Returns (tile, num_steps, count) -> None, which computes and stores this warpgroup's share of one tile."""
 
+    def promoted(tile, num_steps, count):
+        def step(k, accs):
+            accs = problem.step(refs, tile, share, k, ring.take(count + k), accs)
+            ring.release(count + k)
+            return accs
 
-def _static_steps(problem: Problem) -> int:
-    """Returns the number of steps if it is known, else any number that does not bound the stages."""
-    return problem.num_steps if isinstance(problem.num_steps, int) else 1 << 20
+        zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32), plgpu.Layout.WGMMA)
+        accs = lax.fori_loop(0, num_steps, step, [zero for _ in share.slabs()])
+        for slab, acc in zip(share.slabs(), accs, strict=True):
+            store(tile, slab, acc)
 
+    def direct(tile, num_steps, count):
+        def step(k, acc_ref):
+            acc_ref = problem.step(refs, tile, share, k, ring.take(count + k), acc_ref)
+            pl.when(k > 0)(lambda: ring.release(count + k - 1))  # what the wgmma before this one read
+            return acc_ref
 
-def _emit(problem: Problem, config: TileConfig, num_steps, body, context):
-    return plgpu.emit_pipeline_warp_specialized(
-        body,
-        grid=(num_steps,),
-        memory_registers=MEMORY_REGISTERS,
-        in_specs=list(problem.in_specs),
-        wg_axis="wg",
-        num_compute_wgs=COMPUTE_WARPGROUPS,
-        max_concurrent_steps=min(config.stages, _static_steps(problem)),
-        compute_context=context,
-    )
+        def scope(acc_ref):
+            lax.fori_loop(0, num_steps, step, acc_ref)
+            acc = acc_ref[...]
+            pl.when(num_steps > 0)(lambda: ring.release(count + num_steps - 1))
+            for i, slab in enumerate(share.slabs()):
+                store(tile, slab, acc[i * WGMMA_ROWS : (i + 1) * WGMMA_ROWS])
+
+        pl.run_scoped(scope, plgpu.ACC((share.num_rows, share.num_cols), jnp.float32))
+
+    return promoted if problem.promoted else direct
 
 
 def _store(share: Share, ids_ref, addend_ref, out_ref, out_smem, addend_barrier) -> Callable:
@@ -283,47 +325,3 @@ def _store(share: Share, ids_ref, addend_ref, out_ref, out_smem, addend_barrier)
         plgpu.copy_smem_to_gmem(buffer, tile.of(out_ref).at[slab, share.cols])
 
     return store
-
-
-def _pipeline(problem: Problem, config: TileConfig, share: Share, refs, store: Callable, has_padding: bool):
-    """Returns (tile, allocations) -> None, which computes and stores one output tile."""
-
-    def compute(tile, allocations):
-        num_steps = problem.num_steps if isinstance(problem.num_steps, int) else problem.num_steps(refs, tile)
-
-        def step(index, *smem_and_acc):
-            *smem, acc = smem_and_acc
-            return problem.step(refs, tile, share, index[0], smem, acc)
-
-        def promoted_context(run):
-            zero = jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32)
-            accs = run([zero for _ in share.slabs()])
-            for slab, acc in zip(share.slabs(), accs, strict=True):
-                store(tile, slab, acc)
-
-        def direct_context(run):
-            def scope(acc_ref):
-                run(acc_ref)
-                acc = acc_ref[...]
-                for i, slab in enumerate(share.slabs()):
-                    store(tile, slab, acc[i * WGMMA_ROWS : (i + 1) * WGMMA_ROWS])
-
-            pl.run_scoped(scope, plgpu.ACC((share.num_rows, share.num_cols), jnp.float32))
-
-        context = promoted_context if problem.promoted else direct_context
-        _emit(problem, config, num_steps, step, context)(*problem.views(refs, tile), allocations=allocations)
-
-    def clear(tile):
-        @pl.when(lax.axis_index("wg") < COMPUTE_WARPGROUPS)
-        def _():
-            zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32), plgpu.Layout.WGMMA)
-            for slab in share.slabs():
-                store(tile, slab, zero)
-
-    def run_tile(tile, allocations):
-        if has_padding:
-            lax.cond(tile.g >= 0, lambda: compute(tile, allocations), lambda: clear(tile))
-        else:
-            compute(tile, allocations)
-
-    return run_tile

@@ -22,7 +22,6 @@ def _spec(shape: tuple[int, int], index_map) -> plgpu.BlockSpec:
         index_map,
         transforms=swizzled(jnp.bfloat16, TILE_K),
         memory_space=plgpu.SMEM,
-        delay_release=1,  # the wgmma of the previous step may still be reading its slot
     )
 
 
@@ -39,9 +38,7 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileC
     and steps."""
     n_dim = 1 if transpose_b else 2
     n, (tm, tn) = b.shape[n_dim], (config.tile_m, config.tile_n)
-    # At least two steps: the first slot is released in the second.
-    tk = TILE_K if a.shape[1] > TILE_K else 2 * TILE_K
-    a, b = pad_last2(a, (1, tk)), pad_last2(b, (tn, tk) if transpose_b else (tk, tn))
+    a, b = pad_last2(a, (1, TILE_K)), pad_last2(b, (tn, TILE_K) if transpose_b else (TILE_K, tn))
     (m, k), padded_n = a.shape, b.shape[n_dim]
 
     def views(refs, tile):

@@ -47,6 +47,7 @@ class KernelReport:
     threads: int  # per thread block
     wgmma: tuple[str, ...]  # the kinds of wgmma in the PTX
     tma: bool  # bulk tensor copies in the PTX
+    multicast: bool = False  # some of them for all thread blocks of a cluster
 
     @property
     def blocks_per_sm(self) -> int:
@@ -133,6 +134,7 @@ def read_dump(folder: pathlib.Path, stems: list[str]) -> tuple[KernelReport, ...
                 threads=math.prod(int(n) for n in threads.groups()),
                 wgmma=tuple(sorted(set(re.findall(r"wgmma\.mma_async[\w.]*?\.(m64n\d+k\d+[\w.]*)", ptx)))),
                 tma="cp.async.bulk.tensor" in ptx,
+                multicast="multicast::cluster" in ptx,
             )
         )
     return tuple(reports)
