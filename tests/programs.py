@@ -7,15 +7,22 @@ from typing import Any
 import jax
 
 
+def inner_programs(equation: Any) -> Iterator[Any]:
+    """An equation's. Of an op's implementations, one per platform, that of this machine: the last."""
+    params = equation.params
+    values = [params["branches"][-1]] if params.get("branches_platforms") else params.values()
+    for inner in jax.tree.leaves(list(values), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+            yield inner
+
+
 def equations(jaxpr: Any) -> Iterator[Any]:
     """All of a program's, those of inner programs included."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
-            for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
+        for inner in inner_programs(equation):
+            yield from equations(inner)
 
 
 def flops(jaxpr):
@@ -27,7 +34,5 @@ def flops(jaxpr):
             depth = math.prod(e.invars[0].aval.shape[i] for i in contracted)
             total += 2 * e.outvars[0].aval.size * depth
         times = e.params["length"] if e.primitive.name == "scan" else 1
-        for inner in jax.tree.leaves(list(e.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            total += times * flops(inner) if hasattr(inner, "eqns") else 0
+        total += times * sum(map(flops, inner_programs(e)))
     return total
