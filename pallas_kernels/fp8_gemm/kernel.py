@@ -5,6 +5,7 @@ scale of a 128 x 128 weight block is one number per step, read from global memor
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK, pad_last2
 from pallas_kernels.compat import swizzled
-from pallas_kernels.matmul import WGMMA_ROWS, Problem, TileConfig, persistent_matmul
+from pallas_kernels.matmul import WGMMA_ROWS, Problem, Share, TileConfig, persistent_matmul
 
 E4M3 = jnp.float8_e4m3fn
 
@@ -34,14 +35,24 @@ def scale_spec(rows: int) -> plgpu.BlockSpec:
     return plgpu.BlockSpec((1, rows), lambda k: (k, 0), memory_space=plgpu.SMEM)
 
 
-def promoted(acc, a_smem, b_smem, scale):
-    """Returns acc + scale * (a @ b.T) over one 128-deep step: four wgmma, then float32 on the CUDA cores."""
+def promoted(
+    accs, share: Share, a_smem, b_smem, read_scales: Callable[[], list[jax.Array]]
+) -> list[jax.Array]:
+    """Returns acc + scale * (a @ b.T) over one 128-deep step for each slab: four wgmma, then float32 on the CUDA cores.
 
-    def product(wgmma_acc):
-        plgpu.wgmma(wgmma_acc, a_smem, b_smem.T)
-        return wgmma_acc[...]
+    The scales [64, cols] of all slabs are read while the tensor cores work, and so is the fence passed that must lie
+    between these reads and TMA's next write to their slot.
+    """
+    b_part = b_smem.at[share.cols].T
 
-    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32)) * scale
+    def products(*wgmma_accs):
+        for wgmma_acc, slab in zip(wgmma_accs, share.slabs(), strict=True):
+            plgpu.wgmma(wgmma_acc, a_smem.at[slab], b_part)
+        scales = read_scales()
+        plgpu.commit_smem()
+        return [acc + ref[...] * scale for acc, ref, scale in zip(accs, wgmma_accs, scales, strict=True)]
+
+    return pl.run_scoped(products, *(plgpu.ACC(acc.shape, jnp.float32) for acc in accs))
 
 
 def step_1d2d(b_scale_of):
@@ -49,14 +60,14 @@ def step_1d2d(b_scale_of):
 
     def step(refs, tile, share, k, smem, accs):
         a_smem, b_smem, a_scale_smem = smem
-        b_scale = b_scale_of(refs, tile, k)
-        scales = [a_scale_smem[0, slab] * b_scale for slab in share.slabs()]
-        plgpu.commit_smem()  # these reads must be done before TMA overwrites the slot
         shape = (WGMMA_ROWS, share.num_cols)
-        return [
-            promoted(acc, a_smem.at[slab], b_smem.at[share.cols], lax.broadcast_in_dim(scale, shape, (0,)))
-            for acc, slab, scale in zip(accs, share.slabs(), scales, strict=True)
-        ]
+
+        def scales():
+            b_scale = b_scale_of(refs, tile, k)
+            rows = (a_scale_smem[0, slab] * b_scale for slab in share.slabs())
+            return [lax.broadcast_in_dim(scale, shape, (0,)) for scale in rows]
+
+        return promoted(accs, share, a_smem, b_smem, scales)
 
     return step
 
@@ -65,13 +76,12 @@ def step_1d1d(refs, tile, share, k, smem, accs):
     """Runs a step with one scale per row of either operand."""
     a_smem, b_smem, a_scale_smem, b_scale_smem = smem
     shape = (WGMMA_ROWS, share.num_cols)
-    b_scale = lax.broadcast_in_dim(b_scale_smem[0, share.cols], shape, (1,))
-    a_scales = [lax.broadcast_in_dim(a_scale_smem[0, slab], shape, (0,)) for slab in share.slabs()]
-    plgpu.commit_smem()
-    return [
-        promoted(acc, a_smem.at[slab], b_smem.at[share.cols], a_scale * b_scale)
-        for acc, slab, a_scale in zip(accs, share.slabs(), a_scales, strict=True)
-    ]
+
+    def scales():
+        b_scale = lax.broadcast_in_dim(b_scale_smem[0, share.cols], shape, (1,))
+        return [lax.broadcast_in_dim(a_scale_smem[0, slab], shape, (0,)) * b_scale for slab in share.slabs()]
+
+    return promoted(accs, share, a_smem, b_smem, scales)
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
