@@ -1,9 +1,9 @@
 """A layer of a pipeline stage: forward pass, input gradient and weight gradients apart, phase by phase.
 
 The phases are those of `model/block.py`. Each is a `Phase`, whose backward pass `split_grad.py` takes apart. A MoE layer
-whose tokens travel is four of them and two trips:
+whose tokens travel is five of them and two trips:
 
-    attention_in, attention_out with the gate | dispatch | shared, experts | combine
+    attention_in, attention_out, gate | dispatch | shared, experts | combine
 
 which `pair.py` runs beside those of another micro-batch that goes backward. Every other layer is one phase.
 
@@ -143,6 +143,7 @@ class Kept(NamedTuple):
     plan: Any
     attention_in: Any = None
     attention_out: Any = None
+    gate: Any = None
     shared: Any = None
     experts: Any = None
 
@@ -152,6 +153,7 @@ class Cuts(NamedTuple):
 
     attention_in: Any
     attention_out: Any
+    gate: Any
     shared: Any
     experts: Any
 
@@ -166,11 +168,9 @@ class ToExperts(NamedTuple):
     plan: Any
 
 
-_ATTENTION_OUT = {"attn": True, "ffn_norm_d": True, "ffn": {"gate": True}}
-
-
 class Travelling:
-    """A MoE layer whose tokens travel by the dispatcher `Ragged`, in four phases."""
+    """A MoE layer whose tokens travel by the dispatcher `Ragged`, in five phases. again: its backward pass computes it
+    again, from its input and the plan."""
 
     def __init__(self, cfg: ModelConfig, layout: Layout, n_local: int, policy: Policy | None):
         def ctx(hand: Hand) -> Context:
@@ -179,9 +179,11 @@ class Travelling:
         def enter(p: Any, hand: Hand, x_btd: jax.Array) -> Any:
             return attention_in(p, cfg, x_btd, ctx(hand))[0]
 
-        def leave(p: Any, hand: Hand, x: Any) -> ToExperts:
-            before_btd, read = x
-            x_btd = attention_out(p, cfg, before_btd, read, ctx(hand))
+        def leave(p: Any, hand: Hand, x: Any) -> jax.Array:
+            x_btd, read = x
+            return attention_out(p, cfg, x_btd, read, ctx(hand))
+
+        def choose(p: Any, hand: Hand, x_btd: jax.Array) -> ToExperts:
             held = {"w_gate_edf": jax.ShapeDtypeStruct((n_local,), x_btd.dtype)}
             to = gate(p | {"ffn": p["ffn"] | {"experts": held}}, cfg, x_btd, hand.bias_e, ctx(hand))
             stats = balance_stats(cfg, to.s_bte, to.routing, layout.sequence, hand.counted_bt)
@@ -193,50 +195,83 @@ class Travelling:
         def compute(p: Any, hand: Hand, x: Any) -> Any:
             return experts(p, _at(None, *x), ctx(hand))
 
-        self._again = layout.remat == "full"
+        self.again = layout.remat == "full"
         self.attention_in = Phase(enter, {"attn_norm_d": True, "attn": True}, policy)
-        self.attention_out = Phase(leave, _ATTENTION_OUT, policy)
+        self.attention_out = Phase(leave, {"attn": True}, policy)
+        self.gate = Phase(choose, {"ffn_norm_d": True, "ffn": {"gate": True}}, policy)
         self.shared = Phase(share, {"ffn_norm_d": True, "ffn": {"shared": True}}, policy)
         self.experts = Phase(compute, {"ffn": {"experts": True}}, policy)
 
     def forward(self, w: Weights, hand: Hand, x_btd: jax.Array) -> tuple[jax.Array, BalanceStats, Kept]:
-        y_btd, stats, kept = self._run(w, hand, x_btd)
-        return y_btd, stats, self.to_keep(kept)
+        to, kept = self.to_experts(w, hand, x_btd)
+        came = DISPATCH(values(to), to.plan)
+        shared_btd, y, kept = self.at_experts(w, hand, to, came, kept)
+        (y_nd,) = COMBINE((y.y_rd,), to.plan)
+        return merged(shared_btd, y, y_nd, to.plan), to.stats, self.to_keep(kept)
+
+    def attention(self, w: Weights, hand: Hand) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+        """Its two parts: x [b, t, d] -> between -> (x with its attention, kept)."""
+
+        def enter(x_btd: jax.Array) -> Any:
+            return x_btd, *self.attention_in.forward(w, hand, x_btd)
+
+        def leave(between: Any) -> Any:
+            x_btd, read, entered = between
+            attended_btd, left = self.attention_out.forward(w, hand, (x_btd, read))
+            return attended_btd, Kept(x_btd, None, entered, left)
+
+        return enter, leave
+
+    def gated(self, w: Weights, hand: Hand, attended_btd: jax.Array, kept: Kept) -> tuple[ToExperts, Kept]:
+        """What follows `attention`, up to the dispatch."""
+        to, chosen = self.gate.forward(w, hand, attended_btd)
+        return to, kept._replace(plan=to.plan, gate=chosen)
+
+    def to_experts(self, w: Weights, hand: Hand, x_btd: jax.Array) -> tuple[ToExperts, Kept]:
+        """All that is before the dispatch."""
+        enter, leave = self.attention(w, hand)
+        return self.gated(w, hand, *leave(enter(x_btd)))
+
+    def at_experts(self, w: Weights, hand: Hand, to: ToExperts, came: Any, kept: Kept) -> Any:
+        """What is between dispatch and combine: (stream with the shared experts, `Results`, kept)"""
+        shared_btd, of_shared = self.shared.forward(w, hand, (to.x_btd, to.h_btd))
+        y, of_experts = self.experts.forward(w, hand, at_experts(to, came))
+        return shared_btd, y, kept._replace(shared=of_shared, experts=of_experts)
 
     def to_keep(self, kept: Kept) -> Kept:
         """What the recomputation policy leaves."""
-        return Kept(kept.x_btd, kept.plan) if self._again else kept._replace(x_btd=None)
+        return Kept(kept.x_btd, kept.plan) if self.again else kept._replace(x_btd=None)
 
-    def restored(self, w: Weights, hand: Hand, kept: Kept) -> Kept:
+    def _restored(self, w: Weights, hand: Hand, kept: Kept) -> Kept:
         """The inverse of `to_keep`."""
-        return self._run(w, hand, kept.x_btd, kept.plan)[2] if self._again else kept
-
-    def _run(self, w: Weights, hand: Hand, x_btd: jax.Array, plan: Any = None) -> Any:
-        read, entered = self.attention_in.forward(w, hand, x_btd)
-        to, left = self.attention_out.forward(w, hand, (x_btd, read))
-        to = to if plan is None else to._replace(plan=plan)
-        came = DISPATCH(values(to), to.plan)
-        shared_btd, of_shared = self.shared.forward(w, hand, (to.x_btd, to.h_btd))
-        y, of_experts = self.experts.forward(w, hand, at_experts(to, came))
-        (y_nd,) = COMBINE((y.y_rd,), to.plan)
-        y_btd = merged(shared_btd, y, y_nd, to.plan)
-        return y_btd, to.stats, Kept(x_btd, to.plan, entered, left, of_shared, of_experts)
+        if not self.again:
+            return kept
+        to, found = self.to_experts(w, hand, kept.x_btd)
+        to, found = to._replace(plan=kept.plan), found._replace(plan=kept.plan)
+        return self.at_experts(w, hand, to, DISPATCH(values(to), kept.plan), found)[2]
 
     def backward(self, w: Weights, hand: Hand, at: Backward) -> tuple[jax.Array, Cuts]:
-        kept = self.restored(w, hand, at.kept)
+        kept = self._restored(w, hand, at.kept)
         g_rd = DISPATCH((flat(at.g_btd),), kept.plan).x_rd
         d_at, of_experts = self.experts.backward(w, hand, kept.experts, of_results(g_rd, at.g_btd))
         d_x, of_shared = self.shared.backward(w, hand, kept.shared, at.g_btd)
         back = COMBINE(DISPATCH.values(d_at[-1]), kept.plan)
-        d_to = of_gate(d_x, d_at, back, at.g_stats)
-        (dx_btd, d_read), left = self.attention_out.backward(w, hand, kept.attention_out, d_to)
+        dx_btd, cuts = self.before_experts(w, hand, kept, of_gate(d_x, d_at, back, at.g_stats))
+        return dx_btd, cuts._replace(shared=of_shared, experts=of_experts)
+
+    def before_experts(self, w: Weights, hand: Hand, kept: Kept, d_to: ToExperts) -> tuple[jax.Array, Cuts]:
+        """The backward pass of `to_experts`: gradient of the input, and what the weights of its phases need."""
+        d_attended, chosen = self.gate.backward(w, hand, kept.gate, d_to)
+        (dx_btd, d_read), left = self.attention_out.backward(w, hand, kept.attention_out, d_attended)
         d_in, entered = self.attention_in.backward(w, hand, kept.attention_in, d_read)
-        return dx_btd + d_in, Cuts(entered, left, of_shared, of_experts)
+        return dx_btd + d_in, Cuts(entered, left, chosen, None, None)
 
     def weights(self, w: Weights, hand: Hand, cuts: Cuts) -> Any:
+        """Gradients of the parameters of all phases that left something."""
         total = None
-        for name in Cuts._fields:
-            total = added(total, getattr(self, name).weights(w, hand, getattr(cuts, name)))
+        for name, cut in cuts._asdict().items():
+            if cut is not None:
+                total = added(total, getattr(self, name).weights(w, hand, cut))
         return total
 
 

@@ -8,7 +8,13 @@ Of two MoE layers whose tokens travel, the forward one's phases hide the backwar
     4  attention of B, then its weight gradients    | combine of F
 
 Each line is a segment (`parallel/side_by_side.py`) of two stages, in the order of the trip's hops. The weight gradients
-of the experts lie beside the longer trip, as in DeepSeek's profile.
+of the experts lie beside the longer trip, as in DeepSeek's profile. Where the backward pass computes its layer again,
+line 1 is two:
+
+    1a attention of B again                         | combine of B
+    1b attention of F                               | dispatch of B again
+
+Nothing hides the plan of F, a few small collectives before line 2.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,31 +50,35 @@ def pair(
     f: Travelling, wf: Weights, hf: Hand, x_btd: jax.Array, b: Travelling, wb: Weights, hb: Hand, at: Backward
 ) -> tuple[jax.Array, BalanceStats, Kept, jax.Array, Any]:
     """`f.forward` of one micro-batch beside `b.backward` and `b.weights` of another -> results of all three."""
-    kept = b.restored(wb, hb, at.kept)
-
-    # 1
-    def attend(x_btd: jax.Array) -> Any:
-        return x_btd, *f.attention_in.forward(wf, hf, x_btd)
-
-    def leave(between: Any) -> Any:
-        x_btd, read, entered = between
-        return *f.attention_out.forward(wf, hf, (x_btd, read)), entered
-
-    trip = Trip(DISPATCH, (flat(at.g_btd),), kept.plan, after=x_btd)
-    g_came, (to, left, entered) = segment(trip, attend, leave, x_btd)
+    plan = at.kept.plan
+    trip = Trip(DISPATCH, (flat(at.g_btd),), plan, after=x_btd)
+    if b.again:
+        g_came, attended = segment(trip, *b.attention(wb, hb), at.kept.x_btd)
+        to_b, kept = b.gated(wb, hb, *attended)
+        trip = Trip(DISPATCH, values(to_b), plan, after=g_came.x_rd)
+        came_again, attended = segment(trip, *f.attention(wf, hf), x_btd)
+        again = (to_b._replace(plan=plan), came_again)
+    else:
+        g_came, attended = segment(trip, *f.attention(wf, hf), x_btd)
+        kept, again, came_again = at.kept, None, g_came
+    to, kept_f = f.gated(wf, hf, *attended)
 
     # 2
     def compute_back(inputs: Any) -> Any:
-        of_experts, g_rd, g_btd = inputs
-        return g_btd, b.experts.backward(wb, hb, of_experts, of_results(g_rd, g_btd))
+        again, kept, g_rd, g_btd = inputs
+        if again is not None:
+            to_b, came_again = again
+            kept = b.at_experts(wb, hb, to_b, came_again, kept)[2]
+        return kept.shared, g_btd, b.experts.backward(wb, hb, kept.experts, of_results(g_rd, g_btd))
 
     def share_back(between: Any) -> Any:
-        g_btd, (d_at, cut) = between
-        d_x, shared_cut = b.shared.backward(wb, hb, kept.shared, g_btd)
+        of_shared, g_btd, (d_at, cut) = between
+        d_x, shared_cut = b.shared.backward(wb, hb, of_shared, g_btd)
         return d_at, d_x, (cut, shared_cut)
 
-    trip = Trip(DISPATCH, values(to), to.plan, after=g_came.x_rd)
-    came, (d_at, d_x, cuts) = segment(trip, compute_back, share_back, (kept.experts, g_came.x_rd, at.g_btd))
+    trip = Trip(DISPATCH, values(to), to.plan, after=came_again.x_rd)
+    inputs_back = (again, kept, g_came.x_rd, at.g_btd)
+    came, (d_at, d_x, cuts) = segment(trip, compute_back, share_back, inputs_back)
 
     # 3
     def weigh_and_share(inputs: Any) -> Any:
@@ -80,29 +90,25 @@ def pair(
         to, came, dp, of_shared = between
         return dp, of_shared, f.experts.forward(wf, hf, at_experts(to, came))
 
-    trip = Trip(COMBINE, DISPATCH.values(d_at[-1]), kept.plan, after=came.x_rd)
-    inputs = (to, came, cuts)
-    back, (dp, (shared_btd, of_shared), (y, of_experts)) = segment(trip, weigh_and_share, compute, inputs)
+    trip = Trip(COMBINE, DISPATCH.values(d_at[-1]), plan, after=came.x_rd)
+    back, (dp, (shared_btd, of_shared), (y, of_experts)) = segment(
+        trip, weigh_and_share, compute, (to, came, cuts)
+    )
 
     # 4
     def leave_back(inputs: Any) -> Any:
-        d_to, of_out, of_in = inputs
-        (dx_btd, d_read), left = b.attention_out.backward(wb, hb, of_out, d_to)
-        d_in, entered = b.attention_in.backward(wb, hb, of_in, d_read)
-        return dx_btd + d_in, left, entered
+        return b.before_experts(wb, hb, *inputs)
 
     def attend_back(between: Any) -> Any:
-        dx_btd, left, entered = between
-        dp = added(b.attention_out.weights(wb, hb, left), b.attention_in.weights(wb, hb, entered))
-        return dx_btd, dp
+        dx_btd, cuts = between
+        return dx_btd, b.weights(wb, hb, cuts)
 
-    d_to = of_gate(d_x, d_at, back, at.g_stats)
     trip = Trip(COMBINE, (y.y_rd,), to.plan, after=back)
-    (y_nd,), (dx_btd, dp_attention) = segment(
-        trip, leave_back, attend_back, (d_to, kept.attention_out, kept.attention_in)
-    )
+    before = kept._replace(x_btd=None, plan=None, shared=None, experts=None)
+    d_to = of_gate(d_x, d_at, back, at.g_stats)
+    (y_nd,), (dx_btd, dp_attention) = segment(trip, leave_back, attend_back, (before, d_to))
     y_btd = merged(shared_btd, y, y_nd, to.plan)
-    of_f = f.to_keep(Kept(x_btd, to.plan, entered, left, of_shared, of_experts))
+    of_f = f.to_keep(kept_f._replace(shared=of_shared, experts=of_experts))
     return y_btd, to.stats, of_f, dx_btd, added(dp, dp_attention)
 
 
