@@ -22,7 +22,7 @@ def setup(spec: Mapping[str, Any]) -> Measure:
     from deepseek_jax.config import Config, build
 
     if spec["kind"] == "peak":
-        return _peak(spec["size"], spec["products"])
+        return peak(spec["size"], spec["products"])
     cfg = build(Config, spec["config"])
     return (_train if spec["kind"] == "train" else _decode)(cfg, spec)
 
@@ -58,7 +58,7 @@ def _train(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
     return lambda: run(spec["steps"])
 
 
-def _peak(size: int, products: int) -> Measure:
+def peak(size: int, products: int) -> Measure:
     """A float32 matrix product on all devices at once."""
     import jax
     import jax.numpy as jnp

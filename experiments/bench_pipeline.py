@@ -22,8 +22,10 @@ from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
 from deepseek_jax.training.schedules import Schedules
 from deepseek_jax.training.step import init_state, make_train_step
+from experiments.bench_ours import peak
 from experiments.bench_worker import Round
 
+PEAK_SIZE, PEAK_PRODUCTS = 1024, 2  # of the matrices and of products in a row, on each device
 SEQUENCES = 16  # of a batch: DualPipe's fewest
 WAYS: Mapping[str, tuple[int, dict[str, Any]]] = {  # micro-batches of each device, mesh
     "no pipeline": (2, {"data": 4, "node": 2}),
@@ -66,10 +68,13 @@ def stepper(cfg: Config) -> Callable[[int], Round]:
 def run(args: argparse.Namespace, alternate: Callable[..., dict[str, list[Round]]]) -> None:
     """Prints a line per way; `alternate` measures rounds by turns."""
     tasks = [(way, functools.partial(stepper(config(way)), args.steps)) for way in WAYS]
-    rounds = alternate(tasks, args.rounds)
+    multiply = peak(PEAK_SIZE, PEAK_PRODUCTS)
+    rounds = alternate([*tasks, ("peak", lambda: Round(multiply(), 0.0))], args.rounds)
+    fastest = statistics.median(r.seconds for r in rounds.pop("peak"))
     cfg = config("no pipeline")
     print(
-        f"train step, 8 CPU devices, {SEQUENCES} sequences of {cfg.data.seq_len} tokens, one per micro-batch"
+        f"train step, 8 CPU devices, {SEQUENCES} sequences of {cfg.data.seq_len} tokens, one per micro-batch; "
+        f"float32 matmul peak {2 * PEAK_SIZE**3 / fastest / 1e9:,.0f} GFLOP/s"
     )
     base = next(iter(WAYS))
     for way, found in rounds.items():

@@ -12,9 +12,12 @@ GPUS = ("gpu", "cuda", "rocm")
 def compiler_options(
     cfg: MeshConfig, mesh: Mesh | AbstractMesh, deterministic: bool = False
 ) -> dict[str, Any] | None:
-    """`compiler_options` of `jax.jit`: None but on GPUs (and for a mesh without devices, which nothing compiles for).
+    """`compiler_options` of `jax.jit`, or None (as for a mesh without devices, which nothing compiles for).
 
-    The latency-hiding scheduler starts collectives early and places other work before their end: without it, each
+    On CPUs a pipeline's step needs one: XLA would copy all gradients in every tick, through each branch of the switch, did
+    it not look at each branch apart.
+
+    On GPUs, the latency-hiding scheduler starts collectives early and places other work before their end: without it, each
     one stops the device. `mesh.comm_channels` bounds what collectives take from that work: a channel of NCCL is a
     thread block, which occupies an SM (report section 3.2.2 spends 20).
 
@@ -22,11 +25,16 @@ def compiler_options(
     a time. Believing that it does not fit, the scheduler would leave every collective synchronous: with a pipeline it is
     told of eight times the memory. What the program really takes is what the compiler allots in the end.
 
-    On GPUs two things change from run to run: the order in which a scatter-add's atomic additions arrive (the gradient
+    Two things change there from run to run: the order in which a scatter-add's atomic additions arrive (the gradient
     of the embedding is the only float one), and the algorithms that autotuning times and picks. `deterministic` puts
-    the former in order and leaves out the latter. On CPUs all is deterministic for a given number of devices.
+    the former in order and leaves out the latter; on CPUs all is deterministic for a given number of devices.
     """
-    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform not in GPUS:
+    if isinstance(mesh, AbstractMesh):
+        return None
+    platform = mesh.devices.flat[0].platform
+    if platform == "cpu" and cfg.pipe > 1:
+        return {"xla_cpu_copy_insertion_use_region_analysis": True}
+    if platform not in GPUS:
         return None
     options: dict[str, Any] = {"xla_gpu_enable_latency_hiding_scheduler": True}
     if cfg.pipe > 1:
