@@ -25,6 +25,7 @@ from deepseek_jax.model.mla import absorb, down, latents, mla_decode
 from deepseek_jax.model.mtp import mtp_input
 from deepseek_jax.model.params import layers_apart
 from deepseek_jax.model.rope import rope_table
+from deepseek_jax.model.weights import join_for_inference
 
 # Up to this many layers are unrolled; a deeper model is scanned. On CPU, where a scan copies each layer's weights and
 # layers lie apart at no cost of memory, all are unrolled: 61 layers compile in 15 s.
@@ -78,22 +79,23 @@ def prepare(params: Params, cfg: ModelConfig, whole: bool = True) -> Params:
     """Parameters as `decode`, `mtp_decode` and `logits` read them; make them once per model.
 
     Beside `params` they take the memory of the absorbed up-projections, of weights whose dtype is another, and, but on
-    a CPU, of the layers set apart. whole: this device has all experts.
+    a CPU, of the layers set apart and of the weights of one input, which are joined: few rows fill a GPU better with a
+    wider product, and read their input once. whole: this device has all experts.
     """
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: _as_read(path, x, cfg), dict(params), is_leaf=_brings_product
     )
-    ready = dict(params)
+    ready, once = dict(params), (lambda block: block) if _on_cpu() else join_for_inference
     few = cfg.n_routed_experts * cfg.num_moe_layers <= APART_EXPERTS
     apart = _experts_apart if whole and few and _on_cpu() else lambda block: block
     for name in [name for name in ("dense_layers", "moe_layers") if name in params]:
-        ready[name] = {**params[name], "attn": absorb(params[name]["attn"], cfg)}
+        ready[name] = once({**params[name], "attn": absorb(params[name]["attn"], cfg)})
         if unrolled(cfg):
             ready[name] = [apart(p) for p in layers_apart(ready[name], len(params[name]["attn_norm_d"]))]
     if "mtp" in params:
         first = layers_apart(params["mtp"], 1)[0]
         block = {**first["block"], "attn": absorb(first["block"]["attn"], cfg)}
-        ready["mtp"] = {**first, "block": apart(block)}
+        ready["mtp"] = {**first, "block": apart(once(block))}
     return ready
 
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.ffn import Gated, ffn_dgrad, ffn_fprop, ffn_wgrad, gated, mlp
+from deepseek_jax.model.ffn import Gated, ffn_dgrad, ffn_fprop, ffn_wgrad, mlp
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.params import Param, layers_apart
 from deepseek_jax.model.rows import sort_rows, sum_pairs
+from deepseek_jax.model.weights import beside
 from deepseek_jax.precision.product import product
 
 FEW_ROWS = 64  # up to this many tokens, a CPU runs a chosen expert over all: reading its weights takes longer
@@ -38,18 +39,18 @@ def _routed(x_nd, weights_nk, experts_nk, w, sent, form, pairs):  # type: ignore
 
 
 def _routed_fwd(x_nd, weights_nk, experts_nk, w, sent, form, pairs):  # type: ignore[no-untyped-def]
-    rows = sort_rows(experts_nk, weights_nk, w.gate.experts, pairs)
-    a = w.gate.from_dispatch(x_nd, sent, form)
-    a_m = w.gate.take(a, rows.token_m, rows.real_m1)
+    rows = sort_rows(experts_nk, weights_nk, w.gate_up.experts, pairs)
+    a = w.gate_up.from_dispatch(x_nd, sent, form)
+    a_m = w.gate_up.take(a, rows.token_m, rows.real_m1)
     y_md, kept = ffn_fprop(w, a_m, x_nd.dtype, rows)
-    return sum_pairs(y_md, rows.row_nk), (w.gate.kept(a), kept, rows, w.kept_for_backward())
+    return sum_pairs(y_md, rows.row_nk), (w.gate_up.kept(a), kept, rows, w.kept_for_backward())
 
 
 def _routed_bwd(form, pairs, saved, dy_nd):  # type: ignore[no-untyped-def]
     a, kept, rows, w = saved
     dy_m = w.down.take(w.down.gradient_from_dispatch(dy_nd), rows.token_m, rows.real_m1)
     dx_md, dgain_m, at = ffn_dgrad(w, kept, dy_m, dy_nd.dtype, rows)
-    dw = ffn_wgrad(w, w.gate.take(a, rows.token_m, rows.real_m1), at, dy_m, rows)
+    dw = ffn_wgrad(w, w.gate_up.take(a, rows.token_m, rows.real_m1), at, dy_m, rows)
     dweights = dgain_m.at[rows.row_nk].get(mode="fill", fill_value=0)
     return sum_pairs(dx_md, rows.row_nk), dweights, None, dw, None
 
@@ -73,11 +74,12 @@ def routed_experts(
     the tokens as they travelled, (E4M3 [n, d], scales), in the wire's `form`: where the experts would quantise x so
     themselves, they read these. The gradient is that of x_nd, the same numbers. pairs: that are present at most.
     """
-    return _routed(x_nd, weights_nk, experts_nk, _products(p), sent, form, pairs)
+    return _routed(x_nd, weights_nk, experts_nk, products(p), sent, form, pairs)
 
 
-def _products(p: Params) -> Gated:
-    return gated(p["w_gate_edf"], p["w_up_edf"], p["w_down_efd"])
+def products(p: Params) -> Gated:
+    """Of the experts' weights, for `ffn.py`."""
+    return Gated(beside(p, "w_gate_up_edf"), product(p["w_down_efd"]))
 
 
 # --- few tokens (decoding) ----------------------------------------------------------------------------------------
@@ -85,12 +87,18 @@ def _products(p: Params) -> Gated:
 
 def _as_ffns(p: Params) -> Params:
     """The routed experts as stacked parameters of `ffn.mlp`."""
-    return {"w_gate_df": p["w_gate_edf"], "w_up_df": p["w_up_edf"], "w_down_fd": p["w_down_efd"]}
+    names = {
+        "w_gate_edf": "w_gate_df",
+        "w_up_edf": "w_up_df",
+        "w_gate_up_edf": "w_gate_up_df",
+        "w_down_efd": "w_down_fd",
+    }
+    return {name: p[of_experts] for of_experts, name in names.items() if of_experts in p}
 
 
 def experts_apart(p: Params) -> list[Params]:
     """The routed experts as FFNs in arrays of their own, parameters of `ffn.mlp`."""
-    return layers_apart(_as_ffns(p), product(p["w_gate_edf"]).experts)
+    return layers_apart(_as_ffns(p), product(p["w_down_efd"]).experts)
 
 
 def _gains(experts_nk: jax.Array, weights_nk: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +109,7 @@ def _gains(experts_nk: jax.Array, weights_nk: jax.Array, n_experts: int) -> tupl
 
 def _one_by_one(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
     """Each expert that a token chose, over all tokens."""
-    gain_ne, used_e = _gains(experts_nk, weights_nk, product(p["w_gate_edf"]).experts)
+    gain_ne, used_e = _gains(experts_nk, weights_nk, product(p["w_down_efd"]).experts)
     order = jnp.argsort(~used_e, stable=True)
 
     def add(i: jax.Array, y_nd: jax.Array) -> jax.Array:

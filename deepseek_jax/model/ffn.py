@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.rows import Rows
+from deepseek_jax.model.weights import beside
 from deepseek_jax.precision.product import product
 
 # Name of what the recompute policy "deepseek" keeps of an FFN: its SwiGLU's inputs, not the result.
@@ -24,10 +25,9 @@ SWIGLU_INPUTS = "swiglu_inputs"
 
 
 class Gated(NamedTuple):
-    """The products of an FFN's three weights; or their gradients."""
+    """The products of an FFN's weights, gate and up beside each other (`precision/beside.py`); or their gradients."""
 
-    gate: Any
-    up: Any
+    gate_up: Any
     down: Any
 
     def kept_for_backward(self) -> "Gated":
@@ -35,17 +35,11 @@ class Gated(NamedTuple):
 
 
 class ForWeights(NamedTuple):
-    """What `ffn_wgrad` needs beside x and the gradient of y: the input of the down-projection, and the gradients of the
-    outputs of gate and up."""
+    """What `ffn_wgrad` needs beside x and the gradient of y: the input of the down-projection, and the gradient of the
+    output of gate and up."""
 
     act_mf: jax.Array
-    d_gate_mf: jax.Array
-    d_up_mf: jax.Array
-
-
-def gated(*weights: Any) -> Gated:
-    """The products of gate, up and down, which are arrays or bring their own."""
-    return Gated(*map(product, weights))
+    d_gate_up: Any
 
 
 def swiglu_gradients(
@@ -58,11 +52,11 @@ def swiglu_gradients(
 
 
 def ffn_fprop(w: Gated, x: Any, dtype: Any, rows: Rows | None = None) -> tuple[jax.Array, Any]:
-    """x, a left operand of `w.gate` and `w.up` -> (y [m, d], the SwiGLU's inputs as they are kept)."""
+    """x, a left operand of `w.gate_up` -> (y [m, d], the SwiGLU's inputs as they are kept)."""
     groups, gain_m = (None, None) if rows is None else (rows.groups, rows.gain_m)
-    gate, up = (part.fprop(x, dtype, groups) for part in (w.gate, w.up))
-    kept = checkpoint_name((w.gate.packed(gate), w.up.packed(up)), SWIGLU_INPUTS)
-    return w.down.fprop(w.down.swiglu(gate, up, gain_m), dtype, groups), kept
+    gate_up = w.gate_up.fprop(x, dtype, groups)
+    kept = checkpoint_name(w.gate_up.packed(gate_up), SWIGLU_INPUTS)
+    return w.down.fprop(w.down.swiglu(gate_up, gain_m), dtype, groups), kept
 
 
 def ffn_dgrad(
@@ -70,21 +64,20 @@ def ffn_dgrad(
 ) -> tuple[jax.Array, jax.Array, ForWeights]:
     """(dx [m, d], the gradient of the gains [m], what `ffn_wgrad` needs), given that of y, a left operand of dgrad."""
     groups = None if rows is None else rows.groups
-    gate, up = (part.unpacked(x, jnp.float32) for part, x in zip((w.gate, w.up), kept, strict=True))
+    gate, up = w.gate_up.unpacked(kept, jnp.float32)
     gain_m1 = 1 if rows is None else rows.gain_m[:, None].astype(gate.dtype)
     dact = w.down.dgrad(dy, dtype, groups)
     act, d_gate, d_up = swiglu_gradients(gate, up, dact * gain_m1)
-    d_gate, d_up = d_gate.astype(dtype), d_up.astype(dtype)
-    dx = w.gate.dgrad_of_two(w.up, d_gate, d_up, dtype, groups)
+    d_gate_up = w.gate_up.together(d_gate.astype(dtype), d_up.astype(dtype))
+    dx = w.gate_up.dgrad(d_gate_up, dtype, groups)
     dgain_m = (dact.astype(jnp.float32) * act).sum(-1)
-    return dx, dgain_m, ForWeights((act * gain_m1).astype(dtype), d_gate, d_up)
+    return dx, dgain_m, ForWeights((act * gain_m1).astype(dtype), d_gate_up)
 
 
 def ffn_wgrad(w: Gated, x: Any, at: ForWeights, dy: Any, rows: Rows | None = None) -> Gated:
-    """Gradients of the three weights."""
+    """Gradients of the weights."""
     groups = None if rows is None else rows.groups
-    d_gate, d_up = w.gate.wgrad_of_two(w.up, x, at.d_gate_mf, at.d_up_mf, groups)
-    return Gated(d_gate, d_up, w.down.wgrad(at.act_mf, dy, groups))
+    return Gated(w.gate_up.wgrad(x, at.d_gate_up, groups), w.down.wgrad(at.act_mf, dy, groups))
 
 
 # --- dense --------------------------------------------------------------------------------------------------------
@@ -101,7 +94,7 @@ def mlp_params(d: int, f: int) -> dict[str, Param]:
 
 def mlp(p: Params, x: jax.Array) -> jax.Array:
     """[..., d] -> [..., d]."""
-    return _mlp(x, gated(p["w_gate_df"], p["w_up_df"], p["w_down_fd"]))
+    return _mlp(x, Gated(beside(p, "w_gate_up_df"), product(p["w_down_fd"])))
 
 
 @jax.custom_vjp
@@ -110,9 +103,9 @@ def _mlp(x, w):  # type: ignore[no-untyped-def]
 
 
 def _mlp_fwd(x, w):  # type: ignore[no-untyped-def]
-    a = w.gate.operand(x)
+    a = w.gate_up.operand(x)
     y, kept = ffn_fprop(w, a, x.dtype)
-    return y.reshape(x.shape), (w.gate.kept(a), kept, w.kept_for_backward())
+    return y.reshape(x.shape), (w.gate_up.kept(a), kept, w.kept_for_backward())
 
 
 def _mlp_bwd(saved, dy):  # type: ignore[no-untyped-def]

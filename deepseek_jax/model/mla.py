@@ -67,10 +67,12 @@ class Low(NamedTuple):
 
 
 def down(p: Params, cfg: ModelConfig, x_btd: jax.Array) -> Low:
-    """Down-projections (equations 1, 3, 6)."""
-    return Low(
-        x_btd if cfg.q_lora_rank is None else linear(x_btd, p["wq_a_dq"]), linear(x_btd, p["wkv_a_dc"])
-    )
+    """Down-projections (equations 1, 3, 6), in one product where their weights are joined."""
+    if "wqkv_a_dm" in p:
+        low_btm = linear(x_btd, p["wqkv_a_dm"])
+        return Low(low_btm[..., : cfg.q_lora_rank], low_btm[..., cfg.q_lora_rank :])
+    q_btq = x_btd if cfg.q_lora_rank is None else linear(x_btd, p["wq_a_dq"])
+    return Low(q_btq, linear(x_btd, p["wkv_a_dc"]))
 
 
 def latents(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> LatentCache:

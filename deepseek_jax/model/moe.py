@@ -71,7 +71,7 @@ def gate(p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None
 
     h_btd, s_bte = after_norm(scored, cfg, ctx.layout.remat)(p["ffn"]["gate"], p["ffn_norm_d"], x_btd)
     routing = only_counted(cfg, route(cfg, s_bte, bias_e), ctx.counted_bt)
-    n_local = p["ffn"]["experts"]["w_gate_edf"].shape[0]
+    n_local = p["ffn"]["experts"]["w_down_efd"].shape[0]
     return Routed(h_btd, s_bte, routing, ctx.layout.dispatcher.plan(_flat(routing.experts_btk), n_local))
 
 

@@ -1,17 +1,31 @@
-"""The weights of a model in FP8: quantised once per step and attached to the parameters that the forward pass reads, or
-kept as an FP8 checkpoint has them."""
+"""What the forward pass multiplies by: the weights quantised, and joined, once per step and attached to the parameters that
+it reads; or as an FP8 checkpoint has them."""
 
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.params import Param, tree_map
+from deepseek_jax.precision.beside import Apart, Joined, can_join, join_operands, joined
 from deepseek_jax.precision.policy import Policy
-from deepseek_jax.precision.product import Quantised, from_blocks, quantise_weight
+from deepseek_jax.precision.product import Quantised, from_blocks, product, quantise_weight
 
 _LEADING = ("layer", "expert")
+
+# Weights of one input, in the order of their outputs, by the name of what multiplies all of them at once.
+JOINED = {
+    "wqkv_a_dm": ("wq_a_dq", "wkv_a_dc"),
+    "w_gate_up_df": ("w_gate_df", "w_up_df"),
+    "w_gate_up_edf": ("w_gate_edf", "w_up_edf"),
+}
+
+
+def beside(p: Any, name: str) -> Joined | Apart:
+    """The product of the weights JOINED[name] of a layer, joined if they come so."""
+    return p[name] if name in p else Apart(tuple(product(p[part]) for part in JOINED[name]))  # type: ignore[arg-type]
 
 
 def leading_dims(p: Param) -> int:
@@ -40,15 +54,73 @@ def quantise_weights(params: Any, declared: Any, policy: Policy | None) -> Any:
     return tree_map(one, declared, params)
 
 
-def attach(params: Any, quantised: Any, policy: Policy | None) -> Any:
-    """Parameters with every linear weight as a `Quantised`; gradients flow to `params`."""
-    if policy is None:
+def join(params: Any, operands: Any, declared: Any, policy: Policy | None, dtype: Any) -> tuple[Any, Any]:
+    """Parameters and the operands of `quantise_weights` -> the same with the operands of JOINED ones joined, once per step.
+
+    Under a policy where blocks allow it, and without one in BF16, in which GPUs multiply, cast to it. The parameters are then
+    only differentiated: zeros stand for them. dtype: the model's.
+    """
+
+    def of(parts: tuple[str, ...], params: Any, operands: Any, declared: Any) -> Any:
+        if policy is not None:
+            fprop, dgrad = zip(*(operands[name] for name in parts), strict=True)
+            return (join_operands(fprop, -2), join_operands(dgrad, -1)) if can_join(fprop) else None
+        if jnp.dtype(dtype) != jnp.bfloat16:
+            return None
+        arrays = (as_matrices(declared[name], lax.stop_gradient(params[name])) for name in parts)
+        return jnp.concatenate([w.astype(dtype) for w in arrays], axis=-1)
+
+    def one(params: Any, operands: Any, declared: Any) -> tuple[Any, Any]:
+        if not isinstance(params, dict):
+            return params, operands
+        below = {name: one(params[name], operands[name], declared[name]) for name in params}
+        params, operands = ({name: pair[i] for name, pair in below.items()} for i in range(2))
+        for name, parts in JOINED.items():
+            if all(part in params for part in parts):
+                whole = of(parts, params, operands, declared)
+                if whole is not None:
+                    operands |= {name: whole} | dict.fromkeys(parts)
+                    params |= {part: jnp.zeros_like(params[part]) for part in parts}
+        return params, operands
+
+    return one(params, operands, declared)
+
+
+def attach(params: Any, operands: Any, policy: Policy | None) -> Any:
+    """Parameters with every linear weight as a product by its operands, joined ones under the name in JOINED; gradients flow
+    to `params`."""
+    if operands is None:
         return params
-    return jax.tree.map(
-        lambda w, operands: w if operands is None else Quantised(w, operands[0], operands[1], policy),
-        params,
-        quantised,
-    )
+    if not isinstance(params, dict):
+        assert policy is not None
+        return Quantised(params, operands[0], operands[1], policy)
+    out = {name: attach(w, operands[name], policy) for name, w in params.items()}
+    for name in operands.keys() & JOINED.keys():
+        masters = tuple(out.pop(part) for part in JOINED[name])
+        out[name] = joined(operands[name], masters, policy)
+    return out
+
+
+def join_for_inference(params: Any) -> Any:
+    """Parameters of which no gradient is wanted, with JOINED ones joined where FP8 blocks allow it."""
+
+    def of(parts: list[Any]) -> Any:
+        if not any(hasattr(w, "fprop") for w in parts):
+            return joined(jnp.concatenate(parts, axis=-1), (), None)
+        fprop = [w.fprop_operand for w in parts if isinstance(w, Quantised) and w.fprop_operand is not None]
+        if len(fprop) < len(parts) or not can_join(fprop):
+            return None
+        return joined((join_operands(fprop, -2), None), (), parts[0].policy)
+
+    if not isinstance(params, dict):
+        return params
+    out = {name: join_for_inference(w) for name, w in params.items()}
+    for name, parts in JOINED.items():
+        if all(part in out for part in parts):
+            whole = of([out[part] for part in parts])
+            if whole is not None:
+                out = {key: w for key, w in out.items() if key not in parts} | {name: whole}
+    return out
 
 
 def multiplied_as_stored(params: Any, declared: Any, policy: Policy) -> Any:

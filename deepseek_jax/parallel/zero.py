@@ -31,7 +31,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from deepseek_jax.model.params import Param, tree_map, tree_map_with_name
-from deepseek_jax.model.weights import as_matrices, leading_dims
+from deepseek_jax.model.weights import as_matrices, join, leading_dims
 from deepseek_jax.parallel.mesh import PIPE, STATE_AXES, Rules, param_spec, param_specs, spec_axes
 from deepseek_jax.parallel.pipeline.slots import fetch, place, select, send_back
 from deepseek_jax.precision.operands import Format, Operand, quantise, quantise_part, transpose
@@ -138,13 +138,14 @@ def _by_group(fn: Callable[..., Any], layers: Layers | None, like: Any, *trees: 
 
 
 def gather(
-    params: Any, tree: Any, declared: Any, policy: Policy | None, layers: Layers | None = None
+    params: Any, tree: Any, declared: Any, policy: Policy | None, dtype: Any, layers: Layers | None = None
 ) -> tuple[Any, Any]:
     """Master weights as held -> what the forward pass reads, for `model.weights.attach`.
 
-    Returns (parameters, quantised operands as of `quantise_weights`). The parameters are cast and all-gathered; of a
+    Returns (parameters, operands as of `quantise_weights` and `join`). The parameters are cast and all-gathered; of a
     weight whose operands are there instead, which is only differentiated, they are zeros.
 
+    dtype: the compute dtype.
     layers: `Held.layers` of the pipeline. Groups of layers that it names come as this rank's slots [k, ...], with zeros
     in empty ones; all else, and everything without `layers`, comes whole.
     """
@@ -159,7 +160,7 @@ def gather(
         return None if policy is None or p.n_in is None else _quantised(p, w, share.divided, policy, table)
 
     read, quantised = (_by_group(fn, layers, declared, params, tree) for fn in (parameter, operands))
-    return read, quantised
+    return join(read, quantised, declared, policy, dtype)
 
 
 def _pipe_apart(divided: Divided, table: np.ndarray | None) -> tuple[int | None, Divided]:

@@ -49,6 +49,11 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
+def sides(gate_up: Any) -> Any:
+    """Gate and up, which are two arrays, or lie beside each other in the last dim."""
+    return gate_up if isinstance(gate_up, tuple) else jnp.split(gate_up, 2, axis=-1)
+
+
 def _transposed(a_mi: jax.Array) -> jax.Array:
     """a^T as the left operand of a product. CPUs multiply one that lies transposed at half the speed: there it is copied."""
     return lax.platform_dependent(
@@ -65,6 +70,10 @@ class Plain:
 
     w: jax.Array
     n_in: int = flax.struct.field(pytree_node=False, default=1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
 
     @property
     def experts(self) -> int:
@@ -87,9 +96,9 @@ class Plain:
         """Gradients as they come to experts as a left operand of dgrad."""
         return dy
 
-    def swiglu(self, gate: jax.Array, up: jax.Array, gain_m: jax.Array | None) -> jax.Array:
-        """silu(gate) * up (* gain) as a left operand of fprop."""
-        act = swiglu(gate, up)
+    def swiglu(self, gate_up: Any, gain_m: jax.Array | None) -> jax.Array:
+        """silu(gate) * up (* gain) as a left operand of fprop, given what `sides` takes."""
+        act = swiglu(*sides(gate_up))
         return act if gain_m is None else act * gain_m[:, None].astype(act.dtype)
 
     def take(self, a: jax.Array, index_m: jax.Array, real_m1: jax.Array) -> jax.Array:
@@ -139,44 +148,40 @@ class Plain:
     def dgrad_of_two(
         self, other: Self, dy: jax.Array, dy_other: jax.Array, dtype: Any, groups: Groups | None = None
     ) -> jax.Array:
-        """The gradient [m, in] of an input of two weights, added up in float32."""
+        """The gradient [m, in] of an input of two weights apart, added up in float32."""
         if groups is None:
             return (self.dgrad(dy, jnp.float32) + other.dgrad(dy_other, jnp.float32)).astype(dtype)
         # One product of both depths: their sum stays in the float32 accumulator.
         w = jnp.concatenate([part._matrix(dy.dtype, groups) for part in (self, other)], axis=-1)
         return grouped_gemm(jnp.concatenate([dy, dy_other], axis=-1), w, groups.group_m, out_dtype=dtype)
 
-    def _along_tokens(self, a: jax.Array, dtype: Any, groups: Groups | None) -> jax.Array:
-        """a [m, in] of several experts, else transposed."""
-        a = a.astype(dtype)
+    def along_tokens(self, a: jax.Array, dy: jax.Array, groups: Groups | None = None) -> jax.Array:
+        """a as a left operand of `dw`: [m, in] of several experts, else transposed."""
+        a = a.astype(dy.dtype)
         return a if groups is not None else _transposed(a.reshape(-1, math.prod(self.w.shape[: self.n_in])))
 
-    def _wgrad(self, a: jax.Array, dy: jax.Array, groups: Groups | None) -> Self:
-        """`wgrad`, given a `_along_tokens`."""
+    def dw(self, a: jax.Array, dy: jax.Array, groups: Groups | None = None) -> jax.Array:
+        """a^T dy [in, out] or [e, in, out], float32, given a `along_tokens`."""
         if groups is not None:
-            dw = grouped_wgrad(a, dy, groups.sizes_e)
-        else:
-            dy_mo, exact = dy.reshape(-1, self.w.size // len(a)), precision(dy.dtype)
-            dw = jnp.matmul(a, dy_mo, precision=exact, preferred_element_type=jnp.float32)
+            return grouped_wgrad(a, dy, groups.sizes_e)
+        dy_mo, exact = dy.reshape(-1, self.w.size // len(a)), precision(dy.dtype)
+        return jnp.matmul(a, dy_mo, precision=exact, preferred_element_type=jnp.float32)
+
+    def as_gradient(self, dw: jax.Array) -> Self:
+        """`dw` as the cotangent of this weight."""
         return dataclasses.replace(self, w=dw.reshape(self.w.shape).astype(self.w.dtype))
 
     def wgrad(self, a: jax.Array, dy: jax.Array, groups: Groups | None = None) -> Self:
         """a^T dy, accumulated in float32, as the cotangent of this weight."""
-        return self._wgrad(self._along_tokens(a, dy.dtype, groups), dy, groups)
-
-    def wgrad_of_two(
-        self, other: Self, a: jax.Array, dy: jax.Array, dy_other: jax.Array, groups: Groups | None = None
-    ) -> tuple[Self, Self]:
-        """`wgrad` of two weights of one input, which is laid along the tokens once."""
-        a = self._along_tokens(a, dy.dtype, groups)
-        return self._wgrad(a, dy, groups), other._wgrad(a, dy_other, groups)
+        return self.as_gradient(self.dw(self.along_tokens(a, dy, groups), dy, groups))
 
 
 @flax.struct.dataclass
 class Quantised:
     """A weight multiplied in FP8 by a policy; the methods are those of `Plain`.
 
-    master: float32, in the shape of the parameter; it takes the gradient and is not read. None for inference.
+    master: float32, in the shape of the parameter; it takes the gradient and is not read. None for inference, and where
+    others take it (`beside.py`).
     fprop_operand: [..., out, in]; dgrad_operand: [..., in, out], None for inference. Leading layer and expert dims are
     allowed.
     """
@@ -192,8 +197,10 @@ class Quantised:
         """The shape of the parameter."""
         if self.master_shape is not None:
             return self.master_shape
-        assert self.master is not None
-        return self.master.shape
+        if self.master is not None:
+            return self.master.shape
+        assert self.fprop_operand is not None
+        return self.fprop_operand.q.shape[:-3:-1]
 
     @property
     def experts(self) -> int:
@@ -216,11 +223,13 @@ class Quantised:
         fmt = self.policy.expert_input
         return quantise(dy, fmt if self.policy.dgrad[0].rows == fmt.rows else self.policy.dgrad[0])
 
-    def swiglu(self, gate: jax.Array, up: jax.Array, gain_m: jax.Array | None) -> Operand:
+    def swiglu(self, gate_up: Any, gain_m: jax.Array | None) -> Operand:
         """In one pass where the format allows."""
         fmt = self.policy.fprop[0]
         if fmt.fine and fmt.rows == 1:
+            gate, up = gate_up if isinstance(gate_up, tuple) else (gate_up, None)
             return Operand(*swiglu_quantize(gate, up, gain_m, fmt.scale), fmt)
+        gate, up = sides(gate_up)
         act = swiglu(gate.astype(jnp.float32), up.astype(jnp.float32))
         return quantise(act if gain_m is None else act * gain_m[:, None], fmt)
 
@@ -253,10 +262,11 @@ class Quantised:
 
     def kept_for_backward(self) -> Self:
         """Not the master, of which an empty array says the dtype, and not the operand of fprop."""
-        if self.master is None:  # for inference: nothing runs backward
+        if self.dgrad_operand is None:  # for inference: nothing runs backward
             return self
-        empty = jnp.zeros((0,), self.master.dtype)
-        return dataclasses.replace(self, master=empty, fprop_operand=None, master_shape=self.master.shape)
+        empty = None if self.master is None else jnp.zeros((0,), self.master.dtype)
+        shape = None if self.master is None else self.master.shape
+        return dataclasses.replace(self, master=empty, fprop_operand=None, master_shape=shape)
 
     def array(self, dtype: Any) -> jax.Array:
         """Dequantised; of layers stacked on a leading axis, each in the shape of the parameter."""
@@ -288,30 +298,27 @@ class Quantised:
         pairs = ((self._gradient(dy), self.dgrad_operand), (other._gradient(dy_other), other.dgrad_operand))
         return sum_of_two(*pairs, dtype, groups)
 
-    def _along_tokens(self, a: Any) -> Operand:
+    def along_tokens(self, a: Any, dy: Any = None, groups: Groups | None = None) -> Operand:
         """a in 128x1 tiles, along the tokens."""
         assert self.dgrad_operand is not None
         a = restore(a) if isinstance(a, Operand) else a.reshape(-1, self.dgrad_operand.q.shape[-2])
         return along_rows(a, self.policy.wgrad[0])
 
-    def _wgrad(self, a: Operand, dy: Any, groups: Groups | None) -> "Quantised":
-        """`wgrad`, given a `_along_tokens`."""
-        assert self.master is not None and self.master_shape is not None and self.dgrad_operand is not None
+    def dw(self, a: Operand, dy: Any, groups: Groups | None = None) -> jax.Array:
+        assert self.dgrad_operand is not None
         dy = dy if isinstance(dy, Operand) else dy.reshape(-1, self.dgrad_operand.q.shape[-1])
         dy = along_rows(dy, self.policy.wgrad[1])
-        dw = multiply(a, dy, jnp.float32) if groups is None else multiply_groups(a, dy, groups)
+        return multiply(a, dy, jnp.float32) if groups is None else multiply_groups(a, dy, groups)
+
+    def as_gradient(self, dw: jax.Array) -> "Quantised":
+        """The master takes it all."""
+        assert self.master is not None and self.master_shape is not None
         master = dw.reshape(self.master_shape).astype(self.master.dtype)
         return Quantised(master, None, None, self.policy)
 
     def wgrad(self, a: Any, dy: Any, groups: Groups | None = None) -> "Quantised":
-        """Both operands are quantised along the tokens; the master takes it all."""
-        return self._wgrad(self._along_tokens(a), dy, groups)
-
-    def wgrad_of_two(
-        self, other: Self, a: Any, dy: Any, dy_other: Any, groups: Groups | None = None
-    ) -> tuple["Quantised", "Quantised"]:
-        a = self._along_tokens(a)
-        return self._wgrad(a, dy, groups), other._wgrad(a, dy_other, groups)
+        """Both operands are quantised along the tokens."""
+        return self.as_gradient(self.dw(self.along_tokens(a), dy, groups))
 
 
 def product(w: Any, n_in: int = 1) -> Any:

@@ -131,7 +131,7 @@ def make_train_step(
         n = _sequences(cfg, mesh, pipeline, batch)
 
         def local(params, bias, batch, hyper):
-            read = gather(params, shares, declared, policy, layers)
+            read = gather(params, shares, declared, policy, cfg.model.dtype, layers)
             total = totals(cfg, batch, n, hyper.micro_batches, BATCH_AXES)
             grads, parts = grads_of(*read, batch, bias, total, hyper)
             return scatter(grads, shares, layers), lax.psum(parts, TOKEN_AXES)
@@ -197,7 +197,7 @@ def make_eval_step(
         return lax.map(window, (h_btd, labels, valid))
 
     def local(params, bias, batch):
-        read = gather(params, shares, model_params(model), policy, layers)
+        read = gather(params, shares, model_params(model), policy, model.dtype, layers)
         if pipeline is None:
             params = attach(*read, policy)
             h_btd, _ = forward(params, model, inputs(batch, t), bias, layout, mtp=False)

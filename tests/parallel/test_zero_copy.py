@@ -97,7 +97,7 @@ def test_parts_quantised_and_gathered_are_the_whole_quantised(policy, cfg, decla
     params = {name: rng.standard_normal(p.shape, np.float32) for name, p in declared.items()}
     tree = {name: share_of(name, p, mesh, {}, jnp.float32) for name, p in declared.items()}
     assert [[dim for dim, _ in share.divided] for share in tree.values()] == dims
-    local = functools.partial(gather, tree=tree, declared=declared, policy=policy)
+    local = functools.partial(gather, tree=tree, declared=declared, policy=policy, dtype=jnp.float32)
     spread = jax.shard_map(local, mesh=mesh, in_specs=(held_specs(tree),), out_specs=P(), check_vma=False)
     zeros, got = jax.jit(spread)(params)
     want = jax.jit(lambda w: quantise_weights(w, declared, policy))(params)

@@ -74,7 +74,7 @@ class OverMesh(abc.ABC):
         self: Any, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
     ) -> jax.Array:
         """The four calls: sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d]."""
-        plan = self.plan(experts_nk, p["w_gate_edf"].shape[0])
+        plan = self.plan(experts_nk, p["w_down_efd"].shape[0])
         came = self.dispatch(x_nd, weights_nk, plan)
         return self.combine(self.experts(p, came, x_nd, weights_nk, plan), plan)
 

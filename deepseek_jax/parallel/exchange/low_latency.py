@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.dispatch import Received
-from deepseek_jax.model.ffn import gated
+from deepseek_jax.model.experts import products
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.rows import ALIGNMENT, sort_rows
 from deepseek_jax.parallel.exchange.dispatcher import FLAT, OverMesh
@@ -26,7 +26,7 @@ from deepseek_jax.parallel.exchange.hops import Hop, Plan
 from deepseek_jax.parallel.exchange.ragged import make_chunks, ragged_all_to_all
 from deepseek_jax.parallel.exchange.transport import dispatch
 from deepseek_jax.parallel.exchange.wire import encode
-from deepseek_jax.precision.product import swiglu
+from deepseek_jax.precision.product import sides, swiglu
 from deepseek_jax.precision.sums import precision
 from pallas_kernels.blocks import round_up
 from pallas_kernels.groups import PADDING, Groups
@@ -38,10 +38,10 @@ Masked = Callable[[Params, jax.Array, jax.Array], jax.Array]
 def masked_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
     """The experts' FFNs as dense products batched over experts: the portable `Masked`, whatever the rows."""
     del rows_e
-    w_gate, w_up, w_down = (p[name].astype(x_emd.dtype) for name in ("w_gate_edf", "w_up_edf", "w_down_efd"))
+    gate_up, w_down = (w.array(x_emd.dtype) for w in products(p))
     exact = precision(x_emd.dtype)
-    gate_emf, up_emf = (jnp.einsum("emd,edf->emf", x_emd, w, precision=exact) for w in (w_gate, w_up))
-    return jnp.einsum("emf,efd->emd", swiglu(gate_emf, up_emf), w_down, precision=exact)
+    gate_up = jax.tree.map(lambda w_edf: jnp.einsum("emd,edf->emf", x_emd, w_edf, precision=exact), gate_up)
+    return jnp.einsum("emf,efd->emd", swiglu(*sides(gate_up)), w_down, precision=exact)
 
 
 def grouped_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
@@ -51,10 +51,9 @@ def grouped_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array
     x_rd = jnp.pad(x_emd, ((0, 0), (0, room - m), (0, 0))).reshape(e * room, d)
     expert_em, row_em = jnp.indices((e, room), jnp.int32)
     groups = Groups(jnp.where(row_em < rows_e[:, None], expert_em, PADDING).reshape(-1), rows_e)
-    w = gated(p["w_gate_edf"], p["w_up_edf"], p["w_down_efd"])
-    a_rd = w.gate.from_dispatch(x_rd)
-    gate_rf, up_rf = (part.fprop(a_rd, x_emd.dtype, groups) for part in (w.gate, w.up))
-    y_rd = w.down.fprop(w.down.swiglu(gate_rf, up_rf, None), x_emd.dtype, groups)
+    w = products(p)
+    gate_up = w.gate_up.fprop(w.gate_up.from_dispatch(x_rd), x_emd.dtype, groups)
+    y_rd = w.down.fprop(w.down.swiglu(gate_up, None), x_emd.dtype, groups)
     return y_rd.reshape(e, room, d)[:, :m]
 
 

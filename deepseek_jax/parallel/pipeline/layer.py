@@ -184,7 +184,7 @@ class Travelling:
             return attention_out(p, cfg, x_btd, read, ctx(hand))
 
         def choose(p: Any, hand: Hand, x_btd: jax.Array) -> ToExperts:
-            held = {"w_gate_edf": jax.ShapeDtypeStruct((n_local,), x_btd.dtype)}
+            held = {"w_down_efd": jax.ShapeDtypeStruct((n_local,), x_btd.dtype)}
             to = gate(p | {"ffn": p["ffn"] | {"experts": held}}, cfg, x_btd, hand.bias_e, ctx(hand))
             stats = balance_stats(cfg, to.s_bte, to.routing, layout.sequence, hand.counted_bt)
             return ToExperts(x_btd, to.h_btd, to.values[1], stats, to.plan)

@@ -137,7 +137,7 @@ class Trip:
         held, layers = held_specs(self.shares), self.held.layers
 
         def local(params, grads):
-            read = gather(params, self.shares, self.declared, self.policy, layers)
+            read = gather(params, self.shares, self.declared, self.policy, "float32", layers)
             grads = jax.tree.map(lambda g: g * (1 + jax.lax.axis_index(STATE_AXES)), grads)
             return read, scatter(grads, self.shares, layers)
 
@@ -208,7 +208,7 @@ def test_what_ranks_gather_and_scatter(name):
 def test_without_layers_all_comes_whole():
     """As evaluation reads it: every rank all layers."""
     trip = Trip("two ranks")
-    local = functools.partial(gather, tree=trip.shares, declared=trip.declared, policy=None)
+    local = functools.partial(gather, tree=trip.shares, declared=trip.declared, policy=None, dtype="float32")
     compute = jax.tree.map(lambda share: share.compute, trip.shares)
     spread = jax.shard_map(
         local, mesh=trip.mesh, in_specs=(held_specs(trip.shares),), out_specs=(compute, P()), check_vma=False
