@@ -5,6 +5,7 @@ Every configuration listed compiles for H100 with FP8 wgmma, no spill and no ser
 """
 
 import dataclasses
+from typing import Any
 
 from pallas_kernels.blocks import cdiv
 from pallas_kernels.matmul import TileConfig, tile_columns
@@ -32,24 +33,42 @@ class GemmShape:
         return (self.m + self.n) * self.k + self.m * self.n * out
 
 
-FPROP = (
-    ("q_a_kv_a", 2112, 7168, {64: 206, 128: 352, 4096: 1058}),
-    ("q_b", 24576, 1536, {64: 289, 128: 535, 4096: 1125}),
-    ("kv_b", 32768, 512, {64: 219, 128: 358, 4096: 751}),
-    ("o", 7168, 16384, {64: 336, 128: 645, 4096: 1426}),
-    ("shared_gate_up", 4096, 7168, {64: 287, 128: 533, 4096: 1304}),
-    ("shared_down", 7168, 2048, {64: 295, 128: 510, 4096: 1168}),
+# The linear layers: name, outputs, inputs. Weights of one input are one product.
+LAYERS = (
+    ("q_a_kv_a", 2112, 7168),
+    ("q_b", 24576, 1536),
+    ("kv_b", 32768, 512),
+    ("o", 7168, 16384),
+    ("dense_gate_up", 36864, 7168),
+    ("dense_down", 7168, 18432),
+    ("shared_gate_up", 4096, 7168),
+    ("shared_down", 7168, 2048),
 )
-WGRAD = (("q_a_kv_a", 7168, 2112, 920), ("q_b", 1536, 24576, 986), ("o", 16384, 7168, 994))
+TOKENS, DECODED = 4096, (64, 128)  # of a device in training; sequences in decoding
+# DeepGEMM on one H800, as published by its authors, by rows; at "wgrad" of the weight gradient
+PUBLISHED: dict[str, dict[Any, float]] = {
+    "q_a_kv_a": {64: 206, 128: 352, 4096: 1058, "wgrad": 920},
+    "q_b": {64: 289, 128: 535, 4096: 1125, "wgrad": 986},
+    "kv_b": {4096: 751},
+    "o": {64: 336, 128: 645, 4096: 1426, "wgrad": 994},
+    "shared_gate_up": {64: 287, 128: 533, 4096: 1304},
+    "shared_down": {64: 295, 128: 510, 4096: 1168},
+}
 
-SHAPES = (
-    *(
-        GemmShape(f"{name}_m{m}", m, n, k, peer_tflops=tflops)
-        for name, n, k, by_m in FPROP
-        for m, tflops in by_m.items()
-    ),
-    *(GemmShape(f"{name}_wgrad", m, n, 4096, "1d1d", True, tflops) for name, m, n, tflops in WGRAD),
-)
+
+def _shapes(name: str, n: int, k: int) -> list[GemmShape]:
+    """Of a layer in training, then in decoding, which absorbs kv_b into queries and outputs."""
+    published = PUBLISHED.get(name, {})
+    decoded = () if name == "kv_b" else DECODED
+    return [
+        GemmShape(f"{name}_m{TOKENS}", TOKENS, n, k, peer_tflops=published.get(TOKENS)),
+        GemmShape(f"{name}_dgrad", TOKENS, k, n),
+        GemmShape(f"{name}_wgrad", k, n, TOKENS, "1d1d", peer_tflops=published.get("wgrad")),
+        *(GemmShape(f"{name}_m{m}", m, n, k, peer_tflops=published.get(m)) for m in decoded),
+    ]
+
+
+SHAPES = tuple(shape for layer in LAYERS for shape in _shapes(*layer))
 
 
 def tile_config(m: int, n: int, k: int, recipe: str = "1d2d") -> TileConfig:

@@ -28,6 +28,10 @@ class GroupedShape:
         return self.m if self.rows is None else self.rows
 
     @property
+    def is_fprop(self) -> bool:
+        return self.kind != "wgrad" and "dgrad" not in self.name
+
+    @property
     def flops(self) -> int:
         return 2 * self.groups * self.present_rows * self.n * self.k
 
@@ -38,15 +42,20 @@ class GroupedShape:
 
 
 SHAPES = (
+    # Training on 64 devices: each has 4 experts, and 4096 tokens with 8 experts each.
     GroupedShape("gate_up_4x8192", "contiguous", 4, 8192, 4096, 7168, peer_tflops=1346),
     GroupedShape("down_4x8192", "contiguous", 4, 8192, 7168, 2048, peer_tflops=1214),
+    GroupedShape("gate_up_dgrad_4x8192", "contiguous", 4, 8192, 7168, 4096),
+    GroupedShape("down_dgrad_4x8192", "contiguous", 4, 8192, 2048, 7168),
+    GroupedShape("gate_up_wgrad_4x8192", "wgrad", 4, 7168, 4096, 8192, peer_tflops=1044),
+    GroupedShape("down_wgrad_4x8192", "wgrad", 4, 2048, 7168, 8192, peer_tflops=1033),
+    # Prefill on 32 devices.
     GroupedShape("gate_up_8x4096", "contiguous", 8, 4096, 4096, 7168, peer_tflops=1346),
     GroupedShape("down_8x4096", "contiguous", 8, 4096, 7168, 2048, peer_tflops=1214),
+    # Decoding: 128 tokens of each of 64 devices, or of 320 of them.
     GroupedShape("gate_up_decode_4x256", "masked", 4, 256, 4096, 7168, 256, 932),
     GroupedShape("down_decode_4x256", "masked", 4, 256, 7168, 2048, 256, 815),
     GroupedShape("gate_up_decode_32x192", "masked", 32, 4096, 4096, 7168, 192),
-    GroupedShape("gate_up_wgrad_4x8192", "wgrad", 4, 4096, 7168, 8192, peer_tflops=1044),
-    GroupedShape("down_wgrad_4x8192", "wgrad", 4, 7168, 2048, 8192, peer_tflops=1033),
 )
 
 

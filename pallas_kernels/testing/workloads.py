@@ -64,7 +64,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        return self.shape.name if self.options.get("transpose_b", True) else f"{self.shape.name}_dgrad"
+        return self.shape.name
 
     @property
     def bound_seconds(self) -> float:
@@ -223,13 +223,14 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
 
 def workloads() -> dict[str, list[Workload]]:
     """Lists the workloads of every named shape, by op."""
-    trained = [s for s in grouped_shapes.SHAPES if s.kind != "masked"]
     shapes = {
         "quantize": quantize_shapes.SHAPES,
         "fp8_gemm": gemm_shapes.SHAPES,
         "fp8_grouped_gemm": grouped_shapes.SHAPES,
-        "grouped_gemm": trained,
     }
     found = {op: [workload(op, shape) for shape in shapes[op]] for op in shapes}
-    dgrad = [workload("grouped_gemm", s, transpose_b=False) for s in trained if s.kind == "contiguous"]
-    return found | {"grouped_gemm": found["grouped_gemm"] + dgrad}
+    # In BF16 both passes read the weight as it is, [in, out].
+    trained = [s for s in grouped_shapes.SHAPES if s.kind != "masked"]
+    stored = ({"transpose_b": False} if s.is_fprop else {} for s in trained)
+    bf16 = [workload("grouped_gemm", s, **options) for s, options in zip(trained, stored, strict=True)]
+    return found | {"grouped_gemm": bf16}

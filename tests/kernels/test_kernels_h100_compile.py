@@ -16,6 +16,7 @@ pytestmark = [
 SAME_CONFIGURATION = (
     "m128",
     "8x4096",
+    "dense",
     "attention_output",
 )  # names of shapes whose configuration another shape has too
 WGMMA = {"fp8_gemm": "f32.e4m3.e4m3", "fp8_grouped_gemm": "f32.e4m3.e4m3", "grouped_gemm": "f32.bf16.bf16"}
