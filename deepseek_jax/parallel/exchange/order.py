@@ -23,10 +23,10 @@ def after(tree: Any, done: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
 
     def cpu(leaves: list[jax.Array], done: list[jax.Array]) -> list[jax.Array]:
-        none = lax.optimization_barrier(jnp.int32(0))  # which no simplification sees through
-        waited = jnp.int32(0)
+        none = lax.optimization_barrier(jnp.int16(0))  # which no simplification sees through
+        waited = jnp.int16(0)
         for x in done:
-            waited += lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & none
+            waited += lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.int16) & none
         return [x + waited.astype(x.dtype) for x in leaves]
 
     there = [x for x in leaves if x.dtype != jax.dtypes.float0]

@@ -58,10 +58,10 @@ Layout = tuple[tuple[int, Any], ...]  # columns and dtype of each part
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """[n, columns] of any 1, 2 or 4-byte dtype -> uint32 [n, w], the last word zero-padded."""
+    """[n, columns] of any dtype of 1, 2, 4 or 8 bytes -> uint32 [n, w], the last word zero-padded."""
     per = 4 // x.dtype.itemsize
-    if per == 1:
-        return lax.bitcast_convert_type(x, jnp.uint32)
+    if per <= 1:
+        return lax.bitcast_convert_type(x, jnp.uint32).reshape(len(x), num_words(x.shape[1], x.dtype))
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % per)))
     return lax.bitcast_convert_type(x.reshape(x.shape[0], -1, per), jnp.uint32)
 
@@ -85,7 +85,10 @@ def unpack(message_nw: jax.Array, layout: Layout) -> tuple[jax.Array, ...]:
     parts, start = [], 0
     for columns, dtype in layout:
         stop = start + num_words(columns, dtype)
-        x = lax.bitcast_convert_type(message_nw[:, start:stop], dtype)
+        words = message_nw[:, start:stop]
+        if jnp.dtype(dtype).itemsize == 8:
+            words = words.reshape(len(words), columns, 2)
+        x = lax.bitcast_convert_type(words, dtype)
         parts.append(x.reshape(x.shape[0], -1)[:, :columns])
         start = stop
     return tuple(parts)
