@@ -1,0 +1,1 @@
+"""Decoding of Multi-head Latent Attention over a paged latent cache."""
