@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.blocks import cdiv, round_up
+from pallas_kernels.blocks import round_up
 from pallas_kernels.mla_decode.fp8_cache import dequantize_cache
 
 BLOCK_KEYS = 512  # tables of up to so many slots take one block, without a loop
@@ -57,7 +57,7 @@ def mla_decode(q, cache, block_table, lengths, *, scale: float, latent: int) -> 
     if table_bp.shape[1] == pages:
         sums = add_block(jnp.int32(0), sums)
     else:
-        sums = lax.fori_loop(0, cdiv(jnp.max(lengths, initial=0), pages * page), add_block, sums)
+        sums = lax.fori_loop(0, (jnp.max(lengths) + pages * page - 1) // (pages * page), add_block, sums)
     return _finish(sums, last_br, q)
 
 

@@ -5,6 +5,7 @@ normalised latent and the rotary key, and the latent is its value.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def mla_decode(
       ValueError: operands that do not belong together, or "mosaic" asked for what the kernel does not support.
     """
     _check(q, cache, block_table, lengths, latent)
-    static = {"scale": float(scale), "latent": latent}
+    static: dict[str, Any] = {"scale": float(scale), "latent": latent}
     return dispatch(
         "mla_decode",
         implementation,
