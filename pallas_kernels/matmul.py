@@ -23,98 +23,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blocks import pad_last2, round_up
-from pallas_kernels.compat import compiler_params, load_global, swizzled
+from pallas_kernels.blocks import pad_last2
+from pallas_kernels.compat import compiler_params
 from pallas_kernels.groups import tile_groups
 from pallas_kernels.ring import Ring
+from pallas_kernels.store import Store
+from pallas_kernels.tiles import COMPUTE_WARPGROUPS, WGMMA_ROWS, Share, Tile, TileConfig
 
-COMPUTE_WARPGROUPS = 2
-WGMMA_ROWS = 64
 # Registers per thread of the TMA warpgroup: with fewer it spills. The compute warpgroups share the rest.
 MEMORY_REGISTERS = 72
 COMPUTE_REGISTERS = 216
-H100_SMS = 132
-
-
-@dataclasses.dataclass(frozen=True)
-class TileConfig:
-    """Tiling of one kernel.
-
-    Attributes:
-      tile_m, tile_n: output tile of a thread block.
-      stages: steps of the contraction in flight.
-      snake: width, in tiles along N, of the band that the tiles walk in for L2 reuse.
-      cluster: thread blocks, neighbours along N, that load each tile of `a` once for all of them (TMA multicast).
-      num_sms: thread blocks in flight, one per SM.
-    """
-
-    tile_m: int = 128
-    tile_n: int = 128
-    stages: int = 4
-    snake: int = 8
-    num_sms: int = H100_SMS
-    cluster: int = 1
-
-    def __post_init__(self):
-        if self.cluster not in (1, 2) or self.num_sms % self.cluster:
-            raise ValueError(
-                f"cluster={self.cluster} with num_sms={self.num_sms}: must be 1 or 2 and divide it"
-            )
-        if self.tile_m not in (64, 128, 256) or self.tile_n not in (64, 128, 256):
-            raise ValueError(f"tile {self.tile_m} x {self.tile_n}: both extents must be 64, 128 or 256")
-        if self.stages < 2:
-            raise ValueError(f"stages={self.stages}: a pipeline needs at least 2")
-
-
-def tile_columns(n: int) -> int:
-    """Returns the width of the tiles of `n` columns (or height of those of `n` rows): 128, or 64 where that pads less."""
-    return 128 if round_up(n, 64) % 128 == 0 else 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """The part of a tile that the calling warpgroup computes, relative to the tile."""
-
-    rows: Any
-    cols: Any
-    num_rows: int
-    num_cols: int
-
-    @classmethod
-    def of(cls, config: TileConfig) -> "Share":
-        """Takes half of the rows, or of the columns where the tile is only one wgmma high."""
-        wg = lax.axis_index("wg")
-        if config.tile_m > WGMMA_ROWS:
-            rows = config.tile_m // COMPUTE_WARPGROUPS
-            return cls(pl.ds(wg * rows, rows), pl.ds(0, config.tile_n), rows, config.tile_n)
-        cols = config.tile_n // COMPUTE_WARPGROUPS
-        return cls(pl.ds(0, config.tile_m), pl.ds(wg * cols, cols), config.tile_m, cols)
-
-    def slabs(self) -> list[Any]:
-        """Returns row ranges of one wgmma each: accumulators of 64 rows keep the register demand in bounds."""
-        return [pl.ds(self.rows.start + r, WGMMA_ROWS) for r in range(0, self.num_rows, WGMMA_ROWS)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Position of an output tile: its group (0 where there are none) and its block indices along M and N."""
-
-    g: Any
-    mi: Any
-    ni: Any
-    config: TileConfig
-
-    @property
-    def ms(self):
-        return pl.ds(self.mi * self.config.tile_m, self.config.tile_m)
-
-    @property
-    def ns(self):
-        return pl.ds(self.ni * self.config.tile_n, self.config.tile_n)
-
-    def of(self, ref):
-        """Returns this tile of an array [M, N] or [G, M, N]."""
-        return ref.at[self.ms, self.ns] if len(ref.shape) == 2 else ref.at[self.g, self.ms, self.ns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,15 +111,16 @@ def persistent_matmul(
 
     def body(*all_refs):
         refs, (out_ref, *scratch) = list(all_refs[:num_inputs]), all_refs[num_inputs:]
-        *buffers, filled, released, out_smem, addend_barrier = scratch
+        *buffers, filled, released, out_smem, arrived = scratch
         addend_ref = refs.pop() if addend else None
         groups_ref, ids_ref = (refs.pop(), refs.pop()) if ids else (None, None)
         ring = Ring(problem.in_specs, config.stages, buffers, filled, released)
         share = Share.of(config)
-        store = _store(share, ids_ref, addend_ref, out_ref, out_smem, addend_barrier)
+        wg = lax.axis_index("wg")
+        store = Store(config, share, out_ref, out_smem.at[wg], ids_ref, addend_ref, arrived.at[wg])
         compute = _compute(problem, share, refs, ring, store)
         lax.cond(
-            lax.axis_index("wg") < COMPUTE_WARPGROUPS,
+            wg < COMPUTE_WARPGROUPS,
             lambda: _compute_tiles(problem, config, refs, groups_ref, compute),
             lambda: _load_tiles(problem, config, refs, groups_ref, ring),
         )
@@ -209,17 +128,13 @@ def persistent_matmul(
     cluster: dict[str, Any] = (
         {"cluster": (config.cluster,), "cluster_names": ("cluster",)} if config.cluster > 1 else {}
     )
-    dtype = problem.out.dtype
-    cols = config.tile_n if config.tile_m > WGMMA_ROWS else config.tile_n // COMPUTE_WARPGROUPS
-    transforms = swizzled(dtype, min(cols, 128 // jnp.dtype(dtype).itemsize))
     dtypes = [operand.dtype for operand, _ in zip(operands, problem.in_specs, strict=False)]
     return plgpu.kernel(
         body,
         out_type=problem.out,
         scratch_types=[
             *Ring.scratch(problem.in_specs, dtypes, config.stages, COMPUTE_WARPGROUPS),
-            plgpu.SMEM((COMPUTE_WARPGROUPS, WGMMA_ROWS, cols), dtype, transforms=transforms),
-            plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+            *Store.scratch(config, problem.out.dtype),
         ],
         grid=(config.num_sms // config.cluster,),
         grid_names=("sm",),
@@ -272,7 +187,7 @@ def _compute_tiles(problem: Problem, config: TileConfig, refs, groups_ref, compu
     plgpu.wait_smem_to_gmem(0)
 
 
-def _compute(problem: Problem, share: Share, refs, ring: Ring, store: Callable) -> Callable:
+def _compute(problem: Problem, share: Share, refs, ring: Ring, store: Store) -> Callable:
     """Returns (tile, num_steps, count) -> None, which computes and stores this warpgroup's share of one tile."""
 
     def promoted(tile, num_steps, count):
@@ -282,9 +197,8 @@ def _compute(problem: Problem, share: Share, refs, ring: Ring, store: Callable) 
             return accs
 
         zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, share.num_cols), jnp.float32), plgpu.Layout.WGMMA)
-        accs = lax.fori_loop(0, num_steps, step, [zero for _ in share.slabs()])
-        for slab, acc in zip(share.slabs(), accs, strict=True):
-            store(tile, slab, acc)
+        store.begin(tile)
+        store(tile, lax.fori_loop(0, num_steps, step, [zero for _ in share.slabs()]))
 
     def direct(tile, num_steps, count):
         def step(k, acc_ref):
@@ -293,35 +207,12 @@ def _compute(problem: Problem, share: Share, refs, ring: Ring, store: Callable) 
             return acc_ref
 
         def scope(acc_ref):
+            store.begin(tile)
             lax.fori_loop(0, num_steps, step, acc_ref)
             acc = acc_ref[...]
             pl.when(num_steps > 0)(lambda: ring.release(count + num_steps - 1))
-            for i, slab in enumerate(share.slabs()):
-                store(tile, slab, acc[i * WGMMA_ROWS : (i + 1) * WGMMA_ROWS])
+            store(tile, [acc[i : i + WGMMA_ROWS] for i in range(0, share.num_rows, WGMMA_ROWS)])
 
         pl.run_scoped(scope, plgpu.ACC((share.num_rows, share.num_cols), jnp.float32))
 
     return promoted if problem.promoted else direct
-
-
-def _store(share: Share, ids_ref, addend_ref, out_ref, out_smem, addend_barrier) -> Callable:
-    """Returns (tile, slab, acc) -> None, which writes 64 rows of a tile: the addend is added, rows of padding are zero."""
-    wg = lax.axis_index("wg")
-    buffer = out_smem.at[wg]
-
-    def store(tile, slab, acc):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous store must have read `buffer`
-        if addend_ref is not None:
-            source = tile.of(addend_ref).at[slab, share.cols]
-            plgpu.copy_gmem_to_smem(source, buffer, addend_barrier.at[wg])
-            plgpu.barrier_wait(addend_barrier.at[wg])
-            acc = acc + buffer[...].astype(jnp.float32)
-        if ids_ref is not None:
-            first = tile.mi * tile.config.tile_m + slab.start
-            ids = load_global(ids_ref.at[pl.ds(first, WGMMA_ROWS)], plgpu.Layout.WGMMA.reduce(1))
-            acc = jnp.where(lax.broadcast_in_dim(ids, acc.shape, (0,)) >= 0, acc, 0.0)
-        buffer[...] = acc.astype(out_ref.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, tile.of(out_ref).at[slab, share.cols])
-
-    return store

@@ -16,7 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import BLOCK, pad_last2
 from pallas_kernels.compat import swizzled
-from pallas_kernels.matmul import WGMMA_ROWS, Problem, Share, TileConfig, persistent_matmul
+from pallas_kernels.matmul import Problem, persistent_matmul
+from pallas_kernels.tiles import WGMMA_ROWS, Share, TileConfig
 
 E4M3 = jnp.float8_e4m3fn
 

@@ -12,7 +12,8 @@ from pallas_kernels.blocks import ROW_TILE, SQUARE_BLOCK, check_quantized
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.fp8_gemm import fallback, kernel, reference
 from pallas_kernels.fp8_gemm.shapes import tile_config
-from pallas_kernels.matmul import TileConfig, check_accumulate, unsupported
+from pallas_kernels.matmul import check_accumulate, unsupported
+from pallas_kernels.tiles import TileConfig
 
 
 def fp8_gemm(
@@ -48,8 +49,7 @@ def fp8_gemm(
     check_quantized("fp8_gemm", "b", b, b_scale, 2, SQUARE_BLOCK, ROW_TILE)
     check_accumulate("fp8_gemm", accumulate, (a.shape[0], b.shape[0]), out_dtype)
     (m, k), n = a.shape, b.shape[0]
-    recipe = "1d1d" if b_scale.shape[0] == n else "1d2d"
-    config = config or tile_config(m, n, k, recipe)
+    config = config or tile_config(m, n)
     operands = (a, a_scale, b, b_scale, accumulate)
     return dispatch(
         "fp8_gemm",

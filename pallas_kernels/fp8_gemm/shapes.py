@@ -7,8 +7,7 @@ Every configuration listed compiles for H100 with FP8 wgmma, no spill and no ser
 import dataclasses
 from typing import Any
 
-from pallas_kernels.blocks import cdiv
-from pallas_kernels.matmul import TileConfig, tile_columns
+from pallas_kernels.tiles import TileConfig, pair, tile_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _shapes(name: str, n: int, k: int) -> list[GemmShape]:
 SHAPES = tuple(shape for layer in LAYERS for shape in _shapes(*layer))
 
 
-def tile_config(m: int, n: int, k: int, recipe: str = "1d2d") -> TileConfig:
+def tile_config(m: int, n: int) -> TileConfig:
     """Tile configuration for a product of any extents.
 
     With many rows the tiles of a are fetched once per pair of thread blocks: a 128 x 128 tile alone reads 32 KB for
@@ -80,5 +79,4 @@ def tile_config(m: int, n: int, k: int, recipe: str = "1d2d") -> TileConfig:
     tile_n = tile_columns(n)
     if m <= 64:
         return TileConfig(tile_m=64, tile_n=tile_n, stages=6)
-    pair = recipe == "1d2d" and m > 512 and cdiv(n, tile_n) % 2 == 0
-    return TileConfig(tile_m=128, tile_n=tile_n, stages=4, cluster=2 if pair else 1)
+    return TileConfig(tile_m=128, tile_n=tile_n, stages=4, cluster=pair(n, tile_n) if m > 512 else 1)

@@ -8,7 +8,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import BLOCK, pad_last2
 from pallas_kernels.fp8_gemm.kernel import operand_spec, scale_spec, step_1d1d, step_1d2d
-from pallas_kernels.matmul import Problem, TileConfig, persistent_matmul
+from pallas_kernels.matmul import Problem, persistent_matmul
+from pallas_kernels.tiles import TileConfig
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "config"))

@@ -13,7 +13,8 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.fp8_grouped_gemm import fallback, kernel, reference
 from pallas_kernels.fp8_grouped_gemm.shapes import gemm_config, wgrad_config
 from pallas_kernels.groups import PADDING, check_rows, check_sizes
-from pallas_kernels.matmul import TileConfig, check_accumulate, unsupported
+from pallas_kernels.matmul import check_accumulate, unsupported
+from pallas_kernels.tiles import TileConfig
 
 
 def fp8_grouped_gemm(

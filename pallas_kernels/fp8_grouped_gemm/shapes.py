@@ -6,7 +6,7 @@ Every configuration listed compiles for H100 with FP8 wgmma, no spill and no ser
 
 import dataclasses
 
-from pallas_kernels.matmul import TileConfig, tile_columns
+from pallas_kernels.tiles import TileConfig, pair, tile_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,12 @@ SHAPES = (
 
 
 def gemm_config(alignment: int, n: int) -> TileConfig:
-    """Tile configuration of the m-grouped product."""
-    return TileConfig(tile_m=64 if alignment % 128 else 128, tile_n=tile_columns(n), stages=4)
+    """Tile configuration of the m-grouped product. Neighbours along N belong to one group and share the rows."""
+    tile_n = tile_columns(n)
+    return TileConfig(64 if alignment % 128 else 128, tile_n, stages=4, cluster=pair(n, tile_n))
 
 
 def wgrad_config(m: int, n: int) -> TileConfig:
     """Tile configuration of the k-grouped product."""
-    return TileConfig(tile_m=tile_columns(m), tile_n=tile_columns(n), stages=4)
+    tile_n = tile_columns(n)
+    return TileConfig(tile_columns(m), tile_n, stages=4, cluster=pair(n, tile_n))

@@ -2,6 +2,7 @@
 pass ([G, N, K]) and the input gradient ([G, K, N]) as it lies, and the weight gradient reads tokens x channels."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.blocks import pad_last2
 from pallas_kernels.compat import swizzled
 from pallas_kernels.groups import aligned_sizes
-from pallas_kernels.matmul import Problem, TileConfig, persistent_matmul
+from pallas_kernels.matmul import Problem, persistent_matmul
+from pallas_kernels.tiles import TileConfig
 
 TILE_K = 64  # one 128-byte swizzle of 16-bit elements
 
 
-def _spec(shape: tuple[int, int], index_map) -> plgpu.BlockSpec:
-    return plgpu.BlockSpec(
-        shape,
-        index_map,
-        transforms=swizzled(jnp.bfloat16, TILE_K),
-        memory_space=plgpu.SMEM,
-    )
+def _spec(shape: tuple[int, int], index_map, cluster: int = 1) -> plgpu.BlockSpec:
+    """A block of one step, shared by the thread blocks of a cluster where there is one."""
+    shared: dict[str, Any] = {} if cluster == 1 else {"collective_axes": ("cluster",)}
+    transforms = swizzled(jnp.bfloat16, TILE_K)
+    return plgpu.BlockSpec(shape, index_map, transforms=transforms, memory_space=plgpu.SMEM, **shared)
 
 
 def _multiply(acc_ref, a_smem, b_smem):
@@ -53,7 +53,7 @@ def grouped_gemm(a, b, group_ids, *, transpose_b: bool, out_dtype, config: TileC
     b_spec = _spec((tn, TILE_K), lambda k: (0, k)) if transpose_b else _spec((TILE_K, tn), lambda k: (k, 0))
     problem = Problem(
         out=jax.ShapeDtypeStruct((m, padded_n), out_dtype),
-        in_specs=[_spec((tm, TILE_K), lambda k: (0, k)), b_spec],
+        in_specs=[_spec((tm, TILE_K), lambda k: (0, k), config.cluster), b_spec],
         views=views,
         num_steps=k // TILE_K,
         step=step,
@@ -84,7 +84,10 @@ def grouped_wgrad(
 
     problem = Problem(
         out=jax.ShapeDtypeStruct((group_sizes.shape[0], padded_m, padded_n), out_dtype),
-        in_specs=[_spec((TILE_K, tm), lambda k: (k, 0)), _spec((TILE_K, tn), lambda k: (k, 0))],
+        in_specs=[
+            _spec((TILE_K, tm), lambda k: (k, 0), config.cluster),
+            _spec((TILE_K, tn), lambda k: (k, 0)),
+        ],
         views=views,
         num_steps=lambda refs, tile: refs[3][tile.g],
         step=step,

@@ -19,11 +19,11 @@ from pallas_kernels.fp8_grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_gemm_masked, fp8_grouped_wgrad
 from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
-from pallas_kernels.matmul import TileConfig
 from pallas_kernels.quantize import ops as quantize_ops
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.quantize.ops import quantize
 from pallas_kernels.quantize.shapes import QuantizeShape
+from pallas_kernels.tiles import TileConfig
 
 FP8_DIFF_BAND = (6.5e-4, 7.5e-4)  # Gaussian data, fine-grained FP8 against the unquantised product
 BF16_DIFF_BAND = (0.0, 1e-5)

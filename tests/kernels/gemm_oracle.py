@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.blocks import ROW_TILE
-from pallas_kernels.matmul import TileConfig
 from pallas_kernels.quantize.ops import quantize
+from pallas_kernels.tiles import TileConfig
 
 # Two "SMs" and few stages: the interpreter then walks several tiles per SM and wraps around the pipeline's slots.
 SMALL = {"stages": 2, "num_sms": 2}

@@ -56,7 +56,7 @@ def masked_case() -> Case:
     return Case(call, (a, a_scale, b, b_scale, present), check)
 
 
-def wgrad_case(accumulate: bool, m=128, n=N) -> Case:
+def wgrad_case(accumulate: bool, m=128, n=N, **tile) -> Case:
     tokens = 640
     a, a_scale, a64 = quantized(0, (m, tokens))
     b, b_scale, b64 = quantized(1, (n, tokens))
@@ -66,7 +66,7 @@ def wgrad_case(accumulate: bool, m=128, n=N) -> Case:
 
     def call(*operands_and_implementation):
         *operands, implementation = operands_and_implementation
-        return fp8_grouped_wgrad(*operands, implementation, small(stages=3))
+        return fp8_grouped_wgrad(*operands, implementation, small(stages=3, **tile))
 
     def check(out):
         assert_product(out, expected, magnitude, tokens + 4)
@@ -84,13 +84,15 @@ class TestFp8GroupedGemm(OpSuite):
         "masked": masked_case,
         "wgrad": functools.partial(wgrad_case, False),
         "wgrad_accumulate": functools.partial(wgrad_case, True),
+        "cluster": functools.partial(contiguous_case, n=256, k=256, cluster=2),
+        "wgrad_cluster": functools.partial(wgrad_case, True, n=256, cluster=2),
         "ragged": functools.partial(contiguous_case, n=150, k=320, tile_n=64),
         "ragged_wgrad": functools.partial(wgrad_case, True, m=80, n=150),
     }
 
 
 def bf16_case(
-    transpose_b: bool, out_dtype=jnp.float32, alignment=128, rows=512, kernel=True, n=N, k=K
+    transpose_b: bool, out_dtype=jnp.float32, alignment=128, rows=512, kernel=True, n=N, k=K, **tile
 ) -> Case:
     a = normal(0, rows, k).astype(jnp.bfloat16)
     weight = normal(1, GROUPS, n, k).astype(jnp.bfloat16)
@@ -102,7 +104,7 @@ def bf16_case(
 
     def call(a, b, group_ids, implementation):
         return grouped_gemm(
-            a, b, group_ids, transpose_b, out_dtype, alignment, implementation, small(stages=3)
+            a, b, group_ids, transpose_b, out_dtype, alignment, implementation, small(stages=3, **tile)
         )
 
     only = ("reference", "xla", "mosaic") if kernel else ("reference", "xla")
@@ -110,7 +112,7 @@ def bf16_case(
     return Case(call, (a, b, group_ids), check, only)
 
 
-def bf16_wgrad_case(accumulate: bool, out_dtype=jnp.float32, m=128, n=N) -> Case:
+def bf16_wgrad_case(accumulate: bool, out_dtype=jnp.float32, m=128, n=N, **tile) -> Case:
     tokens = 640
     a, b = (normal(seed, tokens, width).astype(jnp.bfloat16) for seed, width in enumerate((m, n)))
     sizes = jnp.asarray(SIZES, jnp.int32)
@@ -122,7 +124,8 @@ def bf16_wgrad_case(accumulate: bool, out_dtype=jnp.float32, m=128, n=N) -> Case
     expected, magnitude = oracle.wgrad(np.asarray(a, np.float64).T, np.asarray(b, np.float64).T, padded, c)
 
     def call(a, b, sizes, c, implementation):
-        return grouped_wgrad(a, b, sizes, c, out_dtype, implementation=implementation, config=small(stages=3))
+        config = small(stages=3, **tile)
+        return grouped_wgrad(a, b, sizes, c, out_dtype, implementation=implementation, config=config)
 
     return Case(call, (a, b, sizes, c), lambda out: assert_product(out, expected, magnitude, tokens + 4))
 
@@ -134,6 +137,9 @@ class TestGroupedGemm(OpSuite):
         "small_alignment": functools.partial(bf16_case, True, alignment=8, rows=320, kernel=False),
         "wgrad_bf16": functools.partial(bf16_wgrad_case, False, jnp.bfloat16),
         "wgrad_accumulate": functools.partial(bf16_wgrad_case, True),
+        "wide_cluster": functools.partial(bf16_case, True, n=512, k=192, tile_n=256, cluster=2),
+        "wide_input_gradient": functools.partial(bf16_case, False, n=256, k=128, tile_n=256),
+        "wgrad_wide_accumulate": functools.partial(bf16_wgrad_case, True, n=256, tile_n=256, store_n=64),
         "ragged": functools.partial(bf16_case, True, n=80, k=200),
         "one_step": functools.partial(bf16_case, True, n=128, k=64),
         "ragged_input_gradient": functools.partial(bf16_case, False, n=80, k=200),

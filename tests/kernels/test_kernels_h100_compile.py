@@ -63,6 +63,7 @@ def test_shipped_configurations_compile_clean(op):
         if op in WGMMA:
             assert kernel.wgmma and all(kind.endswith(WGMMA[op]) for kind in kernel.wgmma), kernel.wgmma
             assert kernel.threads == 384
+            assert kernel.multicast or op == "fp8_gemm"  # its products of few rows have no neighbour
 
 
 def test_power_of_two_scales_compile_clean():
