@@ -132,6 +132,17 @@ CASES = {
         | FP8
         | {"train.remat": "deepseek", MTP: 0}
     ),
+    "fp8, two layers": Case(
+        _mesh(2, node=2, schedule="zero_bubble", stage_layers=(1, 1))
+        | FP8
+        | {
+            "train.remat": "deepseek",
+            "train.grad_accumulation": 2,
+            MTP: 0,
+            "model.num_hidden_layers": 2,
+            "model.first_k_dense_replace": 0,
+        }
+    ),
 }
 
 
