@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.batch import (
@@ -23,25 +24,58 @@ from deepseek_jax.inference.batch import (
 )
 from deepseek_jax.inference.driver import State, advancing, complete, grown, on_one_device
 from deepseek_jax.inference.sampling import keys_at, log_prob, penalised, sample
-from deepseek_jax.model.cache import view_after_padding
+from deepseek_jax.model.cache import Earlier, LatentCache, view_after_padding
 from deepseek_jax.model.decoding import ONE_DEVICE, decode
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Inputs, Layout, single_device
-from deepseek_jax.model.transformer import Aux, forward
+from deepseek_jax.model.transformer import forward
+
+# So many tokens of a prompt go through the model at once. Of a longer one, equal pieces do so, one after the other: beside
+# hidden states and cache, memory then does not grow with the prompt.
+PIECE = 2048
 
 
 def prompt_forward(
     params: Any, cfg: ModelConfig, prompts: Prompts, bias_le: Any, layout: Layout
-) -> tuple[jax.Array, Aux, jax.Array, jax.Array]:
-    """Hidden states, `Aux` with the cache, positions and segments of left-padded prompts.
+) -> tuple[jax.Array, LatentCache, jax.Array, jax.Array]:
+    """Hidden states, latents, positions and segments of left-padded prompts.
 
     A pad is a segment of its own, which no real token sees.
     """
     slot_bt = jnp.arange(prompts.tokens_bt.shape[1])[None] - prompts.pad_b[:, None]
     positions, segments = jnp.maximum(slot_bt, 0), (slot_bt >= 0).astype(jnp.int32)
-    inputs = Inputs(jnp.asarray(prompts.tokens_bt), positions, segments)
-    h, aux = forward(params, cfg, inputs, bias_le, layout, mtp=False, with_cache=True)
-    return h, aux, positions, segments
+    run = functools.partial(forward, params, cfg, balance_bias=bias_le, layout=layout, mtp=False)
+    if (n := _pieces(slot_bt.shape[1], layout.sequence.parts)) > 1:
+        h, cache = _in_pieces(run, cfg, prompts, positions, n)
+        return h, jax.vmap(layout.sequence.cached)(cache), positions, segments
+    h, aux = run(Inputs(jnp.asarray(prompts.tokens_bt), positions, segments), with_cache=True)
+    assert aux.cache is not None
+    return h, aux.cache, positions, segments
+
+
+def _pieces(t: int, parts: int) -> int:
+    """The least number of equal pieces of at most PIECE tokens, each of which divides over `parts` devices."""
+    return next(n for n in range(-(-t // PIECE), t + 1) if t % (n * parts) == 0)
+
+
+def _in_pieces(
+    run: Any, cfg: ModelConfig, prompts: Prompts, positions_bt: jax.Array, n: int
+) -> tuple[jax.Array, LatentCache]:
+    """Hidden states and latents of all sequences [l, b, t, ...]; each of n pieces attends to the latents of those before
+    it, expanded again. A pad has a negative position, from which it sees nothing, and lies behind what tokens see."""
+    b, t = prompts.tokens_bt.shape
+    widths = (cfg.kv_lora_rank, cfg.qk_rope_head_dim)
+    empty = LatentCache(*(jnp.zeros((cfg.num_hidden_layers, b, t, width), cfg.dtype) for width in widths))
+
+    def piece(cache: LatentCache, xs: Any) -> tuple[LatentCache, jax.Array]:
+        slot, tokens, positions = xs
+        earlier = Earlier(cache, slot, jnp.asarray(prompts.pad_b))
+        h, aux = run(Inputs(tokens, positions, earlier=earlier), with_cache=True)
+        return aux.cache, h
+
+    cut = [jnp.moveaxis(jnp.reshape(x, (b, n, t // n)), 1, 0) for x in (prompts.tokens_bt, positions_bt)]
+    cache, h_nbtd = lax.scan(piece, empty, (jnp.arange(n) * (t // n), *cut))
+    return jnp.moveaxis(h_nbtd, 0, 1).reshape(b, -1, h_nbtd.shape[-1]), cache
 
 
 def choose(logits_bv: jax.Array, seen_bv: jax.Array, out: Output, batch: Batch) -> Choice:
@@ -70,11 +104,10 @@ def prefill(
 ) -> State:
     """See `driver.Method`. Where sequences are divided, of the prompts that this device goes on to decode: those of `batch`,
     and of prompts.seen_bv."""
-    h, aux, _, _ = prompt_forward(params, cfg, prompts, bias_le, layout)
-    assert aux.cache is not None
+    h, cache, _, _ = prompt_forward(params, cfg, prompts, bias_le, layout)
     last_bv = logits(params, layout.sequence.last(h))
     out, token_b, seen_bv = _chosen(last_bv, jnp.asarray(prompts.seen_bv), empty_output(batch), batch)
-    return State(out, token_b, aux.cache, seen_bv, jnp.int32(0))
+    return State(out, token_b, cache, seen_bv, jnp.int32(0))
 
 
 def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State, layout: Layout) -> State:

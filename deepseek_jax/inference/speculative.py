@@ -94,7 +94,7 @@ def verify(
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _prefill(params: Any, cfg: ModelConfig, prompts: Prompts, batch: Batch, bias_le: Any) -> State:
     layout = single_device()
-    h_btd, aux, positions, segments = prompt_forward(params, cfg, prompts, bias_le, layout)
+    h_btd, cache, positions, segments = prompt_forward(params, cfg, prompts, bias_le, layout)
     out = empty_output(batch)
     choice = choose(logits(params, h_btd[:, -1]), jnp.asarray(prompts.seen_bv), out, batch)
     following = jnp.concatenate([jnp.asarray(prompts.tokens_bt)[:, 1:], choice.token_bk], axis=1)
@@ -104,8 +104,7 @@ def _prefill(params: Any, cfg: ModelConfig, prompts: Prompts, batch: Batch, bias
     _, out_btd, _, latent = mtp_module(p, cfg, h_btd, embed(params["embed"], cfg, following), bias_e, ctx)
     draft = Draft(logits(params, out_btd[:, -1]), Apart((latent,)), jnp.int32(0), jnp.int32(0))
     token_b, zero = choice.token_bk[:, 0], jnp.int32(0)
-    assert aux.cache is not None
-    return State(emit(out, batch, choice, jnp.ones_like(token_b)), token_b, aux.cache, draft, zero)
+    return State(emit(out, batch, choice, jnp.ones_like(token_b)), token_b, cache, draft, zero)
 
 
 def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State) -> State:

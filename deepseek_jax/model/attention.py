@@ -43,8 +43,11 @@ def core_output(qkv: CoreInputs, segments_bt: jax.Array | None, wo_hvd: Any) -> 
     return _core_output(qkv, segments_bt, product(wo_hvd, n_in=2))
 
 
-def core_output_forward(qkv: CoreInputs, segments_bt: jax.Array | None, wo: Any) -> tuple[jax.Array, Kept]:
-    o, lse = mla_attention(*qkv, segments_bt)
+def core_output_forward(
+    qkv: CoreInputs, segments_bt: jax.Array | None, wo: Any, q_offset: jax.Array | None = None
+) -> tuple[jax.Array, Kept]:
+    """q_offset: see `mla_attention`."""
+    o, lse = mla_attention(*qkv, segments_bt, q_offset)
     o_bthv = jnp.swapaxes(o, 1, 2)
     y = wo.fprop(wo.operand(o_bthv), o.dtype)
     kept = Kept(wo.packed_output(o_bthv), lse, wo.kept_for_backward())

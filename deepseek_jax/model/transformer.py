@@ -47,7 +47,8 @@ def context(cfg: ModelConfig, inputs: Inputs, layout: Layout, with_cache: bool =
     if positions is None:
         positions = jnp.arange(inputs.tokens_bt.shape[1])[None]
     counted_bt = None if inputs.counted_bt is None else layout.sequence.own(inputs.counted_bt)
-    return Context(rope_table(cfg, positions), layout, inputs.segments_bt, with_cache, counted_bt)
+    rope = rope_table(cfg, positions)
+    return Context(rope, layout, inputs.segments_bt, with_cache, counted_bt, inputs.earlier)
 
 
 def embedded(params: Params, cfg: ModelConfig, inputs: Inputs, ctx: Context) -> jax.Array:
@@ -85,12 +86,20 @@ def layers(
         if stop - start < end - first:
             p = jax.tree.map(lambda w, start=start, stop=stop: w[start:stop], p)
         run = ctx.layout.moe_stack or stack if moe else stack
-        x_btd, stats, cache = run(p, cfg, x_btd, bias_le, ctx)
+        x_btd, stats, cache = run(p, cfg, x_btd, bias_le, _of_layers(ctx, first + start, first + stop))
         caches.append(cache)
         if moe:
             all_stats.append(stats)
     cache = jax.tree.map(lambda *x: jnp.concatenate(x), *caches) if ctx.with_cache else None
     return x_btd, Through(all_stats[-1], cache)
+
+
+def _of_layers(ctx: Context, start: int, stop: int) -> Context:
+    """The context with what those layers have of earlier tokens."""
+    if (earlier := ctx.earlier) is None:
+        return ctx
+    cache = jax.tree.map(lambda x: x[start:stop], earlier.cache)
+    return ctx._replace(earlier=earlier._replace(cache=cache))
 
 
 def final_norm(params: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
@@ -126,8 +135,9 @@ def forward(
     """Hidden states after the final norm [b, t, d] in the compute dtype, and `Aux`.
 
     balance_bias: float32 [layer, expert], or None for zeros. Where the layout's sequences are divided
-    (`parallel/tensor.py`), `inputs` are those of whole sequences, all results those of this device's tokens. Raises
-    ValueError for the layout of another mesh, and a bias of another shape.
+    (`parallel/tensor.py`), `inputs` are those of whole sequences, all results those of this device's tokens; but with
+    earlier tokens, the cache is theirs and the inputs', of all sequences. Raises ValueError for the layout of another
+    mesh, and a bias of another shape.
     """
     if balance_bias is not None and jnp.shape(balance_bias) != cfg.balance_bias_shape:
         raise ValueError(

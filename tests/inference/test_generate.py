@@ -19,6 +19,7 @@ from deepseek_jax.model.modules import DeepSeekV3
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import forward, model_params
 from tests.oracle.tiny import V2, V3, weights
+from tests.parallel.comparison import BOUND, difference
 
 RNG = np.random.default_rng(11)
 PROMPTS = [RNG.integers(0, V3.vocab_size, n).tolist() for n in (5, 1, 12)]
@@ -128,6 +129,28 @@ def test_cache_holds_latents_and_nothing_per_head():
     cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux.cache)
     assert cache.c_bsc.shape == (3, 2, 5, V3.kv_lora_rank) and cache.c_bsc.dtype == V3.dtype
     assert sum(x.size for x in jax.tree.leaves(cache)) == 3 * 2 * 5 * (V3.kv_lora_rank + V3.qk_rope_head_dim)
+
+
+def test_a_prompt_in_pieces_is_the_prompt_whole(monkeypatch):
+    """Of rows that begin behind whole pieces of padding, too: states and latents of their tokens."""
+    cfg, params, bias, _ = case("v3")
+    rows = [RNG.integers(0, cfg.vocab_size, n).tolist() for n in (SMALLEST, 33, 7)]
+    prompts = pad_prompts(rows, cfg.vocab_size)
+    real = np.arange(SMALLEST)[None] >= prompts.pad_b[:, None]
+
+    def run(piece):
+        monkeypatch.setattr(plain_file, "PIECE", piece)
+        program = jax.jit(lambda p: plain_file.prompt_forward(params, cfg, p, bias, single_device())[:2])
+        h, cache = program(prompts)
+        return np.asarray(h)[real], *(np.asarray(x)[:, real] for x in cache)
+
+    for got, want in zip(run(16), run(SMALLEST), strict=True):
+        assert difference(got, want) < BOUND
+
+
+def test_a_long_prompt_has_the_fewest_pieces():
+    assert [plain_file._pieces(t, 1) for t in (64, 2048, 3072, 4096, 6144)] == [1, 1, 2, 2, 3]
+    assert plain_file._pieces(2304, 4) == 2 and plain_file._pieces(2052, 4) == 3
 
 
 def test_what_changes_from_call_to_call_compiles_nothing():

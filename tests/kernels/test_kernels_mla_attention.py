@@ -94,9 +94,8 @@ class TestMlaAttention(OpSuite):
         "one_block": functools.partial(training_case, jnp.float32, 70),
         "one_block_segments_bf16": functools.partial(training_case, jnp.bfloat16, 150, packed),
         "blocks": functools.partial(training_case, jnp.float32, LONG),
-        "blocks_bf16": functools.partial(training_case, jnp.bfloat16, BLOCK + 1),
         "blocks_segments": functools.partial(training_case, jnp.float32, LONG, packed),
-        "blocks_interleaved_bf16": functools.partial(training_case, jnp.bfloat16, LONG, interleaved),
+        "blocks_interleaved_bf16": functools.partial(training_case, jnp.bfloat16, BLOCK + 1, interleaved),
         "at_offset": functools.partial(offset_case, jnp.float32, 40, BLOCK + 200, BLOCK + 160),
         # The first queries of the second sequence see nothing: 0 and +inf.
         "offset_of_each_bf16": functools.partial(offset_case, jnp.bfloat16, 70, BLOCK + 200, [400, -9]),
