@@ -22,7 +22,7 @@ ALIGNMENT = BLOCK
 class Rows(NamedTuple):
     """Sorted rows of a routing. Pairs of absent experts (id outside [0, e)) have none."""
 
-    token_m: jax.Array  # int32: token of each row, 0 for padding
+    token_m: jax.Array  # int32: token of each row, n for padding
     gain_m: jax.Array  # float32: routing weight of each row, 0 for padding
     group_m: jax.Array  # int32: expert of each row, -1 for padding
     row_nk: jax.Array  # int32: row of each pair; m for an absent one
@@ -31,11 +31,6 @@ class Rows(NamedTuple):
     @property
     def groups(self) -> Groups:
         return Groups(self.group_m, self.sizes_e)
-
-    @property
-    def real_m1(self) -> jax.Array:
-        """Which rows are not padding [m, 1]."""
-        return self.group_m[:, None] >= 0
 
 
 def num_rows(pairs: int, n_experts: int, alignment: int = ALIGNMENT) -> int:
@@ -65,7 +60,7 @@ def sort_rows(
     row = jnp.arange(n * k, dtype=jnp.int32) + padding_before_e[flat[pair]]
     row = jnp.where(flat[pair] < n_experts, row, m)
     row_nk = jnp.zeros_like(row).at[pair].set(row).reshape(n, k)
-    token_m = jnp.zeros((m,), jnp.int32).at[row].set(pair // k, mode="drop")
+    token_m = jnp.full((m,), n, jnp.int32).at[row].set(pair // k, mode="drop")
     gain_m = jnp.zeros((m,), weights_nk.dtype).at[row].set(weights_nk.reshape(-1)[pair], mode="drop")
     return Rows(token_m, gain_m, row_groups(sizes_e, m, alignment), row_nk, sizes_e)
 

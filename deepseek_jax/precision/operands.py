@@ -174,12 +174,21 @@ def row_scales(x: Operand) -> jax.Array:
     )
 
 
-def take_rows(x: Operand, index_m: jax.Array, real_m1: jax.Array) -> Operand:
-    """Copies of rows of x, each with a scale of its own; zeros where `real_m1` is False."""
-    q = jnp.where(real_m1, x.q[index_m], jnp.zeros((), x.q.dtype))
+def copies(x: jax.Array, index_m: jax.Array) -> jax.Array:
+    """Copies of rows of x; zeros for an index behind the last.
+
+    One gather that knows what lies behind: beside `where`, XLA for GPUs keeps zeros of the size of the result in memory
+    and reads them, too.
+    """
+    return x.at[index_m].get(mode="fill", fill_value=0)
+
+
+def take_rows(x: Operand, index_m: jax.Array) -> Operand:
+    """Copies of rows of x, each with a scale of its own; zeros for an index behind the last."""
     if x.format.rows is None:
-        return x.replace(q=q)  # type: ignore[attr-defined]
-    return Operand(q, row_scales(x)[index_m], dataclasses.replace(x.format, rows=1))
+        return x.replace(q=copies(x.q, index_m))  # type: ignore[attr-defined]
+    scale = copies(row_scales(x), index_m)
+    return Operand(copies(x.q, index_m), scale, dataclasses.replace(x.format, rows=1))
 
 
 # --- products ---------------------------------------------------------------------------------------------

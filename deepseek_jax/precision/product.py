@@ -27,6 +27,7 @@ from deepseek_jax.precision.operands import (
     Format,
     Operand,
     along_rows,
+    copies,
     dequantise,
     keep,
     multiply,
@@ -101,9 +102,9 @@ class Plain:
         act = swiglu(*sides(gate_up))
         return act if gain_m is None else act * gain_m[:, None].astype(act.dtype)
 
-    def take(self, a: jax.Array, index_m: jax.Array, real_m1: jax.Array) -> jax.Array:
-        """Copies of rows of a left operand; zeros where `real_m1` is False."""
-        return jnp.where(real_m1, a[index_m], 0)
+    def take(self, a: jax.Array, index_m: jax.Array) -> jax.Array:
+        """Copies of rows of a left operand; zeros for an index behind the last."""
+        return copies(a, index_m)
 
     def kept(self, a: jax.Array) -> jax.Array:
         """A left operand as the forward pass keeps it for `wgrad`."""
@@ -233,8 +234,8 @@ class Quantised:
         act = swiglu(gate.astype(jnp.float32), up.astype(jnp.float32))
         return quantise(act if gain_m is None else act * gain_m[:, None], fmt)
 
-    def take(self, a: Operand, index_m: jax.Array, real_m1: jax.Array) -> Operand:
-        return take_rows(a, index_m, real_m1)
+    def take(self, a: Operand, index_m: jax.Array) -> Operand:
+        return take_rows(a, index_m)
 
     def kept(self, a: Operand) -> Operand:
         return keep(a)

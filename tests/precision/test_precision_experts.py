@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.model import experts
 from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.rows import num_rows
 from deepseek_jax.parallel.exchange.wire import decode, encode
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.product import Plain, Quantised, quantise_weight
@@ -146,3 +148,29 @@ def test_tokens_travel_in_a_format_that_the_experts_of_each_preset_can_read():
     for policy in filter(None, PRESETS.values()):
         tiles = policy.expert_input.fine and policy.expert_input.rows == 1
         assert policy.dispatch == ("fp8_ue8m0" if tiles else "bf16"), policy.name
+
+
+@pytest.mark.parametrize("name", ["bf16", "deepseek_fp8"])
+def test_rows_are_kept_where_they_are_hardly_more_than_the_tokens(name, monkeypatch):
+    """The backward pass reads the rows of the forward pass or makes them again of the tokens: bit for bit the same."""
+    n, d, f, e = 1024, 256, 128, 2
+    policy, rng = PRESETS[name], np.random.default_rng(4)
+    x, dy = (jnp.asarray(rng.standard_normal((n, d)), jnp.float32) for _ in "xy")
+    ids = jnp.asarray(rng.integers(-1, e, (n, 1)), jnp.int32)
+    w = {
+        key: jnp.asarray(rng.standard_normal((e, *shape)) / 10, jnp.float32)
+        for key, shape in (("w_gate_edf", (d, f)), ("w_up_edf", (d, f)), ("w_down_efd", (f, d)))
+    }
+    p = {k: Quantised(v, *quantise_weight(v, policy), policy) for k, v in w.items()} if policy else w
+
+    def kept_and_gradients():
+        y, vjp = jax.vjp(lambda x, p: routed_experts(p, x, ids, jnp.ones((n, 1))), x, p)
+        return {len(leaf) for leaf in jax.tree.leaves(vjp) if leaf.shape[1:] == (d,)}, vjp(dy)
+
+    rows = num_rows(n, e)
+    kept, gradients = kept_and_gradients()
+    assert rows in kept and n not in kept
+    monkeypatch.setattr(experts, "_keeps_rows", lambda rows: False)
+    kept, again = kept_and_gradients()
+    assert n in kept and rows not in kept
+    jax.tree.map(np.testing.assert_array_equal, gradients, again)

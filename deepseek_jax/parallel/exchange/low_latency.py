@@ -79,9 +79,8 @@ class LowLatency(OverMesh):
         (axis,), n = FLAT, len(experts_nk)
         devices = lax.axis_size(axis)
         rows = sort_rows(experts_nk, jnp.zeros(experts_nk.shape), n_local * devices, alignment=1)
-        token_s = jnp.where(rows.group_m < 0, n, rows.token_m)
         chunks = make_chunks(lax.all_gather(rows.sizes_e, axis), axis, stride=n * devices)
-        hop = Hop(token_s, rows.row_nk, chunks, axis, n, self.implementation)
+        hop = Hop(rows.token_m, rows.row_nk, chunks, axis, n, self.implementation)
         return FewPlan(Plan((hop,), self.wire), chunks.recv_size.reshape(-1, n_local).sum(0))
 
     def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: FewPlan) -> Received:
