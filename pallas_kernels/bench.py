@@ -4,40 +4,72 @@
     python -m pallas_kernels.bench --op=fp8_gemm --out=DIR
 
 With a Hopper GPU: correctness, TFLOPS, GB/s, the share of the roofline, and the ratio to cuBLAS BF16 (for `quantize`:
-to XLA's fusions) and to torch's scaled product, both in the same run. Without one: what the compiler says about each
-kernel for an H100, and the roofline bound of each shape. Writes DIR/bench.md and DIR/bench.json.
+to XLA's fusions) and to torch's scaled product, both in the same run, with what ptxas said. What no GPU has run comes
+first, then what is slowest; after --seconds no shape is started, and the report says what is left. Without a GPU: what the
+compiler says about each kernel for an H100, and the roofline bound of each shape.
+
+With --all, the model that uses the kernels, where it is there, trains and decodes at the same time (`python -m
+experiments.bench gpu`). Writes DIR/bench.md and DIR/bench.json after each shape.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to the torch peer
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # several processes share the device, torch is one
 
 import jax
 
 from pallas_kernels.compat import why_not_hopper
-from pallas_kernels.testing.aot import CaseReport, KernelReport, compile_for_h100, why_unavailable
-from pallas_kernels.testing.measure import Measurement, measure
+from pallas_kernels.testing.aot import (
+    ROOT,
+    CaseReport,
+    KernelReport,
+    compile_for_h100,
+    merged,
+    why_unavailable,
+)
+from pallas_kernels.testing.day import GRACE_S, Day, digest, in_order, item, last_figures
+from pallas_kernels.testing.gpu_lock import GPU_LOCK, LOCK
 from pallas_kernels.testing.workloads import Workload, workloads
 
-MEASURED: dict[str, Callable[[Measurement], str]] = {
-    "shape": lambda m: m.name,
-    "correct": lambda m: "yes" if m.correct else "NO",
-    "diff": lambda m: f"{m.diff:.2e}",
-    "us": lambda m: f"{m.seconds * 1e6:.1f}",
-    "TFLOPS": lambda m: f"{m.tflops:.0f}",
-    "GB/s": lambda m: f"{m.gb_s:.0f}",
-    "of bound": lambda m: f"{m.bound_share:.0%}",
-    "x peer": lambda m: f"{m.peer_ratio:.2f}",
-    "x torch": lambda m: "-" if m.torch_ratio is None else f"{m.torch_ratio:.2f}",
-    "DeepGEMM H800": lambda m: "-" if m.published_tflops is None else f"{m.published_tflops:.0f}",
+SECONDS = 440.0
+MOST_ROWS, MOST_MODEL_LINES = 100, 40  # of what is printed at the end; the files have all
+MODEL = ("experiments", [sys.executable, "-m", "experiments.bench", "gpu"])  # package, command
+
+Record = dict[str, Any]
+
+
+def _or_dash(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+MEASURED: dict[str, Callable[[Record], str]] = {
+    "op": lambda r: r["op"],
+    "shape": lambda r: r["name"],
+    "correct": lambda r: "yes" if r["correct"] else "NO",
+    "diff": lambda r: f"{r['diff']:.2e}",
+    "us": lambda r: f"{r['seconds'] * 1e6:.1f}",
+    "TFLOPS": lambda r: f"{r['tflops']:.0f}",
+    "GB/s": lambda r: f"{r['gb_s']:.0f}",
+    "of bound": lambda r: f"{r['bound_share']:.0%}",
+    "x peer": lambda r: f"{r['peer_ratio']:.2f}",
+    "x torch": lambda r: _or_dash(r["torch_ratio"], ".2f"),
+    "published": lambda r: _or_dash(r["published_tflops"], ".0f"),
+    "registers": lambda r: _or_dash((r.get("kernel") or {}).get("registers"), ""),
+    "spill B": lambda r: _or_dash((r.get("kernel") or {}).get("spill_bytes"), ""),
 }
 COMPILED: dict[str, Callable[[KernelReport], Any]] = {
     "registers": lambda k: k.registers,
@@ -54,12 +86,12 @@ BOUND: dict[str, Callable[[Workload], str]] = {
 
 
 def compiled_row(w: Workload, report: CaseReport | None) -> list[str]:
-    if report is None or report.error is not None:
+    kernel = None if report is None else merged(report.kernels)
+    if report is None or report.error is not None or kernel is None:
         found = ["-" if report is None else "failed"] * len(COMPILED)
     else:
-        [kernel] = report.kernels
         found = [str(column(kernel)) for column in COMPILED.values()]
-    return [w.name, *found, *(column(w) for column in BOUND.values())]
+    return [w.op, w.name, *found, *(column(w) for column in BOUND.values())]
 
 
 def table(columns: Sequence[str], rows: list[list[str]]) -> str:
@@ -79,73 +111,154 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def run_measured(selected: dict[str, list[Workload]]) -> tuple[list[str], list[dict]]:
-    sections, records = [], []
-    for op, shapes in selected.items():
-        rows = []
-        for workload in shapes:
-            measurement = measure(workload, "mosaic", torch_peer=True)
-            rows.append([column(measurement) for column in MEASURED.values()])
-            records.append(dataclasses.asdict(measurement))
-            print(f"{op}: " + " ".join(rows[-1]), flush=True)
-        sections.append(f"## {op}\n\n{table([*MEASURED], rows)}")
-    return sections, records
+@dataclasses.dataclass
+class Report:
+    """What is known so far; `write` puts it into the folder, if there is one."""
+
+    header: str
+    columns: list[str]
+    order: dict[tuple[str, str], int]  # of the rows: (op, shape)
+    out: pathlib.Path | None
+    rows: list[list[str]] = dataclasses.field(default_factory=list)  # each begins with op and shape
+    records: list[Record] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    model: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, row: list[str] | None, record: Record) -> None:
+        if row is not None:
+            self.rows.append(row)
+            self.rows.sort(key=lambda row: self.order[row[0], row[1]])
+        self.records.append(record)
+        if "error" in record and record["error"] not in (None, why_unavailable()):
+            self.notes.append(f"{record['op']} {record['name']}: {record['error']}")
+        self.write()
+
+    def text(self, most_rows: int | None = None, most_model: int | None = None) -> str:
+        parts = [f"# Kernel benchmark: {self.header}", "\n".join(n[:300] for n in self.notes)]
+        if self.rows:
+            parts.append(table(self.columns, self.rows[:most_rows]))
+        if most_rows is not None and len(self.rows) > most_rows:
+            parts.append(f"{len(self.rows) - most_rows} further rows are in bench.md")
+        if self.model:
+            parts += ["## The model", "\n".join(self.model[:most_model])]
+        return "\n\n".join(filter(None, parts))
+
+    def write(self) -> None:
+        if self.out is None:
+            return
+        sources = {op: digest(op) for op in sorted({r["op"] for r in self.records})}
+        found = {"header": self.header, "sources": sources, "results": self.records}
+        for name, text in (("bench.md", self.text() + "\n"), ("bench.json", json.dumps(found, indent=1))):
+            (self.out / f"{name}.new").write_text(text)
+            (self.out / f"{name}.new").replace(self.out / name)
 
 
-def run_compiled(selected: dict[str, list[Workload]]) -> tuple[list[str], list[dict]]:
+def run_measured(shapes: list[Workload], report: Report, until: float, log: pathlib.Path) -> None:
+    def record(found: Record) -> None:
+        row = None if "error" in found else [column(found) for column in MEASURED.values()]
+        report.add(row, found)
+        print(" ".join(row or [found["op"], found["name"], found["error"]]), flush=True)
+
+    day = Day(map(item, in_order(shapes, last_figures())), until, record, log)
+    day.run()
+    if day.left:
+        names = ", ".join(f"{i['op']} {i['name']}" for i in day.left)
+        report.notes.append(f"time is up, {len(day.left)} shapes are left: {names}")
+
+
+def run_compiled(shapes: list[Workload], report: Report, until: float) -> None:
     reason = why_unavailable()
-    sections, records = [], []
     if reason is not None:
-        sections.append(f"No compilation for H100: {reason}. Only the roofline bounds follow.")
-    for op, shapes in selected.items():
-        reports = [None] * len(shapes) if reason else compile_for_h100(shapes)
-        rows = [compiled_row(w, r) for w, r in zip(shapes, reports, strict=True)]
-        errors = [f"{row[0]}: {r.error}" for row, r in zip(rows, reports, strict=True) if r and r.error]
-        columns = ["shape", *COMPILED, *BOUND]
-        sections.append("\n\n".join([f"## {op}", table(columns, rows), *errors]))
-        for workload, report in zip(shapes, reports, strict=True):
-            kernels = [] if report is None else [dataclasses.asdict(k) for k in report.kernels]
-            error = reason if report is None else report.error
-            record = {"op": op, "name": workload.name, "kernels": kernels, "error": error}
-            records.append(record | {"bound_seconds": workload.bound_seconds})
-    return sections, records
+        report.notes.append(f"No compilation for H100: {reason}. Only the roofline bounds follow.")
+    for op in dict.fromkeys(w.op for w in shapes):
+        of_op = [w for w in shapes if w.op == op]
+        if time.monotonic() >= until:
+            report.notes.append(f"time is up, {op} is left")
+            continue
+        for w, found in zip(of_op, [None] * len(of_op) if reason else compile_for_h100(of_op), strict=True):
+            kernels = [] if found is None else [dataclasses.asdict(k) for k in found.kernels]
+            record = {"op": op, "name": w.name, "kernels": kernels, "bound_seconds": w.bound_seconds}
+            report.add(compiled_row(w, found), record | {"error": reason if found is None else found.error})
 
 
-def main(argv: list[str] | None = None) -> int:
-    everything = workloads()
+class Model:
+    """The process in which the model trains and decodes, with whatever processes it starts; its lines go to a file."""
+
+    def __init__(self, out: pathlib.Path, until: float):
+        seconds = max(1.0, until - time.monotonic())
+        self._path = out / "model.md"
+        with open(self._path, "w") as lines, open(out / "model.log", "w") as errors:
+            command = [*MODEL[1], f"--seconds={seconds:.0f}"]
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {GPU_LOCK: str(out / LOCK)},
+                stdout=lines,
+                stderr=errors,
+                start_new_session=True,
+            )
+        self._until = until + GRACE_S
+
+    def wait(self) -> list[str]:
+        """Its lines, when it is done or the time is up; the last says how it ended."""
+        try:
+            status = self._process.wait(max(0.0, self._until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            status = self._process.wait()
+        lines = self._path.read_text().splitlines()
+        return lines if status == 0 else [*lines, f"ended with status {status}; see model.log"]
+
+
+def _arguments(argv: Sequence[str] | None, everything: dict[str, list[Workload]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--op", choices=everything, help="one op")
-    which.add_argument("--all", action="store_true", help="every op")
+    which.add_argument("--all", action="store_true", help="every op, and the model")
     parser.add_argument("--shape", help="only shapes whose name contains this")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="from which on nothing is started")
     parser.add_argument("--out", type=pathlib.Path, help="folder for bench.md and bench.json")
     arguments = parser.parse_args(argv)
-    selected = {op: w for op, w in everything.items() if arguments.all or op == arguments.op}
-    if arguments.shape:
-        selected = {op: [w for w in ws if arguments.shape in w.name] for op, ws in selected.items()}
-    if not any(selected.values()):
-        parser.error(f"no shape of {', '.join(selected)} contains {arguments.shape!r}")
+    arguments.shapes = [
+        w
+        for op, ws in everything.items()
+        for w in ws
+        if (arguments.all or op == arguments.op) and (arguments.shape or "") in w.name
+    ]
+    if not arguments.shapes:
+        parser.error(f"no shape of {arguments.op or 'all ops'} contains {arguments.shape!r}")
+    return arguments
 
+
+def main(argv: list[str] | None = None) -> int:
+    until = time.monotonic()
+    arguments = _arguments(argv, workloads())
+    until += arguments.seconds
+    shapes, out = arguments.shapes, arguments.out
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
     on_gpu = jax.default_backend() == "gpu" and why_not_hopper() is None
     device = jax.devices()[0].device_kind if on_gpu else "no Hopper GPU; compiled for H100"
-    header = f"{device}, jax {jax.__version__}, commit {commit()}"
-    sections, records = (run_measured if on_gpu else run_compiled)(
-        {op: ws for op, ws in selected.items() if ws}
+    columns = [*MEASURED] if on_gpu else ["op", "shape", *COMPILED, *BOUND]
+    report = Report(
+        header=f"{device}, jax {jax.__version__}, commit {commit()}",
+        columns=columns,
+        order={(w.op, w.name): i for i, w in enumerate(shapes)},
+        out=out,
     )
-    text = "\n\n".join([f"# Kernel benchmark: {header}", *sections])
-    print(text)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "bench.md").write_text(text + "\n")
-        (arguments.out / "bench.json").write_text(
-            json.dumps({"header": header, "results": records}, indent=1)
-        )
-    failed = [
-        r for r in records if (not r["correct"] if on_gpu else r["error"] and r["error"] != why_unavailable())
-    ]
-    return 1 if failed else 0
+    with_model = arguments.all and out and importlib.util.find_spec(MODEL[0]) is not None
+    model = Model(out, until) if with_model else None
+    if on_gpu:
+        run_measured(shapes, report, until, out or pathlib.Path(tempfile.mkdtemp()))
+    else:
+        run_compiled(shapes, report, until)
+    report.model = model.wait() if model else []
+    report.write()
+    print(report.text(MOST_ROWS, MOST_MODEL_LINES))
+    fine = (None, why_unavailable())
+    return 0 if all(r.get("correct", True) and r.get("error") in fine for r in report.records) else 1
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 TARGET = pathlib.Path(__file__).with_name("h100.txtpb")
 ROOT = pathlib.Path(__file__).parents[2]
+DUMP_TO = "MOSAIC_GPU_DUMP_TO"  # names Mosaic GPU's folder; read once per process
 START_S, CASE_S = 60, 60  # time allowed to the subprocess, and to each case on a slow machine
 REGISTERS_PER_SM = 65536
 SHARED_BYTES_PER_SM = 233472
@@ -69,6 +70,27 @@ class CaseReport:
     error: str | None
 
 
+def merged(kernels: Sequence[KernelReport]) -> KernelReport | None:
+    """Returns the worst of what is said about an op's kernels, or None of none."""
+    if not kernels:
+        return None
+    worst = {
+        field: max(getattr(k, field) for k in kernels) for field in ("registers", "spill_bytes", "threads")
+    }
+    return KernelReport(
+        **worst,
+        serialised=any(k.serialised for k in kernels),
+        shared_bytes=max(k.shared_bytes for k in kernels),
+        wgmma=tuple(sorted({kind for k in kernels for kind in k.wgmma})),
+        tma=any(k.tma for k in kernels),
+    )
+
+
+def mosaic_dump(folder: str) -> dict[str, str]:
+    """Returns the environment in which a process leaves in `folder` what `read_dump` reads."""
+    return {DUMP_TO: folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+
+
 def why_unavailable() -> str | None:
     """Says why this machine cannot compile for H100, or None if it can."""
     plugins = [f"jax_plugins.{name}" for name in ("xla_cuda13", "xla_cuda12")]
@@ -93,13 +115,8 @@ def compile_for_h100(workloads: Sequence["Workload"]) -> list[CaseReport]:
       RuntimeError: the subprocess itself died or ran over its time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-            "MOSAIC_GPU_DUMP_TO": folder,
-            "MOSAIC_GPU_DUMP_PTX": "1",
-            "MOSAIC_GPU_DUMP_PTXAS": "1",
-        }
+        here = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+        environment = os.environ | here | mosaic_dump(folder)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         cases = [(w.op, dataclasses.asdict(w.shape), w.options) for w in workloads]
         command = [sys.executable, "-m", "pallas_kernels.testing.aot", json.dumps(cases)]
@@ -153,7 +170,7 @@ def _compile_all(cases: list[tuple[str, dict, dict]]) -> None:
     )
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("device",))
     replicated = NamedSharding(mesh, PartitionSpec())
-    folder = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    folder = pathlib.Path(os.environ[DUMP_TO])
     seen: set[str] = set()
     for op, shape, options in cases:
         error = None

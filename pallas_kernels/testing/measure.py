@@ -1,12 +1,13 @@
 """Measures correctness and speed of a workload on the present device, next to a peer in the same process."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.testing.metrics import calc_diff_on_device
-from pallas_kernels.testing.timing import input_sets, median_seconds
+from pallas_kernels.testing.timing import each, input_sets, median_seconds, num_sets, seconds_per_call
 from pallas_kernels.testing.workloads import Workload
 
 # Share of float8 bytes that may differ: quotients on a rounding boundary, see quantize/kernel.py.
@@ -31,11 +32,32 @@ class Measurement:
     published_tflops: float | None
 
 
-def check(workload: Workload, implementation: str) -> tuple[float, bool]:
-    """Returns (diff, whether it lies in its band) on fresh inputs."""
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The op compiled: `once` for one set of operands, `each` for a list of `sets` of them."""
+
+    once: Callable
+    each: Callable
+    sets: int
+
+
+def compile_op(workload: Workload, implementation: str) -> Programs:
+    """Compiles what `measure` runs of `implementation`; needs no operands, and of a GPU only its presence."""
+    shapes = jax.eval_shape(lambda: workload.operands(*workload.make(0)))
+
+    def run(*operands):
+        return workload.run(*operands, implementation)
+
+    sets = num_sets(shapes)
+    return Programs(jax.jit(run).lower(*shapes).compile(), each(run).lower([shapes] * sets).compile(), sets)
+
+
+def check(workload: Workload, implementation: str, once: Callable | None = None) -> tuple[float, bool]:
+    """Returns (diff, whether it lies in its band) on fresh inputs. `once`: the op, where it is compiled already."""
     sources = workload.make(0)
     operands = jax.jit(workload.operands)(*sources)
-    out = jax.jit(lambda *xs: workload.run(*xs, implementation))(*operands)
+    once = once or jax.jit(lambda *xs: workload.run(*xs, implementation))
+    out = once(*operands)
     if workload.exact is not None:
         diff = float(calc_diff_on_device(out, jax.jit(workload.exact)(*sources)))
         low, high = workload.band
@@ -46,11 +68,15 @@ def check(workload: Workload, implementation: str) -> tuple[float, bool]:
     return diff, diff <= MAX_MISMATCHES and scales_agree
 
 
-def measure(workload: Workload, implementation: str, torch_peer: bool, **timing) -> Measurement:
-    """Checks and times `workload`; `timing` goes to `median_seconds`."""
-    diff, correct = check(workload, implementation)
-    sets = input_sets(lambda seed: jax.jit(workload.operands)(*workload.make(seed)))
-    seconds = median_seconds(lambda *xs: workload.run(*xs, implementation), sets, **timing)
+def measure(
+    workload: Workload, implementation: str, torch_peer: bool, programs: Programs | None = None, **timing
+) -> Measurement:
+    """Checks and times `workload`; `programs`: of `compile_op`, if made before; `timing` goes to `median_seconds`."""
+    programs = programs or compile_op(workload, implementation)
+    diff, correct = check(workload, implementation, programs.once)
+    operands = jax.jit(workload.operands)
+    sets = [operands(*workload.make(seed)) for seed in range(programs.sets)]
+    seconds = seconds_per_call(programs.each, sets, **timing)
     del sets
     peer_sets = input_sets(workload.make)
     peer_seconds = median_seconds(workload.peer, peer_sets, **timing)

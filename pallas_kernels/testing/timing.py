@@ -5,6 +5,7 @@ results: XLA drops a call whose result nobody reads, and merges calls of the sam
 time of the kernels; elsewhere the clock on the wall has to do. The median over repeats is reported.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,12 +18,16 @@ REPEATS = 9
 MAX_SETS = 16
 
 
+def num_sets(operands: Any, memory_bytes: int = 16 * 2**30) -> int:
+    """Returns how many sets of such operands, arrays or their shapes, exceed twice the cache, within `memory_bytes`."""
+    size = max(1, sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(operands)))
+    return min(MAX_SETS, -(-2 * CACHE_BYTES // size) + 1, max(1, memory_bytes // size))
+
+
 def input_sets(make: Callable[[int], tuple], memory_bytes: int = 16 * 2**30) -> list[tuple]:
-    """Makes operands from seeds 0, 1, ...: enough to exceed twice the cache, within `memory_bytes`."""
+    """Makes operands from seeds 0, 1, ...: `num_sets` of them."""
     first = make(0)
-    size = sum(x.nbytes for x in jax.tree.leaves(first))
-    wanted = min(MAX_SETS, -(-2 * CACHE_BYTES // max(size, 1)) + 1, max(1, memory_bytes // max(size, 1)))
-    return [first, *(make(seed) for seed in range(1, wanted))]
+    return [first, *(make(seed) for seed in range(1, num_sets(first, memory_bytes)))]
 
 
 def each(fn: Callable) -> Callable:
@@ -33,7 +38,11 @@ def each(fn: Callable) -> Callable:
 
 def median_seconds(fn: Callable, sets: list[tuple], repeats: int = REPEATS) -> float:
     """Returns the median seconds per call of `fn`."""
-    run = each(fn)
+    return seconds_per_call(each(fn), sets, repeats)
+
+
+def seconds_per_call(run: Callable, sets: list[tuple], repeats: int = REPEATS) -> float:
+    """Returns the median seconds per call of what `run`, a program of `each`, calls."""
     jax.block_until_ready(run(sets))  # compile and warm up
     once = _by_cupti if jax.default_backend() == "gpu" else _by_the_clock
     return statistics.median(once(run, sets) for _ in range(repeats)) / len(sets)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import sys
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -11,6 +13,7 @@ from pallas_kernels import bench
 from pallas_kernels.fp8_gemm.shapes import GemmShape
 from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
 from pallas_kernels.quantize.shapes import QuantizeShape
+from pallas_kernels.testing import day, worker
 from pallas_kernels.testing.aot import KernelReport
 from pallas_kernels.testing.measure import check, measure
 from pallas_kernels.testing.metrics import calc_diff, calc_diff_on_device
@@ -54,8 +57,9 @@ def test_measure_reports_consistent_figures():
     assert m.tflops * m.seconds == pytest.approx(gemm.flops / 1e12)
     assert m.gb_s * m.seconds == pytest.approx(gemm.bytes / 1e9)
     assert m.bound_share == pytest.approx(gemm.bound_seconds / m.seconds)
-    row = {name: column(m) for name, column in bench.MEASURED.items()}
+    row = {name: column(dataclasses.asdict(m)) for name, column in bench.MEASURED.items()}
     assert (row["correct"], row["x torch"], row["us"]) == ("yes", "-", f"{m.seconds * 1e6:.1f}")
+    assert row["registers"] == "-"
 
 
 def test_what_is_timed_calls_every_set():
@@ -97,9 +101,104 @@ def test_command_without_compiler_prints_the_bounds(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(bench, "why_unavailable", lambda: "no compiler here")
     assert bench.main(["--op=fp8_gemm", "--shape=o_m4096", f"--out={tmp_path}"]) == 0
     text = capsys.readouterr().out
-    assert "No compilation for H100: no compiler here" in text and "| o_m4096 |" in text
+    assert "No compilation for H100: no compiler here" in text and "| fp8_gemm | o_m4096 |" in text
     assert (tmp_path / "bench.md").read_text().strip() == text.strip()
     [result] = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert result["name"] == "o_m4096" and result["error"] == "no compiler here"
     with pytest.raises(SystemExit):
         bench.main(["--op=fp8_gemm", "--shape=nothing"])
+
+
+# --- a day on a GPU, on this machine's CPU --------------------------------------------------------------------------
+
+
+def run_day(items, folder, seconds=100.0):
+    found = []
+    one = day.Day(items, time.monotonic() + seconds, found.append, folder)
+    one.run(workers=2)
+    return found, one.left
+
+
+def test_a_day_measures_goes_on_behind_a_failure_and_says_what_is_left(tmp_path):
+    """Two workers, the second shape refused by its op: the others are measured, what has not begun in time is left."""
+    good = day.item(SMALL["swiglu"], "xla", repeats=1)
+    bad = day.item(SMALL["gemm"], "no such implementation", repeats=1)
+    found, left = run_day([good, bad], tmp_path)
+    by_op = {r["op"]: r for r in found}
+    assert by_op["quantize"]["correct"] and by_op["quantize"]["seconds"] > 0 and not left
+    assert "'no such implementation' is unknown" in by_op["fp8_gemm"]["error"]
+    assert run_day([good], tmp_path, seconds=0.0) == ([], [good])
+
+
+def worker_that(does, folder, monkeypatch):
+    """A worker whose process runs the program `does`."""
+    monkeypatch.setattr(worker, "COMMAND", [sys.executable, "-c", does])
+    return worker.Worker(folder / "worker.log")
+
+
+@pytest.mark.parametrize(
+    "does,error",
+    [
+        (
+            'import time; print(chr(123) + \'"phase": "compile"\' + chr(125), flush=True); time.sleep(60)',
+            "killed: compile",
+        ),
+        ("import sys; sys.stdin.readline(); sys.exit(7)", "died with status 7"),
+    ],
+)
+def test_a_kernel_that_hangs_or_breaks_its_process_costs_one_shape(does, error, tmp_path, monkeypatch):
+    one = worker_that(does, tmp_path, monkeypatch)
+    found = one.ask(day.item(SMALL["gemm"]), time.monotonic() + 1.0)
+    assert error in found["error"]
+    assert one._process.poll() is not None
+
+
+def test_what_no_gpu_has_run_comes_first_then_the_slowest():
+    shapes = [w for ws in workloads().values() for w in ws]
+    reached = {("fp8_gemm", w.name): 0.1 * i for i, w in enumerate(workloads()["fp8_gemm"])}
+    ordered = day.in_order(shapes, reached)
+    assert sorted(map(id, ordered)) == sorted(map(id, shapes))
+    new = [w.op for w in ordered if w.op != "fp8_gemm"]
+    assert [w.op for w in ordered[: len(new)]] == new
+    assert len(set(new[: len(set(new))])) == len(set(new))  # one of each op before a second of any
+    shares = [reached[w.op, w.name] for w in ordered[len(new) :]]
+    assert shares == sorted(shares)
+
+
+def test_a_changed_kernel_has_not_run(tmp_path):
+    for name in ("kernel.py", "shapes.py"):
+        (tmp_path / "op").mkdir(exist_ok=True)
+        (tmp_path / "op" / name).write_text("from pallas_kernels.matmul import x\n")
+    (tmp_path / "matmul.py").write_text("1\n")
+    before = day.digest("op", tmp_path)
+    (tmp_path / "matmul.py").write_text("2\n")
+    assert day.digest("op", tmp_path) != before
+    figures = json.loads(day.MEASURED.read_text())
+    assert {r["op"] for r in figures["results"]} == set(figures["sources"])
+    for op, _ in day.last_figures():
+        assert day.digest(op) == figures["sources"][op]
+
+
+def test_a_report_of_a_day_is_short_and_whole_in_its_files(tmp_path):
+    ops = ("fp8_gemm", "quantize", "grouped_gemm")
+    shapes = [(ops[i % 3], f"shape{i}") for i in range(200)]
+    order = {key: i for i, key in enumerate(shapes)}
+    report = bench.Report("device", ["op", "shape"], order, tmp_path)
+    for op, name in reversed(shapes):
+        report.add([op, name], {"op": op, "name": name})
+    report.add(None, {"op": "quantize", "name": "bad", "error": "wgmma " * 100})
+    report.model = ["line"] * 100
+    report.write()
+    text = report.text(bench.MOST_ROWS, bench.MOST_MODEL_LINES)
+    assert len(text.splitlines()) <= 150 and "100 further rows are in bench.md" in text
+    whole = (tmp_path / "bench.md").read_text()
+    assert [line.split()[3] for line in whole.splitlines() if "shape" in line][1:] == [n for _, n in shapes]
+    assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 201
+
+
+def test_the_model_part_is_stopped_when_the_time_is_up(tmp_path, monkeypatch):
+    program = "import time; print('first line', flush=True); time.sleep(60)"
+    monkeypatch.setattr(bench, "MODEL", ("json", [sys.executable, "-c", program]))
+    monkeypatch.setattr(bench, "GRACE_S", 1.0)
+    model = bench.Model(tmp_path, time.monotonic())
+    assert model.wait() == ["first line", "ended with status -9; see model.log"]
