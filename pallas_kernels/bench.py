@@ -46,7 +46,7 @@ from pallas_kernels.testing.gpu_lock import GPU_LOCK, LOCK
 from pallas_kernels.testing.workloads import Workload, workloads
 
 SECONDS = 440.0
-MOST_ROWS, MOST_MODEL_LINES = 100, 40  # of what is printed at the end; the files have all
+MOST_NOTES, MOST_ROWS, MOST_MODEL_LINES = 8, 90, 40  # of what is printed at the end; the files have all
 MODEL = ("experiments", [sys.executable, "-m", "experiments.bench", "gpu"])  # package, command
 
 Record = dict[str, Any]
@@ -133,14 +133,18 @@ class Report:
             self.notes.append(f"{record['op']} {record['name']}: {record['error']}")
         self.write()
 
-    def text(self, most_rows: int | None = None, most_model: int | None = None) -> str:
-        parts = [f"# Kernel benchmark: {self.header}", "\n".join(n[:300] for n in self.notes)]
-        if self.rows:
-            parts.append(table(self.columns, self.rows[:most_rows]))
-        if most_rows is not None and len(self.rows) > most_rows:
-            parts.append(f"{len(self.rows) - most_rows} further rows are in bench.md")
-        if self.model:
-            parts += ["## The model", "\n".join(self.model[:most_model])]
+    def text(self, short: bool = False) -> str:
+        """As Markdown; at most 150 lines of it."""
+        notes, rows, model = self.notes, self.rows, self.model
+        if short:
+            notes, rows, model = notes[:MOST_NOTES], rows[:MOST_ROWS], model[:MOST_MODEL_LINES]
+        parts = [f"# Kernel benchmark: {self.header}", "\n".join(note[:300] for note in notes)]
+        if rows:
+            parts.append(table(self.columns, rows))
+        if len(rows) < len(self.rows):
+            parts.append(f"{len(self.rows) - len(rows)} further rows are in bench.md")
+        if model:
+            parts += ["## The model", "\n".join(model)]
         return "\n\n".join(filter(None, parts))
 
     def write(self) -> None:
@@ -256,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         run_compiled(shapes, report, until)
     report.model = model.wait() if model else []
     report.write()
-    print(report.text(MOST_ROWS, MOST_MODEL_LINES))
+    print(report.text(short=True))
     fine = (None, why_unavailable())
     return 0 if all(r.get("correct", True) and r.get("error") in fine for r in report.records) else 1
 

@@ -17,12 +17,8 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.ffn import Gated, ffn_dgrad, ffn_fprop, ffn_wgrad, mlp
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.params import Param, layers_apart
-    rows = sort_rows(experts_nk, weights_nk, w.gate_up.experts, pairs)
-    a = w.gate_up.from_dispatch(x_nd, sent, form)
-    a_m = w.gate_up.take(a, rows.token_m)
-    y_md, kept = ffn_fprop(w, a_m, x_nd.dtype, rows)
-    a = w.gate_up.kept(a_m if _keeps_rows(rows) else a)
-    return sum_pairs(y_md, rows.row_nk), (a, kept, rows, w.kept_for_backward())
+from deepseek_jax.model.rows import Rows, sort_rows, sum_pairs
+from deepseek_jax.model.weights import beside
 from deepseek_jax.precision.product import product
 
 FEW_ROWS = 64  # up to this many tokens, a CPU runs a chosen expert over all: reading its weights takes longer
@@ -49,20 +45,20 @@ def _routed(x_nd, weights_nk, experts_nk, w, sent, form, pairs):  # type: ignore
 
 
 def _routed_fwd(x_nd, weights_nk, experts_nk, w, sent, form, pairs):  # type: ignore[no-untyped-def]
-    a_m = a if _keeps_rows(rows) else w.gate_up.take(a, rows.token_m)
-    dw = ffn_wgrad(w, a_m, at, dy_m, rows)
+    rows = sort_rows(experts_nk, weights_nk, w.gate_up.experts, pairs)
+    a = w.gate_up.from_dispatch(x_nd, sent, form)
+    a_m = w.gate_up.take(a, rows.token_m)
+    y_md, kept = ffn_fprop(w, a_m, x_nd.dtype, rows)
+    a = w.gate_up.kept(a_m if _keeps_rows(rows) else a)
+    return sum_pairs(y_md, rows.row_nk), (a, kept, rows, w.kept_for_backward())
 
 
 def _routed_bwd(form, pairs, saved, dy_nd):  # type: ignore[no-untyped-def]
     a, kept, rows, w = saved
     dy_m = w.down.take(w.down.gradient_from_dispatch(dy_nd), rows.token_m)
     dx_md, dgain_m, at = ffn_dgrad(w, kept, dy_m, dy_nd.dtype, rows)
-<<<<<<< HEAD
-    dw = ffn_wgrad(w, w.gate_up.take(a, rows.token_m, rows.real_m1), at, dy_m, rows)
-=======
-    a_m = a if _keeps_rows(rows) else w.gate.take(a, rows.token_m)
+    a_m = a if _keeps_rows(rows) else w.gate_up.take(a, rows.token_m)
     dw = ffn_wgrad(w, a_m, at, dy_m, rows)
->>>>>>> 686a1f2 (Sorted rows are kept for the backward pass where they are hardly more than the tokens; rows of padding are gathered without zeros in memory)
     dweights = dgain_m.at[rows.row_nk].get(mode="fill", fill_value=0)
     return sum_pairs(dx_md, rows.row_nk), dweights, None, dw, None
 

@@ -41,8 +41,8 @@ class _Beside:
     def from_dispatch(self, x: jax.Array, sent: Any = None, form: str = "") -> Any:
         return self._first.from_dispatch(x, sent, form)
 
-    def take(self, a: Any, index_m: jax.Array, real_m1: jax.Array) -> Any:
-        return self._first.take(a, index_m, real_m1)
+    def take(self, a: Any, index_m: jax.Array) -> Any:
+        return self._first.take(a, index_m)
 
     def kept(self, a: Any) -> Any:
         return self._first.kept(a)

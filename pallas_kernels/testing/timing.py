@@ -30,7 +30,7 @@ def input_sets(make: Callable[[int], tuple], memory_bytes: int = 16 * 2**30) -> 
     return [first, *(make(seed) for seed in range(1, num_sets(first, memory_bytes)))]
 
 
-def each(fn: Callable) -> Callable:
+def each(fn: Callable) -> Any:
     """Returns a program: sets -> the results of all of them."""
     fn = jax.jit(fn)  # lowered once, however many sets
     return jax.jit(lambda sets: [fn(*operands) for operands in sets])

@@ -164,7 +164,7 @@ def test_rows_are_kept_where_they_are_hardly_more_than_the_tokens(name, monkeypa
     p = {k: Quantised(v, *quantise_weight(v, policy), policy) for k, v in w.items()} if policy else w
 
     def kept_and_gradients():
-        y, vjp = jax.vjp(lambda x, p: routed_experts(p, x, ids, jnp.ones((n, 1))), x, p)
+        _, vjp = jax.vjp(lambda x, p: routed_experts(p, x, ids, jnp.ones((n, 1))), x, p)
         return {len(leaf) for leaf in jax.tree.leaves(vjp) if leaf.shape[1:] == (d,)}, vjp(dy)
 
     rows = num_rows(n, e)
