@@ -46,6 +46,34 @@ def tile_groups(group_ids: jax.Array, tile: int) -> jax.Array:
     return jnp.max(group_ids.reshape(-1, tile), axis=1)
 
 
+class RowTiles(NamedTuple):
+    """The tiles of rows of a grouped product, int32: group [tiles], -1 for one of nothing but padding. With `tile` and
+    `present` [1] only the first `present` are visited: the i-th is tile[i], of group[i]."""
+
+    group: jax.Array
+    tile: jax.Array | None = None
+    present: jax.Array | None = None
+
+
+def masked_groups(rows_g: jax.Array, room: int) -> jax.Array:
+    """Returns the group of each row [G * room] where every group has `room` rows, of which the first rows_g[g] are present,
+    -1 for an absent one."""
+    row = jnp.arange(room, dtype=jnp.int32)[None]
+    group = jnp.arange(rows_g.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.where(row < rows_g[:, None], group, PADDING).reshape(-1)
+
+
+def present_tiles(rows_g: jax.Array, room: int, tile: int) -> RowTiles:
+    """Returns the tiles that hold a present row of `masked_groups`; `room` is a multiple of `tile`."""
+    num_groups, each = rows_g.shape[0], room // tile
+    tiles_g = jnp.clip((rows_g + tile - 1) // tile, 0, each)
+    ends = jnp.cumsum(tiles_g)
+    i = jnp.arange(num_groups * each, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, i, side="right", method="compare_all").astype(jnp.int32)
+    group = jnp.minimum(group, num_groups - 1)
+    return RowTiles(group, group * each + i - (ends - tiles_g)[group], ends[-1:])
+
+
 def check_rows(op: str, rows: int, group_ids: jax.Array, alignment: int) -> None:
     """Raises ValueError unless `group_ids` fits an operand of `rows` rows."""
     if group_ids.shape != (rows,) or group_ids.dtype != jnp.int32:

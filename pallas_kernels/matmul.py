@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import pad_last2
 from pallas_kernels.compat import compiler_params
-from pallas_kernels.groups import tile_groups
+from pallas_kernels.groups import RowTiles, tile_groups
 from pallas_kernels.ring import Ring
 from pallas_kernels.store import Store
 from pallas_kernels.tiles import COMPUTE_WARPGROUPS, WGMMA_ROWS, Share, Tile, TileConfig
@@ -84,6 +84,7 @@ def persistent_matmul(
     config: TileConfig,
     *operands: jax.Array,
     group_ids: jax.Array | None = None,
+    row_tiles: RowTiles | None = None,
     accumulate: jax.Array | None = None,
 ) -> jax.Array:
     """Runs `problem` over `operands`.
@@ -94,6 +95,7 @@ def persistent_matmul(
       operands: arrays that `views` and `step` read.
       group_ids: [M] int32, the group of each row, equal within a tile but for -1, padding. Rows of padding become zero;
         tiles of nothing else take no step. Each tile's group is its `Tile.g`.
+      row_tiles: instead of group_ids, the tiles of rows that are computed; rows of others are not written.
       accumulate: array of the output's type, added to the product; padded with zeros where it is smaller.
 
     Returns:
@@ -105,15 +107,15 @@ def persistent_matmul(
     n_tiles = problem.out.shape[-1] // config.tile_n
     if n_tiles % config.cluster:
         raise ValueError(f"{n_tiles} tiles along N do not divide into clusters of {config.cluster}")
-    ids = () if group_ids is None else (group_ids, tile_groups(group_ids, config.tile_m))
-    addend = () if accumulate is None else (pad_last2(accumulate, (config.tile_m, config.tile_n)),)
-    num_inputs = len(operands) + len(ids) + len(addend)
+    if group_ids is not None:
+        row_tiles = RowTiles(tile_groups(group_ids, config.tile_m))
+    addend = None if accumulate is None else pad_last2(accumulate, (config.tile_m, config.tile_n))
+    others, tree = jax.tree.flatten((row_tiles, group_ids, addend))
 
     def body(*all_refs):
-        refs, (out_ref, *scratch) = list(all_refs[:num_inputs]), all_refs[num_inputs:]
-        *buffers, filled, released, out_smem, arrived = scratch
-        addend_ref = refs.pop() if addend else None
-        groups_ref, ids_ref = (refs.pop(), refs.pop()) if ids else (None, None)
+        refs, all_refs = all_refs[: len(operands)], all_refs[len(operands) :]
+        rows, ids_ref, addend_ref = jax.tree.unflatten(tree, all_refs[: len(others)])
+        out_ref, *buffers, filled, released, out_smem, arrived = all_refs[len(others) :]
         ring = Ring(problem.in_specs, config.stages, buffers, filled, released)
         share = Share.of(config)
         wg = lax.axis_index("wg")
@@ -121,8 +123,8 @@ def persistent_matmul(
         compute = _compute(problem, share, refs, ring, store)
         lax.cond(
             wg < COMPUTE_WARPGROUPS,
-            lambda: _compute_tiles(problem, config, refs, groups_ref, compute),
-            lambda: _load_tiles(problem, config, refs, groups_ref, ring),
+            lambda: _compute_tiles(problem, config, refs, rows, compute),
+            lambda: _load_tiles(problem, config, refs, rows, ring),
         )
 
     cluster: dict[str, Any] = (
@@ -142,15 +144,19 @@ def persistent_matmul(
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         compiler_params=compiler_params(),
-    )(*operands, *ids, *addend)
+    )(*operands, *others)
 
 
-def _over_tiles(problem: Problem, config: TileConfig, refs, groups_ref, visit: Callable) -> jax.Array:
+def _over_tiles(
+    problem: Problem, config: TileConfig, refs, rows: RowTiles | None, visit: Callable
+) -> jax.Array:
     """Calls visit(tile, num_steps, count) for each tile of this SM, `count` being the steps before it; returns all steps.
 
     The SMs take the tiles by turns, in a snake along M and N. All warpgroups of a thread block see the same."""
     *lead, m, n = problem.out.shape
     m_tiles, n_clusters = m // config.tile_m, n // config.tile_n // config.cluster
+    if rows is not None and rows.present is not None:
+        m_tiles = rows.present[0]
 
     @plgpu.nd_loop((*(lead or (1,)), m_tiles * n_clusters), collective_axes="sm", init_carry=jnp.int32(0))
     def total(info, carry):
@@ -158,10 +164,11 @@ def _over_tiles(problem: Problem, config: TileConfig, refs, groups_ref, visit: C
         mi, ni = plgpu.planar_snake(linear, (m_tiles, n_clusters), 1, config.snake)
         if config.cluster > 1:
             ni = ni * config.cluster + lax.axis_index("cluster")
-        g = g if groups_ref is None else groups_ref[mi]
+        if rows is not None:
+            g, mi = rows.group[mi], mi if rows.tile is None else rows.tile[mi]
         tile = Tile(g, mi, ni, config)
         num_steps = problem.num_steps if isinstance(problem.num_steps, int) else problem.num_steps(refs, tile)
-        if groups_ref is not None:
+        if rows is not None:
             num_steps = jnp.where(g >= 0, num_steps, 0)
         visit(tile, num_steps, carry)
         return carry + num_steps
@@ -169,7 +176,7 @@ def _over_tiles(problem: Problem, config: TileConfig, refs, groups_ref, visit: C
     return total
 
 
-def _load_tiles(problem: Problem, config: TileConfig, refs, groups_ref, ring: Ring) -> None:
+def _load_tiles(problem: Problem, config: TileConfig, refs, rows: RowTiles | None, ring: Ring) -> None:
     """Fills the ring for all tiles: what the third warpgroup does."""
     plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
@@ -177,13 +184,15 @@ def _load_tiles(problem: Problem, config: TileConfig, refs, groups_ref, ring: Ri
         views = problem.views(refs, tile)
         lax.fori_loop(0, num_steps, lambda k, _: ring.fill(views, k, count + k), None)
 
-    ring.drain(_over_tiles(problem, config, refs, groups_ref, load))
+    ring.drain(_over_tiles(problem, config, refs, rows, load))
 
 
-def _compute_tiles(problem: Problem, config: TileConfig, refs, groups_ref, compute: Callable) -> None:
+def _compute_tiles(
+    problem: Problem, config: TileConfig, refs, rows: RowTiles | None, compute: Callable
+) -> None:
     """Computes and stores all tiles: what the first two warpgroups do."""
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    _over_tiles(problem, config, refs, groups_ref, compute)
+    _over_tiles(problem, config, refs, rows, compute)
     plgpu.wait_smem_to_gmem(0)
 
 

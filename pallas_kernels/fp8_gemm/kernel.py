@@ -57,14 +57,17 @@ def promoted(
 
 
 def step_1d2d(b_scale_of):
-    """Makes a step with one weight scale: b_scale_of(refs, tile, k) -> scalar."""
+    """Makes a step with one weight scale for the columns of a warpgroup: b_scale_of(refs, tile, block, k) -> scalar, where
+    `block` counts blocks of 128 columns."""
 
     def step(refs, tile, share, k, smem, accs):
         a_smem, b_smem, a_scale_smem = smem
         shape = (WGMMA_ROWS, share.num_cols)
+        if share.num_cols > BLOCK:
+            raise ValueError(f"a warpgroup has {share.num_cols} columns, with one scale for at most {BLOCK}")
 
         def scales():
-            b_scale = b_scale_of(refs, tile, k)
+            b_scale = b_scale_of(refs, tile, (tile.ni * tile.config.tile_n + share.cols.start) // BLOCK, k)
             rows = (a_scale_smem[0, slab] * b_scale for slab in share.slabs())
             return [lax.broadcast_in_dim(scale, shape, (0,)) for scale in rows]
 
@@ -103,8 +106,8 @@ def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: Tile
         rows = [a_g.at[tile.ms, :], b_g.at[tile.ns, :], a_scale_g.at[:, tile.ms]]
         return [*rows, b_scale_g.at[:, tile.ns]] if is_1d1d else rows
 
-    def block_scale(refs, tile, step):
-        return refs[3][(tile.ni * tn) // BLOCK, step]
+    def block_scale(refs, tile, block, step):
+        return refs[3][block, step]
 
     problem = Problem(
         out=jax.ShapeDtypeStruct((len(a), len(b)), out_dtype),

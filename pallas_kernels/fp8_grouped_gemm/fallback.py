@@ -3,13 +3,15 @@
 Padding tiles are skipped, so the work is that of the rows present. Within a tile the order of addition is DeepSeek's.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.blocks import BLOCK
 from pallas_kernels.fp8_gemm.fallback import fp8_gemm, k_major_blocks, scaled_product
-from pallas_kernels.groups import tile_groups
+from pallas_kernels.groups import masked_groups, tile_groups
 
 
 def fp8_grouped_gemm(a, a_scale, b, b_scale, group_ids, *, out_dtype, alignment: int) -> jax.Array:
@@ -27,6 +29,13 @@ def fp8_grouped_gemm(a, a_scale, b, b_scale, group_ids, *, out_dtype, alignment:
 
     tiles = [x.reshape(m // alignment, alignment, *x.shape[1:]) for x in (a, a_scale, group_ids)]
     return lax.map(tile, (*tiles, tile_groups(group_ids, alignment))).reshape(m, n)
+
+
+def fp8_grouped_gemm_masked(a, a_scale, b, b_scale, masked_m, *, out_dtype) -> jax.Array:
+    """a [G, M, K], b [G, N, K], masked_m [G] -> [G, M, N]; absent rows are zero."""
+    g, m, k = a.shape
+    rows = (a.reshape(g * m, k), a_scale.reshape(g * m, -1), b, b_scale, masked_groups(masked_m, m))
+    return fp8_grouped_gemm(*rows, out_dtype=out_dtype, alignment=math.gcd(m, BLOCK)).reshape(g, m, -1)
 
 
 def fp8_grouped_wgrad(a, a_scale, b, b_scale, group_sizes, accumulate=None) -> jax.Array:

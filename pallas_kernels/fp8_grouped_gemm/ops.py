@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from pallas_kernels.blocks import BLOCK, ROW_TILE, SQUARE_BLOCK, check_quantized
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.fp8_grouped_gemm import fallback, kernel, reference
-from pallas_kernels.fp8_grouped_gemm.shapes import gemm_config, wgrad_config
-from pallas_kernels.groups import PADDING, check_rows, check_sizes
+from pallas_kernels.fp8_grouped_gemm.shapes import gemm_config, masked_config, wgrad_config
+from pallas_kernels.groups import check_rows, check_sizes
 from pallas_kernels.matmul import check_accumulate, unsupported
 from pallas_kernels.tiles import TileConfig
 
@@ -44,11 +44,8 @@ def fp8_grouped_gemm(
     """
     op = "fp8_grouped_gemm"
     check_rows(op, a.shape[0], group_ids, alignment)
-    check_quantized(op, "a", a, a_scale, 2, ROW_TILE)
-    check_quantized(op, "b", b, b_scale, 3, SQUARE_BLOCK)
+    _check_operands(op, a, a_scale, b, b_scale)
     (m, k), n = a.shape, b.shape[1]
-    if b.shape[2] != k:
-        raise ValueError(f"{op}: a contracts {k} and b {b.shape[2]}; b is stored [G, N, K]")
     config = config or gemm_config(alignment, n)
     operands = (a, a_scale, b, b_scale, group_ids)
     return dispatch(
@@ -80,7 +77,8 @@ def fp8_grouped_gemm_masked(
       masked_m: [G] int32 rows present.
 
     Returns:
-      [G, M, N] in out_dtype, zero in absent rows.
+      [G, M, N] in out_dtype. What stands in absent rows is undefined: the kernel does not write their tiles, which may hold
+      anything, NaN included. Select the present rows before they meet others.
     """
     op = "fp8_grouped_gemm_masked"
     if a.ndim != 3 or masked_m.shape != a.shape[:1] or masked_m.dtype != jnp.int32:
@@ -88,11 +86,26 @@ def fp8_grouped_gemm_masked(
             f"{op}: a has shape {a.shape}, masked_m is {masked_m.dtype}{list(masked_m.shape)}; "
             "expected [G, M, K] and int32[G]"
         )
-    g, m, k = a.shape
-    present = jnp.arange(m, dtype=jnp.int32)[None] < masked_m[:, None]
-    ids = jnp.where(present, jnp.arange(g, dtype=jnp.int32)[:, None], PADDING)
-    rows = (a.reshape(g * m, k), a_scale.reshape(g * m, -1), b, b_scale, ids.reshape(-1))
-    return fp8_grouped_gemm(*rows, out_dtype, m, implementation, config).reshape(g, m, -1)
+    _check_operands(op, a, a_scale, b, b_scale)
+    m, n, k = a.shape[1], *b.shape[1:]
+    config = config or masked_config(n)
+    operands = (a, a_scale, b, b_scale, masked_m)
+    return dispatch(
+        op,
+        implementation,
+        *operands,
+        mosaic=functools.partial(kernel.fp8_grouped_gemm_masked, out_dtype=out_dtype, config=config),
+        xla=functools.partial(fallback.fp8_grouped_gemm_masked, out_dtype=out_dtype),
+        reference=functools.partial(reference.fp8_grouped_gemm_masked, out_dtype=out_dtype),
+        unsupported=unsupported(m, n, k, out_dtype, m, config.tile_m),
+    )
+
+
+def _check_operands(op: str, a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> None:
+    check_quantized(op, "a", a, a_scale, a.ndim, ROW_TILE)
+    check_quantized(op, "b", b, b_scale, 3, SQUARE_BLOCK)
+    if b.shape[2] != a.shape[-1]:
+        raise ValueError(f"{op}: a contracts {a.shape[-1]} and b {b.shape[2]}; b is stored [G, N, K]")
 
 
 def fp8_grouped_wgrad(

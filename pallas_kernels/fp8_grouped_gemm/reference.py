@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import ROW_TILE, SQUARE_BLOCK
 from pallas_kernels.grouped_gemm.reference import grouped_gemm, grouped_wgrad
+from pallas_kernels.groups import masked_groups
 from pallas_kernels.quantize.reference import dequantize
 
 
@@ -16,6 +17,13 @@ def fp8_grouped_gemm(a, a_scale, b, b_scale, group_ids, *, out_dtype) -> jax.Arr
     return grouped_gemm(
         dequantize(a, a_scale, ROW_TILE), dequantize(b, b_scale, SQUARE_BLOCK), group_ids, out_dtype=out_dtype
     )
+
+
+def fp8_grouped_gemm_masked(a, a_scale, b, b_scale, masked_m, *, out_dtype) -> jax.Array:
+    """a [G, M, K], b [G, N, K], masked_m [G] -> [G, M, N]; absent rows, which mean nothing, are zero."""
+    g, m, k = a.shape
+    rows = (a.reshape(g * m, k), a_scale.reshape(g * m, -1), b, b_scale, masked_groups(masked_m, m))
+    return fp8_grouped_gemm(*rows, out_dtype=out_dtype).reshape(g, m, -1)
 
 
 def fp8_grouped_wgrad(a, a_scale, b, b_scale, group_sizes, accumulate=None) -> jax.Array:

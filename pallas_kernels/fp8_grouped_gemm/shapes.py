@@ -65,6 +65,13 @@ def gemm_config(alignment: int, n: int) -> TileConfig:
     return TileConfig(64 if alignment % 128 else 128, tile_n, stages=4, cluster=pair(n, tile_n))
 
 
+def masked_config(n: int) -> TileConfig:
+    """Tile configuration of the masked product. Tiles of 64 rows compute few that are absent; with 256 columns, 128 for each
+    warpgroup, they multiply in the same instructions as tiles of 128 x 128."""
+    tile_n = 256 if n % 256 == 0 else tile_columns(n)
+    return TileConfig(64, tile_n, stages=4, cluster=pair(n, tile_n))
+
+
 def wgrad_config(m: int, n: int) -> TileConfig:
     """Tile configuration of the k-grouped product."""
     tile_n = tile_columns(n)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gemm_oracle import normal, quantized, small
-from op_suite import Case, OpSuite, assert_product, pytest_generate
+from op_suite import Case, OpSuite, assert_product, build, pytest_generate, run
 
 from pallas_kernels.blocks import SQUARE_BLOCK
 from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_gemm_masked, fp8_grouped_wgrad
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
-from pallas_kernels.groups import aligned_sizes, row_groups, tile_groups
+from pallas_kernels.groups import aligned_sizes, present_tiles, row_groups, tile_groups
 
 pytest_generate_tests = pytest_generate
 GROUPS, N, K = 3, 128, 384
@@ -40,20 +40,25 @@ def contiguous_case(out_dtype=jnp.float32, alignment=128, rows=512, kernel=True,
     return Case(call, (a, a_scale, b, b_scale, group_ids), check, only)
 
 
-def masked_case() -> Case:
-    a, a_scale, a64 = quantized(0, (GROUPS, 128, K))
-    b, b_scale, b64 = quantized(1, (GROUPS, N, K), SQUARE_BLOCK)
-    present = jnp.asarray([0, 17, 128], jnp.int32)
-    rows = np.where(np.arange(128) < np.asarray(present)[:, None], np.arange(GROUPS)[:, None], -1)
+ROOM, PRESENT = 128, (0, 17, 128)  # of the masked product: rows of a group, and how many of them are there
+
+
+def masked_case(n=N, **tile) -> Case:
+    a, a_scale, a64 = quantized(0, (GROUPS, ROOM, K))
+    b, b_scale, b64 = quantized(1, (GROUPS, n, K), SQUARE_BLOCK)
+    there = np.arange(ROOM) < np.asarray(PRESENT)[:, None]
+    rows = np.where(there, np.arange(GROUPS)[:, None], -1)
     expected, magnitude = oracle.contiguous(a64.reshape(-1, K), b64, rows.reshape(-1))
 
     def call(*operands_and_implementation):
         *operands, implementation = operands_and_implementation
-        out = fp8_grouped_gemm_masked(*operands, jnp.float32, implementation, small(tile_m=64))
-        return out.reshape(-1, N)
+        return fp8_grouped_gemm_masked(*operands, jnp.float32, implementation, small(tile_m=64, **tile))
 
-    check = lambda out: assert_product(out, expected, magnitude, K + 4)  # noqa: E731
-    return Case(call, (a, a_scale, b, b_scale, present), check)
+    def check(out):
+        there_m = there.reshape(-1)
+        assert_product(out.reshape(-1, n)[there_m], expected[there_m], magnitude[there_m], K + 4)
+
+    return Case(call, (a, a_scale, b, b_scale, jnp.asarray(PRESENT, jnp.int32)), check)
 
 
 def wgrad_case(accumulate: bool, m=128, n=N, **tile) -> Case:
@@ -82,6 +87,7 @@ class TestFp8GroupedGemm(OpSuite):
         "contiguous_bf16": functools.partial(contiguous_case, jnp.bfloat16),
         "small_alignment": functools.partial(contiguous_case, alignment=8, rows=320, kernel=False),
         "masked": masked_case,
+        "masked_wide_cluster": functools.partial(masked_case, n=512, tile_n=256, cluster=2),
         "wgrad": functools.partial(wgrad_case, False),
         "wgrad_accumulate": functools.partial(wgrad_case, True),
         "cluster": functools.partial(contiguous_case, n=256, k=256, cluster=2),
@@ -89,6 +95,26 @@ class TestFp8GroupedGemm(OpSuite):
         "ragged": functools.partial(contiguous_case, n=150, k=320, tile_n=64),
         "ragged_wgrad": functools.partial(wgrad_case, True, m=80, n=150),
     }
+
+
+@pytest.mark.parametrize(("implementation", "left"), [("mosaic", np.nan), ("xla", 0)])
+def test_tiles_of_absent_rows_are_not_written(implementation, left):
+    """The interpreter's memory is NaN where nothing was written."""
+    case = build(TestFp8GroupedGemm.cases["masked"])
+    out = np.asarray(run(case.call, implementation, *case.operands))
+    np.testing.assert_array_equal(out[0], left)
+    np.testing.assert_array_equal(out[1, 64:], left)
+    assert np.isfinite(out[2]).all()
+
+
+@pytest.mark.parametrize("rows_g", [(0, 0, 0), (0, 17, 128), (64, 65, 1), (128, 500, 0)])
+def test_tiles_of_present_rows(rows_g):
+    found = present_tiles(jnp.asarray(rows_g, jnp.int32), ROOM, 64)
+    each = [min(-(-rows // 64), ROOM // 64) for rows in rows_g]
+    expected = [(g, g * (ROOM // 64) + i) for g, tiles in enumerate(each) for i in range(tiles)]
+    assert found.present.tolist() == [len(expected)]
+    tiles = zip(found.group.tolist(), found.tile.tolist(), strict=True)
+    assert list(tiles)[: len(expected)] == expected
 
 
 def bf16_case(

@@ -78,7 +78,7 @@ def test_padded_shapes_compile_clean():
 
 def test_bad_configurations_are_told_apart():
     shape = GemmShape("bad", 4096, 4096, 7168)
-    configs = ({"tile_n": 256, "stages": 3}, {"stages": 8})
+    configs = ({"tile_m": 256, "stages": 3}, {"stages": 8})
     spills, too_large = compile_for_h100([workload("fp8_gemm", shape, config=config) for config in configs])
     [kernel] = spills.kernels
     assert kernel.spill_bytes > 0 and not kernel.clean
