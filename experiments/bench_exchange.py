@@ -26,7 +26,6 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.rows import sort_rows
 from deepseek_jax.parallel.exchange.dispatcher import Ragged
-from deepseek_jax.parallel.exchange.low_latency import masked_experts
 from deepseek_jax.parallel.mesh import EXPERT_AXES, make_mesh
 from experiments.study.traffic import count_rows
 
@@ -52,9 +51,9 @@ def padded_experts(p: Any, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: j
         lax.all_to_all, axis_name=EXPERT_AXES, split_axis=0, concat_axis=0, tiled=True
     )
     got = exchange(sent).reshape(DEVICES, E // DEVICES, capacity, D).swapaxes(0, 1)
-    rows_e = jnp.full((E // DEVICES,), DEVICES * capacity)
-    y_ecd = masked_experts(p, got.reshape(E // DEVICES, -1, D), rows_e)
-    back = y_ecd.reshape(E // DEVICES, DEVICES, capacity, D).swapaxes(0, 1).reshape(sent.shape)
+    expert_r1 = jnp.repeat(jnp.arange(E // DEVICES), DEVICES * capacity)[:, None]
+    y_rd = routed_experts(p, got.reshape(-1, D), expert_r1, jnp.ones(expert_r1.shape))
+    back = y_rd.reshape(E // DEVICES, DEVICES, capacity, D).swapaxes(0, 1).reshape(sent.shape)
     back = exchange(back)
     y_nkd = back.at[slot_nk].get(mode="fill", fill_value=0)
     return jnp.einsum("nk,nkd->nd", weights_nk.astype(x_nd.dtype), y_nkd)

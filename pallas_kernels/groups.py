@@ -21,6 +21,14 @@ class Groups(NamedTuple):
     sizes_e: jax.Array
 
 
+class Masked(Groups):
+    """Groups that all have the same room, whatever their sizes: the first rows of each are present."""
+
+    @property
+    def room(self) -> int:
+        return self.group_m.shape[0] // self.sizes_e.shape[0]
+
+
 def aligned_sizes(group_sizes: jax.Array, alignment: int = BLOCK) -> jax.Array:
     """Returns how many rows each group occupies with its padding."""
     return (group_sizes + alignment - 1) // alignment * alignment

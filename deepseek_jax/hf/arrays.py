@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deepseek_jax.hf.names import get, unflatten
+from deepseek_jax.hf.names import unflatten
 from deepseek_jax.hf.source import Source, stacks
 
 # Fills an array with the given slices of a leaf.
@@ -26,14 +26,21 @@ def on_devices(
 ) -> dict[str, Any]:
     """The parameter tree of `source`; for `dtype` and `keep_fp8` see `stacks`.
 
-    shardings: tree like the parameters of `jax.sharding.Sharding`; None: the default device.
+    shardings: tree like the parameters of `jax.sharding.Sharding`, of which an FP8 leaf's values and scales have that of the
+      leaf; None: the default device.
     """
     flat: dict[str, jax.Array] = {}
     for stack in stacks(source, dtype, keep_fp8):
-        sharding = None if shardings is None else get(shardings, stack.name)
+        sharding = None if shardings is None else _sharding(shardings, stack.name)
         flat[stack.name] = filled(stack.shape, stack.dtype, sharding, stack.fill, bool(stack.stack))
         source.forget()
     return unflatten(flat)
+
+
+def _sharding(tree: Any, path: str) -> Any:
+    for key in path.split("."):
+        tree = tree if isinstance(tree, jax.sharding.Sharding) else tree[key]
+    return tree
 
 
 def filled(shape: tuple[int, ...], dtype: np.dtype, sharding: Any, fill: Fill, stacked: bool) -> jax.Array:

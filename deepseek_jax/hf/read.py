@@ -47,7 +47,7 @@ def load(
             [stack..., out blocks, in blocks]} in the leaf's place, instead of dequantised.
         mtp: False leaves the MTP modules out, as if the files had none: for a fine-tune that carries stale ones.
         shardings: tree like the parameters of `jax.sharding.Sharding`, or a function of the config that gives one; each
-            device reads only its slice. None: the default device.
+            device reads only its slice. None: the default device. See `arrays.on_devices`.
 
     Returns:
         (config, parameters stacked by layer, balance_bias float32 [layer, expert]). Where the config promises MTP

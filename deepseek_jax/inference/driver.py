@@ -3,6 +3,10 @@
 A method brings three compiled programs: the prefill, which chooses each row's first token; the cache's growth; and the
 decoding loop, which runs some steps and hands its state back. Between these the host looks: it shows what came out,
 ends rows at stop strings, and notices Ctrl-C. Where the loop is cut changes no token.
+
+On a CPU the loop is part of the program, and ends when all rows are done. On GPUs the host would have to wait, in each
+turn, to see whether there is another: there the program is one step, and the host launches as many as it wants before the
+next look, without waiting. When all rows are done meanwhile, the rest of them, less than PATIENCE, are for nothing.
 """
 
 import functools
@@ -28,7 +32,7 @@ from deepseek_jax.inference.batch import (
     pad_prompts,
     slots_for,
 )
-from deepseek_jax.model.decoding import decoding_config, prepare, room
+from deepseek_jax.model.decoding import decoding_config, on_cpu, prepare, room
 
 PATIENCE = 0.1  # seconds between two looks of the host, about
 
@@ -85,11 +89,13 @@ def steps(
     at_most: jax.Array,
     anyone: Callable[[jax.Array], jax.Array] = jnp.any,
 ) -> State:
-    """Runs `step` while a row is not done, at most so often.
+    """Runs `step` while a row is not done, at most so often; on GPUs, once (`in_turn`).
 
     Over a mesh, `anyone` tells all devices whether any of them has a row to go on with: those that are done serve the
     others' experts.
     """
+    if not on_cpu():
+        return step(state)._replace(steps=state.steps + 1)
     end = state.steps + at_most
 
     def more(carry: tuple[State, jax.Array]) -> jax.Array:
@@ -101,6 +107,17 @@ def steps(
         return state._replace(steps=state.steps + 1), anyone(~state.out.done_b)
 
     return lax.while_loop(more, body, (state, anyone(~state.out.done_b)))[0]
+
+
+def in_turn(advance: Any, args: tuple[Any, ...], state: State, n: int) -> State:
+    """At most n steps by the jitted `advance(*args, state, at_most)`, whose body is `steps`; n = 0 compiles it."""
+    if on_cpu():
+        return advance(*args, state, n)
+    if n == 0:
+        advance.lower(*args, state, 0).compile()
+    for _ in range(n):
+        state = advance(*args, state, 1)
+    return state
 
 
 def advancing(step: Callable[..., State]) -> Any:
@@ -128,7 +145,9 @@ def on_one_device(prefill: Any, grow: Any, advance: Any, spare: int = 0) -> Call
         return Method(
             prefill=lambda prompts, batch: prefill(params, cfg, prompts, batch, balance_bias),
             grow=lambda state, slots: grow(state, decoding, slots),
-            advance=lambda batch, state, n: advance(ready, decoding, batch, balance_bias, state, n),
+            advance=lambda batch, state, n: in_turn(
+                advance, (ready, decoding, jax.device_put(batch), balance_bias), state, n
+            ),
             spare=spare,
         )
 

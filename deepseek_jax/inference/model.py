@@ -16,7 +16,7 @@ from deepseek_jax.inference.batch import Completion, Request, completions
 from deepseek_jax.inference.description import describe
 from deepseek_jax.inference.driver import Method, stream
 from deepseek_jax.inference.generate import plain
-from deepseek_jax.inference.over_mesh import over_mesh, programs
+from deepseek_jax.inference.over_mesh import over_mesh, policy_of, programs
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.speculative import Stats, check_speculative, speculative, stats
 from deepseek_jax.inference.text import Texts, check_stop
@@ -184,7 +184,7 @@ class Model:
             if self.mesh is None:
                 ready = prepare(self.params, decoding_config(self.config))
             else:
-                ready = programs(self.config, self.mesh).prepare(self.params)
+                ready = programs(self.config, self.mesh, policy_of(self.params)).prepare(self.params)
             self._prepared = self.params, ready
         return self._prepared[1]
 

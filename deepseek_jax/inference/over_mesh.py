@@ -7,8 +7,14 @@
 
 Both read the same parameters: experts spread over node x local x tensor, everything else whole on each device, of
 whose heads the prefill takes a slice. Between the programs nothing travels: a device keeps the latents of the
-sequences that it goes on to decode. No step of the decoding loop waits for the host; the devices tell each other
-whether any of them has a sequence that is not done.
+sequences that it goes on to decode. With FP8 weights, as a checkpoint has them, tokens travel in FP8 and are multiplied as
+they came, in both.
+
+On GPUs, a decoding step has nothing for which the host has to wait: no branch, no loop of unknown length, no exchange whose
+sizes must be read first (`experiments/study/host_waits.py` lists them in the compiled program); the host looks between
+steps whether all rows are done. The prefill waits twice for each exchange between nodes, which sends the rows that there
+are and no others: with many tokens, what that saves takes longer (`parallel/compiler.py`). On CPUs the steps are a loop of
+one program, in which the devices tell each other whether any of them has a sequence that is not done.
 
 Dims: b sequence, t prompt token, s cache slot, n new token, v vocabulary.
 """
@@ -24,20 +30,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.inference.batch import Batch, Prompts, Request
-from deepseek_jax.inference.driver import Method, State, complete, grown, steps
+from deepseek_jax.inference.driver import Method, State, complete, grown, in_turn, steps
 from deepseek_jax.inference.generate import prefill, step
 from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.compiler import compiler_options
+from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS
+from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.parallel.layout import few_tokens, many_tokens
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, WHOLE_ATTENTION, make_mesh, param_specs, rules
+from deepseek_jax.precision.policy import Policy
+from deepseek_jax.precision.product import Quantised
 
 WHOLE, ROWS = PartitionSpec(), PartitionSpec(TOKEN_AXES)
 
 
+Devices = tuple[Any, ...] | None  # of a mesh; None: those at hand
+
+
 @functools.cache
-def generation_mesh(cfg: ModelConfig, mesh: MeshConfig) -> Mesh:
+def generation_mesh(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> Mesh:
     """The devices of `mesh`. Raises ValueError for what generation does not do, and for what does not divide."""
     for name, idle in (("pipe", 1), ("zero", False), ("overlap", False)):
         if getattr(mesh, name) != idle:
@@ -45,19 +58,20 @@ def generation_mesh(cfg: ModelConfig, mesh: MeshConfig) -> Mesh:
                 f"mesh.{name}={getattr(mesh, name)} is for training: generation divides work over "
                 f"{', '.join(TOKEN_AXES)}; leave it out"
             )
-    devices = make_mesh(mesh)
+    devices = make_mesh(mesh, at)
     param_specs(model_params(cfg), devices, rules(mesh, devices))  # heads of the prefill divide
     return devices
 
 
-def _specs(cfg: ModelConfig, mesh: MeshConfig) -> Any:
-    devices = generation_mesh(cfg, mesh)
+def _specs(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> Any:
+    devices = generation_mesh(cfg, mesh, at)
     spread = "expert" in rules(mesh, devices)
     return param_specs(model_params(cfg), devices, WHOLE_ATTENTION if spread else {})
 
 
 def parameter_shardings(cfg: ModelConfig, mesh: MeshConfig) -> Any:
-    """Where `generate_over_mesh` reads each parameter: a tree of shardings, for `deepseek_jax.hf.load`."""
+    """Where `generate_over_mesh` reads each parameter: a tree of shardings, for `deepseek_jax.hf.load`. A weight in FP8 lies
+    as a whole weight does, its scales beside it."""
     put = functools.partial(NamedSharding, generation_mesh(cfg, mesh))
     return jax.tree.map(put, _specs(cfg, mesh), is_leaf=lambda x: isinstance(x, PartitionSpec))
 
@@ -68,7 +82,8 @@ def _prepare(params: Any, cfg: ModelConfig) -> Any:
 
 
 def _ready_specs(cfg: ModelConfig, specs: Any) -> Any:
-    """Of `_prepare`'s result: experts are spread as in `specs`, everything else is whole."""
+    """Of `_prepare`'s result: experts are spread as in `specs`, everything else is whole. Of weights in FP8 too, whose values
+    and scales have experts where an array has them."""
     ready = jax.eval_shape(lambda params: _prepare(params, cfg), abstract(model_params(cfg)))
     if not cfg.num_moe_layers:
         return jax.tree.map(lambda _: WHOLE, ready)
@@ -102,6 +117,21 @@ BATCH = Batch(pad_b=ROWS, length=WHOLE, limit_b=ROWS, stop_s=WHOLE, num_ids=WHOL
 BY_LAYER = PartitionSpec(None, TOKEN_AXES)
 
 
+def check_fp8(mesh: MeshConfig) -> None:
+    """Raises ValueError for a mesh over which weights cannot stay in FP8."""
+    if mesh.tensor > 1:
+        raise ValueError(
+            f"mesh.tensor={mesh.tensor} divides heads, whose weights in FP8 have blocks across them: leave out tensor, or "
+            "keep_fp8"
+        )
+
+
+def policy_of(params: Any) -> Policy | None:
+    """By which weights in FP8 are multiplied, if there are any."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantised))
+    return next((x.policy for x in leaves if isinstance(x, Quantised)), None)
+
+
 def _anyone(going_b: jax.Array) -> jax.Array:
     return lax.psum(going_b.any().astype(jnp.int32), TOKEN_AXES) > 0
 
@@ -111,11 +141,19 @@ def _state_specs(cache: PartitionSpec) -> Any:
 
 
 @functools.cache
-def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
-    """Of a model over a mesh; compiled once per size of prompts, and of the cache."""
-    devices, decoding = generation_mesh(cfg, mesh), decoding_config(cfg)
-    specs, options = _specs(cfg, mesh), compiler_options(mesh, devices)
-    few = few_tokens(cfg, mesh, devices)
+def programs(
+    cfg: ModelConfig, mesh: MeshConfig, policy: Policy | None = None, at: Devices = None
+) -> Programs:
+    """Of a model over a mesh; compiled once per size of prompts, and of the cache. policy: of weights in FP8.
+
+    Raises ValueError as `generation_mesh`, and for weights in FP8 whose heads would be divided.
+    """
+    devices, decoding = generation_mesh(cfg, mesh, at), decoding_config(cfg)
+    if policy is not None:
+        check_fp8(mesh)
+    specs, options = _specs(cfg, mesh, at), compiler_options(mesh, devices)
+    wire = AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
+    few = few_tokens(cfg, mesh, devices, wire)
     ready_specs = _ready_specs(decoding, specs)
     prefilled, decoded = _state_specs(BY_LAYER), _state_specs(ROWS if unrolled(decoding) else BY_LAYER)
     over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
@@ -131,7 +169,7 @@ def programs(cfg: ModelConfig, mesh: MeshConfig) -> Programs:
     @compiled
     @functools.partial(over_devices, in_specs=(specs, prompts_specs, BATCH, WHOLE), out_specs=prefilled)
     def run_prefill(params: Any, prompts: Prompts, batch: Batch, bias_le: Any) -> State:
-        layout = many_tokens(cfg, mesh, devices, prompts.tokens_bt.shape[1])
+        layout = many_tokens(cfg, mesh, devices, prompts.tokens_bt.shape[1], wire)
         params = layout.sequence.own_heads(params, model_params(cfg))
         return prefill(params, cfg, prompts, batch, bias_le, layout)
 
@@ -157,14 +195,20 @@ def over_mesh(
 ) -> Method:
     """As `generate.plain`, over the devices of `mesh`. `params`: laid out by `parameter_shardings`; what lies elsewhere
     is moved there first. `ready`: as `programs(cfg, mesh).prepare` makes them of `params`, made here if None."""
-    run = programs(cfg, mesh)
+    run, devices = programs(cfg, mesh, policy_of(params)), generation_mesh(cfg, mesh)
     params = jax.device_put(params, parameter_shardings(cfg, mesh))
     ready = run.prepare(params) if ready is None else ready
+    put = functools.partial(NamedSharding, devices)
+    of_batch = jax.tree.map(put, BATCH, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+    def advance(batch: Batch, state: State, n: int) -> State:
+        return in_turn(run.advance, (ready, jax.device_put(batch, of_batch), balance_bias), state, n)
+
     return Method(
         prefill=lambda prompts, batch: run.prefill(params, prompts, batch, balance_bias),
         grow=run.grow,
-        advance=lambda batch, state, n: run.advance(ready, batch, balance_bias, state, n),
-        rows=generation_mesh(cfg, mesh).size,
+        advance=advance,
+        rows=devices.size,
         tokens=mesh.tensor,
     )
 

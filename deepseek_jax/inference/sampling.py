@@ -1,7 +1,7 @@
 """Choosing the next token: repetition penalty, temperature, top-k, top-p, min-p, in this order (`transformers`' order).
 
-Settings are arrays, one value per row of a batch, so that one compiled program serves them all. A greedy row is a
-distribution at one point. A row draws its n-th token with a key made of its own seed and n: what it draws depends
+Settings are arrays, one value per row of a batch, so that one compiled program serves them all; on GPUs three do, of which
+the host picks one (`RowSampling.most`). A greedy row is a distribution at one point. A row draws its n-th token with a key made of its own seed and n: what it draws depends
 neither on the other rows nor on where a loop was cut.
 
 Dims: b batch row, v vocabulary.
@@ -11,15 +11,17 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from deepseek_jax.checks import is_integer, require, shown
+from deepseek_jax.model.decoding import on_cpu
 
 Array = Any  # jax.Array in programs, NumPy's on the host
 
@@ -65,8 +67,16 @@ class Sampling:
             raise ValueError(f"repetition_penalty={penalty} must be finite and > 0 (1 is none)")
 
 
-class RowSampling(NamedTuple):
-    """`Sampling` of each row [b]; key_b: its stream of random numbers."""
+GREEDY, DRAWN, FILTERED = range(3)  # what a row asks for; each needs all that those before it need
+
+
+@flax.struct.dataclass
+class RowSampling:
+    """`Sampling` of each row [b]; key_b: its stream of random numbers.
+
+    most: GREEDY, DRAWN or FILTERED: what the rows ask for at most, if the host knows: a program for this alone. None: the
+    program sees it itself, in a branch (`decoding.on_cpu`).
+    """
 
     temperature_b: Array
     top_p_b: Array
@@ -74,6 +84,22 @@ class RowSampling(NamedTuple):
     min_p_b: Array
     penalty_b: Array
     key_b: jax.Array
+    most: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def asks(self, what: int) -> Any:
+        """Whether a row asks for `what` or more: bool, or an array where the host does not know."""
+        if self.most is not None:
+            return self.most >= what
+        if what == DRAWN:
+            return (self.temperature_b >= _SMALLEST).any()
+        return ((self.top_k_b > 0) | (self.top_p_b < 1) | (self.min_p_b > 0)).any()
+
+
+def _either(asked: Any, then: Callable[..., Any], otherwise: Callable[..., Any], x: jax.Array) -> Any:
+    """then(x) if asked, else otherwise(x): a branch of the program where only the device knows."""
+    if isinstance(asked, bool):
+        return then(x) if asked else otherwise(x)
+    return lax.cond(asked, then, otherwise, x)
 
 
 @jax.jit
@@ -105,7 +131,15 @@ def row_sampling(sampling: Sampling, seed: int | Sequence[int], rows: int) -> Ro
         min_p_b=of_all(sampling.min_p),
         penalty_b=of_all(sampling.repetition_penalty),
         key_b=_keys(seed_b, row_b),
+        most=None if on_cpu() else asked_for(sampling),
     )
+
+
+def asked_for(sampling: Sampling) -> int:
+    """GREEDY, DRAWN or FILTERED."""
+    if sampling.temperature < _SMALLEST:
+        return GREEDY
+    return FILTERED if sampling.top_k or sampling.top_p < 1 or sampling.min_p else DRAWN
 
 
 def penalised(logits_bv: jax.Array, seen_bv: jax.Array, rows: RowSampling) -> jax.Array:
@@ -143,9 +177,8 @@ def filtered_logits(logits_bv: jax.Array, rows: RowSampling) -> jax.Array:
     greedy = (rows.temperature_b < _SMALLEST)[:, None]
     highest = jnp.max(logits_bv, axis=-1, keepdims=True)
     scaled = (logits_bv - highest) / jnp.where(greedy, 1.0, rows.temperature_b[:, None])
-    filters = (rows.top_k_b > 0) | (rows.top_p_b < 1) | (rows.min_p_b > 0)
     outside = functools.partial(_outside, rows=rows)
-    out = lax.cond(filters.any(), outside, lambda x: jnp.zeros(x.shape, bool), scaled)
+    out = _either(rows.asks(FILTERED), outside, lambda x: jnp.zeros(x.shape, bool), scaled)
     best = jnp.arange(logits_bv.shape[-1])[None] == jnp.argmax(logits_bv, axis=-1)[:, None]
     return jnp.where(jnp.where(greedy, ~best, out), -jnp.inf, scaled)
 
@@ -172,4 +205,4 @@ def sample(key_b: jax.Array, logits_bv: jax.Array, rows: RowSampling) -> tuple[j
     def best(logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), jnp.zeros(len(logits_bv), jnp.float32)
 
-    return lax.cond((rows.temperature_b >= _SMALLEST).any(), drawn, best, logits_bv)
+    return _either(rows.asks(DRAWN), drawn, best, logits_bv)

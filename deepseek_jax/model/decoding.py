@@ -37,7 +37,9 @@ APART_EXPERTS = 256
 ONE_DEVICE = Layout(Local(decode_experts))
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether programs are for CPUs. There a program's control flow costs nothing; on GPUs XLA has the host wait for each
+    branch, and for each turn of a loop whose length it does not know."""
     return jax.default_backend() == "cpu"
 
 
@@ -46,12 +48,12 @@ def decoding_config(cfg: ModelConfig) -> ModelConfig:
 
     XLA multiplies no bfloat16 there: it would convert all weights anew, at every call of a program.
     """
-    return dataclasses.replace(cfg, dtype="float32") if _on_cpu() else cfg
+    return dataclasses.replace(cfg, dtype="float32") if on_cpu() else cfg
 
 
 def unrolled(cfg: ModelConfig) -> bool:
     """Whether the layers, and their caches, lie apart."""
-    return cfg.num_hidden_layers <= UNROLL_LAYERS or _on_cpu()
+    return cfg.num_hidden_layers <= UNROLL_LAYERS or on_cpu()
 
 
 def _brings_product(x: Any) -> bool:
@@ -85,9 +87,9 @@ def prepare(params: Params, cfg: ModelConfig, whole: bool = True) -> Params:
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: _as_read(path, x, cfg), dict(params), is_leaf=_brings_product
     )
-    ready, once = dict(params), (lambda block: block) if _on_cpu() else join_for_inference
+    ready, once = dict(params), (lambda block: block) if on_cpu() else join_for_inference
     few = cfg.n_routed_experts * cfg.num_moe_layers <= APART_EXPERTS
-    apart = _experts_apart if whole and few and _on_cpu() else lambda block: block
+    apart = _experts_apart if whole and few and on_cpu() else lambda block: block
     for name in [name for name in ("dense_layers", "moe_layers") if name in params]:
         ready[name] = once({**params[name], "attn": absorb(params[name]["attn"], cfg)})
         if unrolled(cfg):

@@ -5,8 +5,8 @@
     y    = d.experts(p, came, x_nd, weights_nk, plan)   the experts on these rows
     y_nd = d.combine(y, plan)                           plain sums over experts, at the tokens' sources
 
-`Local` is the dispatcher of one device; those of a mesh are in `parallel/exchange/`. Each step is differentiable. Over
-a mesh, the transpose of a dispatch is the combine of the gradients and the other way round.
+`Local` is the dispatcher of one device; those of a mesh are in `parallel/exchange/`. Each step is differentiable, but
+for that of decoding. Over a mesh, the transpose of a dispatch is the combine of the gradients and the other way round.
 
 Dims: n token of this device, r row received, d hidden, k selected expert, e expert of this device.
 """
@@ -36,16 +36,14 @@ class Received(NamedTuple):
 
 
 class Dispatcher(Protocol):
-    """Plans and results `y` are pytrees that only the dispatcher reads."""
+    """Plans, results `y` and what a dispatch gives are pytrees that only the dispatcher reads."""
 
     def plan(self, experts_nk: jax.Array, n_local: int) -> Any:
         """experts_nk int32 [n, k]: ids outside of the experts are absent. n_local: experts on each device."""
 
-    def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: Any) -> Received: ...
+    def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: Any) -> Any: ...
 
-    def experts(
-        self, p: Params, came: Received, x_nd: jax.Array, weights_nk: jax.Array, plan: Any
-    ) -> Any: ...
+    def experts(self, p: Params, came: Any, x_nd: jax.Array, weights_nk: jax.Array, plan: Any) -> Any: ...
 
     def combine(self, y: Any, plan: Any) -> jax.Array: ...
 

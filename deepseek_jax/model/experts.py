@@ -17,7 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.ffn import Gated, ffn_dgrad, ffn_fprop, ffn_wgrad, mlp
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.params import Param, layers_apart
-from deepseek_jax.model.rows import Rows, sort_rows, sum_pairs
+from deepseek_jax.model.rows import Rows, masked_rows, sort_rows, sum_pairs
 from deepseek_jax.model.weights import beside
 from deepseek_jax.precision.product import product
 
@@ -88,6 +88,27 @@ def routed_experts(
 def products(p: Params) -> Gated:
     """Of the experts' weights, for `ffn.py`."""
     return Gated(beside(p, "w_gate_up_edf"), product(p["w_down_efd"]))
+
+
+def arrived_experts(
+    p: Params,
+    x_nd: jax.Array,
+    experts_nk: jax.Array,
+    weights_nk: jax.Array,
+    *,
+    sent: tuple[jax.Array, jax.Array] | None = None,
+    form: str = "",
+) -> jax.Array:
+    """`routed_experts` for the rows that a device can receive while decoding, most of which are not there. No gradient.
+
+    Where a device has no more experts than a token chooses, each has room for every row: what must be held for the
+    worst routing is no more than if the rows were sorted.
+    """
+    w = products(p)
+    order = masked_rows if w.down.experts <= experts_nk.shape[1] else sort_rows
+    rows = order(experts_nk, weights_nk, w.down.experts)
+    a_m = w.gate_up.take(w.gate_up.from_dispatch(x_nd, sent, form), rows.token_m)
+    return sum_pairs(ffn_fprop(w, a_m, x_nd.dtype, rows)[0], rows.row_nk)
 
 
 # --- few tokens (decoding) ----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from deepseek_jax.model.router import (
     only_counted,
     route,
 )
+from deepseek_jax.precision.product import product
 
 
 def moe_params(cfg: ModelConfig) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def gate(p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None
 
     h_btd, s_bte = after_norm(scored, cfg, ctx.layout.remat)(p["ffn"]["gate"], p["ffn_norm_d"], x_btd)
     routing = only_counted(cfg, route(cfg, s_bte, bias_e), ctx.counted_bt)
-    n_local = p["ffn"]["experts"]["w_down_efd"].shape[0]
+    n_local = product(p["ffn"]["experts"]["w_down_efd"]).experts
     return Routed(h_btd, s_bte, routing, ctx.layout.dispatcher.plan(_flat(routing.experts_btk), n_local))
 
 

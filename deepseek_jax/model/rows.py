@@ -1,7 +1,8 @@
 """Rows of routed experts: the (token, expert) pairs sorted by expert.
 
 Each expert's rows are contiguous and start at a multiple of `ALIGNMENT`, the convention of the grouped GEMMs
-(`pallas_kernels/groups.py`); rows that fill up a segment belong to nobody.
+(`pallas_kernels/groups.py`); rows that fill up a segment belong to nobody. Where there are few tokens and fewer experts
+still, each expert has room for all tokens, and nothing is sorted (`masked_rows`).
 
 Dims: n token, k selected expert, m row, e expert.
 """
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.model.router import expert_counts
 from pallas_kernels.blocks import BLOCK, round_up
-from pallas_kernels.groups import Groups, aligned_sizes, row_groups
+from pallas_kernels.groups import Groups, Masked, aligned_sizes, masked_groups, row_groups
 
 ALIGNMENT = BLOCK
 
@@ -31,6 +32,14 @@ class Rows(NamedTuple):
     @property
     def groups(self) -> Groups:
         return Groups(self.group_m, self.sizes_e)
+
+
+class MaskedRows(Rows):
+    """Rows of experts that all have the same room. row_nk: of each token at each expert [n, e]."""
+
+    @property
+    def groups(self) -> Masked:
+        return Masked(self.group_m, self.sizes_e)
 
 
 def num_rows(pairs: int, n_experts: int, alignment: int = ALIGNMENT) -> int:
@@ -63,6 +72,23 @@ def sort_rows(
     token_m = jnp.full((m,), n, jnp.int32).at[row].set(pair // k, mode="drop")
     gain_m = jnp.zeros((m,), weights_nk.dtype).at[row].set(weights_nk.reshape(-1)[pair], mode="drop")
     return Rows(token_m, gain_m, row_groups(sizes_e, m, alignment), row_nk, sizes_e)
+
+
+def masked_rows(experts_nk: jax.Array, weights_nk: jax.Array, n_experts: int) -> MaskedRows:
+    """The rows of each expert, in the order of the tokens, at the front of its room; ids outside [0, e) are absent."""
+    n = len(experts_nk)
+    room = round_up(n, ALIGNMENT)
+    chosen_nke = experts_nk[..., None] == jnp.arange(n_experts)[None, None]
+    chosen_ne = chosen_nke.any(1)
+    sizes_e = chosen_ne.sum(0, dtype=jnp.int32)
+    first_e = jnp.arange(n_experts, dtype=jnp.int32) * room
+    row_ne = first_e[None] + jnp.cumsum(chosen_ne, 0, dtype=jnp.int32) - 1
+    row_ne = jnp.where(chosen_ne, row_ne, n_experts * room)
+    gain_ne = jnp.where(chosen_nke, weights_nk[..., None], 0).sum(1)
+    token_n1 = jnp.arange(n, dtype=jnp.int32)[:, None]
+    token_m = jnp.full((n_experts * room,), n, jnp.int32).at[row_ne].set(token_n1, mode="drop")
+    gain_m = jnp.zeros((n_experts * room,), gain_ne.dtype).at[row_ne].set(gain_ne, mode="drop")
+    return MaskedRows(token_m, gain_m, masked_groups(sizes_e, room), row_ne, sizes_e)
 
 
 def sum_pairs(rows_md: jax.Array, row_nk: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.config import MeshConfig
@@ -25,6 +26,13 @@ def compiler_options(
     a time. Believing that it does not fit, the scheduler would leave every collective synchronous: with a pipeline it is
     told of eight times the memory. What the program really takes is what the compiler allots in the end.
 
+    Over several hosts, XLA turns a ragged all-to-all by default into an all-gather over the hosts of all that is to be sent, and
+    picks locally: of 4 rows a token on 8 nodes a device would get 28 instead of 3. Told not to, it sends the rows that there
+    are; the host has to read their numbers first, and waits twice, some 50 us in all. At DeepSeek-V3's widths in FP8, that is
+    the time of the rows that fixed sizes would send in vain where a device has 100 tokens: decoding takes those
+    (`exchange/low_latency.py`). XLA has a kernel that needs neither, for NCCL with GPU-initiated networking
+    (xla_gpu_experimental_ragged_all_to_all_use_device_kernel), which we have not seen run.
+
     Two things change there from run to run: the order in which a scatter-add's atomic additions arrive (the gradient
     of the embedding is the only float one), and the algorithms that autotuning times and picks. `deterministic` puts
     the former in order and leaves out the latter; on CPUs all is deterministic for a given number of devices.
@@ -39,6 +47,9 @@ def compiler_options(
     options: dict[str, Any] = {"xla_gpu_enable_latency_hiding_scheduler": True}
     if cfg.pipe > 1:
         options["xla_gpu_memory_limit_slop_factor"] = 800  # per cent; 95 by default
+    if len({device.process_index for device in mesh.devices.flat}) > 1 and jax.__version_info__ >= (0, 11):
+        options["xla_gpu_unsupported_enable_ragged_all_to_all_multi_host_decomposer"] = False
+        options["xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"] = True
     if cfg.comm_channels:
         options["xla_gpu_nccl_collective_max_nchannels"] = cfg.comm_channels
         options["xla_gpu_nccl_p2p_max_nchannels"] = cfg.comm_channels

@@ -13,7 +13,7 @@ from deepseek_jax.model.dispatch import Dispatcher, Local
 from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS, Ragged
-from deepseek_jax.parallel.exchange.low_latency import LowLatency, decoding_experts
+from deepseek_jax.parallel.exchange.low_latency import LowLatency
 from deepseek_jax.parallel.exchange.placement import nodes_per_token
 from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.parallel.mesh import expert_exchange
@@ -65,12 +65,13 @@ def many_tokens(
     )
 
 
-def few_tokens(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh) -> Layout:
+def few_tokens(
+    model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, wire: Wire = AS_IT_IS
+) -> Layout:
     """The layout of decoding: every device attends to its own sequences, tokens reach their experts by the low-latency
-    exchange."""
+    exchange. wire: as for `many_tokens`."""
     if _tokens_travel(model, cfg, mesh):
-        wire = _wire(cfg, AS_IT_IS)
-        return Layout(LowLatency(masked=decoding_experts, wire=wire), mesh=_axes(mesh))
+        return Layout(LowLatency(wire=_wire(cfg, wire)), mesh=_axes(mesh))
     return Layout(Local(decode_experts), mesh=_axes(mesh))
 
 

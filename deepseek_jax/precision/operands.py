@@ -16,9 +16,9 @@ from jax import lax
 
 from pallas_kernels.blocks import BLOCK, cdiv, expand_scale, split_blocks
 from pallas_kernels.fp8_gemm.ops import fp8_gemm
-from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_wgrad
+from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_gemm_masked, fp8_grouped_wgrad
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
-from pallas_kernels.groups import Groups, aligned_sizes
+from pallas_kernels.groups import Groups, Masked, aligned_sizes
 from pallas_kernels.quantize.fallback import scale_from_amax
 from pallas_kernels.quantize.ops import dequantize, quantize, quantize_transposed, requantize_transposed
 from pallas_kernels.quantize.reference import divide
@@ -197,11 +197,16 @@ def take_rows(x: Operand, index_m: jax.Array) -> Operand:
 def multiply(a: Operand, b: Operand, dtype: Any, groups: Groups | None = None) -> jax.Array:
     """a @ b.T [M, N] in `dtype` (bfloat16 or float32), accumulated in float32.
 
-    With `groups`, b is [G, N, depth] and each row of a is multiplied by the matrix of its group; padding rows are zero.
+    With `groups`, b is [G, N, depth] and each row of a is multiplied by the matrix of its group; padding rows are zero,
+    absent rows of `Masked` groups may be anything.
     """
     if a.format.fine:
         if groups is None:
             return fp8_gemm(a.q, row_scales(a), b.q, b.scale, out_dtype=dtype)
+        if isinstance(groups, Masked):
+            a_q, a_scale = (x.reshape(-1, groups.room, x.shape[1]) for x in (a.q, row_scales(a)))
+            out = fp8_grouped_gemm_masked(a_q, a_scale, b.q, b.scale, groups.sizes_e, out_dtype=dtype)
+            return out.reshape(a.q.shape[0], -1)
         return fp8_grouped_gemm(a.q, row_scales(a), b.q, b.scale, groups.group_m, out_dtype=dtype)
     # E4M3 is exact in every wider format; the scales factor out of the sum.
     a_q, b_q = a.q.astype(jnp.float32), b.q.astype(jnp.float32)

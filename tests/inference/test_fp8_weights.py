@@ -12,6 +12,8 @@ import pytest
 import deepseek_jax
 from deepseek_jax import hf
 from deepseek_jax.hf.names import leaves
+from deepseek_jax.inference import generate
+from deepseek_jax.model import experts
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
 from deepseek_jax.precision import PRESETS
@@ -93,18 +95,20 @@ def test_logits_differ_by_the_rounding_of_activations(models):
     np.testing.assert_allclose(kept.score(IDS), score, atol=5e-5)
 
 
+PROMPTS = [IDS[:5], IDS[7:19], IDS[30:31]]
+
+
 def test_greedy_tokens(models):
     """Through the cache: under the dequantised weights each is the best, up to the error of the logits."""
     kept, exact = models
-    prompts = [IDS[:5], IDS[7:19], IDS[30:31]]
-    rows, same = kept.generate(prompts, NEW, stop_ids=()), 0
-    for prompt, row in zip(prompts, rows, strict=True):
+    rows, same = kept.generate(PROMPTS, NEW, stop_ids=()), 0
+    for prompt, row in zip(PROMPTS, rows, strict=True):
         logits_tv = exact.logits([*prompt, *row])[len(prompt) - 1 : -1]
         chosen = logits_tv[np.arange(NEW), row]
         assert (logits_tv.max(-1) - chosen < 3 * BOUND * logits_tv.std(-1)).all()
         same += (logits_tv.argmax(-1) == row).sum()
     assert same > 0.7 * 3 * NEW
-    assert kept.generate(prompts, NEW, stop_ids=(), speculative=True) == rows
+    assert kept.generate(PROMPTS, NEW, stop_ids=(), speculative=True) == rows
 
 
 def test_decoding_reads_the_bytes_of_the_checkpoint(models):
@@ -145,9 +149,29 @@ def test_activations_have_scales_of_the_checkpoints_kind(scale, tmp_path):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
+def test_generation_over_a_mesh(folder, models, monkeypatch):
+    """Each device reads its experts' bytes; tokens travel in FP8 as they are multiplied. Results come back in BF16, whose sums
+    are rounded inside and between nodes, by 2^-9 / sqrt(3) on average, in each layer: log-probabilities differ by three
+    times that, of logits of a spread below 1.5. One device quantises likewise where it sorts rows, as on a GPU."""
+    monkeypatch.setattr(experts, "FEW_ROWS", 0)
+    generate._advance.clear_cache()
+    mesh = deepseek_jax.MeshConfig(data=1, node=2, local=2)
+    over = deepseek_jax.load(folder, dtype="float32", keep_fp8=True, mesh=mesh)
+    q = of(over.params, "moe_layers.ffn.experts.w_up_edf").fprop_operand.q
+    assert {shard.data.shape[1] for shard in q.addressable_shards} == {CFG.n_routed_experts // 4}
+    got, want = (m.generate(PROMPTS, NEW, stop_ids=(), logprobs=True) for m in (over, models[0]))
+    generate._advance.clear_cache()
+    atol = 3 * 1.5 * 1.28 * 2**-9 * math.sqrt(2 / 3 * CFG.num_hidden_layers)
+    for x, y in zip(got, want, strict=True):
+        assert x.tokens == y.tokens
+        np.testing.assert_allclose(x.logprobs, y.logprobs, rtol=0, atol=atol)
+
+
 def test_what_does_not_go_with_fp8_weights(folder, tmp_path):
-    mesh = deepseek_jax.MeshConfig(data=1, node=2, local=4)
-    with pytest.raises(ValueError, match=r"keep_fp8 runs on one device"):
+    with pytest.raises(ValueError, match=r"keep_fp8 has shardings of its own"):
+        deepseek_jax.load(folder, keep_fp8=True, shardings={})
+    mesh = deepseek_jax.MeshConfig(data=1, local=2, tensor=2)
+    with pytest.raises(ValueError, match=r"mesh.tensor=2 divides heads, whose weights in FP8"):
         deepseek_jax.load(folder, keep_fp8=True, mesh=mesh)
     with pytest.raises(ValueError, match=r"is a training run, whose weights are not in FP8"):
         deepseek_jax.load(save_run(tmp_path / "run"), keep_fp8=True)

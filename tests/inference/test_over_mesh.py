@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import deepseek_jax
 from deepseek_jax.config import MeshConfig
+from deepseek_jax.inference import driver, sampling
 from deepseek_jax.inference import generate as one_device
 from deepseek_jax.inference import model as model_file
 from deepseek_jax.inference.batch import Request, make_batch, pad_prompts
@@ -157,8 +158,21 @@ def test_nothing_but_counts_is_gathered_while_decoding():
     state = jax.eval_shape(functools.partial(run.grow, slots=96), state)
     text = run.advance.lower(ready, batch, bias, state, 1).as_text()
     gathered = re.findall(r'"stablehlo.all_gather".*?-> tensor<([\dxa-z]+)>', text, re.DOTALL)
-    assert gathered == [f"8x{CFG.n_routed_experts}xi32"]  # how many tokens each device has for each expert
+    assert gathered == ["4x4xi32"]  # how many rows each device of a node has for each
     assert "all_to_all" in text
+
+
+def test_a_program_for_each_step_draws_the_same(monkeypatch):
+    """As on GPUs, where the host launches the steps without waiting: no loop, and no branch over the settings."""
+    params, bias = model()
+    request = Request(PROMPTS, NEW, Sampling(1.0, top_k=50), seed=5)
+    want = complete(over_mesh(params, CFG, bias, mesh=MESHES["two hops"]), CFG, request)[0]
+    for file in (driver, sampling):
+        monkeypatch.setattr(file, "on_cpu", lambda: False)
+    programs.cache_clear()
+    got = complete(over_mesh(params, CFG, bias, mesh=MESHES["two hops"]), CFG, request)[0]
+    programs.cache_clear()
+    assert [row.tokens for row in got] == [row.tokens for row in want]
 
 
 def test_experts_are_spread_and_the_rest_is_whole():

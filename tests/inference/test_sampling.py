@@ -114,7 +114,7 @@ SETTINGS = [
 def one_batch(settings) -> RowSampling:
     """Settings of their own for each row."""
     rows = [row_sampling(sampling, 0, 1) for sampling in settings]
-    return RowSampling(*(jnp.concatenate(values) for values in zip(*rows, strict=True)))
+    return jax.tree.map(lambda *values: jnp.concatenate(values), *rows)
 
 
 def by_transformers(logits_v, seen_n, sampling) -> np.ndarray:

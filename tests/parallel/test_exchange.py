@@ -4,6 +4,7 @@ Dims: n token of a device, d hidden, k selected expert, s row sent, r row receiv
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -246,17 +247,60 @@ def test_formats_that_do_not_exist():
 # --- low latency ------------------------------------------------------------------------------------------------
 
 
-def test_low_latency_rows_lie_by_expert_in_front():
-    """Of each expert's buffer the first rows are its tokens, in the order of the senders, and no others are used."""
+@functools.cache
+def arrived(wire):
+    """What the low-latency dispatch brings to each device, of tokens [RANKS * N, D]; and how many rows there are."""
 
-    def run(ids, number):
-        d = LowLatency()
-        plan = d.plan(ids, E_LOCAL)
-        return d.dispatch(number, jnp.zeros((N, K)), plan).x_rd, plan.rows_e
+    def run(ids, x, w):
+        d = LowLatency(wire=Wire(wire))
+        came = d.dispatch(x, w, d.plan(ids, E_LOCAL))
+        return came.rows[:3], came.hop.live_r
 
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(RANKS * N, D)).astype(np.float32)
+    w = rng.uniform(size=(RANKS * N, K)).astype(np.float32)
+    rows, live = program(run, 3)(ids_of_all(), x, w)
+    return x, w, jax.tree.map(lambda a: np.asarray(a).reshape(RANKS, RANKS * N, *a.shape[1:]), (rows, live))
+
+
+@pytest.mark.parametrize("form", ["same", "fp8_ue8m0"])
+def test_low_latency_brings_each_token_of_a_device_once(form):
+    """In front, in the order of the senders; with the weights and ids of all its experts, those of others absent. Bit for
+    bit what the sender quantised. No buffer is larger than all tokens of all devices."""
+    x, w, ((x_rd, w_rk, ids_rk), live) = arrived(form)
+    sent = np.asarray(jax.jit(lambda x: decode(encode(x, form), form, x.dtype))(x))
     ids = ids_of_all()
-    number = np.arange(1, RANKS * N + 1, dtype=np.float32)[:, None]
-    rows, rows_e = jax.device_get(program(run, 2)(ids, number))
-    for expert, (buffer, size) in enumerate(zip(rows.reshape(-1, RANKS * N), rows_e, strict=True)):
-        assert buffer[:size].astype(int).tolist() == (np.flatnonzero((ids == expert).any(1)) + 1).tolist()
-        assert not buffer[size:].any()
+    for rank in range(RANKS):
+        mine = (ids >= rank * E_LOCAL) & (ids < (rank + 1) * E_LOCAL)
+        by_device = np.arange(RANKS * N).reshape(NODES, LOCAL, N).swapaxes(0, 1).reshape(-1)
+        tokens = by_device[
+            mine.any(1)[by_device]
+        ]  # from each device of the node: those of all nodes at its index
+        n = len(tokens)
+        assert live[rank].tolist() == [True] * n + [False] * (RANKS * N - n) and 0 < n < RANKS * N
+        np.testing.assert_array_equal(x_rd[rank, :n], sent[tokens])
+        np.testing.assert_array_equal(w_rk[rank, :n], w[tokens])
+        want = np.where(mine, ids - rank * E_LOCAL, -1)[tokens]
+        np.testing.assert_array_equal(ids_rk[rank, :n], want)
+        assert (ids_rk[rank, n:] == -1).all() and not x_rd[rank, n:].any()
+
+
+def test_low_latency_between_nodes_is_of_fixed_sizes():
+    """One all-to-all each way over the nodes, of a row per token and node; ragged ones and counts stay inside a node."""
+
+    def run(ids, x, w):
+        d = LowLatency(wire=Wire("fp8", "bf16"), implementation="native", function=lambda p, x, *_, **__: x)
+        plan = d.plan(ids, E_LOCAL)
+        return d.combine(d.experts({}, d.dispatch(x, w, plan), x, w, plan), plan)
+
+    shapes = [((RANKS * N, K), jnp.int32), ((RANKS * N, D), jnp.bfloat16), ((RANKS * N, K), jnp.float32)]
+    text = str(program(run, 3).trace(*(jax.ShapeDtypeStruct(*s) for s in shapes)).jaxpr)
+    found = re.findall(r"\b(all_to_all|ragged_all_to_all|all_gather)\[(.*?)\]", text, re.DOTALL)
+    axes = [(name, "node" in re.search(r"axis_name=(\(.*?\)|\w+)", params)[1]) for name, params in found]
+    assert sorted(axes) == [
+        ("all_gather", False),
+        *[("all_to_all", True)] * 2,
+        *[("ragged_all_to_all", False)] * 2,
+    ]
+    words = num_words(D, jnp.float8_e4m3fn) + 2 + 2 * K  # tokens with two scales, weights, ids
+    assert f"u32[{NODES},{N},{words}]" in text and f"u32[{NODES},{N},{D // 2}]" in text

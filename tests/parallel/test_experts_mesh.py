@@ -16,11 +16,14 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.recompute import recompute
 from deepseek_jax.parallel.exchange.dispatcher import Ragged
-from deepseek_jax.parallel.exchange.low_latency import LowLatency, grouped_experts, masked_experts
+from deepseek_jax.parallel.exchange.low_latency import LowLatency
 from deepseek_jax.parallel.exchange.placement import nodes_per_token
 from deepseek_jax.parallel.exchange.wire import Wire
+from deepseek_jax.precision import operands, preset
+from deepseek_jax.precision.product import Quantised, quantise_weight
+from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm_masked
 from tests.parallel.comparison import BOUND, difference
-from tests.parallel.harness import D, E, arrays, dense, on_mesh, routings, single_device, with_gradients
+from tests.parallel.harness import E, arrays, dense, on_mesh, routings, single_device, with_gradients
 
 MESHES = {
     (8, 1): 6,
@@ -33,7 +36,6 @@ MODES = {
     "two_hop": Ragged(function=dense),
     "flat in rounds": Ragged(mode="flat", function=dense, receive=0.7),
     "two_hop in rounds": Ragged(function=dense, receive=1.5),
-    "low latency": LowLatency(),
 }
 
 
@@ -175,13 +177,75 @@ def test_what_ragged_refuses(kwargs, message):
         Ragged(**kwargs)
 
 
-def test_grouped_experts_of_a_masked_buffer_are_the_batched_ones():
-    """On the rows that are there, and zero elsewhere. Sums of D or F products in another order."""
-    e, m = 4, 5
-    p = {name: jnp.asarray(w[:e]) for name, w in arrays(1)[0].items()}
-    x_emd = np.random.default_rng(2).normal(0, 1, (e, m, D)).astype(np.float32)
-    rows_e = jnp.array([5, 0, 3, 1], jnp.int32)
-    got = np.asarray(grouped_experts(p, x_emd, rows_e))
-    there = np.arange(m) < np.asarray(rows_e)[:, None]
-    assert difference(got[there], np.asarray(masked_experts(p, x_emd, rows_e))[there]) < BOUND
-    assert not got[~there].any()
+# --- low latency ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_low_latency_equals_one_device(shape):
+    """Whatever the routing: with as many experts on a device as a token chooses, or fewer, in buffers of one size."""
+    n = 8 * MESHES[shape]
+    p, x, w, _ = arrays(n)
+    run = on_mesh(LowLatency(), shape, 4)
+    for routing, ids in routings(n).items():
+        want = np.asarray(jax.jit(dense)(p, x, ids, w))
+        assert difference(run(p, x, ids.astype(np.int32), w), want) < BOUND, routing
+
+
+WIDE, INNER, N_FP8 = 256, 128, 4
+FP8 = preset("deepseek_fp8")
+
+
+def fp8_layer():
+    """(weights multiplied in FP8, tokens, ids, routing weights) of 8 * N_FP8 tokens."""
+    rng = np.random.default_rng(7)
+    shapes = {"w_gate_edf": (E, WIDE, INNER), "w_up_edf": (E, WIDE, INNER), "w_down_efd": (E, INNER, WIDE)}
+    p = {}
+    for name, shape in shapes.items():
+        operand = quantise_weight(jnp.asarray(rng.normal(0, 0.1, shape), jnp.float32), FP8)[0]
+        p[name] = Quantised(None, operand, None, FP8, shape)
+    x = rng.normal(size=(8 * N_FP8, WIDE)).astype(np.float32)
+    ids = routings(8 * N_FP8)["tokens without experts"].astype(np.int32)
+    return p, x, ids, rng.uniform(0.1, 1, ids.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("combine", "bound"), [("same", 2**-9), ("bf16", 2**-8)])
+def test_low_latency_in_fp8_equals_the_normal_exchange_and_one_device(combine, bound):
+    """The same bytes are multiplied by the same blocks; float32 sums differ in their order, by some 1e-7, which moves one of
+    the 1e4 values of SwiGLU's results to another E4M3 number now and then: by 1/16, so 7e-4 of their norm. In BF16, partial
+    sums are rounded inside the node and between nodes, each of them by 2^-9 at most."""
+    args = fp8_layer()
+    wire = Wire(FP8.dispatch, combine)
+    few, many = (on_mesh(d, (4, 2), 4)(*args) for d in (LowLatency(wire=wire), Ragged(wire=wire)))
+    one = np.asarray(jax.jit(routed_experts)(*args))
+    assert np.abs(one).max() > 0.1
+    assert difference(few, one) < bound and difference(few, many) < bound
+
+
+def test_decoding_multiplies_by_the_masked_product_in_fp8(monkeypatch):
+    """Gate, up and down, of the experts' FP8 weights and the rows' bytes, once each; counts say which rows are there."""
+    seen = []
+
+    def masked(a, a_scale, b, b_scale, masked_m, out_dtype):
+        seen.append((a.shape, a.dtype, b.dtype, masked_m.shape))
+        return fp8_grouped_gemm_masked(a, a_scale, b, b_scale, masked_m, out_dtype)
+
+    monkeypatch.setattr(operands, "fp8_grouped_gemm_masked", masked)
+    args = fp8_layer()
+    on_mesh(LowLatency(wire=Wire(FP8.dispatch, "bf16")), (2, 4), 4).trace(*args)
+    e4m3, room = jnp.float8_e4m3fn, 128  # for 32 tokens of all devices, rounded up
+    assert seen == [((E // 8, room, d), e4m3, e4m3, (E // 8,)) for d in (WIDE, WIDE, INNER)]
+
+
+def test_absent_rows_may_be_anything(monkeypatch):
+    """What a kernel leaves in rows that nobody sent reaches no token."""
+
+    def garbage(a, a_scale, b, b_scale, masked_m, out_dtype):
+        out = fp8_grouped_gemm_masked(a, a_scale, b, b_scale, masked_m, out_dtype)
+        there = jnp.arange(a.shape[1])[None] < masked_m[:, None]
+        return jnp.where(there[..., None], out, jnp.nan)
+
+    run = LowLatency(wire=Wire(FP8.dispatch))
+    args = fp8_layer()
+    want = np.asarray(on_mesh(run, (4, 2), 4)(*args))
+    monkeypatch.setattr(operands, "fp8_grouped_gemm_masked", garbage)
+    np.testing.assert_array_equal(on_mesh(run, (4, 2), 4)(*args), want)

@@ -39,7 +39,6 @@ def placement():
 DISPATCHERS = {
     "two hops": lambda: Ragged(function=dense, placement=placement()),
     "flat, in rounds": lambda: Ragged(mode="flat", function=dense, receive=2.0, placement=placement()),
-    "low latency": lambda: LowLatency(placement=placement()),
 }
 
 
@@ -68,6 +67,15 @@ def test_replicas_equal_the_logical_experts(routing):
     for name, got in replicated()(p, x, w, g, ids).items():
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
             assert difference(a, b) < BOUND, f"{name}, {jax.tree_util.keystr(path)}"
+
+
+def test_replicas_decode_as_the_logical_experts():
+    n = 8 * N
+    p, x, w, _ = arrays(n)
+    ids = routings(n)["random"].astype(np.int32)
+    run = on_mesh(LowLatency(placement=placement()), SHAPE, 4)
+    got = run(jax.tree.map(lambda a: a[LOGICAL], p), x, ids, w)
+    assert difference(got, jax.jit(dense)(p, x, ids, w)) < BOUND
 
 
 def test_replicas_share_an_experts_tokens_evenly():

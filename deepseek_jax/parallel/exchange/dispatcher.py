@@ -6,7 +6,7 @@ i * (devices of a node) + j. Every device brings its own tokens and gets their s
 needs goes through the exchange.
 
 The expert applies the routing weight, before its down-projection (`model/experts.py`): a dispatch carries weights and
-expert ids beside the tokens, a combine is a plain sum. The exception is `low_latency.py`, whose experts know no weights.
+expert ids beside the tokens, a combine is a plain sum.
 
 Dims: n token of this device, d hidden, k selected expert, r row received, e expert of this device.
 """
@@ -32,6 +32,7 @@ from deepseek_jax.parallel.exchange.ragged import IMPLEMENTATIONS, Axis
 from deepseek_jax.parallel.exchange.rounds import in_rounds, on_rows
 from deepseek_jax.parallel.exchange.transport import combine, dispatch
 from deepseek_jax.parallel.exchange.wire import Wire
+from deepseek_jax.precision.product import product
 
 INSIDE = ("local", "tensor")  # of a node
 FLAT: tuple[Axis, ...] = (("node", *INSIDE),)
@@ -74,7 +75,7 @@ class OverMesh(abc.ABC):
         self: Any, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
     ) -> jax.Array:
         """The four calls: sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d]."""
-        plan = self.plan(experts_nk, p["w_down_efd"].shape[0])
+        plan = self.plan(experts_nk, product(p["w_down_efd"]).experts)
         came = self.dispatch(x_nd, weights_nk, plan)
         return self.combine(self.experts(p, came, x_nd, weights_nk, plan), plan)
 

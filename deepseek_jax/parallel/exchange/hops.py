@@ -161,7 +161,7 @@ def mesh_axes(hops: tuple[Axis, ...]) -> tuple[str, ...]:
     return tuple(a for axis in hops for a in ((axis,) if isinstance(axis, str) else axis))
 
 
-def _pairs(ids_mk: jax.Array, first: jax.Array | int, below: int, p: int) -> jax.Array:
+def pairs_at(ids_mk: jax.Array, first: jax.Array | int, below: int, p: int) -> jax.Array:
     """How many of each row's experts lie at each of p peers, which hold `below` each, from expert `first` on [m, p]."""
     peer_mk = (ids_mk - first) // below  # outside of 0 ... p - 1: absent, or of another group of peers
     return (peer_mk[..., None] == jnp.arange(p)[None, None]).sum(1, dtype=jnp.int32)
@@ -188,17 +188,17 @@ def make_plan(
     limits = [min(k, p) for p in peers]  # peers that a row goes to, at most
     limits[0] = min(limits[0], most or k)
     below = n_local * math.prod(peers[1:])  # experts of each peer
-    fits_n = (_pairs(experts_nk, 0, below, peers[0]) > 0).sum(1) <= limits[0]
+    fits_n = (pairs_at(experts_nk, 0, below, peers[0]) > 0).sum(1) <= limits[0]
     experts_nk = ids_mk = jnp.where(fits_n[:, None], experts_nk, -1)
     first, hops = jnp.int32(0), []  # expert of this device's group of peers, which each hop narrows
     for axis, p, limit in zip(axes[:-1], peers, limits, strict=False):
-        hop = plan_hop(_pairs(ids_mk, first, below, p) > 0, axis, limit, len(ids_mk), implementation)
+        hop = plan_hop(pairs_at(ids_mk, first, below, p) > 0, axis, limit, len(ids_mk), implementation)
         ((ids_mk,), _) = read(send(for_peers(write((ids_mk,), "same"), hop), hop))
         ids_mk = jnp.where(hop.live_r[:, None], ids_mk, -1)
         first = first + lax.axis_index(axis) * below
         hops.append(hop)
         below //= peers[len(hops)]
-    pairs_mp, most_pairs = _pairs(ids_mk, first, below, peers[-1]), min(k, n_local)  # of a row at a peer
+    pairs_mp, most_pairs = pairs_at(ids_mk, first, below, peers[-1]), min(k, n_local)  # of a row at a peer
     budget = None if receive is None else math.ceil(receive * n / peers[-1])
     last, rounds = _last_hop(pairs_mp, most_pairs, budget, axes, limits[-1], implementation)
     in_round = len(pairs_mp) * most_pairs if rounds is None else rounds.budget + most_pairs - 1

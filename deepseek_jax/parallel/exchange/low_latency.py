@@ -1,106 +1,125 @@
-"""Experts over a mesh for decoding: few tokens per device, fixed buffers, one hop, each expert's rows together.
+"""The exchange for few tokens, of decoding: buffers of fixed sizes, and no count that a host would have to read.
 
-Every expert has a buffer of (tokens per device x devices) rows, so nothing is dropped and no size depends on the
-routing; its rows lie at the front, in the order of their senders, as a masked grouped product wants them. A token
-travels once per selected expert, straight to its device. Experts do not know the routing weights: the combine
-applies them at the token's source, in float32.
+Between nodes, a token's row has a place for each node, taken or not: a plain all-to-all, of as many rows to each node as a
+device has tokens. A token goes to about half of the nodes that it has places for (DeepSeek-V3: 3.5 of 8), and nobody has
+to say first how many rows will come. Its expert ids and routing weights travel in the row; a row of zeros is none.
+Inside a node a row goes to each device that has experts of it, by a ragged all-to-all, which there is one kernel that
+writes into the peers' memory (`ragged.py`): fixed sizes would be those of all tokens of all nodes to each device, ten
+times the rows that there are. On the way back, sums are made inside the node first.
 
-Runs inside `shard_map` (check_vma=False), with gradients. Dims: n token of this device, d hidden, f expert inner,
-k selected expert, e expert of this device, m row of an expert's buffer, s = n * k pair.
+What a device can receive is every token of every device, once. Experts are those of `model/experts.py: arrived_experts`:
+in FP8 where weights are, on the bytes that travelled, at a cost proportional to the rows that came.
+
+Runs inside `shard_map` (check_vma=False). No gradient. Dims: n token of this device, p node, m = p * n row at a node, r row
+received, d hidden, k selected expert, w word.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.dispatch import Received
-from deepseek_jax.model.experts import products
+from deepseek_jax.model.experts import arrived_experts
 from deepseek_jax.model.layers import Params
-from deepseek_jax.model.rows import ALIGNMENT, sort_rows
-from deepseek_jax.parallel.exchange.dispatcher import FLAT, OverMesh
-from deepseek_jax.parallel.exchange.hops import Hop, Plan
-from deepseek_jax.parallel.exchange.ragged import make_chunks, ragged_all_to_all
-from deepseek_jax.parallel.exchange.transport import dispatch
-from deepseek_jax.parallel.exchange.wire import encode
-from deepseek_jax.precision.product import sides, swiglu
-from deepseek_jax.precision.sums import precision
-from pallas_kernels.blocks import round_up
-from pallas_kernels.groups import PADDING, Groups
+from deepseek_jax.parallel.exchange.dispatcher import FLAT, INSIDE, OverMesh
+from deepseek_jax.parallel.exchange.hops import (
+    Hop,
+    for_peers,
+    pairs_at,
+    plan_hop,
+    send,
+    send_back,
+    static,
+    sums,
+)
+from deepseek_jax.parallel.exchange.wire import Message, read, write
 
-# (expert params, x [e, m, d], rows of each expert [e]) -> [e, m, d]; rows from its number on may be anything finite
-Masked = Callable[[Params, jax.Array, jax.Array], jax.Array]
-
-
-def masked_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
-    """The experts' FFNs as dense products batched over experts: the portable `Masked`, whatever the rows."""
-    del rows_e
-    gate_up, w_down = (w.array(x_emd.dtype) for w in products(p))
-    exact = precision(x_emd.dtype)
-    gate_up = jax.tree.map(lambda w_edf: jnp.einsum("emd,edf->emf", x_emd, w_edf, precision=exact), gate_up)
-    return jnp.einsum("emf,efd->emd", swiglu(*sides(gate_up)), w_down, precision=exact)
+NODES = "node"
 
 
-def grouped_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
-    """`masked_experts` by the weights' own grouped products, which skip tiles of rows that are not there. No gradient."""
-    e, m, d = x_emd.shape
-    room = round_up(m, ALIGNMENT)
-    x_rd = jnp.pad(x_emd, ((0, 0), (0, room - m), (0, 0))).reshape(e * room, d)
-    expert_em, row_em = jnp.indices((e, room), jnp.int32)
-    groups = Groups(jnp.where(row_em < rows_e[:, None], expert_em, PADDING).reshape(-1), rows_e)
-    w = products(p)
-    gate_up = w.gate_up.fprop(w.gate_up.from_dispatch(x_rd), x_emd.dtype, groups)
-    y_rd = w.down.fprop(w.down.swiglu(gate_up, None), x_emd.dtype, groups)
-    return y_rd.reshape(e, room, d)[:, :m]
+@flax.struct.dataclass
+class FewPlan:
+    """experts_nk int32: physical ids; to_pn bool: which tokens have experts at which node."""
+
+    experts_nk: jax.Array
+    to_pn: jax.Array
+    n_local: int = static()
 
 
-def decoding_experts(p: Params, x_emd: jax.Array, rows_e: jax.Array) -> jax.Array:
-    """The `Masked` of generation: grouped GEMMs on GPUs, a batched product elsewhere. No gradient."""
-    return lax.platform_dependent(p, x_emd, rows_e, cuda=grouped_experts, default=masked_experts)
+class Arrived(NamedTuple):
+    """Rows for this device's experts; and how they came inside the node, None where it has one device."""
+
+    rows: Received
+    hop: Hop | None
 
 
-class FewPlan(NamedTuple):
-    """A plan of one hop, and the rows of each expert of this device [e]."""
+class Results(NamedTuple):
+    """y_rd: sums over this device's experts of the rows that came by `hop`."""
 
-    travel: Plan
-    rows_e: jax.Array
+    y_rd: jax.Array
+    hop: Hop | None
+
+
+def _between_nodes(x_pnw: jax.Array) -> jax.Array:
+    """What this device has for each node -> what each node's device of the same index has for this one."""
+    return x_pnw if len(x_pnw) == 1 else lax.all_to_all(x_pnw, NODES, 0, 0, tiled=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowLatency(OverMesh):
-    """The dispatcher for few tokens. `masked`: one device's experts; `decoding_experts` where no gradient is wanted."""
+    """The dispatcher for few tokens. `function`: one device's experts, as `experts.arrived_experts`."""
 
-    masked: Masked = masked_experts
+    function: Callable[..., jax.Array] = arrived_experts
 
     def _layout(self, experts_nk: jax.Array, n_local: int) -> FewPlan:
-        (axis,), n = FLAT, len(experts_nk)
-        devices = lax.axis_size(axis)
-        rows = sort_rows(experts_nk, jnp.zeros(experts_nk.shape), n_local * devices, alignment=1)
-        chunks = make_chunks(lax.all_gather(rows.sizes_e, axis), axis, stride=n * devices)
-        hop = Hop(rows.token_m, rows.row_nk, chunks, axis, n, self.implementation)
-        return FewPlan(Plan((hop,), self.wire), chunks.recv_size.reshape(-1, n_local).sum(0))
+        at_a_node = n_local * lax.axis_size(INSIDE)
+        to_np = pairs_at(experts_nk, 0, at_a_node, lax.axis_size(NODES)) > 0
+        return FewPlan(experts_nk, to_np.T, n_local)
 
-    def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: FewPlan) -> Received:
-        return dispatch(x_nd, weights_nk[:, :0], plan.travel)
+    def _inside(self, ids_mk: jax.Array, n_local: int) -> Hop | None:
+        """The hop of a node's rows to its devices."""
+        devices = lax.axis_size(INSIDE)
+        if devices == 1:
+            return None
+        first = lax.axis_index(NODES) * devices * n_local
+        to_mp = pairs_at(ids_mk, first, n_local, devices) > 0
+        return plan_hop(to_mp, INSIDE, min(ids_mk.shape[1], devices), len(ids_mk), self.implementation)
+
+    def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: FewPlan) -> Arrived:
+        message = write((x_nd, weights_nk, plan.experts_nk + 1), self.wire.dispatch)
+        words_pnw = jnp.where(plan.to_pn[..., None], message.words_nw[None], 0)
+        message = message.with_words(_between_nodes(words_pnw).reshape(-1, words_pnw.shape[-1]))
+        hop = self._inside(read(message)[0][2] - 1, plan.n_local)
+        if hop is not None:
+            message = send(for_peers(message, hop), hop)
+        (x_rd, weights_rk, ids_rk), sent = read(message)
+        ids_rk = ids_rk - 1 - lax.axis_index(FLAT[0]) * plan.n_local
+        here = (ids_rk >= 0) & (ids_rk < plan.n_local)
+        return Arrived(Received(x_rd, weights_rk, jnp.where(here, ids_rk, -1), sent), hop)
 
     def experts(
-        self, p: Params, came: Received, x_nd: jax.Array, weights_nk: jax.Array, plan: FewPlan
-    ) -> tuple[jax.Array, jax.Array]:
-        """(results [r, d], the weights for the combine)"""
-        x_emd = came.x_rd.reshape(len(plan.rows_e), -1, x_nd.shape[1])
-        y_emd = self.masked(p, x_emd, plan.rows_e)
-        there_em = jnp.arange(x_emd.shape[1])[None] < plan.rows_e[:, None]
-        return jnp.where(there_em[..., None], y_emd, 0).reshape(came.x_rd.shape), weights_nk
+        self, p: Params, came: Arrived, x_nd: jax.Array, weights_nk: jax.Array, plan: FewPlan
+    ) -> Results:
+        x_rd, weights_rk, ids_rk, sent = came.rows
+        y_rd = self.function(p, x_rd, ids_rk, weights_rk, sent=sent, form=self.wire.dispatch)
+        return Results(y_rd, came.hop)
 
-    def combine(self, y: tuple[jax.Array, jax.Array], plan: FewPlan) -> jax.Array:
-        """sum_k weights_nk * y of the row that token n sent to its k-th expert -> [n, d]."""
-        (y_rd, weights_nk), (hop,) = y, plan.travel.hops
-        (sent,) = encode(y_rd, self.wire.combine)
-        where = (hop.chunk, hop.axis, hop.implementation)
-        back_sd = ragged_all_to_all(sent, hop.chunks.reverse(), len(hop.token_s), *where)
-        y_nkd = back_sd.at[hop.row_mj].get(mode="fill", fill_value=0).astype(jnp.float32)
-        exact = precision(jnp.float32)
-        return jnp.einsum("nk,nkd->nd", weights_nk, y_nkd, precision=exact).astype(y_rd.dtype)
+    def combine(self, y: Results, plan: FewPlan) -> jax.Array:
+        """Sums of each token's rows inside its nodes, then over these [n, d], added up in float32 each time."""
+        y_md = y.y_rd
+        if y.hop is not None:
+            (y_md,) = sums(send_back(self._results(y_md), y.hop), y.hop)
+        message = self._results(y_md)
+        words_pnw = message.words_nw.reshape(*plan.to_pn.shape, -1)
+        words_mw = _between_nodes(words_pnw).reshape(message.words_nw.shape)
+        (y_md,), _ = read(message.with_words(words_mw))
+        y_pnd = y_md.reshape(*plan.to_pn.shape, -1).astype(jnp.float32)
+        return y_pnd.sum(0).astype(y_md.dtype)
+
+    def _results(self, y: jax.Array) -> Message:
+        return write((y,), self.wire.combine)
