@@ -6,6 +6,7 @@
     python -m experiments.bench speculative --checkpoint=runs/tiny   # drafts from the MTP module against none
     python -m experiments.bench exchange   # experts over a mesh: ragged exchange beside padded and all-gather
     python -m experiments.bench pipeline   # CPU seconds of a step over pipeline stages beside one without them
+    python -m experiments.bench gpu        # steps and decoding on a GPU, losses beside the CPU's, kernels of a profile
 
 Each side has a process of its own, idle while the other measures; the rounds alternate, and medians are compared.
 Compilation and warm-up are not counted. Beside each stand its CPU seconds, which a busy neighbour disturbs least, and
@@ -200,7 +201,7 @@ def _speculative(args: argparse.Namespace) -> None:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_line.Parser(description="Speed beside Hugging Face transformers, on CPU.")
     parser.add_argument(
-        "command", choices=("train", "decode", "experts", "speculative", "exchange", "pipeline")
+        "command", choices=("train", "decode", "experts", "speculative", "exchange", "pipeline", "gpu")
     )
     parser.add_argument("--checkpoint", default="runs/tiny", help="of `speculative`: a run or a checkpoint")
     parser.add_argument(
@@ -211,6 +212,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=2, help="torch threads, and at most as many devices of ours"
     )
+    parser.add_argument("--seconds", type=float, default=400, help="of `gpu`: from which on nothing is begun")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes of decode")
     args = parser.parse_args(argv)
     for name in ("rounds", "steps", "threads", "batch"):
@@ -222,6 +224,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     print(f"machine: {_machine()}")
+    if args.command == "gpu":
+        from experiments import bench_gpu
+
+        return bench_gpu.run(args.seconds)
     if args.command in ("exchange", "pipeline"):
         force_devices(8)
         from experiments import bench_exchange, bench_pipeline
