@@ -7,6 +7,7 @@ whose source has changed since, comes first: no GPU has run it. Then come the sh
 import hashlib
 import json
 import pathlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -17,16 +18,21 @@ from pallas_kernels.testing.workloads import Workload
 
 MEASURED = pathlib.Path(__file__).with_name("measured.json")
 PACKAGE = pathlib.Path(__file__).parents[1]
+NO_KERNELS = ("blocks", "compat", "dispatch", "groups")  # modules of the package without a part of a kernel
 WORKERS = 4  # processes that compile; one at a time uses the GPU
 GRACE_S = 20.0  # what has begun when the time is up may take so much longer
 
 
 def digest(op: str, package: pathlib.Path = PACKAGE) -> str:
-    """Returns a hash of the sources that an op's kernels are made of: its own, and `matmul.py` where they use it."""
+    """Returns a hash of the sources that an op's kernels are made of: its own, and what these import of the package."""
     folder = package / op
     parts = [path.read_bytes() for path in (*sorted(folder.glob("kernel*.py")), folder / "shapes.py")]
-    if any(b"pallas_kernels.matmul" in part for part in parts):
-        parts.append((package / "matmul.py").read_bytes())
+    seen: set[str] = set(NO_KERNELS)
+    for part in parts:  # which grows
+        named = set(re.findall(r"^from pallas_kernels\.(\w+) import", part.decode(), re.MULTILINE)) - seen
+        paths = [package / f"{name}.py" for name in sorted(named)]
+        parts += [path.read_bytes() for path in paths if path.exists()]
+        seen |= named
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 

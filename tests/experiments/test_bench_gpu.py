@@ -12,7 +12,6 @@ from experiments import bench_gpu
 from experiments.study.kernel_shares import kind, labels
 from tests.tiny_run import tiny
 
-
 CFG = tiny(model={"num_nextn_predict_layers": 0, "num_hidden_layers": 1, "first_k_dense_replace": 0})
 
 
