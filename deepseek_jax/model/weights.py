@@ -86,18 +86,51 @@ def join(params: Any, operands: Any, declared: Any, policy: Policy | None, dtype
     return one(params, operands, declared)
 
 
-def attach(params: Any, operands: Any, policy: Policy | None) -> Any:
+def attach(params: Any, operands: Any, policy: Policy | None, adds: bool = False) -> Any:
     """Parameters with every linear weight as a product by its operands, joined ones under the name in JOINED; gradients flow
-    to `params`."""
+    to `params`. adds: parameters that are `only_differentiated` are sums of gradients, see `Quantised`."""
     if operands is None:
         return params
     if not isinstance(params, dict):
         assert policy is not None
-        return Quantised(params, operands[0], operands[1], policy)
-    out = {name: attach(w, operands[name], policy) for name, w in params.items()}
+        return Quantised(params, operands[0], operands[1], policy, adds=adds)
+    out = {name: attach(w, operands[name], policy, adds) for name, w in params.items()}
     for name in operands.keys() & JOINED.keys():
         masters = tuple(out.pop(part) for part in JOINED[name])
-        out[name] = joined(operands[name], masters, policy)
+        out[name] = joined(operands[name], masters, policy, adds)
+    return out
+
+
+def _adds(w: Any) -> bool:
+    return getattr(w, "adds", False)
+
+
+def gradients_onto(p: Any, dp: Any) -> Any:
+    """Parameters of a function, of which those that add (`Quantised`) add to the gradients `dp`, a tree like p."""
+    return jax.tree.map(lambda w, d: w.onto(d) if _adds(w) else w, p, dp, is_leaf=_is_product)
+
+
+def sums_of_gradients(p: Any, dp: Any, more: Any) -> Any:
+    """`dp` and the gradients for `gradients_onto(p, dp)` added up, each leaf in the dtype of that of `dp`."""
+
+    def one(w: Any, d: Any, m: Any) -> Any:
+        m = jax.tree.map(lambda a, b: b.astype(a.dtype), d, m)
+        return m if _adds(w) else jax.tree.map(jnp.add, d, m)
+
+    return jax.tree.map(one, p, dp, more, is_leaf=_is_product)
+
+
+def _is_product(w: Any) -> bool:
+    return hasattr(w, "fprop")
+
+
+def only_differentiated(params: Any, operands: Any) -> Any:
+    """Which of the parameters are not read, because they have operands: a tree of bool."""
+    if not isinstance(params, dict):
+        return operands is not None
+    out = {name: only_differentiated(w, operands[name]) for name, w in params.items()}
+    for name in operands.keys() & JOINED.keys():
+        out |= dict.fromkeys(JOINED[name], True)
     return out
 
 

@@ -7,6 +7,8 @@ run and where a product gains nothing by being wider; and FP8 weights of which a
 Outputs of `Joined` lie beside each other in the last dim; those of `Apart`, here called sides, are a tuple.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.precision.operands import Operand
+from deepseek_jax.precision.operands import Operand, rows_between
 from deepseek_jax.precision.policy import Policy
-from deepseek_jax.precision.product import Plain, Quantised
+from deepseek_jax.precision.product import Plain, Quantised, product_of_gradient
 from pallas_kernels.blocks import BLOCK
 from pallas_kernels.groups import Groups
 
@@ -51,11 +53,13 @@ class _Beside:
 @flax.struct.dataclass
 class Joined(_Beside):
     """whole: the product of the joined weight, [in, sum of out] or of experts [e, in, sum of out]; it takes no gradient.
-    masters: the weights, in the shapes of the parameters, which take theirs and are not read; () for inference."""
+    masters: the weights, in the shapes of the parameters, which take theirs and are not read; () for inference.
+    adds: as of `Quantised`, which `whole` then is."""
 
     whole: Any
     masters: tuple[jax.Array, ...]
     shapes: tuple[tuple[int, ...], ...] | None = flax.struct.field(pytree_node=False, default=None)
+    adds: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def _first(self) -> Any:
@@ -69,7 +73,11 @@ class Joined(_Beside):
         """As `Quantised`: of the masters, empty arrays say the dtype."""
         shapes = tuple(w.shape for w in self.masters)
         empty = tuple(jnp.zeros((0,), w.dtype) for w in self.masters)
-        return Joined(self.whole.kept_for_backward(), empty, shapes)
+        return Joined(self.whole.kept_for_backward(), self.masters if self.adds else empty, shapes, self.adds)
+
+    def onto(self, gradient: "Joined") -> "Joined":
+        """As `Quantised.onto`."""
+        return dataclasses.replace(self, masters=gradient.masters)
 
     def fprop(self, a: Any, dtype: Any, groups: Groups | None = None) -> jax.Array:
         return self.whole.fprop(a, dtype, groups)
@@ -92,21 +100,26 @@ class Joined(_Beside):
         return self.whole.dgrad(dy, dtype, groups)
 
     def wgrad(self, a: Any, dy: jax.Array, groups: Groups | None = None) -> "Joined":
-        """One product, of which each master takes its columns."""
+        """One product, of which each master takes its columns; a product for each of those that add, where they lie."""
         assert self.shapes is not None
-        dw = self.whole.dw(self.whole.along_tokens(a, dy, groups), dy, groups)
-        lead = 0 if groups is None else 1
-        ends = np.cumsum([_width(shape, lead) for shape in self.shapes])[:-1]
-        masters = (
-            part.reshape(shape).astype(w.dtype)
-            for part, shape, w in zip(jnp.split(dw, ends, -1), self.shapes, self.masters, strict=True)
+        a, widths = (
+            self.whole.along_tokens(a, dy, groups),
+            [_width(s, groups is not None) for s in self.shapes],
         )
-        return Joined(None, tuple(masters))
+        ends = np.cumsum(widths).tolist()
+        if self.adds:
+            dy = self.whole.gradient_along_tokens(dy)
+            rows = (rows_between(dy, end - width, end) for width, end in zip(widths, ends, strict=True))
+            parts = [product_of_gradient(a, d, groups, w) for d, w in zip(rows, self.masters, strict=True)]
+        else:
+            parts = jnp.split(self.whole.dw(a, dy, groups), ends[:-1], -1)
+        masters = zip(parts, self.shapes, self.masters, strict=True)
+        return Joined(None, tuple(p.reshape(s).astype(w.dtype) for p, s, w in masters), adds=self.adds)
 
 
-def _width(shape: tuple[int, ...], lead: int) -> int:
-    """Columns of a weight [lead dims, in, out dims]."""
-    return int(np.prod(shape[lead + 1 :]))
+def _width(shape: tuple[int, ...], of_experts: bool) -> int:
+    """Columns of a weight [in, out], or [e, in, out]."""
+    return math.prod(shape[of_experts + 1 :])
 
 
 @flax.struct.dataclass
@@ -145,7 +158,7 @@ class Apart(_Beside):
     def wgrad(self, a: Any, dy: Sides, groups: Groups | None = None) -> "Apart":
         """The input is laid along the tokens once."""
         a = self.parts[0].along_tokens(a, dy[0], groups)
-        return Apart(tuple(w.as_gradient(w.dw(a, d, groups)) for w, d in zip(self.parts, dy, strict=True)))  # type: ignore[arg-type]
+        return Apart(tuple(w.wgrad_along(a, d, groups) for w, d in zip(self.parts, dy, strict=True)))  # type: ignore[arg-type]
 
 
 # --- joining ------------------------------------------------------------------------------------------------------
@@ -162,9 +175,12 @@ def join_operands(operands: Sequence[Operand], axis: int) -> Operand:
     return Operand(q, jnp.concatenate([x.scale for x in operands], axis), operands[0].format)
 
 
-def joined(operands: Any, masters: tuple[jax.Array, ...], policy: Policy | None) -> Joined:
-    """The product of joined operands of fprop and dgrad, or of an array [..., in, sum of out] in the dtype of the product."""
+def joined(
+    operands: Any, masters: tuple[jax.Array, ...], policy: Policy | None, adds: bool = False
+) -> Joined:
+    """The product of joined operands of fprop and dgrad, or of an array [..., in, sum of out] in the dtype of the product.
+    adds: see `Joined`."""
     if policy is None:
         return Joined(Plain(operands), masters)
     fprop, dgrad = operands
-    return Joined(Quantised(None, fprop, dgrad, policy), masters)
+    return Joined(Quantised(None, fprop, dgrad, policy), masters, adds=adds)

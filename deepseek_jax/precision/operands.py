@@ -194,15 +194,25 @@ def take_rows(x: Operand, index_m: jax.Array) -> Operand:
 # --- products ---------------------------------------------------------------------------------------------
 
 
-def multiply(a: Operand, b: Operand, dtype: Any, groups: Groups | None = None) -> jax.Array:
-    """a @ b.T [M, N] in `dtype` (bfloat16 or float32), accumulated in float32.
+def rows_between(x: Operand, start: int, stop: int) -> Operand:
+    """Rows of x, which begin and end with blocks of its scales, but at the end of x."""
+    rows = x.format.rows
+    assert rows is not None and start % rows == 0
+    return Operand(x.q[start:stop], x.scale[start // rows : cdiv(stop, rows)], x.format)
+
+
+def multiply(
+    a: Operand, b: Operand, dtype: Any, groups: Groups | None = None, onto: jax.Array | None = None
+) -> jax.Array:
+    """a @ b.T [M, N] in `dtype` (bfloat16 or float32), accumulated in float32; without `groups` plus `onto` [M, N], if it is
+    given, in `dtype`.
 
     With `groups`, b is [G, N, depth] and each row of a is multiplied by the matrix of its group; padding rows are zero,
     absent rows of `Masked` groups may be anything.
     """
     if a.format.fine:
         if groups is None:
-            return fp8_gemm(a.q, row_scales(a), b.q, b.scale, out_dtype=dtype)
+            return fp8_gemm(a.q, row_scales(a), b.q, b.scale, dtype, onto)
         if isinstance(groups, Masked):
             a_q, a_scale = (x.reshape(-1, groups.room, x.shape[1]) for x in (a.q, row_scales(a)))
             out = fp8_grouped_gemm_masked(a_q, a_scale, b.q, b.scale, groups.sizes_e, out_dtype=dtype)
@@ -212,18 +222,20 @@ def multiply(a: Operand, b: Operand, dtype: Any, groups: Groups | None = None) -
     a_q, b_q = a.q.astype(jnp.float32), b.q.astype(jnp.float32)
     if groups is None:
         product = lax.dot_general(a_q, b_q, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
-        return (product * (a.scale * b.scale.T)).astype(dtype)
+        product = (product * (a.scale * b.scale.T)).astype(dtype)
+        return product if onto is None else onto + product
     b_scale = jnp.swapaxes(b.scale, -1, -2)[jnp.maximum(groups.group_m, 0), 0]
     return (grouped_gemm(a_q, b_q, groups.group_m) * (a.scale * b_scale)).astype(dtype)
 
 
-def multiply_groups(a: Operand, b: Operand, groups: Groups) -> jax.Array:
-    """a [in, M], b [out, M] -> a @ b.T over the rows of each group [G, in, out], float32."""
+def multiply_groups(a: Operand, b: Operand, groups: Groups, onto: jax.Array | None = None) -> jax.Array:
+    """a [in, M], b [out, M] -> a @ b.T over the rows of each group [G, in, out], float32; plus `onto`, if it is given."""
     sizes = aligned_sizes(groups.sizes_e)
     if a.format.fine:
-        return fp8_grouped_wgrad(a.q, row_scales(a), b.q, row_scales(b), sizes)
+        return fp8_grouped_wgrad(a.q, row_scales(a), b.q, row_scales(b), sizes, onto)
     a_q, b_q = a.q.astype(jnp.float32).T, b.q.astype(jnp.float32).T
-    return grouped_wgrad(a_q, b_q, sizes) * (a.scale * b.scale.T)[None]
+    product = grouped_wgrad(a_q, b_q, sizes) * (a.scale * b.scale.T)[None]
+    return product if onto is None else onto + product
 
 
 def sum_of_two(

@@ -174,7 +174,11 @@ class Plain:
 
     def wgrad(self, a: jax.Array, dy: jax.Array, groups: Groups | None = None) -> Self:
         """a^T dy, accumulated in float32, as the cotangent of this weight."""
-        return self.as_gradient(self.dw(self.along_tokens(a, dy, groups), dy, groups))
+        return self.wgrad_along(self.along_tokens(a, dy, groups), dy, groups)
+
+    def wgrad_along(self, a: jax.Array, dy: jax.Array, groups: Groups | None = None) -> Self:
+        """`wgrad`, given a `along_tokens`."""
+        return self.as_gradient(self.dw(a, dy, groups))
 
 
 @flax.struct.dataclass
@@ -184,7 +188,8 @@ class Quantised:
     master: float32, in the shape of the parameter; it takes the gradient and is not read. None for inference, and where
     others take it (`beside.py`).
     fprop_operand: [..., out, in]; dgrad_operand: [..., in, out], None for inference. Leading layer and expert dims are
-    allowed.
+    allowed. adds: the master is a sum of gradients, float32; its own gradient is that sum with this one, which the weight
+    gradient's product adds where it lies. For weights that a differentiated function multiplies by once.
     """
 
     master: jax.Array | None
@@ -192,6 +197,7 @@ class Quantised:
     dgrad_operand: Operand | None
     policy: Policy = flax.struct.field(pytree_node=False)
     master_shape: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    adds: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -262,12 +268,13 @@ class Quantised:
         return e5m6.decode(x, self.operand_width, dtype)
 
     def kept_for_backward(self) -> Self:
-        """Not the master, of which an empty array says the dtype, and not the operand of fprop."""
+        """Not the operand of fprop, nor the master, unless it adds; an empty array says its dtype."""
         if self.dgrad_operand is None:  # for inference: nothing runs backward
             return self
-        empty = None if self.master is None else jnp.zeros((0,), self.master.dtype)
-        shape = None if self.master is None else self.master.shape
-        return dataclasses.replace(self, master=empty, fprop_operand=None, master_shape=shape)
+        if self.master is None:
+            return dataclasses.replace(self, fprop_operand=None)
+        master = self.master if self.adds else jnp.zeros((0,), self.master.dtype)
+        return dataclasses.replace(self, master=master, fprop_operand=None, master_shape=self.master.shape)
 
     def array(self, dtype: Any) -> jax.Array:
         """Dequantised; of layers stacked on a leading axis, each in the shape of the parameter."""
@@ -305,21 +312,41 @@ class Quantised:
         a = restore(a) if isinstance(a, Operand) else a.reshape(-1, self.dgrad_operand.q.shape[-2])
         return along_rows(a, self.policy.wgrad[0])
 
-    def dw(self, a: Operand, dy: Any, groups: Groups | None = None) -> jax.Array:
+    def onto(self, gradient: "Quantised") -> "Quantised":
+        """This weight, whose gradient adds to another."""
+        return dataclasses.replace(self, master=gradient.master)
+
+    def gradient_along_tokens(self, dy: Any) -> Operand:
+        """dy in tiles along the tokens."""
         assert self.dgrad_operand is not None
         dy = dy if isinstance(dy, Operand) else dy.reshape(-1, self.dgrad_operand.q.shape[-1])
-        dy = along_rows(dy, self.policy.wgrad[1])
-        return multiply(a, dy, jnp.float32) if groups is None else multiply_groups(a, dy, groups)
+        return along_rows(dy, self.policy.wgrad[1])
+
+    def dw(
+        self, a: Operand, dy: Any, groups: Groups | None = None, onto: jax.Array | None = None
+    ) -> jax.Array:
+        """As `Plain.dw`; plus `onto`, a sum of gradients in the shape of the parameter."""
+        return product_of_gradient(a, self.gradient_along_tokens(dy), groups, onto)
 
     def as_gradient(self, dw: jax.Array) -> "Quantised":
         """The master takes it all."""
         assert self.master is not None and self.master_shape is not None
         master = dw.reshape(self.master_shape).astype(self.master.dtype)
-        return Quantised(master, None, None, self.policy)
+        return Quantised(master, None, None, self.policy, adds=self.adds)
 
     def wgrad(self, a: Any, dy: Any, groups: Groups | None = None) -> "Quantised":
         """Both operands are quantised along the tokens."""
-        return self.as_gradient(self.dw(self.along_tokens(a), dy, groups))
+        return self.wgrad_along(self.along_tokens(a), dy, groups)
+
+    def wgrad_along(self, a: Operand, dy: Any, groups: Groups | None = None) -> "Quantised":
+        return self.as_gradient(self.dw(a, dy, groups, self.master if self.adds else None))
+
+
+def product_of_gradient(a: Operand, dy: Operand, groups: Groups | None, onto: jax.Array | None) -> jax.Array:
+    """a^T dy of operands along the tokens, plus `onto`, a sum of gradients: float32 [in, out] or [e, in, out]."""
+    if groups is None:
+        return multiply(a, dy, jnp.float32, onto=None if onto is None else onto.reshape(len(a.q), len(dy.q)))
+    return multiply_groups(a, dy, groups, onto)
 
 
 def product(w: Any, n_in: int = 1) -> Any:

@@ -16,7 +16,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.model.transformer import forward
-from deepseek_jax.model.weights import attach
+from deepseek_jax.model.weights import attach, only_differentiated
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.training.labels import Batch, Totals, inputs
@@ -64,7 +64,8 @@ def by_micro_batches(cfg: Config, layout: Layout, objective: Objective) -> Gradi
     so that one program serves batches of all sizes.
 
     Under an FP8 policy the weights' quantised operands (`model.weights`) serve all micro-batches, and the backward pass
-    runs on the scalar times `loss_scale`. Of parameters that come in the compute dtype, a micro-batch's gradient is
+    runs on the scalar times `loss_scale`; weight gradients add to the sums where they lie, but for layers that multiply by
+    a weight twice, for two halves of a batch. Of parameters that come in the compute dtype, a micro-batch's gradient is
     rounded to it, as products are; sums are float32.
     """
     policy, steps, value = (
@@ -77,26 +78,37 @@ def by_micro_batches(cfg: Config, layout: Layout, objective: Objective) -> Gradi
         params: Any, quantised: Any, batch: Batch, bias_le: jax.Array, total: Totals, hyper: Hyper
     ) -> tuple[Any, Parts]:
         scale = loss_scale(policy, total)
+        adds = steps > 1 and policy is not None and layout.moe_stack is None
 
         def scaled(params: Any, part: Batch) -> tuple[jax.Array, Parts]:
-            scalar, parts = value(attach(params, quantised, policy), part, bias_le, total, hyper)
+            scalar, parts = value(attach(params, quantised, policy, adds), part, bias_le, total, hyper)
             return scalar * scale, parts
 
-        def grad(part: Batch) -> tuple[Any, Parts]:
+        def grad(params: Any, part: Batch) -> tuple[Any, Parts]:
             grads, parts = jax.grad(scaled, has_aux=True)(params, part)
-            return jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads), parts
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), parts
+
+        def unscaled(grads: Any) -> Any:
+            return jax.tree.map(lambda g: g / scale, grads)
 
         if steps == 1:
-            return grad(batch)
+            grads, parts = grad(params, batch)
+            return unscaled(grads), parts
+        added = jax.tree.map(lambda summed: adds and summed, only_differentiated(params, quantised))
         micro = {name: jnp.reshape(x, (steps, -1, *x.shape[1:])) for name, x in batch.items()}
 
-        def body(i: Any, so_far: Any) -> Any:
+        def body(i: Any, so_far: tuple[Any, Parts]) -> tuple[Any, Parts]:
             part = {name: lax.dynamic_index_in_dim(x, i, keepdims=False) for name, x in micro.items()}
-            return jax.tree.map(jnp.add, so_far, grad(part))
+            sums, done = so_far
+            onto = jax.tree.map(lambda added, p, s: s if added else p, added, params, sums)
+            grads, parts = grad(onto, part)
+            sums = jax.tree.map(lambda added, s, g: g if added else s + g, added, sums, grads)
+            return sums, jax.tree.map(jnp.add, done, parts)
 
-        shapes = jax.eval_shape(grad, {name: x[0] for name, x in micro.items()})
+        shapes = jax.eval_shape(grad, params, {name: x[0] for name, x in micro.items()})
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         there = steps if hyper.micro_batches is None else hyper.micro_batches
-        return lax.fori_loop(0, there, body, zero)
+        sums, parts = lax.fori_loop(0, there, body, zero)
+        return unscaled(sums), parts
 
     return gradients

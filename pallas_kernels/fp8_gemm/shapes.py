@@ -32,7 +32,8 @@ class GemmShape:
         return (self.m + self.n) * self.k + self.m * self.n * out
 
 
-# The linear layers: name, outputs, inputs. Weights of one input are one product.
+# The linear layers: name, outputs, inputs. Weights of one input are one product, but for their gradients, each of which is
+# added to the sum over micro-batches where that lies.
 LAYERS = (
     ("q_a_kv_a", 2112, 7168),
     ("q_b", 24576, 1536),
@@ -43,10 +44,15 @@ LAYERS = (
     ("shared_gate_up", 4096, 7168),
     ("shared_down", 7168, 2048),
 )
+WEIGHTS = {
+    "q_a_kv_a": (("q_a", 1536), ("kv_a", 576)),
+    "dense_gate_up": (("dense_gate", 18432),),
+    "shared_gate_up": (("shared_gate", 2048),),
+}
 TOKENS, DECODED = 4096, (64, 128)  # of a device in training; sequences in decoding
 # DeepGEMM on one H800, as published by its authors, by rows; at "wgrad" of the weight gradient
 PUBLISHED: dict[str, dict[Any, float]] = {
-    "q_a_kv_a": {64: 206, 128: 352, 4096: 1058, "wgrad": 920},
+    "q_a_kv_a": {64: 206, 128: 352, 4096: 1058},
     "q_b": {64: 289, 128: 535, 4096: 1125, "wgrad": 986},
     "kv_b": {4096: 751},
     "o": {64: 336, 128: 645, 4096: 1426, "wgrad": 994},
@@ -62,7 +68,10 @@ def _shapes(name: str, n: int, k: int) -> list[GemmShape]:
     return [
         GemmShape(f"{name}_m{TOKENS}", TOKENS, n, k, peer_tflops=published.get(TOKENS)),
         GemmShape(f"{name}_dgrad", TOKENS, k, n),
-        GemmShape(f"{name}_wgrad", k, n, TOKENS, "1d1d", peer_tflops=published.get("wgrad")),
+        *(
+            GemmShape(f"{weight}_wgrad", k, width, TOKENS, "1d1d", True, published.get("wgrad"))
+            for weight, width in WEIGHTS.get(name, ((name, n),))
+        ),
         *(GemmShape(f"{name}_m{m}", m, n, k, peer_tflops=published.get(m)) for m in decoded),
     ]
 

@@ -1,7 +1,7 @@
 """Shapes of DeepSeek-V3's routed experts in FP8 and the tile configuration of each.
 
 Every configuration listed compiles for H100 with FP8 wgmma, no spill and no serialised wgmma
-(tests/kernels/test_kernels_h100_compile.py). The BF16 grouped GEMM takes the same shapes.
+(tests/kernels/test_kernels_h100_compile.py).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from pallas_kernels.tiles import TileConfig, pair, tile_columns
 
 @dataclasses.dataclass(frozen=True)
 class GroupedShape:
-    """`kind` "contiguous": out [groups * m, n], contraction k per group of m rows. "masked": out [groups, m, n] of
+    """A product of groups of rows; `accumulate`: added to a sum. `kind` "contiguous": out [groups * m, n], contraction k per group of m rows. "masked": out [groups, m, n] of
     which `rows` per group are present. "wgrad": out [groups, m, n], contraction k per group."""
 
     name: str
@@ -21,6 +21,7 @@ class GroupedShape:
     n: int
     k: int
     rows: int | None = None
+    accumulate: bool = False
     peer_tflops: float | None = None  # DeepGEMM on one H800, as published by its authors
 
     @property
@@ -37,7 +38,7 @@ class GroupedShape:
 
     def bytes(self, element: int = 1) -> int:
         """Counts bytes moved at least once, with `element` bytes per operand element."""
-        rows, out = self.present_rows, 8 if self.kind == "wgrad" else 2
+        rows, out = self.present_rows, 4 * (1 + self.accumulate) if self.kind == "wgrad" else 2
         return self.groups * (element * (rows + self.n) * self.k + out * rows * self.n)
 
 
@@ -47,8 +48,8 @@ SHAPES = (
     GroupedShape("down_4x8192", "contiguous", 4, 8192, 7168, 2048, peer_tflops=1214),
     GroupedShape("gate_up_dgrad_4x8192", "contiguous", 4, 8192, 7168, 4096),
     GroupedShape("down_dgrad_4x8192", "contiguous", 4, 8192, 2048, 7168),
-    GroupedShape("gate_up_wgrad_4x8192", "wgrad", 4, 7168, 4096, 8192, peer_tflops=1044),
-    GroupedShape("down_wgrad_4x8192", "wgrad", 4, 2048, 7168, 8192, peer_tflops=1033),
+    GroupedShape("gate_wgrad_4x8192", "wgrad", 4, 7168, 2048, 8192, accumulate=True, peer_tflops=1033),
+    GroupedShape("down_wgrad_4x8192", "wgrad", 4, 2048, 7168, 8192, accumulate=True, peer_tflops=1033),
     # Prefill on 32 devices.
     GroupedShape("gate_up_8x4096", "contiguous", 8, 4096, 4096, 7168, peer_tflops=1346),
     GroupedShape("down_8x4096", "contiguous", 8, 4096, 7168, 2048, peer_tflops=1214),

@@ -1,11 +1,18 @@
-"""Tile configurations of the BF16 grouped GEMM; its named shapes are those of the FP8 one."""
+"""Shapes and tile configurations of the BF16 grouped GEMM. The gradient of gate and up is one product, of which each weight
+takes half."""
 
 from pallas_kernels.blocks import BLOCK
-from pallas_kernels.fp8_grouped_gemm.shapes import SHAPES
+from pallas_kernels.fp8_grouped_gemm import shapes as fp8
+from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
 from pallas_kernels.tiles import TileConfig, pair, tile_columns
 
-__all__ = ["SHAPES", "gemm_config", "wgrad_config"]
 WIDE = 256  # columns of a tile that two warpgroups of 64 x 256 accumulate in 128 registers per thread
+
+SHAPES = (
+    *(shape for shape in fp8.SHAPES if shape.kind == "contiguous"),
+    GroupedShape("gate_up_wgrad_4x8192", "wgrad", 4, 7168, 4096, 8192),
+    GroupedShape("down_wgrad_4x8192", "wgrad", 4, 2048, 7168, 8192),
+)
 
 
 def gemm_config(alignment: int, n: int) -> TileConfig:

@@ -18,6 +18,7 @@ from pallas_kernels.fp8_gemm.shapes import GemmShape
 from pallas_kernels.fp8_grouped_gemm import shapes as grouped_shapes
 from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_gemm_masked, fp8_grouped_wgrad
 from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
+from pallas_kernels.grouped_gemm import shapes as bf16_grouped_shapes
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
 from pallas_kernels.quantize import ops as quantize_ops
 from pallas_kernels.quantize import shapes as quantize_shapes
@@ -157,7 +158,8 @@ def _grouped(op: str, shape: GroupedShape, **options: Any) -> dict[str, Any]:
             pair = [t.reshape(g * k, -1) for t in (x, w)]
             if fp8:
                 pair = [part for t in pair for part in quantize_ops.quantize_transposed(t)]
-            return (*pair, jnp.full((g,), k, jnp.int32), jnp.zeros((g, m, n), jnp.float32))
+            c = jnp.zeros((g, m, n), jnp.float32) if shape.accumulate else None
+            return (*pair, jnp.full((g,), k, jnp.int32), c)
         if masked:
             x = jnp.pad(x, ((0, 0), (0, m - rows), (0, 0)))
             groups = jnp.full((g,), rows, jnp.int32)
@@ -230,7 +232,5 @@ def workloads() -> dict[str, list[Workload]]:
     }
     found = {op: [workload(op, shape) for shape in shapes[op]] for op in shapes}
     # In BF16 both passes read the weight as it is, [in, out].
-    trained = [s for s in grouped_shapes.SHAPES if s.kind != "masked"]
-    stored = ({"transpose_b": False} if s.is_fprop else {} for s in trained)
-    bf16 = [workload("grouped_gemm", s, **options) for s, options in zip(trained, stored, strict=True)]
-    return found | {"grouped_gemm": bf16}
+    as_stored = [(s, {"transpose_b": False} if s.is_fprop else {}) for s in bf16_grouped_shapes.SHAPES]
+    return found | {"grouped_gemm": [workload("grouped_gemm", s, **options) for s, options in as_stored]}

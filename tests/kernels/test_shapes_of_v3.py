@@ -1,4 +1,5 @@
-"""The named shapes are the products that DeepSeek-V3 runs: traced in training on 64 devices, in prefill and in decoding."""
+"""The named shapes are the products that DeepSeek-V3 runs: traced in training on 64 devices, several micro-batches a step, in
+prefill and in decoding."""
 
 import dataclasses
 
@@ -31,14 +32,14 @@ PAIRS = TOKENS * MODEL.num_experts_per_tok
 
 def config(devices, precision):
     mesh = dataclasses.replace(WHOLE.mesh, pipe=1, data=1, node=devices // 8, overlap=False)
-    train = dataclasses.replace(WHOLE.train, batch_size=devices, grad_accumulation=1)
+    train = dataclasses.replace(WHOLE.train, batch_size=2 * devices, grad_accumulation=2)
     return dataclasses.replace(WHOLE, model=MODEL, mesh=mesh, train=train, precision=precision)
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """(op, M, N, K, recipe) of each product that is traced; of grouped ones (op, G, N, K, whether the weight is [N, K]), of
-    weight gradients (op, G, M, N)."""
+    """(op, M, N, K, recipe, whether it accumulates) of each product that is traced; of grouped ones (op, G, N, K, whether the
+    weight is [N, K]), of weight gradients (op, G, M, N, whether it accumulates)."""
     found = set()
 
     def noted(op, implementation, *operands, mosaic, xla, **rest):
@@ -47,11 +48,12 @@ def products(monkeypatch):
         else:
             (a, b), b_scale, groups = operands[:2], None, operands[2:3]
         if op == "fp8_gemm":
-            found.add((op, len(a), len(b), a.shape[1], "1d1d" if len(b_scale) == len(b) else "1d2d"))
+            recipe = "1d1d" if len(b_scale) == len(b) else "1d2d"
+            found.add((op, len(a), len(b), a.shape[1], recipe, operands[4] is not None))
         elif op == "fp8_grouped_wgrad":
-            found.add((op, len(groups[0]), len(a), len(b)))
+            found.add((op, len(groups[0]), len(a), len(b), operands[5] is not None))
         elif op == "grouped_wgrad":
-            found.add((op, len(groups[0]), a.shape[1], b.shape[1]))
+            found.add((op, len(groups[0]), a.shape[1], b.shape[1], operands[3] is not None))
         else:
             as_it_is = op == "grouped_gemm" and not mosaic.keywords["transpose_b"]
             g, n, k = b.swapaxes(1, 2).shape if as_it_is else b.shape
@@ -66,7 +68,7 @@ def products(monkeypatch):
 def trained(precision):
     cfg = config(64, precision)
     mesh = abstract_mesh(cfg.mesh, 64)
-    batch = {"tokens": jax.ShapeDtypeStruct((64, TOKENS + 1), jnp.int32)}
+    batch = {"tokens": jax.ShapeDtypeStruct((2 * 64, TOKENS + 1), jnp.int32)}
     jax.eval_shape(make_train_step(cfg, mesh), abstract_state(cfg, mesh), batch, HYPER)
 
 
@@ -107,10 +109,10 @@ def named(op):
     for w in workloads()[op]:
         s = w.shape
         if op == "fp8_gemm":
-            yield op, s.m, s.n, s.k, s.recipe
+            yield op, s.m, s.n, s.k, s.recipe, s.accumulate
         elif s.kind == "wgrad":
             assert s.groups * s.k == PAIRS, s
-            yield op.replace("gemm", "wgrad"), s.groups, s.m, s.n
+            yield op.replace("gemm", "wgrad"), s.groups, s.m, s.n, s.accumulate
         elif s.kind == "contiguous":
             assert s.groups * s.m == PAIRS, s
             yield op, s.groups, s.n, s.k, w.options.get("transpose_b", True)

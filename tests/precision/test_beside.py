@@ -10,9 +10,16 @@ import pytest
 from deepseek_jax.model.experts import expert_params, routed_experts
 from deepseek_jax.model.ffn import mlp, mlp_params
 from deepseek_jax.model.mla import down, mla_params
-from deepseek_jax.model.params import initialise
+from deepseek_jax.model.params import initialise, tree_map
 from deepseek_jax.model.transformer import model_params
-from deepseek_jax.model.weights import JOINED, attach, join, join_for_inference, quantise_weights
+from deepseek_jax.model.weights import (
+    JOINED,
+    attach,
+    join,
+    join_for_inference,
+    only_differentiated,
+    quantise_weights,
+)
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.beside import Joined
 from deepseek_jax.training.labels import totals
@@ -41,7 +48,10 @@ RNG_IDS = np.stack([RNG.permutation(CFG.n_routed_experts)[:2] for _ in range(M)]
 LAYERS = {
     "ffn": (ffn, mlp_params(CFG.hidden_size, F)),
     "experts": (experts, expert_params(CFG)),
-    "attention": (lambda p, x: jnp.concatenate(down(p, CFG, x[None]), -1), mla_params(CFG)),
+    "attention": (
+        lambda p, x: jnp.concatenate(down(p, CFG, x[None]), -1),
+        {name: p for name, p in mla_params(CFG).items() if "_a_" in name},
+    ),
 }
 
 
@@ -161,3 +171,33 @@ def test_for_inference():
     assert isinstance(out["experts"]["w_gate_up_edf"], Joined)
     y, want = (functools.partial(experts, p)(jnp.asarray(RNG_X)) for p in (out["experts"], params))
     np.testing.assert_allclose(y, want, atol=300 * EPS["float32"] * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("joining", [True, False])
+def test_a_weight_gradient_adds_to_a_sum(name, joining):
+    """Given sums of gradients for masters, the gradients are the sums with them: added up once, in float32."""
+    (fn, declared), policy = LAYERS[name], PRESETS["deepseek_fp8"]
+    params, sums = (initialise(jax.random.key(i), declared, 3.0) for i in range(2))
+    x = jnp.asarray(RNG_X, "bfloat16")
+
+    @functools.partial(jax.jit, static_argnames="adds")
+    def gradients_of(params, adds):
+        operands = quantise_weights(params, declared, policy)
+        read = join(params, operands, declared, policy, "bfloat16") if joining else (params, operands)
+        is_sum = only_differentiated(*read)
+        given = jax.tree.map(lambda added, p, s: s if added and adds else p, is_sum, read[0], sums)
+        y, vjp = jax.vjp(lambda p: fn(attach(p, read[1], policy, adds), x), given)
+        return vjp(jnp.ones_like(y))[0]
+
+    alone = gradients_of(params, adds=False)
+    together = gradients_of(params, adds=True)
+
+    def added(p, both, g, total):
+        if p.n_in is None:
+            np.testing.assert_array_equal(both, g)
+        else:  # as above, of terms that may come in another order
+            bound = M * EPS["float32"] * (M**0.5 * np.linalg.norm(g) + np.linalg.norm(total))
+            assert np.linalg.norm(both - (g + total)) <= bound
+
+    tree_map(added, declared, together, alone, sums)

@@ -21,6 +21,7 @@ from jax import lax
 
 from deepseek_jax.model.dispatch import Received
 from deepseek_jax.model.layers import Params
+from deepseek_jax.model.weights import gradients_onto, sums_of_gradients
 from deepseek_jax.parallel.exchange.hops import Plan, for_peers, send_back, sums
 from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.exchange.transport import COMBINE, DISPATCH, Values, at_last_hop, from_last_hop
@@ -139,10 +140,11 @@ def _further_gradients(function, p, x_nd, weights_nk, plan, g_nd, dp, like):  # 
     def one(i, carry):
         dp, sums_m = carry
         here = plan.at_round(i)
-        _, vjp = _differentiated(function, p, _brought(message, here), here)
+        onto = p if dp is None else gradients_onto(p, dp)
+        _, vjp = _differentiated(function, onto, _brought(message, here), here)
         dp_here, *back = vjp(_brought(g_message, here).x_rd)
         if dp is not None:
-            dp = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dp, dp_here)
+            dp = sums_of_gradients(p, dp, dp_here)
         return dp, _added(sums_m, tuple(back), here) if like else ()
 
     wide = jax.tree.map(lambda d: d.astype(jnp.float32), dp)

@@ -242,10 +242,24 @@ class Steps(_Ticks):
     ) -> tuple[Sums, Sent]:
         forward = (*f, o["forward"], found.x_btd)
         backward = (*b, o["backward"], self.kept[b].read(found.kept), found.g_btd)
-        (y, kept, done_f), (dx, dp, done_b), grads = self.stages.pair(forward, backward, self.scale)
-        sums = _with_weights(_with_end(_with_done(_with_done(sums, done_f), done_b), dp), grads)
+        (y, kept, done_f), (dx, dp, done_b), grads = self.stages.pair(
+            forward, backward, self.scale, sums.grads
+        )
+        sums = self._with_weights(_with_end(_with_done(_with_done(sums, done_f), done_b), dp), grads)
         laid_out = self.kept[f].laid_out(kept, self.saved_widths)
         return sums, Sent(y, dx, laid_out, nothing(self.queue_widths))
+
+    def _with_weights(self, sums: Sums, of: dict[Any, Any]) -> Sums:
+        """With what `Stages.weights` gave."""
+        grads = dict(sums.grads)
+        for key, dp in of.items():
+            if key == "embed":
+                grads["embed"] = jax.tree.map(_add, grads["embed"], dp)
+            else:
+                kind, slot = key
+                put_at = functools.partial(_put_at, slot)
+                grads[kind] = jax.tree.map(put_at, grads[kind], dp, self.stages.added[kind])
+        return sums._replace(grads=grads)
 
     def _branch(self, program: Program) -> Callable[[Sums, Found, Any], tuple[Sums, Sent]]:
         def run(sums: Sums, found: Found, o: dict[str, jax.Array]) -> tuple[Sums, Sent]:
@@ -253,7 +267,9 @@ class Steps(_Ticks):
             saved, queued = nothing(self.saved_widths), nothing(self.queue_widths)
             if program.weights:
                 cuts = self.cuts[program.weights].read(found.cuts)
-                sums = _with_weights(sums, self.stages.weights(*program.weights, o["weights"], cuts))
+                sums = self._with_weights(
+                    sums, self.stages.weights(*program.weights, o["weights"], cuts, sums.grads)
+                )
                 o = self.stages.then(o, sums.grads)
             if self.pairs and program.forward and program.backward:
                 return self._pair(sums, found, o, program.forward, program.backward)
@@ -263,7 +279,9 @@ class Steps(_Ticks):
                     queued = self.cuts[chunk].laid_out(cuts, self.queue_widths)
                 else:
                     cuts = self.stages.then(cuts, dx)
-                    sums = _with_weights(sums, self.stages.weights(*chunk, o["backward"], cuts))
+                    sums = self._with_weights(
+                        sums, self.stages.weights(*chunk, o["backward"], cuts, sums.grads)
+                    )
                 # One after the other on CPU devices, whose exchanges must not meet.
                 o = self.stages.then(after(o, dx), sums.grads)
             if program.forward:
@@ -320,21 +338,9 @@ def _with_end(sums: Sums, dp: Any) -> Sums:
     return sums._replace(grads=sums.grads | added)
 
 
-def _with_weights(sums: Sums, of: dict[Any, Any]) -> Sums:
-    """With weight gradients of `Stages.weights`."""
-    grads = dict(sums.grads)
-    for key, dp in of.items():
-        if key == "embed":
-            grads["embed"] = jax.tree.map(_add, grads["embed"], dp)
-        else:
-            kind, slot = key
-            grads[kind] = jax.tree.map(functools.partial(_add_at, slot), grads[kind], dp)
-    return sums._replace(grads=grads)
-
-
-def _add_at(slot: int, sum_: jax.Array, g: jax.Array) -> jax.Array:
-    """Not a scatter, which adds in any order on GPUs."""
-    return lax.dynamic_update_index_in_dim(sum_, _add(sum_[slot], g), slot, 0)
+def _put_at(slot: int, sum_: jax.Array, g: jax.Array, added: bool) -> jax.Array:
+    """A sum with a gradient, or that is `added` already. Not a scatter, which adds in any order on GPUs."""
+    return lax.dynamic_update_index_in_dim(sum_, g if added else _add(sum_[slot], g), slot, 0)
 
 
 def _add(sum_: jax.Array, g: jax.Array) -> jax.Array:

@@ -70,7 +70,7 @@ class Phase:
 
     def __init__(self, fn: Callable[[Any, Hand, Any], Any], names: Any, policy: Policy | None):
         self._names = names
-        self._fn = lambda p, hand, x: fn(attach(p, hand[0], policy), hand[1], x)
+        self._fn = lambda p, hand, x: fn(attach(p, hand[0], policy, adds=policy is not None), hand[1], x)
         self._split: Split | None = None
 
     def _arguments(self, w: Weights, hand: Hand) -> tuple[Any, Any]:

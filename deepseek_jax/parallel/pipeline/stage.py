@@ -24,7 +24,7 @@ from deepseek_jax.model.layout import Inputs, Layout
 from deepseek_jax.model.mtp import mtp_hidden
 from deepseek_jax.model.router import BalanceStats
 from deepseek_jax.model.transformer import Aux, context, final_norm
-from deepseek_jax.model.weights import attach
+from deepseek_jax.model.weights import attach, only_differentiated
 from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.pipeline.layer import Backward, Hand, Weights, layer
 from deepseek_jax.parallel.pipeline.pair import in_pairs
@@ -86,6 +86,7 @@ class Stages:
             n_local = params["moe_layers"]["ffn"]["experts"]["w_gate_edf"].shape[1]
         self.layers = {kind: layer(cfg, layout, policy, kind == "moe_layers", n_local) for kind in KINDS}
         self._apart = {kind: self._slots(kind) for kind in KINDS if kind in params}
+        self.added = {kind: only_differentiated(params[kind], operands[kind]) for kind in self._apart}
         self._end_gradients: Any = None
         self._rates = traced_once(self._rates_of)
         self._end, self._end_operands = (
@@ -121,6 +122,12 @@ class Stages:
             number = jnp.asarray(self.held.layers[kind])[self.rank, slot]
             hand = hand._replace(bias_e=self.gathered.bias_le[number])
         return self.layers[kind], self._apart[kind][slot], hand
+
+    def _onto(self, key: tuple[str, int], w: Weights, sums: Any) -> Weights:
+        """The weights of a slot for `weights` of its layer, with sums of gradients to which that adds."""
+        kind, slot = key
+        read = (self.added[kind], w.params, sums[kind])
+        return w._replace(params=jax.tree.map(lambda added, p, g: g[slot] if added else p, *read))
 
     # --- balance ----------------------------------------------------------------------------------------------------
 
@@ -221,14 +228,16 @@ class Stages:
             cuts.append(cut)
         return g_btd, (cuts, g_btd if content.first else None), dp, done
 
-    def weights(self, chunk: int, content: Content, index: jax.Array, cuts: Any) -> dict[Any, Any]:
-        """Gradients of the layers' parameters by (kind, slot), and under "embed" of the embedding."""
+    def weights(self, chunk: int, content: Content, index: jax.Array, cuts: Any, sums: Any) -> dict[Any, Any]:
+        """Gradients of the layers' parameters by (kind, slot), and under "embed" of the embedding; of those that are `added`,
+        by kind a tree of bool, `sums` of all slots with them."""
         part = self.batch.part(index)
         (of_layers, g_btd), hand = cuts, self._hand(part)
         grads: dict[Any, Any] = {}
         dp = None
         for (kind, slot), cut in zip(reversed(self._layers(chunk, content)), of_layers, strict=True):
             run, w, at_hand = self._at(kind, slot, hand)
+            w = self._onto((kind, slot), w, sums)
             dp = grads[kind, slot] = run.weights(w, at_hand, self.then(cut, dp))
         if content.first:
             grads["embed"] = self.of_embedding(part, g_btd)
@@ -238,9 +247,9 @@ class Stages:
         tokens_bt = self.layout.sequence.own(self.batch.inputs(part).tokens_bt)
         return jax.vjp(lambda p: embed(p, self.cfg, tokens_bt), self._end["embed"])[1](g_btd)[0]
 
-    def pair(self, forward: Any, backward: Any, scale: float) -> Any:
+    def pair(self, forward: Any, backward: Any, scale: float, sums: Any) -> Any:
         """A forward (chunk, content, index, x) and a backward (chunk, content, index, kept, g), with weight gradients, of
-        two micro-batches, layer beside layer -> results of `forward`, `backward` and `weights`."""
+        two micro-batches, layer beside layer -> results of `forward`, `backward` and `weights`, to which `sums` belong."""
         (chunk_f, content_f, index_f, x_btd), (chunk_b, content_b, index_b, kept, g_btd) = forward, backward
         part_f, part_b = self.batch.part(index_f), self.batch.part(index_b)
         hand_f, hand_b, (of_layers, end) = self._hand(part_f), self._hand(part_b), kept
@@ -248,10 +257,10 @@ class Stages:
         if content_b.last:
             g_btd, dp, done_b = self.end(part_b, end, scale)
         ahead = [(key, *self._at(*key, hand_f)) for key in self._layers(chunk_f, content_f)]
-        back = [
-            (key, *self._at(*key, hand_b), of_layer)
-            for key, of_layer in zip(self._layers(chunk_b, content_b), of_layers, strict=True)
-        ]
+        back = []
+        for key, of_layer in zip(self._layers(chunk_b, content_b), of_layers, strict=True):
+            run, w, at_hand = self._at(*key, hand_b)
+            back.append((key, run, self._onto(key, w, sums), at_hand, of_layer))
         g_stats = self._balance_gradients(part_b, scale)
         x_btd, g_btd, stats, kept_f, grads = in_pairs(
             ahead, self.start(content_f, part_f, x_btd), back[::-1], g_btd, g_stats, self.then
