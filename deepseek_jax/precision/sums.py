@@ -5,7 +5,8 @@
   and weights, a token's sum over its experts (on one device and at each hop of an exchange), losses and gradient norm.
   Gradients are added over micro-batches and devices in float32.
 - **Matrix products** accumulate in float32. Weight gradients come out in float32 and are rounded to the dtype of the
-  parameter that was read: float32 masters, or the BF16 copies that ZeRO gathers, once per micro-batch. FP8 products are
+  parameter that was read: float32 masters, or the BF16 copies that ZeRO gathers, once per micro-batch. In FP8 they are added
+  to the float32 sum over micro-batches by the product. FP8 products are
   promoted every 128 of the contraction (`pallas_kernels`).
 - **Two terms** are added in the dtype of the activation: residuals (a MoE block adds its shared and its routed experts to
   the stream one after the other), and cotangents of an activation with several users.

@@ -10,28 +10,37 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from deepseek_jax.model.experts import routed_experts
+from deepseek_jax.model.params import Param
+from deepseek_jax.model.weights import attach, join, quantise_weights
 from deepseek_jax.precision import preset
-from deepseek_jax.precision.product import Quantised, quantise_weight
 from pallas_kernels.testing.aot import TARGET
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOP_K = 4096, 2048, 1408, 16, 6  # V2-Lite's widths
+AXES = ("expert", None, None)
+SHAPES = {
+    "w_gate_edf": (EXPERTS, HIDDEN, INNER),
+    "w_up_edf": (EXPERTS, HIDDEN, INNER),
+    "w_down_efd": (EXPERTS, INNER, HIDDEN),
+}
 
 
-def loss(name):
-    policy = preset(name)
+def gradients(name):
+    """Of a step: weights are made ready once, outside of what is differentiated."""
+    policy, declared = preset(name), {key: Param(shape, AXES, n_in=1) for key, shape in SHAPES.items()}
 
-    def value(p, x_nd, weights_nk, experts_nk):
-        if policy is not None:
-            quantised = {key: quantise_weight(lax.stop_gradient(w), policy) for key, w in p.items()}
-            p = {key: Quantised(w, *quantised[key], policy) for key, w in p.items()}
+    def value(params, operands, x_nd, weights_nk, experts_nk):
+        p = attach(params, operands, policy)
         return routed_experts(p, x_nd, experts_nk, weights_nk).astype(jnp.float32).sum()
 
-    return value
+    def run(params, *rest):
+        read = join(params, quantise_weights(params, declared, policy), declared, policy, "bfloat16")
+        return jax.value_and_grad(value, (0, 2, 3))(*read, *rest)
+
+    return run
 
 
 def main() -> None:
@@ -44,8 +53,7 @@ def main() -> None:
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    p = {name: array((EXPERTS, HIDDEN, INNER), jnp.float32) for name in ("w_gate_edf", "w_up_edf")}
-    p["w_down_efd"] = array((EXPERTS, INNER, HIDDEN), jnp.float32)
+    p = {name: array(shape, jnp.float32) for name, shape in SHAPES.items()}
     rest = (
         array((TOKENS, HIDDEN), jnp.bfloat16),
         array((TOKENS, TOP_K), jnp.float32),
@@ -53,7 +61,7 @@ def main() -> None:
     )
     for name in sys.argv[1:]:
         with use_abstract_mesh(mesh.abstract_mesh):
-            program = jax.jit(jax.value_and_grad(loss(name), (0, 1, 2))).lower(p, *rest).compile().as_text()
+            program = jax.jit(gradients(name)).lower(p, *rest).compile().as_text()
         kernels = re.findall(
             r'custom_call_target="mosaic_gpu[^"]*".*?op_name="[^"]*?jit\((\w+)\)/body', program
         )
