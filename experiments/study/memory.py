@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.config import Config
 from deepseek_jax.model.params import tree_map
 from deepseek_jax.model.transformer import model_params
-from deepseek_jax.model.weights import quantise_weights
+from deepseek_jax.model.weights import join, only_differentiated, quantise_weights
 from deepseek_jax.parallel.pipeline.pipeline import pipeline_over
 from deepseek_jax.precision import preset
 from deepseek_jax.training.state import parameter_shares
@@ -27,7 +27,7 @@ class Memory(NamedTuple):
     master: int = 0  # float32
     moments: int = 0  # both
     compute: int = (
-        0  # what the forward pass reads beside the master: gathered, selected and cast, or quantised
+        0  # what the forward pass reads beside the master: gathered, selected and cast, joined, or quantised
     )
     gradients: int = (
         0  # of one micro-batch, as the backward pass makes them; with a pipeline, of its end and one layer
@@ -62,14 +62,16 @@ def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
     read = tree_map(lambda p, s: jax.ShapeDtypeStruct(shape(s.compute, p.shape), s.dtype), declared, shares)
     read |= {kind: jax.tree.map(functools.partial(_in_slots, n), read[kind]) for kind, n in held.items()}
     operands = jax.eval_shape(lambda w: quantise_weights(w, declared, policy), read)
+    dtype = jnp.dtype(cfg.model.dtype)
+    made = only_differentiated(*jax.eval_shape(lambda *w: join(*w, declared, policy, dtype), read, operands))
     moment = 2 * jnp.dtype(cfg.optimizer.moment_dtype).itemsize
 
     total = {"dense": Memory(), "experts": Memory()}
 
-    def add(in_slots: bool, p: Any, share: Any, copy: Any, quantised: Any) -> None:
+    def add(in_slots: bool, p: Any, share: Any, copy: Any, quantised: Any, made: bool) -> None:
         own, whole, item = math.prod(shape(share.held, p.shape)), math.prod(copy.shape), copy.dtype.itemsize
         comes = bool(share.divided) or in_slots  # else it is read as it lies
-        gathered = whole * item if comes else 0
+        gathered = whole * item if comes else whole * dtype.itemsize if made else 0
         memory = Memory(
             master=4 * own,
             moments=moment * own,
@@ -83,7 +85,9 @@ def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
         total[kind] = Memory(*map(sum, zip(total[kind], memory, strict=True)))
 
     for name, group in declared.items():
-        tree_map(functools.partial(add, name in held), group, shares[name], read[name], operands[name])
+        tree_map(
+            functools.partial(add, name in held), group, shares[name], read[name], operands[name], made[name]
+        )
     layers = [_of_a_layer(declared[kind], read[kind]) for kind in held]
     for kind, size in max(layers, key=lambda sizes: sum(sizes.values()), default={}).items():
         total[kind] = total[kind]._replace(gradients=total[kind].gradients + size)
