@@ -108,8 +108,8 @@ class Joined(_Beside):
         )
         ends = np.cumsum(widths).tolist()
         if self.adds:
-            dy = self.whole.gradient_along_tokens(dy)
-            rows = (rows_between(dy, end - width, end) for width, end in zip(widths, ends, strict=True))
+            along = self.whole.gradient_along_tokens(dy)
+            rows = (rows_between(along, end - width, end) for width, end in zip(widths, ends, strict=True))
             parts = [product_of_gradient(a, d, groups, w) for d, w in zip(rows, self.masters, strict=True)]
         else:
             parts = jnp.split(self.whole.dw(a, dy, groups), ends[:-1], -1)

@@ -63,7 +63,9 @@ def state_memory(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Memory]:
     read |= {kind: jax.tree.map(functools.partial(_in_slots, n), read[kind]) for kind, n in held.items()}
     operands = jax.eval_shape(lambda w: quantise_weights(w, declared, policy), read)
     dtype = jnp.dtype(cfg.model.dtype)
-    made = only_differentiated(*jax.eval_shape(lambda *w: join(*w, declared, policy, dtype), read, operands))
+    made = only_differentiated(
+        *jax.eval_shape(lambda w, x: join(w, x, declared, policy, dtype), read, operands)
+    )
     moment = 2 * jnp.dtype(cfg.optimizer.moment_dtype).itemsize
 
     total = {"dense": Memory(), "experts": Memory()}

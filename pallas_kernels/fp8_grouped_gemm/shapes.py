@@ -21,8 +21,8 @@ class GroupedShape:
     n: int
     k: int
     rows: int | None = None
-    accumulate: bool = False
     peer_tflops: float | None = None  # DeepGEMM on one H800, as published by its authors
+    accumulate: bool = False
 
     @property
     def present_rows(self) -> int:
