@@ -31,7 +31,7 @@ CUBLAS_ALONE = (
 LIMITS = {
     "start": 120.0,
     "compile": 90.0,
-    "measure": 45.0,
+    "measure": 60.0,
 }  # seconds; to wait for the GPU, as long as it takes
 
 
@@ -115,6 +115,9 @@ def _figures(item: Item, say: Callable[[str], None]) -> dict[str, Any]:
     say("compile")
     programs = compile_op(w, item["implementation"])
     kernel = _report(_dumped() - before)
+    if w.op == "fp8_gemm":  # whose peer it is; loading takes seconds
+        with contextlib.suppress(ImportError):
+            import torch  # noqa: F401
     say("wait")
     with exclusive():
         say("measure")
