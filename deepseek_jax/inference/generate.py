@@ -30,8 +30,8 @@ from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Inputs, Layout, single_device
 from deepseek_jax.model.transformer import forward
 
-# So many tokens of a prompt go through the model at once. Of a longer one, equal pieces do so, one after the other: beside
-# hidden states and cache, memory then does not grow with the prompt.
+# So many tokens of a prompt go through the model at once. Of a longer one, equal pieces do so, one after the other: only
+# hidden states, cache, and keys and values of one layer then grow with the prompt.
 PIECE = 2048
 
 
