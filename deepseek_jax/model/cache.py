@@ -3,9 +3,9 @@
 Of each token and layer the cache holds the normalised latent (kv_lora_rank) and the rotated shared key
 (qk_rope_head_dim); nothing per head. A view knows where the new tokens of a pass go and what each of them sees. The model
 asks it for `positions_bt`, and in layer i for `append(i, latents)` and `read(i)`; it does not know how tokens are stored.
-`View` is over contiguous slots.
+`View` is over contiguous slots, `PagedView` over pages that sequences of any lengths share.
 
-Dims: l layer, b sequence, t new token, s slot, c latent, r rotary key.
+Dims: l layer, b sequence, t new token, s slot, c latent, r rotary key, p page, w width of a token in a page.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from pallas_kernels.mla_decode.ops import quantize_cache, token_bytes
+
+PAGE = 64  # tokens
 
 
 class LatentCache(NamedTuple):
@@ -139,3 +144,61 @@ def view_after_padding(cache: Cache, slot: jax.Array, t: int, pad_b: jax.Array) 
     slots = jnp.arange(cache.slots)[None, None]
     mask_bts = (slots <= slot_bt[..., None]) & (slots >= pad_b[:, None, None])
     return View(cache, slot, slot_bt - pad_b[:, None], mask_bts)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def empty_pages(cfg: ModelConfig, layers: int, pages: int, fp8: bool = False, page: int = PAGE) -> jax.Array:
+    """Pages of `page` tokens for each of `layers`, [l, p, page, w]: latent and rotary key in cfg.dtype or, of 656 instead of
+    1,152 bytes in DeepSeek-V3, in the FP8 layout of `pallas_kernels.mla_decode`."""
+    c, r = cfg.kv_lora_rank, cfg.qk_rope_head_dim
+    width, dtype = (token_bytes(c, r), jnp.uint8) if fp8 else (c + r, cfg.dtype)
+    return jnp.zeros((layers, pages, page, width), dtype)
+
+
+class Pages(NamedTuple):
+    """What one layer reads: pages_psw, and the pages of each sequence, block_table [b, n] int32."""
+
+    pages_psw: jax.Array
+    block_table: jax.Array
+
+
+class PagedView(NamedTuple):
+    """The newest t tokens of sequences whose tokens lie in pages.
+
+    pages_lpsw: of `empty_pages`. block_table: int32 [b, n], the pages of each sequence in order, the same in all layers;
+    a sequence's pages are its own, and entries that it has no token for may be anything. lengths: int32 [b], tokens of each
+    sequence in all, the new ones included; of one that is shorter than t, the last of the new tokens count, so 0 leaves a
+    row out. positions_bt: where the new tokens stand, negative for one that does not count.
+    """
+
+    pages_lpsw: jax.Array
+    block_table: jax.Array
+    lengths: jax.Array
+    positions_bt: jax.Array
+
+    def append(self, i: Any, new: LatentCache) -> "PagedView":
+        """The view after the new tokens' latents of layer i [b, t, ...] are written."""
+        _, pages, page, _ = self.pages_lpsw.shape
+        x_btw = jnp.concatenate(new, axis=-1)
+        fp8 = self.pages_lpsw.dtype == jnp.uint8
+        x_btw = quantize_cache(x_btw, new.c_bsc.shape[-1]) if fp8 else x_btw.astype(self.pages_lpsw.dtype)
+        n = jnp.clip(self.positions_bt // page, 0, self.block_table.shape[1] - 1)
+        page_bt = jnp.take_along_axis(self.block_table, n, axis=1)
+        there = (self.positions_bt >= 0) & (self.positions_bt < self.block_table.shape[1] * page)
+        page_bt = jnp.where(there, page_bt, pages)  # behind the last one: dropped
+        put = self.pages_lpsw.at[i, page_bt, self.positions_bt % page].set(x_btw, mode="drop")
+        return self._replace(pages_lpsw=put)
+
+    def read(self, i: Any) -> tuple[Pages, jax.Array]:
+        """What the attention core of layer i reads: its pages, found in those of all layers, and the lengths."""
+        layers, pages, *token = self.pages_lpsw.shape
+        return Pages(
+            self.pages_lpsw.reshape(layers * pages, *token), self.block_table + i * pages
+        ), self.lengths
+
+
+def paged_view(pages_lpsw: jax.Array, block_table: jax.Array, lengths: jax.Array, t: int) -> PagedView:
+    """The view of the newest t tokens of sequences that have `lengths` with them."""
+    return PagedView(pages_lpsw, block_table, lengths, lengths[:, None] - t + jnp.arange(t)[None])
