@@ -214,8 +214,10 @@ def mla_decode(
     dtype, exact = x_btd.dtype, precision(x_btd.dtype)
     q_nope, q_rope = _queries(p, cfg, down(p, cfg, x_btd), rope)
     q_bthc = jnp.einsum("bthn,hnc->bthc", q_nope, p["wk_hnc"].astype(dtype), precision=exact)
-    core = _over_pages if isinstance(cache, Pages) else _over_slots
-    o_bhtc = core(q_bthc, q_rope, cache, seen, softmax_scale(cfg))
+    if isinstance(cache, Pages):
+        o_bhtc = _over_pages(q_bthc, q_rope, cache, seen, softmax_scale(cfg))
+    else:
+        o_bhtc = _over_slots(q_bthc, q_rope, cache, seen, softmax_scale(cfg))
     o_bthv = jnp.einsum("bhtc,hcv->bthv", o_bhtc, p["wv_hcv"].astype(dtype), precision=exact)
     return linear(o_bthv, p["wo_hvd"], n_in=2)
 
