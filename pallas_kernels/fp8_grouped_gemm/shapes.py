@@ -48,12 +48,12 @@ SHAPES = (
     GroupedShape("down_4x8192", "contiguous", 4, 8192, 7168, 2048, peer_tflops=1214),
     GroupedShape("gate_up_dgrad_4x8192", "contiguous", 4, 8192, 7168, 4096),
     GroupedShape("down_dgrad_4x8192", "contiguous", 4, 8192, 2048, 7168),
-    GroupedShape("gate_wgrad_4x8192", "wgrad", 4, 7168, 2048, 8192, accumulate=True, peer_tflops=1033),
+    GroupedShape("gate_wgrad_4x8192", "wgrad", 4, 7168, 2048, 8192, accumulate=True),
     GroupedShape("down_wgrad_4x8192", "wgrad", 4, 2048, 7168, 8192, accumulate=True, peer_tflops=1033),
     # Prefill on 32 devices.
     GroupedShape("gate_up_8x4096", "contiguous", 8, 4096, 4096, 7168, peer_tflops=1346),
     GroupedShape("down_8x4096", "contiguous", 8, 4096, 7168, 2048, peer_tflops=1214),
-    # Decoding: 128 tokens of each of 64 devices, or of 320 of them.
+    # Decoding: 128 tokens of each of 64 devices; and many groups of few rows.
     GroupedShape("gate_up_decode_4x256", "masked", 4, 256, 4096, 7168, 256, 932),
     GroupedShape("down_decode_4x256", "masked", 4, 256, 7168, 2048, 256, 815),
     GroupedShape("gate_up_decode_32x192", "masked", 32, 4096, 4096, 7168, 192),
