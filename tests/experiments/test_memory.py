@@ -33,15 +33,17 @@ def planned(cfg, devices):
 
 # V2-Lite: 26 MoE layers of 64 experts; a norm pair and a latent norm per layer; the gate is read in float32.
 LITE, LITE_EXPERTS = 15_706_484_224, 26 * 64 * 3 * 2048 * 1408
+# Joined in BF16 for a step: gate and up, of the experts and of dense layer and shared experts.
+LITE_JOINED, LITE_DENSE_JOINED = 2 * LITE_EXPERTS * 2 // 3, 2 * 2 * 2048 * (10944 + 26 * 2 * 1408)
 LITE_NORMS, LITE_GATES = 27 * (2 * 2048 + 512) + 2048, 26 * 2048 * 64
 
 
 def test_twelve_bytes_per_parameter_on_one_device():
-    """Master weight 4, moments 2 + 2, gradient 4; weights are cast where they are used."""
+    """Master weight 4, moments 2 + 2, gradient 4; weights are cast where they are used, but for those that are joined."""
     dense, experts = planned(shipped("v2_lite_16b", zero=False, local=1), 1)
     assert (dense.between_steps + experts.between_steps) == 8 * LITE
-    assert (dense.in_step + experts.in_step) == 12 * LITE
-    assert experts == Memory(4 * LITE_EXPERTS, 4 * LITE_EXPERTS, 0, 4 * LITE_EXPERTS, 0, 0)
+    assert (dense.in_step + experts.in_step) == 12 * LITE + LITE_JOINED + LITE_DENSE_JOINED
+    assert experts == Memory(4 * LITE_EXPERTS, 4 * LITE_EXPERTS, LITE_JOINED, 4 * LITE_EXPERTS, 0, 0)
     dense, experts = planned(shipped("v2_lite_16b", 4, zero=False, local=1), 1)
     assert (dense.accumulated, experts.accumulated) == (4 * (LITE - LITE_EXPERTS), 4 * LITE_EXPERTS)
 
@@ -53,7 +55,7 @@ def test_v2_lite_over_eight_devices():
     read = 2 * (rest - LITE_NORMS - LITE_GATES) + 4 * LITE_GATES
     assert dense == Memory(4 * held, 4 * held, read, read + 4 * LITE_NORMS, 0, 4 * (held - LITE_NORMS))
     eighth = 4 * LITE_EXPERTS // 8  # spread over local; with one replica there is nothing else to divide
-    assert experts == Memory(eighth, eighth, 0, eighth, 0, 0)
+    assert experts == Memory(eighth, eighth, LITE_JOINED // 8, eighth, 0, 0)
 
 
 def test_v3_over_512_devices():
