@@ -136,7 +136,8 @@ def test_blocks_that_nobody_sees_are_not_computed():
         )
     )
     # Later keys: earlier queries are as they were.
-    out, dq, *_ = both(q, poisoned(k, last), poisoned(v, last), None)
+    one = jnp.zeros((B, LONG), jnp.int32)
+    out, dq, *_ = both(q, poisoned(k, last), poisoned(v, last), one)
     assert finite(out[:, :, : 2 * size]) and finite(dq[:, :, : 2 * size]) and not finite(out[:, :, last])
     # A document that fills the first block of each sequence.
     segments = jnp.asarray(np.tile(np.arange(LONG) >= size, (B, 1)), jnp.int32)
