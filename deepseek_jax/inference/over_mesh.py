@@ -33,7 +33,6 @@ from deepseek_jax.inference.batch import Batch, Prompts, Request
 from deepseek_jax.inference.driver import Method, State, complete, grown, in_turn, steps
 from deepseek_jax.inference.generate import prefill, step
 from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
-from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS
@@ -82,19 +81,17 @@ def _prepare(params: Any, cfg: ModelConfig) -> Any:
 
 
 def _ready_specs(cfg: ModelConfig, specs: Any) -> Any:
-    """Of `_prepare`'s result: experts are spread as in `specs`, everything else is whole. Of weights in FP8 too, whose values
-    and scales have experts where an array has them."""
-    ready = jax.eval_shape(lambda params: _prepare(params, cfg), abstract(model_params(cfg)))
-    if not cfg.num_moe_layers:
-        return jax.tree.map(lambda _: WHOLE, ready)
-    of_experts = specs["moe_layers"]["ffn"]["experts"]["w_up_edf"]  # [layer, expert, ...]
-
-    def spec(path: Any, x: Any) -> PartitionSpec:
-        if "experts" not in [getattr(key, "key", None) for key in path]:
-            return WHOLE
-        return of_experts if x.ndim == 4 else PartitionSpec(*of_experts[1:])
-
-    return jax.tree_util.tree_map_with_path(spec, ready)
+    """Of `_prepare`'s result: experts are spread as in `specs`, everything else is whole. A prefix of the tree, which fits
+    whatever a weight brings: values and scales have experts where an array has them."""
+    declared = {name: p for name, p in model_params(cfg).items() if name != "mtp"}
+    ready: dict[str, Any] = dict.fromkeys(declared, WHOLE)
+    if cfg.num_moe_layers:
+        of_experts = specs["moe_layers"]["ffn"]["experts"]["w_up_edf"]  # [layer, expert, ...]
+        block: dict[str, Any] = dict.fromkeys(declared["moe_layers"], WHOLE)
+        of_experts = PartitionSpec(*of_experts[1:]) if unrolled(cfg) else of_experts
+        block["ffn"] = dict.fromkeys(declared["moe_layers"]["ffn"], WHOLE) | {"experts": of_experts}
+        ready["moe_layers"] = [block] * cfg.num_moe_layers if unrolled(cfg) else block
+    return ready
 
 
 # --- the programs -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Counts what an exchange sends between nodes: rows and bytes per token of given routings (report section 3.2.2).
 
 A row is one token sent to one place. It depends on the exchange how many of a token's k experts share a row: none
-of them (one row per expert, as with `low_latency`), those of a device (flat), or those of a node (two hops, where
+of them (one row per expert), those of a device (flat), or those of a node (two hops, where
 the rows are forwarded inside the node afterwards).
 
 Dims: n token, k selected expert, p place (device or node).
