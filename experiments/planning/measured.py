@@ -58,8 +58,9 @@ def applies(run: Run) -> bool:
         max_position_embeddings=model.max_position_embeddings,
     )
     mesh = tuple(run.mesh.shape.values()) == (16, 2, 8, 8, 1) and cfg.mesh.overlap
+    ordered = (cfg.mesh.schedule, cfg.train.remat) in (("auto", "deepseek"), ("dualpipe", "deepseek"))
     batch = (cfg.train.batch_size, cfg.data.seq_len, run.micros) == (15360, 4096, 120)
-    return model == v3 and run.hardware.name == "h800" and mesh and batch and run.fp8
+    return model == v3 and run.hardware.name == "h800" and mesh and ordered and batch and run.fp8
 
 
 # --- the step -----------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def pair_seconds(forward: Sequence[Layer], backward: Sequence[Layer]) -> float:
 
 
 def segments_seconds(forward: Sequence[Layer], backward: Sequence[Layer]) -> float:
-    """The same as `parallel/pipeline/pair.py` orders it: four times a trip of one beside work of the other, which wait for
+    """The same as `parallel/pipeline/pair.py` orders it: trips of one beside work of the other, which wait for
     each other; layers in which nothing travels, and what one side has more, alone."""
     ahead, back, total = list(forward), list(reversed(backward)), 0.0
     while ahead or back:
@@ -180,12 +180,14 @@ def segments_seconds(forward: Sequence[Layer], backward: Sequence[Layer]) -> flo
 
 
 def _segments(f: Layer, b: Layer) -> float:
-    again = b.attention.forward + b.dispatch + b.mlp.forward if b.again else 0.0
+    first, again = max(f.attention.forward, b.combine_gradient), 0.0
+    if b.again:
+        first = max(b.attention.forward, b.combine_gradient) + max(f.attention.forward, b.dispatch)
+        again = b.mlp.forward
     return (
-        again
-        + max(f.attention.forward, b.combine_gradient)
-        + max(b.mlp.backward + b.mlp.weights, f.dispatch)
-        + max(f.mlp.forward, b.dispatch_gradient)
+        first
+        + max(again + b.mlp.backward, f.dispatch)
+        + max(b.mlp.weights + f.mlp.forward, b.dispatch_gradient)
         + max(b.attention.backward + b.attention.weights, f.combine)
     )
 

@@ -20,7 +20,7 @@ def shipped(name, accumulation=1, precision="bf16", **mesh):
     cfg = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
     return dataclasses.replace(
         cfg,
-        mesh=dataclasses.replace(cfg.mesh, **mesh),
+        mesh=dataclasses.replace(cfg.mesh, **{"schedule": "auto"} | mesh),
         train=dataclasses.replace(cfg.train, grad_accumulation=accumulation),
         precision=precision,
     )
