@@ -2,7 +2,8 @@
 
 Of each token and layer the cache holds the normalised latent (kv_lora_rank) and the rotated shared key
 (qk_rope_head_dim); nothing per head. A view knows where the new tokens of a pass go and what each of them sees. The model
-asks it for `positions_bt`, and in layer i for `append(i, latents)` and `read(i)`; it does not know how tokens are stored.
+asks it for `positions_bt`, and in layer i for `append(i, latents)` and `attend(i, queries)`; it does not know how tokens
+are stored.
 `View` is over contiguous slots, `PagedView` over pages that sequences of any lengths share.
 
 Dims: l layer, b sequence, t new token, s slot, c latent, r rotary key, p page, w width of a token in a page.
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from pallas_kernels.mla_decode.ops import quantize_cache, token_bytes
+from deepseek_jax.precision.sums import precision
+from pallas_kernels.mla_decode.ops import mla_decode, quantize_cache, token_bytes
 
 PAGE = 64  # tokens
 
@@ -131,9 +133,17 @@ class View(NamedTuple):
         """The view after the new tokens' latents of layer i [b, t, ...] are written."""
         return self._replace(cache=self.cache.append(i, new, self.slot))
 
-    def read(self, i: Any) -> tuple[LatentCache, jax.Array]:
-        """What the attention core of layer i reads: latents [b, s, ...], and which of them each token sees [b, t, s]."""
-        return self.cache.read(i), self.mask_bts
+    def attend(self, i: Any, q_bthc: jax.Array, q_bthr: jax.Array, scale: float) -> jax.Array:
+        """Attention of the new tokens over the latents of layer i, for absorbed queries -> [b, h, t, c]. Scores and softmax
+        are in float32."""
+        cache, dtype, exact = self.cache.read(i), q_bthc.dtype, precision(q_bthc.dtype)
+        score_as: Any = {"precision": exact, "preferred_element_type": jnp.float32}
+        score = jnp.einsum("bthc,bsc->bhts", q_bthc, cache.c_bsc, **score_as)
+        score += jnp.einsum("bthr,bsr->bhts", q_bthr, cache.r_bsr, **score_as)
+        score = jnp.where(self.mask_bts[:, None], score * scale, -jnp.inf)
+        prob = jax.nn.softmax(score, axis=-1).astype(dtype)
+        # Heads before tokens: in the other order, XLA's product on CPU is a plain loop, six times as slow.
+        return jnp.einsum("bhts,bsc->bhtc", prob, cache.c_bsc, precision=exact)
 
 
 def view_after_padding(cache: Cache, slot: jax.Array, t: int, pad_b: jax.Array) -> View:
@@ -155,13 +165,6 @@ def empty_pages(cfg: ModelConfig, layers: int, pages: int, fp8: bool = False, pa
     c, r = cfg.kv_lora_rank, cfg.qk_rope_head_dim
     width, dtype = (token_bytes(c, r), jnp.uint8) if fp8 else (c + r, cfg.dtype)
     return jnp.zeros((layers, pages, page, width), dtype)
-
-
-class Pages(NamedTuple):
-    """What one layer reads: pages_psw, and the pages of each sequence, block_table [b, n] int32."""
-
-    pages_psw: jax.Array
-    block_table: jax.Array
 
 
 class PagedView(NamedTuple):
@@ -191,12 +194,18 @@ class PagedView(NamedTuple):
         put = self.pages_lpsw.at[i, page_bt, self.positions_bt % page].set(x_btw, mode="drop")
         return self._replace(pages_lpsw=put)
 
-    def read(self, i: Any) -> tuple[Pages, jax.Array]:
-        """What the attention core of layer i reads: its pages, found in those of all layers, and the lengths."""
+    def attend(self, i: Any, q_bthc: jax.Array, q_bthr: jax.Array, scale: float) -> jax.Array:
+        """As that of `View`, by the op `mla_decode`. The pages of layer i are found in those of all layers."""
         layers, pages, *token = self.pages_lpsw.shape
-        return Pages(
-            self.pages_lpsw.reshape(layers * pages, *token), self.block_table + i * pages
-        ), self.lengths
+        o_bthc, _ = mla_decode(
+            jnp.concatenate([q_bthc, q_bthr], axis=-1),
+            self.pages_lpsw.reshape(layers * pages, *token),
+            self.block_table + i * pages,
+            self.lengths,
+            scale=scale,
+            latent=q_bthc.shape[-1],
+        )
+        return jnp.swapaxes(o_bthc, 1, 2)
 
 
 def paged_view(pages_lpsw: jax.Array, block_table: jax.Array, lengths: jax.Array, t: int) -> PagedView:

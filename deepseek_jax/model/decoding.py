@@ -8,6 +8,7 @@ Dims: b sequence, t new token, d hidden, l layer, e expert.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -113,7 +114,8 @@ def _block(
     """Layer i."""
     h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
     view = view.append(i, latents(p["attn"], cfg, down(p["attn"], cfg, h_btd), ctx.rope))
-    x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, ctx.rope, *view.read(i))
+    over_cache = functools.partial(view.attend, i)
+    x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, ctx.rope, over_cache)
     return ffn(p, cfg, x_btd, bias_e, ctx)[0], view
 
 

@@ -10,7 +10,8 @@ n nope head dim, r rope head dim, k = n + r, v value head dim.
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,12 @@ from deepseek_jax.model.attention import (
     core_output_backward,
     core_output_forward,
 )
-from deepseek_jax.model.cache import Earlier, LatentCache, Pages
+from deepseek_jax.model.cache import Earlier, LatentCache
 from deepseek_jax.model.layers import Params, linear, rms_norm
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.rope import apply_rope, softmax_scale
 from deepseek_jax.precision.product import product
 from deepseek_jax.precision.sums import precision
-from pallas_kernels.mla_decode.ops import mla_decode as decode_over_pages
 
 # Of the two latent norms. The released code does not take rms_norm_eps there, which differs for Moonlight.
 LATENT_EPS = 1e-6
@@ -203,41 +203,15 @@ def mla_decode(
     cfg: ModelConfig,
     x_btd: jax.Array,
     rope: Rope,
-    cache: LatentCache | Pages,
-    seen: jax.Array,
+    over_cache: Callable[[jax.Array, jax.Array, float], jax.Array],
 ) -> jax.Array:
     """Absorbed form: t new tokens attend over a cache that already holds them. Returns [b, t, d].
 
-    `p` comes from `absorb`; `cache` and `seen` from a view: latents in slots, and [b, t, s], True where query t may see slot
-    s; or pages, and how many tokens each sequence has, [b]. Scores and softmax are in float32.
+    `p` comes from `absorb`, `over_cache` from a view: its `attend`, for this layer.
     """
     dtype, exact = x_btd.dtype, precision(x_btd.dtype)
     q_nope, q_rope = _queries(p, cfg, down(p, cfg, x_btd), rope)
     q_bthc = jnp.einsum("bthn,hnc->bthc", q_nope, p["wk_hnc"].astype(dtype), precision=exact)
-    if isinstance(cache, Pages):
-        o_bhtc = _over_pages(q_bthc, q_rope, cache, seen, softmax_scale(cfg))
-    else:
-        o_bhtc = _over_slots(q_bthc, q_rope, cache, seen, softmax_scale(cfg))
+    o_bhtc = over_cache(q_bthc, q_rope, softmax_scale(cfg))
     o_bthv = jnp.einsum("bhtc,hcv->bthv", o_bhtc, p["wv_hcv"].astype(dtype), precision=exact)
     return linear(o_bthv, p["wo_hvd"], n_in=2)
-
-
-def _over_slots(
-    q_bthc: jax.Array, q_bthr: jax.Array, cache: LatentCache, mask_bts: jax.Array, scale: float
-) -> jax.Array:
-    dtype, exact = q_bthc.dtype, precision(q_bthc.dtype)
-    score_as: Any = {"precision": exact, "preferred_element_type": jnp.float32}
-    score = jnp.einsum("bthc,bsc->bhts", q_bthc, cache.c_bsc, **score_as)
-    score += jnp.einsum("bthr,bsr->bhts", q_bthr, cache.r_bsr, **score_as)
-    score = jnp.where(mask_bts[:, None], score * scale, -jnp.inf)
-    prob = jax.nn.softmax(score, axis=-1).astype(dtype)
-    # Heads before tokens: in the other order, XLA's product on CPU is a plain loop, six times as slow.
-    return jnp.einsum("bhts,bsc->bhtc", prob, cache.c_bsc, precision=exact)
-
-
-def _over_pages(
-    q_bthc: jax.Array, q_bthr: jax.Array, cache: Pages, lengths: jax.Array, scale: float
-) -> jax.Array:
-    q_bthk = jnp.concatenate([q_bthc, q_bthr], axis=-1)
-    o_bthc, _ = decode_over_pages(q_bthk, *cache, lengths, scale=scale, latent=q_bthc.shape[-1])
-    return jnp.swapaxes(o_bthc, 1, 2)

@@ -71,7 +71,7 @@ def join(params: Any, operands: Any, declared: Any, policy: Policy | None, dtype
         return jnp.concatenate([w.astype(dtype) for w in arrays], axis=-1)
 
     def one(params: Any, operands: Any, declared: Any) -> tuple[Any, Any]:
-        if not isinstance(params, dict):
+        if not _is_group(params):
             return params, operands
         below = {name: one(params[name], operands[name], declared[name]) for name in params}
         params, operands = ({name: pair[i] for name, pair in below.items()} for i in range(2))
@@ -91,7 +91,7 @@ def attach(params: Any, operands: Any, policy: Policy | None, adds: bool = False
     to `params`. adds: parameters that are `only_differentiated` are sums of gradients, see `Quantised`."""
     if operands is None:
         return params
-    if not isinstance(params, dict):
+    if not _is_group(params):
         assert policy is not None
         return Quantised(params, operands[0], operands[1], policy, adds=adds)
     out = {name: attach(w, operands[name], policy, adds) for name, w in params.items()}
@@ -120,13 +120,18 @@ def sums_of_gradients(p: Any, dp: Any, more: Any) -> Any:
     return jax.tree.map(one, p, dp, more, is_leaf=_is_product)
 
 
+def _is_group(params: Any) -> bool:
+    """Whether it is a dict of parameters, not one of them."""
+    return hasattr(params, "items")
+
+
 def _is_product(w: Any) -> bool:
     return hasattr(w, "fprop")
 
 
 def only_differentiated(params: Any, operands: Any) -> Any:
     """Which of the parameters are not read, because they have operands: a tree of bool."""
-    if not isinstance(params, dict):
+    if not _is_group(params):
         return operands is not None
     out = {name: only_differentiated(w, operands[name]) for name, w in params.items()}
     for name in operands.keys() & JOINED.keys():
@@ -140,12 +145,12 @@ def join_for_inference(params: Any) -> Any:
     def of(parts: list[Any]) -> Any:
         if not any(hasattr(w, "fprop") for w in parts):
             return joined(jnp.concatenate(parts, axis=-1), (), None)
-        fprop = [w.fprop_operand for w in parts if isinstance(w, Quantised) and w.fprop_operand is not None]
+        fprop = [w.fprop_operand for w in parts if getattr(w, "fprop_operand", None) is not None]
         if len(fprop) < len(parts) or not can_join(fprop):
             return None
         return joined((join_operands(fprop, -2), None), (), parts[0].policy)
 
-    if not isinstance(params, dict):
+    if not _is_group(params):
         return params
     out = {name: join_for_inference(w) for name, w in params.items()}
     for name, parts in JOINED.items():

@@ -1,13 +1,14 @@
 """MLA: expanded form against the oracle, absorbed decoding against the expanded form, causality by gradient."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.cache import LatentCache
+from deepseek_jax.model.cache import Apart, LatentCache, View
 from deepseek_jax.model.mla import absorb, mla, mla_decode
 from deepseek_jax.model.rope import rope_table
 from tests.oracle import model as oracle
@@ -47,8 +48,10 @@ def test_both_forms(cfg):
     cache = jax.tree.map(lambda x: jnp.nan_to_num(x, nan=1e4), cache)  # must not be looked at
     mask = np.arange(T + spare)[None] <= np.arange(T - last, T)[:, None]
     tail = tuple(x[:, T - last :] for x in rope)
-    masks = np.broadcast_to(mask, (B, *mask.shape))
-    absorbed = jax.jit(lambda x: mla_decode(absorb(p, cfg), cfg, x, tail, cache, masks))(X[:, T - last :])
+    positions = jnp.asarray(POSITIONS[:, T - last :])
+    masks = jnp.asarray(np.broadcast_to(mask, (B, *mask.shape)))
+    over_cache = functools.partial(View(Apart((cache,)), jnp.int32(T - last), positions, masks).attend, 0)
+    absorbed = jax.jit(lambda x: mla_decode(absorb(p, cfg), cfg, x, tail, over_cache))(X[:, T - last :])
     assert rel(absorbed, got[:, T - last :]) < 1e-5
 
 
