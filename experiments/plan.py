@@ -5,6 +5,7 @@
     python -m experiments.plan memory --config=configs/v3_671b.py                       # bytes on each device
     python -m experiments.plan memory --config=configs/v2_lite_16b.py --devices=64
     python -m experiments.plan overlap                               # what is hidden: `planning/overlap.py`
+    python -m experiments.plan waits                                 # for what a host waits: `planning/waits.py`
     python -m experiments.plan step --config=configs/v2_lite_16b.py --hardware=h100      # seconds, bytes, MFU, price
     python -m experiments.plan search --config=configs/v3_671b.py --devices=256 --hardware=h200     # the fastest that fit
     python -m experiments.plan schedule --stages 8 --micro 20 --out dualpipe.png    # pipelines: `planning/schedule.py`
@@ -22,7 +23,7 @@ import argparse
 from collections.abc import Sequence
 
 from experiments import command_line
-from experiments.planning import exchange, memory, overlap, schedule, search, step
+from experiments.planning import exchange, memory, overlap, schedule, search, step, waits
 
 PLANS = {
     "exchange": exchange.main,
@@ -31,6 +32,7 @@ PLANS = {
     "schedule": schedule.main,
     "search": search.main,
     "step": step.main,
+    "waits": waits.main,
 }
 
 

@@ -1,0 +1,119 @@
+"""Lists what makes a host wait for its GPUs, in programs compiled for H100s; needs no GPU.
+
+    python -m experiments.plan waits                  # a decoding step, a prefill and a layer's training on 8 hosts of 8
+    python -m experiments.plan waits decoding --nodes=2
+
+Compiles layers of DeepSeek-V3's widths with the weights of its checkpoint, in FP8, and the overlapped training of such layers
+(`planning/overlap.py`). What is listed stands in the program once; in a loop over layers it happens in each.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import v3_671b
+from deepseek_jax.config import MeshConfig, ModelConfig, from_config_dict
+from deepseek_jax.hf import fp8
+from deepseek_jax.hf.names import leaves, unflatten
+from deepseek_jax.inference import driver, sampling
+from deepseek_jax.inference.batch import Prompts, Request, make_batch
+from deepseek_jax.inference.over_mesh import programs
+from deepseek_jax.inference.sampling import FILTERED, Sampling
+from deepseek_jax.model import decoding
+from deepseek_jax.model.decoding import UNROLL_LAYERS
+from deepseek_jax.model.transformer import model_params
+from deepseek_jax.model.weights import multiplied_as_stored
+from deepseek_jax.precision import preset
+from experiments import command_line
+from experiments.planning import overlap, xla
+from experiments.study.host_waits import host_waits, summary
+
+POLICY = "deepseek_fp8"
+PROGRAMS = ("decoding", "prefill", "training")
+TOKENS, SLOTS = 64, 256  # of a prompt, and of the cache
+
+
+def layers_of_v3(vocab_size: int) -> ModelConfig:
+    """More layers than are unrolled, the first of them dense."""
+    whole = from_config_dict(v3_671b.get_config()).model
+    return dataclasses.replace(
+        whole,
+        num_hidden_layers=UNROLL_LAYERS + 2,
+        first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
+        vocab_size=vocab_size,
+        dtype="bfloat16",
+    )
+
+
+def stored_params(cfg: ModelConfig) -> Any:
+    """Shapes of the parameters as `hf.load(keep_fp8=True)` gives them."""
+    flat: dict[str, Any] = {}
+    for path, leaf in leaves(cfg).items():
+        if leaf.may_be_fp8:
+            flat[f"{path}.fp8"] = jax.ShapeDtypeStruct((*leaf.stack, *leaf.hf_shape), jnp.float8_e4m3fn)
+            blocks = (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
+            flat[f"{path}.scale"] = jax.ShapeDtypeStruct(blocks, jnp.float32)
+        else:
+            flat[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+    policy = preset(POLICY)
+    assert policy is not None
+    return multiplied_as_stored(unflatten(flat), model_params(cfg), policy)
+
+
+def generation(cfg: ModelConfig, mesh: MeshConfig, sequences: int) -> dict[str, jax.stages.Lowered]:
+    """A prefill and a decoding step, with `sequences` on each GPU, whose tokens are drawn."""
+    devices = tuple(xla.h100s(mesh.node * mesh.local, mesh.local))
+    rows = sequences * len(devices)
+    with contextlib.ExitStack() as stack:
+        for file in (
+            decoding,
+            driver,
+            sampling,
+        ):  # what decoding asks of this process, it is told of the GPUs
+            stack.enter_context(mock.patch.object(file, "on_cpu", return_value=False))
+        jitted: Any = programs(cfg, mesh, preset(POLICY), devices)
+        prompts = Prompts(
+            jax.ShapeDtypeStruct((rows, TOKENS), jnp.int32),
+            np.zeros(rows, np.int32),
+            jax.ShapeDtypeStruct((rows, cfg.vocab_size), bool),
+        )
+        batch = make_batch(Request([[0]] * rows, TOKENS, Sampling(1.0, top_p=0.95)), cfg, prompts)
+        assert batch.sampling.most == FILTERED
+        bias = jax.ShapeDtypeStruct((cfg.num_moe_layers, cfg.n_routed_experts), jnp.float32)
+        params = stored_params(cfg)
+        prepare, prefill, grow, advance = jitted
+        state = grow.eval_shape(prefill.eval_shape(params, prompts, batch, bias), slots=SLOTS)
+        ready = prepare.eval_shape(params)
+        return {
+            "prefill": prefill.lower(params, prompts, batch, bias),
+            "decoding": advance.lower(ready, batch, bias, state, 1),
+        }
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = command_line.Parser(prog="plan waits", description="What makes a host wait for its GPUs.")
+    parser.add_argument("programs", nargs="*", choices=PROGRAMS, default=PROGRAMS)
+    parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--local", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--sequences", type=int, default=128, help="decoded on each GPU")
+    parser.add_argument("--vocab", type=int, default=129_280)
+    parser.add_argument(
+        "--receive", type=float, default=8.0, help="mesh.receive of training; 0: everything at once"
+    )
+    args = parser.parse_args(argv)
+    xla.check_compiler()
+    xla.prepare()
+    mesh = MeshConfig(data=1, node=args.nodes, local=args.local)
+    lowered = generation(layers_of_v3(args.vocab), mesh, args.sequences)
+    training = overlap.layer_config(args.nodes, args.local, POLICY, args.receive, True, "deepseek")
+    for name in args.programs:
+        compiled = lowered[name].compile() if name in lowered else overlap.compile_stack(training, 1024)
+        print(f"{name}:\n{summary(host_waits(compiled.as_text() or '', args.local))}", flush=True)
+    return 0
