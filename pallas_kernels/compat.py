@@ -5,6 +5,7 @@ Mosaic GPU kernels of this package compile for sm_90a (Hopper) on all three vers
 
 import jax
 import jax.numpy as jnp
+from jax._src import config as _config
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__[:2]
@@ -27,6 +28,11 @@ def load_global(ref, layout) -> jax.Array:
     if JAX_VERSION < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
+
+
+def interpreted() -> bool:
+    """Says whether kernels that are traced now will run in the CPU interpreter."""
+    return _config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def why_not_hopper() -> str | None:
