@@ -8,7 +8,6 @@ scores, so that the tensor core never waits inside a turn.
 Legend: B batch, H heads, T queries, S keys, K width of queries and keys, V width of values.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -19,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blocks import cdiv, pad_last2, round_up
-from pallas_kernels.compat import compiler_params, load_global
+from pallas_kernels.blocks import pad_last2
+from pallas_kernels.compat import compiler_params
+from pallas_kernels.mla_attention.mask import ROW_VALUES, Mask
 from pallas_kernels.mla_attention.schedule import Blocks, Order
 from pallas_kernels.mla_attention.shapes import AttentionConfig
 from pallas_kernels.mla_attention.warpgroups import (
@@ -33,12 +33,11 @@ from pallas_kernels.mla_attention.warpgroups import (
     Ring,
     Tile,
     Turns,
-    along_columns,
     along_rows,
     for_each_tile,
     own_rows,
     ring,
-    specialise,
+    run_specialised,
     store,
 )
 from pallas_kernels.wgmma import multiply_add, zeros
@@ -62,40 +61,6 @@ def unsupported(q, k, v, segments=None, q_offset=None) -> str | None:
 def by_head(x: jax.Array, rows: int) -> jax.Array:
     """Flattens [B, H, T, K] to [B * H, T, K], padded with zeros to multiples of `rows` and of a panel."""
     return pad_last2(x.reshape(-1, *x.shape[2:]), (rows, PANEL))
-
-
-class Mask(NamedTuple):
-    """Which pairs of queries and keys are visible.
-
-    Attributes:
-      block_k: keys per block.
-      keys: number of keys, without padding.
-      offset_ref: int32 [B], position of the first query.
-      segments_ref: int32 [B, padded T] or None.
-    """
-
-    block_k: int
-    keys: int
-    offset_ref: Any
-    segments_ref: Any
-
-    def visible(self, tile: Tile, i: Any) -> jax.Array:
-        """Returns bool [64, block_k]: the calling consumer's queries of a tile against block `i` of keys."""
-        shape, first_q, first_k = (ROWS, self.block_k), tile.own_rows.start, i * self.block_k
-        row, column = (
-            plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) for dim in (0, 1)
-        )
-        visible = column - row <= first_q + self.offset_ref[tile.batch] - first_k
-        if self.keys % self.block_k:
-            visible &= column < self.keys - first_k
-        if self.segments_ref is None:
-            return visible
-        own = self._segments(tile, first_q, ROWS, plgpu.Layout.WGMMA.reduce(1))
-        other = self._segments(tile, first_k, self.block_k, plgpu.Layout.WGMMA.reduce(0))
-        return visible & (along_rows(own, shape) == along_columns(other, shape))
-
-    def _segments(self, tile: Tile, first: Any, length: int, layout: Any) -> jax.Array:
-        return load_global(self.segments_ref.at[tile.batch, pl.ds(first, length)], layout)
 
 
 class Softmax(NamedTuple):
@@ -124,16 +89,13 @@ def _attend(tile: Tile, mask: Mask, queries: Ring, keys: Ring, values: Ring, tur
     q = q_smem.at[own_rows()]
     v_width = values.buffers[0].shape[-1]
 
-    def masked(i, scores):
-        hide = lambda s: jnp.where(mask.visible(tile, i), s, -jnp.inf)  # noqa: E731
-        return lax.cond(tile.masked(i), hide, lambda s: s, scores)
-
     [k] = keys.take(tile.step)
     turns.take()
     [scores] = multiply_add([(None, q, k.T)], turns.give)
     keys.release(tile.step)
-    column = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1))  # noqa: E731
-    start = _after(masked(tile.first, scores), zeros(ROWS, v_width), column(LOWEST), column(0.0))
+    lowest, nothing = (plgpu.layout_cast(jnp.full(ROWS, x, jnp.float32), ROW_VALUES) for x in (LOWEST, 0.0))
+    scores = mask.hide(tile, tile.first, scores, -jnp.inf)
+    start = _after(scores, zeros(ROWS, v_width), lowest, nothing)
 
     def visit(i, softmax):
         step = tile.step + i
@@ -142,7 +104,8 @@ def _attend(tile: Tile, mask: Mask, queries: Ring, keys: Ring, values: Ring, tur
         scores, acc = multiply_add([(None, q, k.T), (softmax.acc, softmax.p, v)], turns.give)
         keys.release(step)
         values.release(step - 1)
-        return _after(masked(tile.first + i, scores), acc, softmax.top, softmax.total)
+        scores = mask.hide(tile, tile.first + i, scores, -jnp.inf)
+        return _after(scores, acc, softmax.top, softmax.total)
 
     softmax = lax.fori_loop(1, tile.visits, visit, start)
     queries.release(tile.count)
@@ -185,6 +148,7 @@ def mla_attention(q, k, v, segments=None, q_offset=None, *, config: AttentionCon
         segments_ref, rest = (None, rest) if segments is None else (rest[0], rest[1:])
         out_ref, lse_ref, *rings, staging, lse_smem, turn_barriers = rest
         queries, keys, values = map(Ring, rings)
+        turns = Turns(turn_barriers)
         mask = Mask(bk, s, offset_ref, segments_ref)
 
         def load(tile):
@@ -196,25 +160,12 @@ def mla_attention(q, k, v, segments=None, q_offset=None, *, config: AttentionCon
                 keys.fill(tile.step + i, k_ref.at[tile.head, block])
                 values.fill(tile.step + i, v_ref.at[tile.head, block])
 
-        def produce():
-            for_each_tile(order, spans_ref, blocks, h, load)
-            for each in (queries, keys, values):
-                each.drain()
+        def compute(tile):
+            softmax = _attend(tile, mask, queries, keys, values, turns)
+            _finish(softmax, tile, staging, lse_smem, out_ref, lse_ref)
 
-        def consume():
-            turns = Turns(turn_barriers)
-            for each in (queries, keys, values):
-                each.open()
-            turns.begin()
-
-            def compute(tile):
-                softmax = _attend(tile, mask, queries, keys, values, turns)
-                _finish(softmax, tile, staging, lse_smem, out_ref, lse_ref)
-
-            for_each_tile(order, spans_ref, blocks, h, compute)
-            turns.end()
-
-        specialise(produce, consume)
+        tiles = functools.partial(for_each_tile, order, spans_ref, blocks, h)
+        run_specialised(tiles, load, compute, (queries, keys, values), turns)
 
     out, lse = plgpu.kernel(
         body,
@@ -234,6 +185,6 @@ def mla_attention(q, k, v, segments=None, q_offset=None, *, config: AttentionCon
         grid_names=("sm",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
-        compiler_params=compiler_params(approx_math=True),
+        compiler_params=compiler_params(approx_math=True, reduction_scratch_bytes=0),  # sums within rows
     )(q, k, v, spans, jnp.zeros(b, jnp.int32) if offset is None else offset, *optional)
     return out.reshape(b, h, -1, v.shape[2])[:, :, :t, :v_width], lse.reshape(b, h, -1)[:, :, :t]

@@ -5,7 +5,7 @@ computes its exponentials, the other's products run (the "ping-pong" of FlashAtt
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,16 +26,15 @@ LOG2E = 1.4426950408889634
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 
 
-def ring(stages: int, *shapes: tuple[int, ...], loads: int = 0) -> tuple:
-    """Returns the types of a `Ring`: buffers of `shapes`, BF16 if they are matrices and else float32, in `stages` slots,
-    each of which is filled by `loads` copies, one per buffer by default."""
+def ring(stages: int, *shapes: tuple[int, ...]) -> tuple:
+    """Returns the types of a `Ring` of `stages` slots: buffers of `shapes`, BF16 if they are matrices and else float32."""
     buffers = tuple(
         plgpu.SMEM((stages, *shape), jnp.bfloat16, transforms=swizzled(jnp.bfloat16, PANEL))
         if len(shape) > 1
         else plgpu.SMEM((stages, *shape), jnp.float32)
         for shape in shapes
     )
-    full = plgpu.Barrier(num_arrivals=loads or len(shapes), num_barriers=stages)
+    full = plgpu.Barrier(num_arrivals=len(shapes), num_barriers=stages)
     return (*buffers, full, plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages))
 
 
@@ -60,9 +59,12 @@ class Ring:
 
     def take(self, count: jax.Array) -> list[Any]:
         """Waits for a fill; returns its references."""
-        slot = lax.rem(count, self.stages)
-        plgpu.barrier_wait(self.full.at[slot])
-        return [buffer.at[slot] for buffer in self.buffers]
+        plgpu.barrier_wait(self.full.at[lax.rem(count, self.stages)])
+        return self.held(count)
+
+    def held(self, count: jax.Array) -> list[Any]:
+        """Returns the references of a fill that has been taken and not released."""
+        return [buffer.at[lax.rem(count, self.stages)] for buffer in self.buffers]
 
     def release(self, count: jax.Array) -> None:
         """Says that this consumer has read a fill to the end."""
@@ -150,19 +152,31 @@ def for_each_tile(order: Order, spans_ref: Any, blocks: int, heads: int, body: C
     lax.fori_loop(0, order.rounds(block, blocks), run, jnp.int32(0))
 
 
-def specialise(produce: Callable[[], None], consume: Callable[[], None]) -> None:
-    """Runs `consume` in the first two warpgroups and `produce` in the third."""
+def run_specialised(
+    tiles: Callable[[Callable[[Tile], None]], None],
+    load: Callable[[Tile], None],
+    compute: Callable[[Tile], None],
+    rings: Sequence[Ring],
+    turns: Turns,
+) -> None:
+    """Runs `compute` on all tiles in the first two warpgroups, and `load`, which fills `rings` for them, in the third."""
 
     @pl.when(lax.axis_index("wg") < CONSUMERS)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        consume()
+        for each in rings:
+            each.open()
+        turns.begin()
+        tiles(compute)
+        turns.end()
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(lax.axis_index("wg") == CONSUMERS)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        produce()
+        tiles(load)
+        for each in rings:
+            each.drain()
 
 
 def along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,0 +1,265 @@
+"""Flash attention on Hopper, backward: one kernel for the gradient of the queries, one for those of keys and values.
+
+Both recompute the probabilities from the log-sum-exp. Neither adds up across thread blocks: every run gives the same
+bits. A tile is 128 queries (or keys), 64 per consumer warpgroup, whose gradients stay in its registers while blocks of 64
+keys (or queries) stream past. The product that uses a block's result is issued with the first ones of the next block, as
+in the forward kernel.
+
+Legend: B batch, H heads, T tokens, K width of queries and keys, V width of values. p probabilities, dp their gradient,
+ds = p * (dp - delta) that of the scores.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.compat import compiler_params, load_global
+from pallas_kernels.mla_attention.kernel import by_head
+from pallas_kernels.mla_attention.mask import COLUMN_VALUES, ROW_VALUES, Mask
+from pallas_kernels.mla_attention.schedule import Blocks, Order
+from pallas_kernels.mla_attention.shapes import AttentionConfig
+from pallas_kernels.mla_attention.warpgroups import (
+    CONSUMERS,
+    LOG2E,
+    ROWS,
+    STAGING,
+    TILE,
+    Ring,
+    Tile,
+    Turns,
+    along_columns,
+    along_rows,
+    for_each_tile,
+    own_rows,
+    ring,
+    run_specialised,
+    store,
+)
+from pallas_kernels.wgmma import multiply_add, zeros
+
+BLOCK = 64  # keys (or queries) per step: wider scores would not fit beside the gradients
+
+
+# --- queries ---------------------------------------------------------------------------------------------
+
+
+def _query_tile(
+    tile: Tile, mask: Mask, lse_ref: Any, delta_ref: Any, queries: Ring, keys: Ring, values: Ring, turns: Turns
+) -> jax.Array:
+    """Computes the gradient [64, K] of this consumer's queries."""
+    q, dout = (ref.at[own_rows()] for ref in queries.take(tile.count))
+    lse, delta = (load_global(ref.at[tile.head, tile.own_rows], ROW_VALUES) for ref in (lse_ref, delta_ref))
+
+    def score_gradients(i, scores, dp):
+        p = jnp.exp2(scores * LOG2E - along_rows(lse, scores.shape))
+        p = mask.hide(tile, tile.first + i, p, 0.0)
+        return (p * (dp - along_rows(delta, dp.shape))).astype(jnp.bfloat16)
+
+    def first(i):
+        [k], [v] = keys.take(tile.step + i), values.take(tile.step + i)
+        return [(None, q, k.T), (None, dout, v.T)]
+
+    def visit(i, carry):
+        dq, ds = carry
+        products = first(i)
+        [before] = keys.held(tile.step + i - 1)
+        turns.take()
+        scores, dp, dq = multiply_add([*products, (dq, ds, before)], turns.give)
+        values.release(tile.step + i)
+        keys.release(tile.step + i - 1)
+        return dq, score_gradients(i, scores, dp)
+
+    products = first(0)
+    turns.take()
+    scores, dp = multiply_add(products, turns.give)
+    values.release(tile.step)
+    start = zeros(ROWS, q.shape[1]), score_gradients(0, scores, dp)
+    dq, ds = lax.fori_loop(1, tile.visits, visit, start)
+    queries.release(tile.count)
+    last = tile.step + tile.visits - 1
+    [before] = keys.held(last)
+    turns.take()
+    [dq] = multiply_add([(dq, ds, before)], turns.give)
+    keys.release(last)
+    return dq
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def query_gradient(q, k, v, segments, lse, delta, dout, *, config: AttentionConfig) -> jax.Array:
+    """Operands by head and padded, lse in units of log 2 -> dq [B * H, T, K]."""
+    (bh, t, k_width), v_width = q.shape, v.shape[2]
+    b, optional = (1, ()) if segments is None else (segments.shape[0], (segments,))
+    spans = Blocks.of((t, t), (TILE, BLOCK), segments, None).spans
+    order = Order(bh, t // TILE, longest_last=True)
+    blocks, heads = min(config.num_sms, order.tiles), bh // b
+
+    def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, spans_ref, *rest):
+        segments_ref, rest = (rest[0], rest[1:]) if optional else (None, rest)
+        dq_ref, *rings, staging, turn_barriers = rest
+        queries, keys, values = map(Ring, rings)
+        turns = Turns(turn_barriers)
+        mask = Mask(BLOCK, t, segments_ref=segments_ref)
+
+        def load(tile):
+            queries.fill(tile.count, *(ref.at[tile.head, tile.rows] for ref in (q_ref, dout_ref)))
+
+            @pl.loop(0, tile.visits)
+            def _(i):
+                block = pl.ds((tile.first + i) * BLOCK, BLOCK)
+                keys.fill(tile.step + i, k_ref.at[tile.head, block])
+                values.fill(tile.step + i, v_ref.at[tile.head, block])
+
+        def compute(tile):
+            dq = _query_tile(tile, mask, lse_ref, delta_ref, queries, keys, values, turns)
+            store(dq, staging, dq_ref.at[tile.head, tile.own_rows, :])
+
+        tiles = functools.partial(for_each_tile, order, spans_ref, blocks, heads)
+        run_specialised(tiles, load, compute, (queries, keys, values), turns)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=[
+            ring(1, (TILE, k_width), (TILE, v_width)),
+            ring(config.stages + 1, (BLOCK, k_width)),  # keys are held for one more step
+            ring(config.stages, (BLOCK, v_width)),
+            STAGING,
+            Turns.TYPE,
+        ],
+        grid=(blocks,),
+        grid_names=("sm",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        compiler_params=compiler_params(approx_math=True),
+    )(q, k, v, dout, lse, delta, spans, *optional)
+
+
+# --- keys and values -------------------------------------------------------------------------------------
+
+
+def _values_of(ref: Any) -> jax.Array:
+    """Reads one value per column from shared memory, which TMA overwrites later."""
+    values = plgpu.layout_cast(ref[...], COLUMN_VALUES)
+    plgpu.commit_smem()
+    return values
+
+
+def _key_tile(
+    tile: Tile, mask: Mask, own: Ring, queries: Ring, gradients: Ring, turns: Turns
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the gradients [64, K] and [64, V] of this consumer's keys and values. Scores are held keys first."""
+    k, v = (ref.at[own_rows()] for ref in own.take(tile.count))
+
+    def probabilities(i, scores, lse_smem):
+        lse = _values_of(lse_smem)
+        p = jnp.exp2(scores * LOG2E - along_columns(lse, scores.shape))
+        return mask.hide(tile, tile.first + i, p, 0.0).astype(jnp.bfloat16)
+
+    def through_values(i, p, dv):
+        """Returns dv with a block's part, and the gradient of its scores. The latter takes p as rounded to BF16: in
+        float32 it would not fit."""
+        dout, delta_smem = gradients.take(tile.step + i)
+        turns.take()
+        dp, dv = multiply_add([(None, v, dout.T), (dv, p, dout)], turns.give)
+        delta = _values_of(delta_smem)
+        gradients.release(tile.step + i)
+        ds = p.astype(jnp.float32) * (dp - along_columns(delta, dp.shape))
+        return dv, ds.astype(jnp.bfloat16)
+
+    def visit(i, carry):
+        dk, dv, ds = carry
+        q, lse_smem = queries.take(tile.step + i)
+        before, _ = queries.held(tile.step + i - 1)
+        turns.take()
+        scores, dk = multiply_add([(None, k, q.T), (dk, ds, before)], turns.give)
+        queries.release(tile.step + i - 1)
+        dv, ds = through_values(i, probabilities(i, scores, lse_smem), dv)
+        return dk, dv, ds
+
+    q, lse_smem = queries.take(tile.step)
+    turns.take()
+    [scores] = multiply_add([(None, k, q.T)], turns.give)
+    dv, ds = through_values(0, probabilities(0, scores, lse_smem), zeros(ROWS, v.shape[1]))
+    dk, dv, ds = lax.fori_loop(1, tile.visits, visit, (zeros(ROWS, k.shape[1]), dv, ds))
+    own.release(tile.count)
+    last = tile.step + tile.visits - 1
+    q, _ = queries.held(last)
+    turns.take()
+    [dk] = multiply_add([(dk, ds, q)], turns.give)
+    queries.release(last)
+    return dk, dv
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def key_value_gradients(q, k, v, segments, lse, delta, dout, *, config: AttentionConfig) -> tuple[jax.Array, jax.Array]:
+    """Operands by head and padded, lse in units of log 2 -> dk [B * H, T, K], dv [B * H, T, V]."""
+    (bh, t, k_width), v_width = q.shape, v.shape[2]
+    b, optional = (1, ()) if segments is None else (segments.shape[0], (segments,))
+    spans = Blocks.of((t, t), (BLOCK, TILE), segments, None).transposed_spans
+    order = Order(bh, t // TILE, longest_last=False)
+    blocks, heads = min(config.num_sms, order.tiles), bh // b
+
+    def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, spans_ref, *rest):
+        segments_ref, rest = (rest[0], rest[1:]) if optional else (None, rest)
+        dk_ref, dv_ref, *rings, staging, turn_barriers = rest
+        own, queries, gradients = map(Ring, rings)
+        turns = Turns(turn_barriers)
+        mask = Mask(BLOCK, t, segments_ref=segments_ref, keys_first=True)
+
+        def load(tile):
+            own.fill(tile.count, *(ref.at[tile.head, tile.rows] for ref in (k_ref, v_ref)))
+
+            @pl.loop(0, tile.visits)
+            def _(i):
+                block = pl.ds((tile.first + i) * BLOCK, BLOCK)
+                queries.fill(tile.step + i, *(ref.at[tile.head, block] for ref in (q_ref, lse_ref)))
+                gradients.fill(tile.step + i, *(ref.at[tile.head, block] for ref in (dout_ref, delta_ref)))
+
+        def compute(tile):
+            dk, dv = _key_tile(tile, mask, own, queries, gradients, turns)
+            store(dk, staging, dk_ref.at[tile.head, tile.own_rows, :])
+            store(dv, staging, dv_ref.at[tile.head, tile.own_rows, :])
+
+        tiles = functools.partial(for_each_tile, order, spans_ref, blocks, heads)
+        run_specialised(tiles, load, compute, (own, queries, gradients), turns)
+
+    return plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
+        scratch_types=[
+            ring(1, (TILE, k_width), (TILE, v_width)),
+            ring(config.stages + 1, (BLOCK, k_width), (BLOCK,)),  # queries are held for one more step
+            ring(config.stages, (BLOCK, v_width), (BLOCK,)),
+            STAGING,
+            Turns.TYPE,
+        ],
+        grid=(blocks,),
+        grid_names=("sm",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        compiler_params=compiler_params(approx_math=True),
+    )(q, k, v, dout, lse, delta, spans, *optional)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def mla_attention_backward(q, k, v, segments, out, lse, dout, *, config: AttentionConfig):
+    """q, k [B, H, T, K], v, out, dout [B, H, T, V], lse [B, H, T] -> gradients of q, k and v."""
+    b, h, t, _ = q.shape
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    flat = [by_head(x, TILE) for x in (q, k, v, dout)]
+    tail = ((0, 0), (0, -t % TILE))  # of rows that see nothing
+    lse = jnp.pad((lse * LOG2E).reshape(b * h, t), tail, constant_values=jnp.inf)
+    delta = jnp.pad(delta.reshape(b * h, t), tail)
+    if segments is not None:
+        segments = jnp.pad(segments, tail, mode="edge")
+    operands = (*flat[:3], segments, lse, delta, flat[3])
+    dq = query_gradient(*operands, config=config)
+    dk, dv = key_value_gradients(*operands, config=config)
+    return tuple(
+        d.reshape(b, h, *d.shape[1:])[:, :, :t, : x.shape[3]] for d, x in ((dq, q), (dk, k), (dv, v))
+    )
