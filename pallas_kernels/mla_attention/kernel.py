@@ -47,7 +47,7 @@ LOWEST = -1e30  # a maximum of nothing; finite, because -inf - -inf is NaN
 LN2 = math.log(2)
 
 
-def unsupported(q, k, v, segments=None, q_offset=None) -> str | None:
+def unsupported(q, k, v) -> str | None:
     """Says why the kernels cannot take these operands, or None."""
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
         return f"q {q.dtype}, k {k.dtype}, v {v.dtype}; the kernel multiplies bfloat16"
@@ -71,7 +71,6 @@ class Softmax(NamedTuple):
     acc: jax.Array
     top: jax.Array
     total: jax.Array
-
 
 
 def _after(scores: jax.Array, acc: jax.Array, top: jax.Array, total: jax.Array) -> Softmax:
@@ -132,7 +131,9 @@ def _finish(softmax: Softmax, tile: Tile, staging: Any, lse_smem: Any, out_ref: 
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def mla_attention(q, k, v, segments=None, q_offset=None, *, config: AttentionConfig) -> tuple[jax.Array, jax.Array]:
+def mla_attention(
+    q, k, v, segments=None, q_offset=None, *, config: AttentionConfig
+) -> tuple[jax.Array, jax.Array]:
     """q [B, H, T, K] scaled, k [B, H, S, K], v [B, H, S, V] -> (out [B, H, T, V], lse [B, H, T] float32)."""
     (b, h, t, _), s, v_width, bk = q.shape, k.shape[2], v.shape[3], config.block_k
     offset = None if q_offset is None else jnp.broadcast_to(q_offset, (b,))

@@ -5,6 +5,8 @@ bits. A tile is 128 queries (or keys), 64 per consumer warpgroup, whose gradient
 keys (or queries) stream past. The product that uses a block's result is issued with the first ones of the next block, as
 in the forward kernel.
 
+A product of scores starts from minus the log-sum-exp, one of dp from minus delta: what is subtracted takes no registers.
+
 Legend: B batch, H heads, T tokens, K width of queries and keys, V width of values. p probabilities, dp their gradient,
 ds = p * (dp - delta) that of the scores.
 """
@@ -49,20 +51,27 @@ BLOCK = 64  # keys (or queries) per step: wider scores would not fit beside the 
 
 
 def _query_tile(
-    tile: Tile, mask: Mask, lse_ref: Any, delta_ref: Any, queries: Ring, keys: Ring, values: Ring, turns: Turns
+    tile: Tile,
+    mask: Mask,
+    lse_ref: Any,
+    delta_ref: Any,
+    queries: Ring,
+    keys: Ring,
+    values: Ring,
+    turns: Turns,
 ) -> jax.Array:
     """Computes the gradient [64, K] of this consumer's queries."""
     q, dout = (ref.at[own_rows()] for ref in queries.take(tile.count))
     lse, delta = (load_global(ref.at[tile.head, tile.own_rows], ROW_VALUES) for ref in (lse_ref, delta_ref))
 
     def score_gradients(i, scores, dp):
-        p = jnp.exp2(scores * LOG2E - along_rows(lse, scores.shape))
-        p = mask.hide(tile, tile.first + i, p, 0.0)
-        return (p * (dp - along_rows(delta, dp.shape))).astype(jnp.bfloat16)
+        p = mask.hide(tile, tile.first + i, jnp.exp2(scores * LOG2E), 0.0)
+        return (p * dp).astype(jnp.bfloat16)
 
     def first(i):
         [k], [v] = keys.take(tile.step + i), values.take(tile.step + i)
-        return [(None, q, k.T), (None, dout, v.T)]
+        less_lse, less_delta = (along_rows(-x, (ROWS, BLOCK)) for x in (lse, delta))
+        return [(less_lse, q, k.T), (less_delta, dout, v.T)]
 
     def visit(i, carry):
         dq, ds = carry
@@ -91,7 +100,7 @@ def _query_tile(
 
 @functools.partial(jax.jit, static_argnames="config")
 def query_gradient(q, k, v, segments, lse, delta, dout, *, config: AttentionConfig) -> jax.Array:
-    """Operands by head and padded, lse in units of log 2 -> dq [B * H, T, K]."""
+    """Operands by head and padded -> dq [B * H, T, K]."""
     (bh, t, k_width), v_width = q.shape, v.shape[2]
     b, optional = (1, ()) if segments is None else (segments.shape[0], (segments,))
     spans = Blocks.of((t, t), (TILE, BLOCK), segments, None).spans
@@ -142,11 +151,11 @@ def query_gradient(q, k, v, segments, lse, delta, dout, *, config: AttentionConf
 # --- keys and values -------------------------------------------------------------------------------------
 
 
-def _values_of(ref: Any) -> jax.Array:
-    """Reads one value per column from shared memory, which TMA overwrites later."""
+def _less(ref: Any) -> jax.Array:
+    """Returns [64, 64] minus a value per column, read from shared memory, which TMA overwrites later."""
     values = plgpu.layout_cast(ref[...], COLUMN_VALUES)
     plgpu.commit_smem()
-    return values
+    return along_columns(-values, (ROWS, BLOCK))
 
 
 def _key_tile(
@@ -155,36 +164,35 @@ def _key_tile(
     """Computes the gradients [64, K] and [64, V] of this consumer's keys and values. Scores are held keys first."""
     k, v = (ref.at[own_rows()] for ref in own.take(tile.count))
 
-    def probabilities(i, scores, lse_smem):
-        lse = _values_of(lse_smem)
-        p = jnp.exp2(scores * LOG2E - along_columns(lse, scores.shape))
-        return mask.hide(tile, tile.first + i, p, 0.0).astype(jnp.bfloat16)
+    def probabilities(i, scores):
+        return mask.hide(tile, tile.first + i, jnp.exp2(scores * LOG2E), 0.0).astype(jnp.bfloat16)
 
     def through_values(i, p, dv):
         """Returns dv with a block's part, and the gradient of its scores. The latter takes p as rounded to BF16: in
         float32 it would not fit."""
-        dout, delta_smem = gradients.take(tile.step + i)
+        dout, delta = gradients.take(tile.step + i)
+        products = [(_less(delta), v, dout.T), (dv, p, dout)]
         turns.take()
-        dp, dv = multiply_add([(None, v, dout.T), (dv, p, dout)], turns.give)
-        delta = _values_of(delta_smem)
+        dp, dv = multiply_add(products, turns.give)
         gradients.release(tile.step + i)
-        ds = p.astype(jnp.float32) * (dp - along_columns(delta, dp.shape))
-        return dv, ds.astype(jnp.bfloat16)
+        return dv, (p.astype(jnp.float32) * dp).astype(jnp.bfloat16)
 
     def visit(i, carry):
         dk, dv, ds = carry
-        q, lse_smem = queries.take(tile.step + i)
+        q, lse = queries.take(tile.step + i)
         before, _ = queries.held(tile.step + i - 1)
+        products = [(_less(lse), k, q.T), (dk, ds, before)]
         turns.take()
-        scores, dk = multiply_add([(None, k, q.T), (dk, ds, before)], turns.give)
+        scores, dk = multiply_add(products, turns.give)
         queries.release(tile.step + i - 1)
-        dv, ds = through_values(i, probabilities(i, scores, lse_smem), dv)
+        dv, ds = through_values(i, probabilities(i, scores), dv)
         return dk, dv, ds
 
-    q, lse_smem = queries.take(tile.step)
+    q, lse = queries.take(tile.step)
+    product = (_less(lse), k, q.T)
     turns.take()
-    [scores] = multiply_add([(None, k, q.T)], turns.give)
-    dv, ds = through_values(0, probabilities(0, scores, lse_smem), zeros(ROWS, v.shape[1]))
+    [scores] = multiply_add([product], turns.give)
+    dv, ds = through_values(0, probabilities(0, scores), zeros(ROWS, v.shape[1]))
     dk, dv, ds = lax.fori_loop(1, tile.visits, visit, (zeros(ROWS, k.shape[1]), dv, ds))
     own.release(tile.count)
     last = tile.step + tile.visits - 1
@@ -196,20 +204,25 @@ def _key_tile(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def key_value_gradients(q, k, v, segments, lse, delta, dout, *, config: AttentionConfig) -> tuple[jax.Array, jax.Array]:
-    """Operands by head and padded, lse in units of log 2 -> dk [B * H, T, K], dv [B * H, T, V]."""
+def key_value_gradients(
+    q, k, v, segments, lse, delta, dout, *, config: AttentionConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Operands by head and padded -> dk [B * H, T, K], dv [B * H, T, V]."""
     (bh, t, k_width), v_width = q.shape, v.shape[2]
     b, optional = (1, ()) if segments is None else (segments.shape[0], (segments,))
-    spans = Blocks.of((t, t), (BLOCK, TILE), segments, None).transposed_spans
+    spans, positions = (
+        Blocks.of((t, t), (BLOCK, TILE), segments, None).transposed_spans,
+        jnp.arange(t, dtype=jnp.int32),
+    )
     order = Order(bh, t // TILE, longest_last=False)
     blocks, heads = min(config.num_sms, order.tiles), bh // b
 
-    def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, spans_ref, *rest):
+    def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, spans_ref, positions_ref, *rest):
         segments_ref, rest = (rest[0], rest[1:]) if optional else (None, rest)
         dk_ref, dv_ref, *rings, staging, turn_barriers = rest
         own, queries, gradients = map(Ring, rings)
         turns = Turns(turn_barriers)
-        mask = Mask(BLOCK, t, segments_ref=segments_ref, keys_first=True)
+        mask = Mask(BLOCK, t, segments_ref=segments_ref, positions_ref=positions_ref)
 
         def load(tile):
             own.fill(tile.count, *(ref.at[tile.head, tile.rows] for ref in (k_ref, v_ref)))
@@ -243,7 +256,7 @@ def key_value_gradients(q, k, v, segments, lse, delta, dout, *, config: Attentio
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         compiler_params=compiler_params(approx_math=True),
-    )(q, k, v, dout, lse, delta, spans, *optional)
+    )(q, k, v, dout, lse, delta, spans, positions, *optional)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -253,7 +266,7 @@ def mla_attention_backward(q, k, v, segments, out, lse, dout, *, config: Attenti
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     flat = [by_head(x, TILE) for x in (q, k, v, dout)]
     tail = ((0, 0), (0, -t % TILE))  # of rows that see nothing
-    lse = jnp.pad((lse * LOG2E).reshape(b * h, t), tail, constant_values=jnp.inf)
+    lse = jnp.pad(lse.reshape(b * h, t), tail, constant_values=jnp.inf)
     delta = jnp.pad(delta.reshape(b * h, t), tail)
     if segments is not None:
         segments = jnp.pad(segments, tail, mode="edge")

@@ -22,14 +22,15 @@ class Mask(NamedTuple):
       keys: number of keys, without padding.
       offset_ref: int32 [B], position of the first query; None for 0.
       segments_ref: int32 [B, padded T], or None.
-      keys_first: whether rows are keys and columns queries.
+      positions_ref: int32 [T], 0, 1, 2...: given where rows are keys and columns queries, in the kernel that has no
+        register to keep a position per column in.
     """
 
     block: int
     keys: int
     offset_ref: Any = None
     segments_ref: Any = None
-    keys_first: bool = False
+    positions_ref: Any = None
 
     def hide(self, tile: Tile, i: Any, x: jax.Array, hidden: float) -> jax.Array:
         """Replaces what is not visible of x [64, block]: the calling consumer's rows against block `i`."""
@@ -38,14 +39,17 @@ class Mask(NamedTuple):
 
     def _visible(self, tile: Tile, i: Any) -> jax.Array:
         shape, first_row, first_column = (ROWS, self.block), tile.own_rows.start, i * self.block
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
         # Compared with a value of its row: what a loop keeps for it is one register per column, none per pair.
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW_VALUES)
-        offset = 0 if self.offset_ref is None else self.offset_ref[tile.batch]
-        diagonal = along_rows(row + (first_row - first_column + offset), shape)
-        visible = column >= diagonal if self.keys_first else column <= diagonal
-        if not self.keys_first and self.keys % self.block:
-            visible &= column < self.keys - first_column
+        if self.positions_ref is not None:
+            column = load_global(self.positions_ref.at[pl.ds(first_column, self.block)], COLUMN_VALUES)
+            visible = along_columns(column, shape) >= along_rows(row + first_row, shape)
+        else:
+            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+            offset = 0 if self.offset_ref is None else self.offset_ref[tile.batch]
+            visible = column <= along_rows(row + (first_row - first_column + offset), shape)
+            if self.keys % self.block:
+                visible &= column < self.keys - first_column
         if self.segments_ref is None:
             return visible
         own = self._segments(tile, first_row, ROWS, ROW_VALUES)

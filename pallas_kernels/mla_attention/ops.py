@@ -3,13 +3,14 @@
 Legend: B batch, H heads, T query tokens, S key tokens, K query and key width, V value width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.mla_attention import fallback, reference
-
-_NO_KERNEL = "there is no kernel of this op yet"
+from pallas_kernels.mla_attention import fallback, kernel, kernel_backward, reference
+from pallas_kernels.mla_attention.shapes import DEFAULT, AttentionConfig
 
 
 def mla_attention(
@@ -20,6 +21,7 @@ def mla_attention(
     q_offset: jax.Array | None = None,
     *,
     implementation: str | None = None,
+    config: AttentionConfig = DEFAULT,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(q k^T) v, causal; scores and softmax in float32.
 
@@ -30,6 +32,7 @@ def mla_attention(
       q_offset: int32 [] or [B]: query t has position q_offset + t and sees keys s <= q_offset + t, of which there are S;
         a query of a negative position sees nothing. None: T == S, query t sees keys s <= t. Not with segments.
       implementation: None (by platform), "mosaic", "xla" or "reference".
+      config: tiling of the kernel.
 
     Returns:
       (out [B, H, T, V] of v's dtype, log-sum-exp of the scores float32 [B, H, T]); 0 and +inf for a query that sees
@@ -44,10 +47,10 @@ def mla_attention(
         v,
         segments,
         q_offset,
-        mosaic=fallback.mla_attention,
+        mosaic=functools.partial(kernel.mla_attention, config=config),
         xla=fallback.mla_attention,
         reference=reference.mla_attention,
-        unsupported=_NO_KERNEL,
+        unsupported=kernel.unsupported(q, k, v),
     )
 
 
@@ -61,11 +64,12 @@ def mla_attention_backward(
     dout: jax.Array,
     *,
     implementation: str | None = None,
+    config: AttentionConfig = DEFAULT,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v, each of its dtype, given that of the output.
 
     Args:
-      q, k, v, segments, implementation: as of `mla_attention`, with T == S and no q_offset.
+      q, k, v, segments, implementation, config: as of `mla_attention`, with T == S and no q_offset.
       out, lse: what it returned.
       dout: [B, H, T, V].
     """
@@ -86,10 +90,10 @@ def mla_attention_backward(
         out,
         lse,
         dout,
-        mosaic=fallback.mla_attention_backward,
+        mosaic=functools.partial(kernel_backward.mla_attention_backward, config=config),
         xla=fallback.mla_attention_backward,
         reference=reference.mla_attention_backward,
-        unsupported=_NO_KERNEL,
+        unsupported=kernel.unsupported(q, k, v),
     )
 
 

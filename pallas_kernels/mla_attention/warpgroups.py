@@ -22,8 +22,8 @@ ROWS = 64  # of a tile, per consumer: one wgmma high
 TILE = CONSUMERS * ROWS
 PANEL = 64  # columns of one 128-byte swizzle
 LOG2E = 1.4426950408889634
-# Registers per thread: 128 * (40 + 2 * 232) of the 65,536 that there are.
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+# Registers per thread: 128 * (24 + 2 * 240) of the 65,536 that there are.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 
 
 def ring(stages: int, *shapes: tuple[int, ...]) -> tuple:
@@ -136,7 +136,9 @@ def own_rows() -> Any:
     return pl.ds(lax.axis_index("wg") * ROWS, ROWS)
 
 
-def for_each_tile(order: Order, spans_ref: Any, blocks: int, heads: int, body: Callable[[Tile], None]) -> None:
+def for_each_tile(
+    order: Order, spans_ref: Any, blocks: int, heads: int, body: Callable[[Tile], None]
+) -> None:
     """Runs `body` on each tile of this thread block. `spans_ref` is int32 [B or 1, tiles of a head, 4]."""
     block = lax.axis_index("sm")
 

@@ -1,7 +1,9 @@
 """Measures correctness and speed of a workload on the present device, next to a peer in the same process."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +83,7 @@ def measure(
     peer_sets = input_sets(workload.make)
     peer_seconds = median_seconds(workload.peer, peer_sets, **timing)
     del peer_sets
-    torch_seconds = torch_scaled_mm_seconds(workload) if torch_peer else None
+    torch_seconds = torch_seconds_of(workload) if torch_peer else None
     return Measurement(
         op=workload.op,
         name=workload.name,
@@ -98,28 +100,50 @@ def measure(
     )
 
 
-def torch_scaled_mm_seconds(workload: Workload, repeats: int = 30) -> float | None:
-    """Returns the median seconds of torch's row-wise scaled FP8 product on this shape; None where torch cannot run it."""
-    if workload.op != "fp8_gemm":
-        return None
+def torch_seconds_of(workload: Workload, repeats: int = 30) -> float | None:
+    """Returns the median seconds of torch on this shape; None where torch is missing, has no GPU, or has no such op."""
+    make = _TORCH.get(workload.op)
     try:
         import torch
     except ImportError:
         return None
-    if not torch.cuda.is_available():
+    call = make(torch, workload.shape) if make is not None and torch.cuda.is_available() else None
+    if call is None:
         return None
-    m, n, k = workload.shape.m, workload.shape.n, workload.shape.k
-    a = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
-    b = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn)
-    scales = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
     flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
     times = []
     for _ in range(repeats):
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        torch._scaled_mm(a, b.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16)
+        call()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return sorted(times)[len(times) // 2]
+
+
+def _scaled_mm(torch: Any, shape: Any) -> Callable:
+    """The FP8 product with one scale per row of both operands."""
+    a = torch.randn(shape.m, shape.k, device="cuda").to(torch.float8_e4m3fn)
+    b = torch.randn(shape.n, shape.k, device="cuda").to(torch.float8_e4m3fn)
+    scale_a, scale_b = torch.ones(shape.m, 1, device="cuda"), torch.ones(1, shape.n, device="cuda")
+    return lambda: torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16)
+
+
+def _attention(torch: Any, shape: Any) -> Callable | None:
+    """Causal attention of whole sequences, values padded to the width of keys: its fastest kernels take one width."""
+    if shape.documents > 1 or shape.rows != shape.tokens:
+        return None
+    size = (shape.batch, shape.heads, shape.tokens, shape.qk)
+    q, k, v, dout = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    for x in (q, k, v):
+        x.requires_grad_(shape.pass_ == "backward")
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
+    if shape.pass_ == "forward":
+        return attend
+    out = attend()
+    return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+
+_TORCH = {"fp8_gemm": _scaled_mm, "mla_attention": _attention}

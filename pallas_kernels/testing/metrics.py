@@ -20,11 +20,15 @@ def calc_diff(x, y) -> float:
 
 
 @jax.jit
-def calc_diff_on_device(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Computes `calc_diff` in float32 where the arrays lie, for outputs too large to move."""
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    denominator = jnp.sum(x * x + y * y)
-    return jnp.where(denominator == 0, 0, jnp.sum((x - y) ** 2) / denominator)
+def calc_diff_on_device(x, y) -> jax.Array:
+    """Computes `calc_diff` in float32 where the arrays lie, for outputs too large to move; of several, of all together."""
+    pairs = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in _pairs(x, y)]
+    denominator = sum(jnp.sum(a * a + b * b) for a, b in pairs)
+    return jnp.where(denominator == 0, 0, sum(jnp.sum((a - b) ** 2) for a, b in pairs) / denominator)
+
+
+def _pairs(x, y) -> list[tuple[jax.Array, jax.Array]]:
+    return list(zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
 
 
 def relative_l2(x, y) -> float:

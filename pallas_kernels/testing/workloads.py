@@ -20,6 +20,9 @@ from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm, fp8_grouped_ge
 from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
 from pallas_kernels.grouped_gemm import shapes as bf16_grouped_shapes
 from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
+from pallas_kernels.mla_attention import shapes as attention_shapes
+from pallas_kernels.mla_attention.ops import mla_attention, mla_attention_backward
+from pallas_kernels.mla_attention.shapes import AttentionShape
 from pallas_kernels.quantize import ops as quantize_ops
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.quantize.ops import quantize
@@ -44,7 +47,7 @@ class Workload:
       operands: source arrays -> operands of `run`.
       run: (*operands, implementation) -> output.
       exact: source arrays -> what an unquantised op gives, or None to compare with the XLA path bit by bit.
-      peer: source arrays -> the same work by XLA and cuBLAS in BF16.
+      peer: source arrays -> the same work by XLA and cuBLAS in BF16; of attention, the XLA path.
       band: where `calc_diff(run, exact)` must land.
       published_tflops: DeepGEMM on one H800, as published.
     """
@@ -88,7 +91,7 @@ def workload(op: str, shape: Any, **options: Any) -> Workload:
 
     Args:
       op: a key of `workloads()`.
-      shape: GemmShape, GroupedShape or QuantizeShape, or its fields as a dict.
+      shape: GemmShape, GroupedShape, QuantizeShape or AttentionShape, or its fields as a dict.
       options: other arguments of the op, as JSON values: `config` (fields of TileConfig), `scale`, `transpose_b`.
     """
     kind, build = _OPS[op]
@@ -215,11 +218,50 @@ def _quantize(op: str, shape: QuantizeShape, **options: Any) -> dict[str, Any]:
     }
 
 
+def _attention(op: str, shape: AttentionShape) -> dict[str, Any]:
+    """Sources are q [B, H, T, K], k [B, H, S, K], v [B, H, S, V], and backward the gradient of the output."""
+    b, h, t, s = shape.batch, shape.heads, shape.rows, shape.tokens
+    backward = shape.pass_ == "backward"
+    sources = [
+        (b, h, t, shape.qk),
+        (b, h, s, shape.qk),
+        (b, h, s, shape.v),
+        *([(b, h, t, shape.v)] * backward),
+    ]
+
+    def operands(q, k, v, *dout):
+        documents = jnp.repeat(jnp.arange(shape.documents, dtype=jnp.int32), s // shape.documents)
+        segments = jnp.broadcast_to(documents, (b, s)) if shape.documents > 1 else None
+        q = q * jnp.asarray(shape.qk**-0.5, q.dtype)
+        if not backward:
+            return q, k, v, segments, None if t == s else jnp.int32(s - t)
+        return q, k, v, segments, *mla_attention(q, k, v, segments, implementation="xla"), *dout
+
+    def run(*operands_and_implementation):
+        *operands, implementation = operands_and_implementation
+        if backward:
+            return mla_attention_backward(*operands, implementation=implementation)
+        return mla_attention(*operands, implementation=implementation)[0]
+
+    return {
+        "flops": shape.flops,
+        "bytes": shape.bytes,
+        "peak_tflops": BF16_TFLOPS,
+        "make": lambda seed: _normal(seed, *sources),
+        "operands": operands,
+        "run": run,
+        "exact": lambda *xs: run(*operands(*(x.astype(jnp.float32) for x in xs)), "xla"),
+        "peer": lambda *xs: run(*operands(*xs), "xla"),
+        "band": BF16_DIFF_BAND,
+    }
+
+
 _OPS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "quantize": (QuantizeShape, _quantize),
     "fp8_gemm": (GemmShape, _gemm),
     "fp8_grouped_gemm": (GroupedShape, _grouped),
     "grouped_gemm": (GroupedShape, _grouped),
+    "mla_attention": (AttentionShape, _attention),
 }
 
 
@@ -229,6 +271,7 @@ def workloads() -> dict[str, list[Workload]]:
         "quantize": quantize_shapes.SHAPES,
         "fp8_gemm": gemm_shapes.SHAPES,
         "fp8_grouped_gemm": grouped_shapes.SHAPES,
+        "mla_attention": attention_shapes.SHAPES,
     }
     found = {op: [workload(op, shape) for shape in shapes[op]] for op in shapes}
     # In BF16 both passes read the weight as it is, [in, out].

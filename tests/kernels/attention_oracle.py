@@ -70,7 +70,8 @@ def backward(q, k, v, f: Forward, dout, stored) -> tuple[list[np.ndarray], list[
     e_p = _score_error(q, k, f.lse)
     e_dp = (values + 1) * U * (np.abs(dout) @ turned(np.abs(v)))
     e_delta = ((values + 1) * U + stored) * (np.abs(dout) * np.abs(f.out)).sum(-1, keepdims=True)
-    e_ds = p * ((e_p + 2 * U) * np.abs(dp - delta) + e_dp + e_delta) + stored * np.abs(ds)
+    # Rounded twice at most: p on the way, if it is kept so, and ds.
+    e_ds = p * ((e_p + 2 * U) * np.abs(dp - delta) + e_dp + e_delta) + 2 * stored * np.abs(ds)
     gradients = [ds @ k, turned(ds) @ q, turned(p) @ dout]
     bounds = [
         (e_ds + (s + 8) * U * np.abs(ds)) @ np.abs(k),

@@ -51,9 +51,11 @@ def build(case: Callable[[], Case]) -> Case:
 
 
 class OpSuite:
-    """Subclass with `cases`: name -> function that builds the Case."""
+    """Subclass with `cases`: name -> function that builds the Case; `implementations`: fewer where a kernel would take too
+    long in the interpreter."""
 
     cases: dict[str, Callable[[], Case]]
+    implementations: tuple[str, ...] = IMPLEMENTATIONS
 
     def test_implementation(self, case: str, implementation: str):
         if implementation == "mosaic" and not HAS_INTERPRETER:
@@ -69,7 +71,7 @@ class OpSuite:
 def pytest_generate(metafunc) -> None:
     """Parametrise `test_implementation` of an OpSuite with its cases."""
     if metafunc.function.__name__ == "test_implementation":
-        metafunc.parametrize("implementation", IMPLEMENTATIONS)
+        metafunc.parametrize("implementation", metafunc.cls.implementations)
         metafunc.parametrize("case", list(metafunc.cls.cases))
 
 

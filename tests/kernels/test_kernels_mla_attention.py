@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from op_suite import Case, OpSuite, pytest_generate
 
+from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.mla_attention.fallback import BLOCK
 from pallas_kernels.mla_attention.ops import mla_attention, mla_attention_backward
+from pallas_kernels.mla_attention.schedule import Blocks, Order
+from pallas_kernels.mla_attention.shapes import AttentionConfig
 from tests.programs import flops
 
 pytest_generate_tests = pytest_generate
 B, H, K, V = 2, 2, 24, 16
 LONG = 2 * BLOCK + 76  # three blocks, the last one not full
+SMALL = AttentionConfig(block_k=64, num_sms=2)  # each thread block has several tiles, each tile several steps
 
 
 def operands(dtype, t, s=None, heads=H):
@@ -47,9 +51,13 @@ def unit(dtype):
     return 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-24
 
 
-def training_case(dtype, t, segments=None) -> Case:
+def supported(dtype) -> tuple[str, ...]:
+    return IMPLEMENTATIONS if dtype == jnp.bfloat16 else ("reference", "xla")
+
+
+def training_case(dtype, t, segments=None, heads=H) -> Case:
     """Forward and backward, the latter from the exact results, rounded."""
-    q, k, v, dout = operands(dtype, t)
+    q, k, v, dout = operands(dtype, t, heads=heads)
     segments, u = None if segments is None else segments(t), unit(dtype)
     q64, k64, v64, dout64 = exact(q, k, v, dout)
     f = oracle.forward(q64, k64, v64, oracle.seen(B, t, t, segments))
@@ -61,8 +69,10 @@ def training_case(dtype, t, segments=None) -> Case:
     )
 
     def call(q, k, v, segments, out, lse, dout, implementation):
-        forward = mla_attention(q, k, v, segments, implementation=implementation)
-        backward = mla_attention_backward(q, k, v, segments, out, lse, dout, implementation=implementation)
+        forward = mla_attention(q, k, v, segments, implementation=implementation, config=SMALL)
+        backward = mla_attention_backward(
+            q, k, v, segments, out, lse, dout, implementation=implementation, config=SMALL
+        )
         return *forward, *backward
 
     def check(got):
@@ -70,7 +80,7 @@ def training_case(dtype, t, segments=None) -> Case:
         for x, value, bound in zip(got, expected, bounds, strict=True):
             oracle.assert_within(x, value, bound)
 
-    return Case(call, (q, k, v, segments, out, lse, dout), check, ("reference", "xla"))
+    return Case(call, (q, k, v, segments, out, lse, dout), check, supported(dtype))
 
 
 def offset_case(dtype, t, s, offset) -> Case:
@@ -80,24 +90,37 @@ def offset_case(dtype, t, s, offset) -> Case:
     bounds = oracle.forward_bounds(q64, k64, v64, f, unit(dtype))
 
     def call(q, k, v, offset, implementation):
-        return mla_attention(q, k, v, None, offset, implementation=implementation)
+        return mla_attention(q, k, v, None, offset, implementation=implementation, config=SMALL)
 
     def check(got):
         for x, value, bound in zip(got, f[:2], bounds, strict=True):
             oracle.assert_within(x, value, bound)
 
-    return Case(call, (q, k, v, jnp.asarray(offset, jnp.int32)), check, ("reference", "xla"))
+    return Case(call, (q, k, v, jnp.asarray(offset, jnp.int32)), check, supported(dtype))
 
 
 class TestMlaAttention(OpSuite):
+    """The kernel refuses float32, and in the interpreter is fast enough for a few tiles of 128 tokens."""
+
     cases: ClassVar = {
         "one_block": functools.partial(training_case, jnp.float32, 70),
+        "causal_bf16": functools.partial(training_case, jnp.bfloat16, 256, heads=1),
+        "segments_bf16": functools.partial(training_case, jnp.bfloat16, 300, packed, heads=1),
+        "interleaved_bf16": functools.partial(training_case, jnp.bfloat16, 150, interleaved, heads=1),
+        # The first queries of the second sequence see nothing: 0 and +inf.
+        "offset_of_each_bf16": functools.partial(offset_case, jnp.bfloat16, 70, 330, [260, -9]),
+    }
+
+
+class TestLongMlaAttention(OpSuite):
+    implementations = ("reference", "xla")
+    cases: ClassVar = {
         "one_block_segments_bf16": functools.partial(training_case, jnp.bfloat16, 150, packed),
         "blocks": functools.partial(training_case, jnp.float32, LONG),
+        "blocks_bf16": functools.partial(training_case, jnp.bfloat16, BLOCK + 1),
         "blocks_segments": functools.partial(training_case, jnp.float32, LONG, packed),
-        "blocks_interleaved_bf16": functools.partial(training_case, jnp.bfloat16, BLOCK + 1, interleaved),
+        "blocks_interleaved_bf16": functools.partial(training_case, jnp.bfloat16, LONG, interleaved),
         "at_offset": functools.partial(offset_case, jnp.float32, 40, BLOCK + 200, BLOCK + 160),
-        # The first queries of the second sequence see nothing: 0 and +inf.
         "offset_of_each_bf16": functools.partial(offset_case, jnp.bfloat16, 70, BLOCK + 200, [400, -9]),
         "blocks_at_offset": functools.partial(offset_case, jnp.float32, BLOCK + 9, LONG, [BLOCK + 3, -30]),
     }
@@ -117,6 +140,49 @@ def test_the_bounds_would_see_one_key_too_many():
     shifted = oracle.forward(q, k, v, oracle.seen(B, 150, 150, offset=1))
     with pytest.raises(AssertionError, match="against"):
         oracle.assert_within(shifted.lse, f.lse, oracle.forward_bounds(q, k, v, f, unit(jnp.bfloat16))[1])
+
+
+def test_tiles_visit_what_they_may_see():
+    """Against all pairs, by the definition: what is visited covers what is seen, and what needs no mask is seen whole."""
+    t, bq, bk = 300, 128, 64
+    for segments, in_order in ((None, True), (packed(t), True), (interleaved(t), False)):
+        seen = np.zeros((B, 384, 320), bool)
+        seen[:, :t, :t] = oracle.seen(B, t, t, segments)
+        tiles = seen.reshape(B, 3, bq, 5, bk)
+        some = tiles.any((2, 4))
+        whole = np.zeros_like(some)
+        whole[..., :4] = tiles[..., :4, :].all((2, 4))
+        blocks = Blocks.of((t, t), (bq, bk), None if segments is None else jnp.asarray(segments), None)
+        for spans, some_of, whole_of in (
+            (blocks.spans, some, whole),
+            (blocks.transposed_spans, some.swapaxes(1, 2), whole.swapaxes(1, 2)),
+        ):
+            for index in np.ndindex(some_of.shape[:2]):
+                row = 0 if len(spans) == 1 else index[0]
+                first, full_first, full_end, end = np.asarray(spans)[row, index[1]]
+                seen_at = np.flatnonzero(some_of[index])
+                assert first <= seen_at[0] and seen_at[-1] < end
+                assert whole_of[index][full_first:full_end].all()
+                if in_order:
+                    assert (first, end) == (seen_at[0], seen_at[-1] + 1)
+                    assert whole_of[index].sum() == full_end - full_first
+
+
+@pytest.mark.parametrize(("heads", "ranks", "blocks"), [(128, 32, 132), (16, 32, 132), (6, 5, 4), (1, 2, 2)])
+def test_thread_blocks_take_every_tile_once_and_as_much_work(heads, ranks, blocks):
+    order = Order(heads, ranks, longest_last=True)
+
+    def places(block):
+        turns = jnp.arange(order.tiles // blocks + 1)
+        taken = jax.vmap(lambda turn: order.place(turn, block, blocks))(turns)
+        head, index = jax.vmap(order.tile)(jnp.minimum(taken, order.tiles - 1))
+        return head, index, turns < order.rounds(block, blocks)
+
+    head, index, there = jax.jit(jax.vmap(places))(jnp.arange(blocks))
+    tiles = sorted(zip(head[there].tolist(), index[there].tolist(), strict=True))
+    assert tiles == [(h, i) for h in range(heads) for i in range(ranks)]
+    steps = jnp.where(there, index + 1, 0).sum(1)  # of causal queries
+    assert steps.max() <= steps.mean() + ranks
 
 
 def poisoned(x, rows):
@@ -192,6 +258,13 @@ def test_bad_operands_are_named():
         ),
         (lambda: mla_attention_backward(q, k, v, None, q, lse, v), "out has shape"),
         (lambda: mla_attention_backward(q, k, v, None, v, v, v), "lse has shape"),
+        (lambda: mla_attention(q, k, v, implementation="mosaic"), "the kernel multiplies bfloat16"),
+        (
+            lambda: mla_attention(*[jnp.zeros((1, 1, 8, 256), jnp.bfloat16)] * 3, implementation="mosaic"),
+            "head widths 256 and 256; the kernel has room for 192 and 128",
+        ),
+        (lambda: AttentionConfig(block_k=96), "block_k=96"),
+        (lambda: AttentionConfig(stages=1), "stages=1"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
