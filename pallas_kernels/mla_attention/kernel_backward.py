@@ -164,8 +164,12 @@ def _key_tile(
     """Computes the gradients [64, K] and [64, V] of this consumer's keys and values. Scores are held keys first."""
     k, v = (ref.at[own_rows()] for ref in own.take(tile.count))
 
+    def packed(x):
+        """Rounds to BF16, two to a register: the compiler would keep them one by one, for the conversions to come."""
+        return lax.optimization_barrier(x.astype(jnp.bfloat16))
+
     def probabilities(i, scores):
-        return mask.hide(tile, tile.first + i, jnp.exp2(scores * LOG2E), 0.0).astype(jnp.bfloat16)
+        return packed(mask.hide(tile, tile.first + i, jnp.exp2(scores * LOG2E), 0.0))
 
     def through_values(i, p, dv):
         """Returns dv with a block's part, and the gradient of its scores. The latter takes p as rounded to BF16: in
@@ -175,7 +179,7 @@ def _key_tile(
         turns.take()
         dp, dv = multiply_add(products, turns.give)
         gradients.release(tile.step + i)
-        return dv, (p.astype(jnp.float32) * dp).astype(jnp.bfloat16)
+        return dv, packed(p.astype(jnp.float32) * dp)
 
     def visit(i, carry):
         dk, dv, ds = carry

@@ -41,8 +41,8 @@ class Blocks:
         # Known beforehand without segments and offset: constants of the program.
         xp: Any = np if segments is None and q_offset is None else jnp
         offset = xp.zeros(1, np.int32) if q_offset is None else q_offset
-        first_q = offset[:, None, None] + xp.arange(cdiv(queries, bq), dtype=np.int32)[:, None] * bq
-        first_k = xp.arange(cdiv(keys, bk), dtype=np.int32) * bk
+        first_q = offset[:, None, None] + xp.arange(cdiv(queries, bq), dtype=np.int32)[None, :, None] * bq
+        first_k = xp.arange(cdiv(keys, bk), dtype=np.int32)[None, None] * bk
         last_k = first_k + bk - 1
         some = first_k <= first_q + bq - 1
         every = (last_k <= first_q) & (last_k < keys)
@@ -79,7 +79,7 @@ def _spans(some: Any, every: Any) -> jax.Array:
     first = xp.argmax(some, -1)
     end = xp.where(some.any(-1), n - xp.argmax(some[..., ::-1], -1), first + 1)
     full_first = xp.argmax(every, -1)
-    ended = (xp.arange(n) >= full_first[..., None]) & ~every
+    ended = (xp.arange(n)[None, None] >= full_first[..., None]) & ~every
     full_end = xp.where(ended.any(-1), xp.argmax(ended, -1), n)
     return jnp.asarray(xp.stack([first, full_first, full_end, end], -1), jnp.int32)
 

@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels import bench
 from pallas_kernels.fp8_gemm.shapes import GemmShape
 from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
+from pallas_kernels.mla_attention.shapes import AttentionShape
 from pallas_kernels.quantize.shapes import QuantizeShape
 from pallas_kernels.testing import day, worker
 from pallas_kernels.testing.aot import KernelReport
@@ -31,6 +32,10 @@ SMALL = {
         "grouped_gemm", GroupedShape("small", "contiguous", 2, 128, 256, 256), transpose_b=False
     ),
     "bf16_wgrad": workload("grouped_gemm", GroupedShape("small", "wgrad", 2, 128, 256, 256)),
+    "attention": workload("mla_attention", AttentionShape("small", "forward", 1, 2, 96, queries=32)),
+    "attention_backward": workload(
+        "mla_attention", AttentionShape("small", "backward", 1, 2, 96, documents=2)
+    ),
     "swiglu": workload("quantize", QuantizeShape("small", "swiglu_quantize", 64, 128)),
     "requantize": workload("quantize", QuantizeShape("small", "requantize_transposed", 128, 128)),
 }
@@ -80,6 +85,10 @@ def test_roofline_bounds():
     decode = by_name["fp8_gemm", "shared_gate_up_m64"]
     assert decode.bound_by == "memory"
     assert decode.bytes == (64 + 4096) * 7168 + 64 * 4096 * 2
+    packed = by_name["mla_attention", "v3_4k_packed"]  # 8 documents of 512 tokens
+    assert packed.flops == 2 * 128 * 8 * (512 * 513 // 2) * (192 + 128) and packed.bound_by == "compute"
+    chunk = by_name["mla_attention", "v3_chunk"]  # 1,024 queries that see 7,168 keys before the first
+    assert chunk.flops == 2 * 128 * (1024 * 7168 + 1024 * 1025 // 2) * (192 + 128)
     assert by_name["quantize", "hidden"].bytes == 4096 * 7168 * 3 + 4096 * 56 * 4
     assert all(s.bound_seconds > 0 for s in by_name.values())
 
