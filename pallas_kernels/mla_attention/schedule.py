@@ -102,12 +102,17 @@ class Order:
     def tiles(self) -> int:
         return self.heads * self.ranks
 
+    @property
+    def together(self) -> int:
+        """Heads of a group."""
+        return max(n for n in range(1, HEADS_TOGETHER + 1) if self.heads % n == 0)
+
     def tile(self, place: Any) -> tuple[Any, Any]:
         """Returns (head, index) of the tile at a place of the order."""
-        together = max(n for n in range(1, HEADS_TOGETHER + 1) if self.heads % n == 0)
-        group, within = lax.div(place, together * self.ranks), lax.rem(place, together * self.ranks)
-        rank, member = lax.div(within, together), lax.rem(within, together)
-        return group * together + member, (self.ranks - 1 - rank if self.longest_last else rank)
+        size = self.together * self.ranks
+        group, within = lax.div(place, size), lax.rem(place, size)
+        rank, member = lax.div(within, self.together), lax.rem(within, self.together)
+        return group * self.together + member, (self.ranks - 1 - rank if self.longest_last else rank)
 
     def rounds(self, block: jax.Array, blocks: int) -> jax.Array:
         """Returns how many tiles thread block `block` of `blocks` takes."""
@@ -115,5 +120,8 @@ class Order:
         return lax.select(self.place(jnp.int32(full), block, blocks) < self.tiles, full + 1, full)
 
     def place(self, turn: jax.Array, block: jax.Array, blocks: int) -> jax.Array:
-        """Returns the place that a thread block takes in a round: there and back again, so that all take as much."""
+        """Returns the place that a thread block takes in a round. Rounds run there and back again where tiles only get
+        shorter, one group; with several, places come anyhow, and back again would meet the same lengths."""
+        if self.together < self.heads:
+            return turn * blocks + block
         return turn * blocks + lax.select(lax.rem(turn, 2) == 0, block, blocks - 1 - block)

@@ -146,12 +146,13 @@ def test_tiles_visit_what_they_may_see():
     """Against all pairs, by the definition: what is visited covers what is seen, and what needs no mask is seen whole."""
     t, bq, bk = 300, 128, 64
     for segments, in_order in ((None, True), (packed(t), True), (interleaved(t), False)):
-        seen = np.zeros((B, 384, 320), bool)
-        seen[:, :t, :t] = oracle.seen(B, t, t, segments)
+        # Queries of padding are as the last one, further on.
+        padded = None if segments is None else np.pad(segments, ((0, 0), (0, 84)), mode="edge")
+        seen = oracle.seen(B, 384, 384, padded)[..., :320]
+        seen[..., t:] = False
         tiles = seen.reshape(B, 3, bq, 5, bk)
         some = tiles.any((2, 4))
-        whole = np.zeros_like(some)
-        whole[..., :4] = tiles[..., :4, :].all((2, 4))
+        whole = tiles.all((2, 4))
         blocks = Blocks.of((t, t), (bq, bk), None if segments is None else jnp.asarray(segments), None)
         for spans, some_of, whole_of in (
             (blocks.spans, some, whole),
