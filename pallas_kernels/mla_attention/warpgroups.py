@@ -146,8 +146,8 @@ def for_each_tile(
         head, index = order.tile(order.place(count, block, blocks))
         batch = lax.div(head, heads)
         row = batch if spans_ref.shape[0] > 1 else 0
-        span = [spans_ref[row, index, i] for i in range(4)]
-        tile = Tile(head, index, batch, *span, count=count, step=step)
+        first, full_first, full_end, end = (spans_ref[row, index, i] for i in range(4))
+        tile = Tile(head, index, batch, first, full_first, full_end, end, count, step)
         body(tile)
         return step + tile.visits
 
