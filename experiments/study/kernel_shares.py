@@ -14,6 +14,7 @@ import jax
 from experiments.study.hlo_schedule import computations
 
 _KERNEL = re.compile(r"jit\((\w+)\)/body")
+AROUND_OTHERS = ("while", "cond", "conditional", "call")  # on a host, whose time is that of what they run
 _NUMBER = re.compile(r"([._]\d+|\.clone)+$")
 
 
@@ -56,5 +57,7 @@ def shares(folder: Path, program: str) -> dict[str, float]:
     known, spent = labels(program), collections.defaultdict[str, float](float)
     for name, nanoseconds in _events(jax.profiler.ProfileData.from_file(str(paths[-1]))):
         spent[known.get(name, kind(name))] += nanoseconds
+    for name in AROUND_OTHERS:
+        spent.pop(name, None)
     whole = sum(spent.values()) or 1
     return {name: time / whole for name, time in sorted(spent.items(), key=lambda entry: -entry[1])}

@@ -26,6 +26,7 @@ def test_steps_are_trained_timed_and_their_kernels_named(trained):
     assert trained.losses[0] == pytest.approx(math.log(384), rel=0.05)
     assert 0 < trained.step_s < trained.compile_s
     assert sum(trained.shares.values()) == pytest.approx(1)
+    assert not {"while", "conditional", "call"} & set(trained.shares)
     assert any("dot" in kernel or "fusion" in kernel for kernel in trained.shares)
     line = bench_gpu.trained_line("tiny", CFG, trained)
     assert f"{4 * 32 / trained.step_s:,.0f} tokens/s\n" in line  # no MFU: a CPU has no peak
