@@ -9,6 +9,7 @@ from jax._src import config as _config
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__[:2]
+H100_SMS = 132
 
 
 def compiler_params(**kwargs) -> plgpu.CompilerParams:
@@ -33,6 +34,15 @@ def load_global(ref, layout) -> jax.Array:
 def interpreted() -> bool:
     """Says whether kernels that are traced now will run in the CPU interpreter."""
     return _config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def num_sms() -> int:
+    """Returns the number of SMs of the GPU that is traced for: of the device of the abstract mesh in use, else of this
+    process's GPU, else of an H100."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.num_cores:
+        return abstract.num_cores
+    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else H100_SMS
 
 
 def why_not_hopper() -> str | None:

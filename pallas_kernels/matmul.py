@@ -138,7 +138,7 @@ def persistent_matmul(
             *Ring.scratch(problem.in_specs, dtypes, config.stages, COMPUTE_WARPGROUPS),
             *Store.scratch(config, problem.out.dtype),
         ],
-        grid=(config.num_sms // config.cluster,),
+        grid=(config.num_clusters,),
         grid_names=("sm",),
         **cluster,
         num_threads=COMPUTE_WARPGROUPS + 1,

@@ -3,17 +3,33 @@
 Legend: M, N output dims, g group (expert).
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import cdiv, round_up
+from pallas_kernels.compat import num_sms
 
 COMPUTE_WARPGROUPS = 2
 WGMMA_ROWS = 64
-H100_SMS = 132
+
+_left = contextvars.ContextVar("SMs left to others", default=0)
+
+
+@contextlib.contextmanager
+def leave_sms(count: int) -> Iterator[None]:
+    """GEMM kernels traced inside leave `count` SMs to what runs beside them: a kernel that holds every SM until its end
+    lets no collective start, whose channels are thread blocks, too."""
+    token = _left.set(count)
+    try:
+        yield
+    finally:
+        _left.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +41,7 @@ class TileConfig:
       stages: steps of the contraction in flight.
       snake: width, in tiles along N, of the band that the tiles walk in for L2 reuse.
       cluster: thread blocks, neighbours along N, that load each tile of `a` once for all of them (TMA multicast).
-      num_sms: thread blocks in flight, one per SM.
+      num_sms: thread blocks in flight, one per SM; None: as many as the device has, but for those left by `leave_sms`.
       store_n: columns that a warpgroup stores at a time, through a buffer of so many.
     """
 
@@ -33,12 +49,12 @@ class TileConfig:
     tile_n: int = 128
     stages: int = 4
     snake: int = 8
-    num_sms: int = H100_SMS
+    num_sms: int | None = None
     cluster: int = 1
     store_n: int = 128
 
     def __post_init__(self):
-        if self.cluster not in (1, 2) or self.num_sms % self.cluster:
+        if self.cluster not in (1, 2) or (self.num_sms or 0) % self.cluster:
             raise ValueError(
                 f"cluster={self.cluster} with num_sms={self.num_sms}: must be 1 or 2 and divide it"
             )
@@ -46,6 +62,18 @@ class TileConfig:
             raise ValueError(f"tile {self.tile_m} x {self.tile_n}: both extents must be 64, 128 or 256")
         if self.stages < 2:
             raise ValueError(f"stages={self.stages}: a pipeline needs at least 2")
+
+    def placed(self) -> "TileConfig":
+        """Returns the configuration with the number of thread blocks filled in."""
+        if self.num_sms is not None:
+            return self
+        free = max(num_sms() - _left.get(), self.cluster)
+        return dataclasses.replace(self, num_sms=free // self.cluster * self.cluster)
+
+    @property
+    def num_clusters(self) -> int:
+        assert self.num_sms is not None, "not placed"
+        return self.num_sms // self.cluster
 
 
 def tile_columns(n: int) -> int:

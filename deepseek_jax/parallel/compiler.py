@@ -20,7 +20,7 @@ def compiler_options(
 
     On GPUs, the latency-hiding scheduler starts collectives early and places other work before their end: without it, each
     one stops the device. `mesh.comm_channels` bounds what collectives take from that work: a channel of NCCL is a
-    thread block, which occupies an SM (report section 3.2.2 spends 20).
+    thread block, which occupies an SM (report section 3.2.2 spends 20), and the GEMM kernels leave it so many.
 
     A pipeline's step is a switch between programs, and XLA takes its memory to be the sum of theirs, though only one runs at
     a time. Believing that it does not fit, the scheduler would leave every collective synchronous: with a pipeline it is

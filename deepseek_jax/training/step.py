@@ -37,6 +37,7 @@ from deepseek_jax.training.objectives import Objective, Scalars, pretraining
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
 from deepseek_jax.training.pipelined import evaluated, pipelined
 from deepseek_jax.training.state import Hyper, TrainState, parameter_shares, state_shardings
+from pallas_kernels.tiles import leave_sms
 
 
 class Metrics(NamedTuple):
@@ -164,7 +165,7 @@ def make_train_step(
         return state, Metrics(parts.metrics, norm, parts.counts_le, finite, bad_steps, skipped)
 
     return jax.jit(
-        step,
+        leave_sms(cfg.mesh.comm_channels)(step),
         donate_argnums=0,
         out_shardings=(state_shardings(cfg, mesh), replicated(mesh)),
         compiler_options=compiler_options(cfg.mesh, mesh, cfg.train.deterministic),
@@ -210,7 +211,10 @@ def make_eval_step(
 
     sharded = PartitionSpec(BATCH_AXES)
     in_specs = (held_specs(shares), PartitionSpec(), sharded)
+    nats_of = jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=(sharded, sharded), check_vma=False
+    )
     return jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(sharded, sharded), check_vma=False),
+        leave_sms(cfg.mesh.comm_channels)(nats_of),
         compiler_options=compiler_options(cfg.mesh, mesh, cfg.train.deterministic),
     )

@@ -32,6 +32,7 @@ from experiments import command_line
 from experiments.planning import xla
 from experiments.planning.hardware import GIB
 from experiments.study.hlo_schedule import Transfer, transfers
+from pallas_kernels.tiles import leave_sms
 
 SEQUENCES = 2  # per device
 LAYERS = 5  # more than are unrolled: the report is on the body of the loop over layers
@@ -87,6 +88,7 @@ def compile_stack(cfg: Config, tokens: int) -> jax.stages.Compiled:
     spread = jax.shard_map(
         gradient, mesh=mesh, in_specs=(specs, batch), out_specs=(specs, batch), check_vma=False
     )
+    spread = leave_sms(cfg.mesh.comm_channels)(spread)
     return jax.jit(spread, compiler_options=compiler_options(cfg.mesh, mesh)).lower(params, x_btd).compile()
 
 

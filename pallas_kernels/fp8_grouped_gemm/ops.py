@@ -46,7 +46,7 @@ def fp8_grouped_gemm(
     check_rows(op, a.shape[0], group_ids, alignment)
     _check_operands(op, a, a_scale, b, b_scale)
     (m, k), n = a.shape, b.shape[1]
-    config = config or gemm_config(alignment, n)
+    config = (config or gemm_config(alignment, n)).placed()
     operands = (a, a_scale, b, b_scale, group_ids)
     return dispatch(
         op,
@@ -88,7 +88,7 @@ def fp8_grouped_gemm_masked(
         )
     _check_operands(op, a, a_scale, b, b_scale)
     m, n, k = a.shape[1], *b.shape[1:]
-    config = config or masked_config(n)
+    config = (config or masked_config(n)).placed()
     operands = (a, a_scale, b, b_scale, masked_m)
     return dispatch(
         op,
@@ -138,7 +138,7 @@ def fp8_grouped_wgrad(
         raise ValueError(f"{op}: a has {t} tokens and b {b.shape[1]}")
     check_sizes(op, t, group_sizes, BLOCK)
     check_accumulate(op, accumulate, (group_sizes.shape[0], m, n), jnp.float32)
-    config = config or wgrad_config(m, n)
+    config = (config or wgrad_config(m, n)).placed()
     operands = (a, a_scale, b, b_scale, group_sizes, accumulate)
     return dispatch(
         op,

@@ -50,7 +50,7 @@ def grouped_gemm(
             f"transpose_b={transpose_b}; b is [G, N, K], or [G, K, N] with transpose_b=False"
         )
     (m, k), out_dtype = a.shape, a.dtype if out_dtype is None else out_dtype
-    config = config or gemm_config(alignment, n)
+    config = (config or gemm_config(alignment, n)).placed()
     static = {"transpose_b": transpose_b, "out_dtype": out_dtype}
     return dispatch(
         "grouped_gemm",
@@ -93,7 +93,7 @@ def grouped_wgrad(
         )
     (t, m), n = a.shape, b.shape[1]
     check_accumulate("grouped_wgrad", accumulate, (group_sizes.shape[0], m, n), out_dtype)
-    config = config or wgrad_config(m, n)
+    config = (config or wgrad_config(m, n)).placed()
     static = {"out_dtype": out_dtype, "alignment": alignment}
     operands = (a, b, group_sizes, accumulate)
     return dispatch(

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gemm_oracle import normal, quantized, small
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from op_suite import Case, OpSuite, assert_product, pytest_generate, run
 
 from pallas_kernels.blocks import ROW_TILE, SQUARE_BLOCK
 from pallas_kernels.fp8_gemm.ops import fp8_gemm
 from pallas_kernels.quantize.ops import quantize
 from pallas_kernels.testing.metrics import calc_diff, relative_l2
+from pallas_kernels.tiles import leave_sms
 
 pytest_generate_tests = pytest_generate
 
@@ -108,6 +110,22 @@ def test_clusters_must_divide_the_tiles():
     b, b_scale, _ = quantized(1, (384, 128), SQUARE_BLOCK)
     with pytest.raises(ValueError, match="3 tiles along N do not divide into clusters of 2"):
         fp8_gemm(a, a_scale, b, b_scale, implementation="mosaic", config=small(cluster=2))
+
+
+@pytest.mark.parametrize(
+    ("sms", "left", "blocks"), [(132, 0, 132), (114, 0, 114), (78, 20, 58), (78, 21, 56)]
+)
+def test_the_grid_takes_the_sms_of_the_device_that_are_left(sms, left, blocks):
+    """H100 SXM and PCIe, H20; thread blocks go by pairs where they share tiles."""
+    device = AbstractDevice("NVIDIA of the Hopper kind", sms, platform="gpu")
+    e4m3, f32 = jnp.float8_e4m3fn, jnp.float32
+    operands = [
+        jax.ShapeDtypeStruct(*array)
+        for array in (((4096, 256), e4m3), ((4096, 2), f32), ((512, 256), e4m3), ((4, 2), f32))
+    ]
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)), leave_sms(left):
+        traced = jax.make_jaxpr(lambda *xs: fp8_gemm(*xs, implementation="mosaic"))(*operands)
+    assert f"grid=({blocks // 2},), grid_names=('sm',), cluster=(2,)" in str(traced)
 
 
 def test_bad_operands_are_named():
