@@ -43,6 +43,7 @@ class TileConfig:
       cluster: thread blocks, neighbours along N, that load each tile of `a` once for all of them (TMA multicast).
       num_sms: thread blocks in flight, one per SM; None: as many as the device has, but for those left by `leave_sms`.
       store_n: columns that a warpgroup stores at a time, through a buffer of so many.
+      split_k: parts of the contraction that different thread blocks compute (dense FP8 products); XLA adds them up.
     """
 
     tile_m: int = 128
@@ -52,6 +53,7 @@ class TileConfig:
     num_sms: int | None = None
     cluster: int = 1
     store_n: int = 128
+    split_k: int = 1
 
     def __post_init__(self):
         if self.cluster not in (1, 2) or (self.num_sms or 0) % self.cluster:

@@ -90,7 +90,8 @@ def step_1d1d(refs, tile, share, k, smem, accs):
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: TileConfig) -> jax.Array:
-    """a [M, K], b [N, K] -> [M, N]; ragged extents are padded with zeros to whole tiles and steps."""
+    """a [M, K], b [N, K] -> [M, N]; ragged extents are padded with zeros to whole tiles and steps. With `split_k` the parts
+    of the contraction are outputs [parts, M, N] in float32, added up in order."""
     m, n = a.shape[0], b.shape[0]
     tm, tn = config.tile_m, config.tile_n
     is_1d1d = b_scale.shape[0] == n
@@ -101,20 +102,36 @@ def fp8_gemm(a, a_scale, b, b_scale, accumulate=None, *, out_dtype, config: Tile
         b_scale = pad_last2(b_scale.T, (1, tn))
         in_specs.append(scale_spec(tn))
 
+    parts, steps = config.split_k, a.shape[1] // BLOCK // config.split_k
+    if a.shape[1] != parts * steps * BLOCK:
+        raise ValueError(f"K={a.shape[1]} does not divide into split_k={parts} parts of whole blocks")
+
     def views(refs, tile):
         a_g, b_g, a_scale_g, b_scale_g = refs
-        rows = [a_g.at[tile.ms, :], b_g.at[tile.ns, :], a_scale_g.at[:, tile.ms]]
-        return [*rows, b_scale_g.at[:, tile.ns]] if is_1d1d else rows
+        depth: Any = slice(None)
+        of_scales: Any = slice(None)
+        if parts > 1:
+            depth = pl.ds(pl.multiple_of(tile.g * steps * BLOCK, BLOCK), steps * BLOCK)
+            of_scales = pl.ds(tile.g * steps, steps)
+        rows = [a_g.at[tile.ms, depth], b_g.at[tile.ns, depth], a_scale_g.at[of_scales, tile.ms]]
+        return [*rows, b_scale_g.at[of_scales, tile.ns]] if is_1d1d else rows
 
     def block_scale(refs, tile, block, step):
-        return refs[3][block, step]
+        return refs[3][block, step if parts == 1 else tile.g * steps + step]
 
     problem = Problem(
-        out=jax.ShapeDtypeStruct((len(a), len(b)), out_dtype),
+        out=jax.ShapeDtypeStruct(
+            (len(a), len(b)) if parts == 1 else (parts, len(a), len(b)),
+            out_dtype if parts == 1 else jnp.float32,
+        ),
         in_specs=in_specs,
         views=views,
-        num_steps=a.shape[1] // BLOCK,
+        num_steps=steps,
         step=step_1d1d if is_1d1d else step_1d2d(block_scale),
         promoted=True,
     )
-    return persistent_matmul(problem, config, a, b, a_scale, b_scale, accumulate=accumulate)[:m, :n]
+    operands = (a, b, a_scale, b_scale)
+    if parts == 1:
+        return persistent_matmul(problem, config, *operands, accumulate=accumulate)[:m, :n]
+    out = persistent_matmul(problem, config, *operands)[:, :m, :n].sum(0)
+    return (out if accumulate is None else accumulate + out).astype(out_dtype)

@@ -49,7 +49,7 @@ def fp8_gemm(
     check_quantized("fp8_gemm", "b", b, b_scale, 2, SQUARE_BLOCK, ROW_TILE)
     check_accumulate("fp8_gemm", accumulate, (a.shape[0], b.shape[0]), out_dtype)
     (m, k), n = a.shape, b.shape[0]
-    config = (config or tile_config(m, n)).placed()
+    config = (config or tile_config(m, n, k)).placed()
     operands = (a, a_scale, b, b_scale, accumulate)
     return dispatch(
         "fp8_gemm",

@@ -7,6 +7,8 @@ Every configuration listed compiles for H100 with FP8 wgmma, no spill and no ser
 import dataclasses
 from typing import Any
 
+from pallas_kernels.blocks import BLOCK, cdiv
+from pallas_kernels.compat import num_sms
 from pallas_kernels.tiles import TileConfig, pair, tile_columns
 
 
@@ -31,6 +33,9 @@ class GemmShape:
         out = 4 * (2 if self.accumulate else 1) if self.recipe == "1d1d" else 2
         return (self.m + self.n) * self.k + self.m * self.n * out
 
+
+FEW_ROWS = 128  # one tile of rows
+MIN_STEPS = 12  # of a part of a split contraction: fewer take less time than adding the parts up
 
 # The linear layers: name, outputs, inputs. Weights of one input are one product, but for their gradients, each of which is
 # added to the sum over micro-batches where that lies.
@@ -79,13 +84,23 @@ def _shapes(name: str, n: int, k: int) -> list[GemmShape]:
 SHAPES = tuple(shape for layer in LAYERS for shape in _shapes(*layer))
 
 
-def tile_config(m: int, n: int) -> TileConfig:
+def tile_config(m: int, n: int, k: int) -> TileConfig:
     """Tile configuration for a product of any extents.
 
     With many rows the tiles of a are fetched once per pair of thread blocks: a 128 x 128 tile alone reads 32 KB for
-    each 4.2 MFLOP, at 1,300 TFLOPS more than 10 TB/s, which the L2 cache does not give.
+    each 4.2 MFLOP, at 1,300 TFLOPS more than 10 TB/s, which the L2 cache does not give. With few rows the tiles are too
+    few for the SMs, and each takes K / 128 steps one after the other: K is split among them.
     """
     tile_n = tile_columns(n)
+    if m > FEW_ROWS:
+        return TileConfig(128, tile_n, stages=4, cluster=pair(n, tile_n) if m > 512 else 1)
+    split_k = _parts(cdiv(n, tile_n), cdiv(k, BLOCK))
     if m <= 64:
-        return TileConfig(tile_m=64, tile_n=tile_n, stages=6)
-    return TileConfig(tile_m=128, tile_n=tile_n, stages=4, cluster=pair(n, tile_n) if m > 512 else 1)
+        return TileConfig(64, tile_n, stages=6, split_k=split_k)
+    return TileConfig(128, tile_n, stages=4, split_k=split_k)
+
+
+def _parts(tiles: int, steps: int) -> int:
+    """Returns into how many parts of at least 12 steps the contraction is split, all of which one wave of SMs takes."""
+    fitting = (p for p in range(2, steps // MIN_STEPS + 1) if steps % p == 0 and tiles * p <= num_sms())
+    return max(fitting, default=1)

@@ -14,6 +14,7 @@ from op_suite import Case, OpSuite, assert_product, pytest_generate, run
 
 from pallas_kernels.blocks import ROW_TILE, SQUARE_BLOCK
 from pallas_kernels.fp8_gemm.ops import fp8_gemm
+from pallas_kernels.fp8_gemm.shapes import tile_config
 from pallas_kernels.quantize.ops import quantize
 from pallas_kernels.testing.metrics import calc_diff, relative_l2
 from pallas_kernels.tiles import leave_sms
@@ -51,6 +52,10 @@ class TestFp8Gemm(OpSuite):
         "ragged_rows_bf16": functools.partial(gemm_case, 40, 256, 256, tile_m=64, out_dtype=jnp.bfloat16),
         "wgrad": functools.partial(gemm_case, 128, 128, 384, ROW_TILE),
         "wgrad_accumulate": functools.partial(gemm_case, 128, 256, 256, ROW_TILE, accumulate=True),
+        "split_bf16": functools.partial(
+            gemm_case, 40, 256, 768, tile_m=64, split_k=2, out_dtype=jnp.bfloat16
+        ),
+        "split_wgrad": functools.partial(gemm_case, 128, 128, 512, ROW_TILE, accumulate=True, split_k=2),
         "ragged": functools.partial(gemm_case, 30, 150, 200, tile_m=64, tile_n=64),
         "ragged_bf16": functools.partial(gemm_case, 128, 80, 320, out_dtype=jnp.bfloat16),
         "ragged_wgrad_accumulate": functools.partial(gemm_case, 100, 150, 200, ROW_TILE, accumulate=True),
@@ -103,6 +108,21 @@ def test_error_of_quantisation_is_in_its_band(k, recipe, gaussian):
     out, exact = quantized_product(x, w, *RECIPES[recipe]), x @ w.T
     assert DIFF_BAND[0] < calc_diff(out, exact) < DIFF_BAND[1]
     assert 0.036 < relative_l2(out, exact) < 0.039
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "parts"),
+    [
+        (64, 2112, 7168, 4),
+        (128, 4096, 7168, 4),
+        (64, 7168, 16384, 2),
+        (64, 7168, 2048, 1),
+        (4096, 2112, 7168, 1),
+    ],
+)
+def test_few_rows_split_the_contraction_among_the_sms(m, n, k, parts):
+    """Which fit into one wave of an H100's 132: 33 x 4, 32 x 4 and 56 x 2; 16 steps are too few to split."""
+    assert tile_config(m, n, k).split_k == parts
 
 
 def test_clusters_must_divide_the_tiles():

@@ -165,8 +165,8 @@ def kinds(of_experts, width_in, width_out):
         tiles = [gemm_config(BLOCK, n) for n, _ in products]
         wgrad = wgrad_config(width_in, width_out)
     else:
-        tiles = [tile_config(TOKENS, n) for n, _ in products]
-        wgrad = tile_config(width_in, width_out)
+        tiles = [tile_config(TOKENS, n, k) for n, k in products]
+        wgrad = tile_config(width_in, width_out, TOKENS)
     ragged = {(n % tile.tile_n > 0, k % BLOCK > 0) for (n, k), tile in zip(products, tiles, strict=True)}
     return {*tiles, *ragged, ("wgrad", wgrad), width_in % wgrad.tile_m > 0}
 
