@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.usefixtures("optimised"),
 ]
 SAME_CONFIGURATION = (
-    "m128",
     "8x4096",
     "dense",
     "attention_output",
