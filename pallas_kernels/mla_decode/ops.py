@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.mla_decode import fallback, reference
+from pallas_kernels.mla_decode import fallback, kernel, reference
 from pallas_kernels.mla_decode.fp8_cache import dequantize_cache, quantize_cache, token_bytes
 
 __all__ = ["dequantize_cache", "mla_decode", "quantize_cache", "token_bytes"]
@@ -56,10 +56,10 @@ def mla_decode(
         cache,
         block_table,
         lengths,
-        mosaic=functools.partial(fallback.mla_decode, **static),
+        mosaic=functools.partial(kernel.mla_decode, **static),
         xla=functools.partial(fallback.mla_decode, **static),
         reference=functools.partial(reference.mla_decode, **static),
-        unsupported="it has no kernel yet",
+        unsupported=kernel.unsupported(q, cache, latent),
     )
 
 

@@ -23,6 +23,9 @@ from pallas_kernels.grouped_gemm.ops import grouped_gemm, grouped_wgrad
 from pallas_kernels.mla_attention import shapes as attention_shapes
 from pallas_kernels.mla_attention.ops import mla_attention, mla_attention_backward
 from pallas_kernels.mla_attention.shapes import AttentionShape
+from pallas_kernels.mla_decode import shapes as decode_shapes
+from pallas_kernels.mla_decode.ops import mla_decode, quantize_cache
+from pallas_kernels.mla_decode.shapes import DecodeShape
 from pallas_kernels.quantize import ops as quantize_ops
 from pallas_kernels.quantize import shapes as quantize_shapes
 from pallas_kernels.quantize.ops import quantize
@@ -49,7 +52,7 @@ class Workload:
       exact: source arrays -> what an unquantised op gives, or None to compare with the XLA path bit by bit.
       peer: source arrays -> the same work by XLA and cuBLAS in BF16; of attention, the XLA path.
       band: where `calc_diff(run, exact)` must land.
-      published_tflops: DeepGEMM on one H800, as published.
+      published_tflops: DeepGEMM or FlashMLA on one H800, as published.
     """
 
     op: str
@@ -91,7 +94,7 @@ def workload(op: str, shape: Any, **options: Any) -> Workload:
 
     Args:
       op: a key of `workloads()`.
-      shape: GemmShape, GroupedShape, QuantizeShape or AttentionShape, or its fields as a dict.
+      shape: GemmShape, GroupedShape, QuantizeShape, AttentionShape or DecodeShape, or its fields as a dict.
       options: other arguments of the op, as JSON values: `config` (fields of TileConfig), `scale`, `transpose_b`.
     """
     kind, build = _OPS[op]
@@ -256,12 +259,47 @@ def _attention(op: str, shape: AttentionShape) -> dict[str, Any]:
     }
 
 
+def _decode(op: str, shape: DecodeShape) -> dict[str, Any]:
+    """Sources are queries [B, T, H, D] and keys [pages, 64, D] in the order of a shuffled block table."""
+    per_sequence, d, scale = shape.length // 64, shape.latent + shape.rope, (128 + 64) ** -0.5
+    pages, fp8 = shape.batch * per_sequence, shape.kind == "fp8"
+
+    def operands(q, keys):
+        cache = quantize_cache(keys, shape.latent) if fp8 else keys
+        table = jax.random.permutation(jax.random.key(0), pages).reshape(shape.batch, per_sequence)
+        return q, cache, table.astype(jnp.int32), jnp.full((shape.batch,), shape.length, jnp.int32)
+
+    def run(q, cache, table, lengths, implementation):
+        operands = (q, cache, table, lengths)
+        return mla_decode(*operands, scale=scale, latent=shape.latent, implementation=implementation)[0]
+
+    def peer(q, keys):
+        """The same products on keys in order, with all scores in memory."""
+        keys = keys.reshape(shape.batch, shape.length, d)
+        score = jnp.einsum("bthd,bsd->bhts", q, keys, preferred_element_type=jnp.float32) * scale
+        return jnp.einsum("bhts,bsc->bhtc", jax.nn.softmax(score).astype(q.dtype), keys[..., : shape.latent])
+
+    return {
+        "flops": shape.flops,
+        "bytes": shape.bytes,
+        "peak_tflops": BF16_TFLOPS,
+        "make": lambda seed: _normal(seed, (shape.batch, shape.queries, shape.heads, d), (pages, 64, d)),
+        "operands": operands,
+        "run": run,
+        "exact": lambda q, keys: run(*operands(q, keys), "reference"),
+        "peer": peer,
+        "band": BF16_DIFF_BAND,
+        "published_tflops": shape.peer_tflops,
+    }
+
+
 _OPS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "quantize": (QuantizeShape, _quantize),
     "fp8_gemm": (GemmShape, _gemm),
     "fp8_grouped_gemm": (GroupedShape, _grouped),
     "grouped_gemm": (GroupedShape, _grouped),
     "mla_attention": (AttentionShape, _attention),
+    "mla_decode": (DecodeShape, _decode),
 }
 
 
@@ -272,6 +310,7 @@ def workloads() -> dict[str, list[Workload]]:
         "fp8_gemm": gemm_shapes.SHAPES,
         "fp8_grouped_gemm": grouped_shapes.SHAPES,
         "mla_attention": attention_shapes.SHAPES,
+        "mla_decode": decode_shapes.SHAPES,
     }
     found = {op: [workload(op, shape) for shape in shapes[op]] for op in shapes}
     # In BF16 both passes read the weight as it is, [in, out].

@@ -13,6 +13,7 @@ from pallas_kernels import bench
 from pallas_kernels.fp8_gemm.shapes import GemmShape
 from pallas_kernels.fp8_grouped_gemm.shapes import GroupedShape
 from pallas_kernels.mla_attention.shapes import AttentionShape
+from pallas_kernels.mla_decode.shapes import DecodeShape
 from pallas_kernels.quantize.shapes import QuantizeShape
 from pallas_kernels.testing import day, worker
 from pallas_kernels.testing.aot import KernelReport
@@ -36,6 +37,8 @@ SMALL = {
     "attention_backward": workload(
         "mla_attention", AttentionShape("small", "backward", 1, 2, 96, documents=2)
     ),
+    "decode": workload("mla_decode", DecodeShape("small", 2, 128, 2, heads=4, latent=128)),
+    "decode_fp8": workload("mla_decode", DecodeShape("small", 2, 128, heads=4, kind="fp8", latent=128)),
     "swiglu": workload("quantize", QuantizeShape("small", "swiglu_quantize", 64, 128)),
     "requantize": workload("quantize", QuantizeShape("small", "requantize_transposed", 128, 128)),
 }
@@ -89,6 +92,9 @@ def test_roofline_bounds():
     assert packed.flops == 2 * 128 * 8 * (512 * 513 // 2) * (192 + 128) and packed.bound_by == "memory"
     chunk = by_name["mla_attention", "v3_chunk"]  # 1,024 queries that see 7,168 keys before the first
     assert chunk.flops == 2 * 128 * (1024 * 7168 + 1024 * 1025 // 2) * (192 + 128)
+    attention = by_name["mla_decode", "b128_s4096_q2"]  # 256 rows: twice what reading a key pays for
+    assert attention.bound_by == "compute" and attention.flops == 2 * 128 * 256 * 4096 * (576 + 512)
+    assert by_name["mla_decode", "b128_s8192_h16"].bound_by == "memory"
     assert by_name["quantize", "hidden"].bytes == 4096 * 7168 * 3 + 4096 * 56 * 4
     assert all(s.bound_seconds > 0 for s in by_name.values())
 

@@ -17,8 +17,16 @@ SAME_CONFIGURATION = (
     "8x4096",
     "dense",
     "attention_output",
+    "_q2",
+    "b1_",
+    "h16_fp8",
 )  # names of shapes whose configuration another shape has too
-WGMMA = {"fp8_gemm": "f32.e4m3.e4m3", "fp8_grouped_gemm": "f32.e4m3.e4m3", "grouped_gemm": "f32.bf16.bf16"}
+WGMMA = {
+    "fp8_gemm": "f32.e4m3.e4m3",
+    "fp8_grouped_gemm": "f32.e4m3.e4m3",
+    "grouped_gemm": "f32.bf16.bf16",
+    "mla_decode": "f32.bf16.bf16",
+}
 SHIPPED = {
     op: [w for w in shapes if not any(part in w.name for part in SAME_CONFIGURATION)]
     for op, shapes in workloads().items()
@@ -49,8 +57,10 @@ RAGGED = [  # input gradient of V3's wkv_a; experts of configs/small_1b.py; widt
 
 def assert_clean(report: CaseReport) -> KernelReport:
     assert report.error is None, report.error
-    [kernel] = report.kernels
-    assert kernel.spill_bytes == 0 and not kernel.serialised, kernel
+    assert all(kernel.spill_bytes == 0 and not kernel.serialised for kernel in report.kernels), report.kernels
+    kernel = max(
+        report.kernels, key=lambda kernel: kernel.shared_bytes
+    )  # others combine what it computed in pieces
     assert kernel.tma and kernel.blocks_per_sm >= 1
     return kernel
 
@@ -63,7 +73,7 @@ def test_shipped_configurations_compile_clean(op):
         if op in WGMMA:
             assert kernel.wgmma and all(kind.endswith(WGMMA[op]) for kind in kernel.wgmma), kernel.wgmma
             assert kernel.threads == 384
-            assert kernel.multicast or op == "fp8_gemm"  # its products of few rows have no neighbour
+            assert kernel.multicast or op in ("fp8_gemm", "mla_decode")  # few rows have no neighbour
 
 
 def test_power_of_two_scales_compile_clean():

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_oracle import SCALE, assert_decoded, expected, make, passes_flash_mla, stored
+from op_suite import NO_INTERPRETER, run
 
+from pallas_kernels.mla_decode import kernel
+from pallas_kernels.mla_decode.kernel_plan import plan
 from pallas_kernels.mla_decode.ops import dequantize_cache, mla_decode, quantize_cache, token_bytes
+from tests.kernels.interpreter import HAS_INTERPRETER
 
-# FlashMLA's grid, each head count with some B, queries per sequence and kind of cache; `experiments/study/decode_grid.py`
-# runs all of it.
+# FlashMLA's grid, each head count with some B, queries per sequence and kind of cache; `decode_grid.py` runs all of it.
 GRID = [
     (64, 2, 1, "f32"),
     (6, 4, 3, "bf16"),
@@ -42,14 +45,18 @@ def varied(seed: int, b: int, longest: int) -> list[int]:
     return [*drawn[:-1], 0] if b > 1 else drawn
 
 
-@pytest.mark.parametrize(("b", "t", "h", "kind"), GRID)
-def test_grid(b, t, h, kind):
+def check_grid(b, t, h, kind):
     for s_k in (20, 140, 4096):
         for lengths in ([s_k] * b, varied(s_k, b, s_k)):
             problem = make(s_k, lengths, t, h, 64, kind=kind, std=1.0)
             right = expected(problem)
             for got in both(*problem.operands, problem.latent):
                 assert_decoded(got, problem, right)
+
+
+@pytest.mark.parametrize(("b", "t", "h", "kind"), GRID)
+def test_grid(b, t, h, kind):
+    check_grid(b, t, h, kind)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
@@ -122,6 +129,55 @@ def test_fp8_cache(latent, rope):
     )  # half a unit of 3 bits, or of the subnormal numbers
     assert np.all((np.abs(read - x) <= bound) | np.isnan(x) | np.isnan(read))
     assert np.isnan(read).sum() == min(128, latent)  # all of the block with the NaN
+
+
+@pytest.mark.skipif(not HAS_INTERPRETER, reason=NO_INTERPRETER)
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("lengths", "t", "h", "num_sms", "page"),
+    [
+        # a sequence over two parts, one with no key, rows that see fewer keys than there are
+        ([600, 0, 70], 2, 20, 3, 64),
+        # 90 rows in two blocks; a page that is two of the kernel's; half of the last step is beyond the end
+        ([130], 3, 30, 2, 128),
+    ],
+)
+def test_kernel(kind, lengths, t, h, num_sms, page):
+    """In the interpreter, with race detection: against float64 as the others."""
+    problem = make(4, lengths, t, h, 1024 // page, latent=128, rope=64, kind=kind, page=page)
+
+    def call(*operands_and_implementation):
+        *operands, _ = operands_and_implementation
+        return kernel.mla_decode(*operands, scale=SCALE, latent=128, num_sms=num_sms)
+
+    assert_decoded(run(call, "mosaic", *problem.operands), problem, expected(problem))
+
+
+@pytest.mark.parametrize("parts", [1, 7, 66])
+@pytest.mark.parametrize("lengths", [[0], [1, 70000], [4096] * 67, [0, 0, 900, 129, 128, 127]])
+def test_plan_divides_all_steps(lengths, parts):
+    """Each step of each sequence lies in one part; parts are equal; pieces of a sequence are where `combine` looks."""
+    p = jax.tree.map(np.asarray, plan(jnp.asarray(lengths, jnp.int32), parts, 128))
+    seen = {b: [] for b in range(len(lengths))}
+    for part in range(parts):
+        for b in range(p.first_p[part], p.last_p[part]):
+            begin = part * p.length[0] - p.start_b[b]
+            first, last = max(begin, 0), min(begin + p.length[0], p.end_b[b] - p.start_b[b])
+            assert first < last
+            seen[b].append((first, last, part))
+    cut = {}
+    for b, runs in seen.items():
+        steps = max(-(-lengths[b] // 128), 1)
+        assert [first for first, _, _ in runs] == [0, *(last for _, last, _ in runs[:-1])] and runs[-1][
+            1
+        ] == steps
+        if len(runs) > 1:
+            cut[b] = [part for _, _, part in runs]
+    assert p.length[0] <= max(-(-(sum(max(-(-n // 128), 1) + 2 for n in lengths)) // parts), 4)
+    for part in range(parts):
+        if p.cut_p[part] < len(lengths):
+            assert cut.pop(p.cut_p[part]) == [part - 1, *range(part, p.until_p[part])]
+    assert not cut
 
 
 def test_bad_operands_are_named():
