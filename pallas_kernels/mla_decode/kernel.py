@@ -66,8 +66,8 @@ def mla_decode(
     )
     work = plan(lengths, shape.parts, shape.step)
     pages = _views(cache.reshape(-1, PAGE, cache.shape[-1]))
-    results = _launch(shape, q, pages, block_table, lengths, work)
-    out, lse = combine(*results, work)
+    out, lse, pieces, piece_lse = _launch(shape, q, pages, block_table, lengths, work)
+    out, lse = combine(out, lse, pieces, piece_lse, work)
     return out[:, : t * h].reshape(b, t, h, latent), lse[:, : t * h].reshape(b, t, h).swapaxes(1, 2)
 
 

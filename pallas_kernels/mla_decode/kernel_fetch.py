@@ -1,5 +1,7 @@
 """The warpgroup that brings keys into shared memory, as places become free there."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -69,7 +71,7 @@ def _fp8(block: Block, b, first, last) -> None:
 
     start_tail(first)
     for ahead in both:
-        pl.when(first + ahead < last)(lambda ahead=ahead: start_latents(first + ahead))
+        pl.when(first + ahead < last)(functools.partial(start_latents, first + ahead))
     _queries(block, b)
 
     @pl.loop(first, last)

@@ -286,7 +286,7 @@ def _decode(op: str, shape: DecodeShape) -> dict[str, Any]:
         "make": lambda seed: _normal(seed, (shape.batch, shape.queries, shape.heads, d), (pages, 64, d)),
         "operands": operands,
         "run": run,
-        "exact": lambda q, keys: run(*operands(q, keys), "reference"),
+        "exact": lambda q, keys: run(*operands(q, keys), implementation="reference"),
         "peer": peer,
         "band": BF16_DIFF_BAND,
         "published_tflops": shape.peer_tflops,
