@@ -269,8 +269,8 @@ def _decode(op: str, shape: DecodeShape) -> dict[str, Any]:
         table = jax.random.permutation(jax.random.key(0), pages).reshape(shape.batch, per_sequence)
         return q, cache, table.astype(jnp.int32), jnp.full((shape.batch,), shape.length, jnp.int32)
 
-    def run(q, cache, table, lengths, implementation):
-        operands = (q, cache, table, lengths)
+    def run(*operands_and_implementation: Any):
+        *operands, implementation = operands_and_implementation
         return mla_decode(*operands, scale=scale, latent=shape.latent, implementation=implementation)[0]
 
     def peer(q, keys):
@@ -286,7 +286,7 @@ def _decode(op: str, shape: DecodeShape) -> dict[str, Any]:
         "make": lambda seed: _normal(seed, (shape.batch, shape.queries, shape.heads, d), (pages, 64, d)),
         "operands": operands,
         "run": run,
-        "exact": lambda q, keys: run(*operands(q, keys), implementation="reference"),
+        "exact": lambda q, keys: run(*operands(q, keys), "reference"),
         "peer": peer,
         "band": BF16_DIFF_BAND,
         "published_tflops": shape.peer_tflops,
