@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs.v3_671b import get_config
-from deepseek_jax.config import from_config_dict
+from deepseek_jax.config import MeshConfig, from_config_dict
 from deepseek_jax.model import decoding
 from deepseek_jax.model.cache import LatentCache, view_after_padding
 from deepseek_jax.model.params import abstract, tree_map
@@ -31,7 +31,7 @@ PAIRS = TOKENS * MODEL.num_experts_per_tok
 
 
 def config(devices, precision):
-    mesh = dataclasses.replace(WHOLE.mesh, pipe=1, data=1, node=devices // 8, overlap=False)
+    mesh = MeshConfig(node=devices // 8, local=8, zero=True, receive=WHOLE.mesh.receive)
     train = dataclasses.replace(WHOLE.train, batch_size=2 * devices, grad_accumulation=2)
     return dataclasses.replace(WHOLE, model=MODEL, mesh=mesh, train=train, precision=precision)
 
@@ -139,7 +139,7 @@ def test_experts_in_bf16(products):
 
 def test_products_of_decoding(products, monkeypatch):
     """All in FP8, from the bytes of a checkpoint; experts have the widths of the masked shapes."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(decoding, "on_cpu", lambda: False)
     for rows in DECODED:
         decoded(rows)
     assert of(products, "fp8_gemm") == {shape for shape in named("fp8_gemm") if shape[1] in DECODED}
