@@ -21,6 +21,7 @@ from deepseek_jax.inference.sampling import RowSampling, Sampling, row_sampling
 Array = Any  # jax.Array in programs, NumPy's on the host
 
 SMALLEST = 64  # of the sizes of prompts
+LONG = 1024  # tokens of a prompt
 SLOTS = 256  # in the smallest cache
 STOPS = 8  # stop ids are filled up to a multiple of this
 
@@ -65,11 +66,15 @@ class Request:
 
 
 def size_for(n: int, divides: int = 1) -> int:
-    """Tokens to which n of a prompt are padded: the smallest 64, 96, 128, 192, 256, 384, ... (2^i and 3 * 2^i) >= n, rounded up to a multiple of `divides`."""
+    """Tokens to which n of a prompt are padded: the smallest 64, 96, 128, 192, 256, 384, ... (2^i and 3 * 2^i) >= n, rounded
+    up to a multiple of `divides`. Of more than LONG tokens, one of these times the odd part of `divides`: so that equal pieces
+    of a prompt (`generate.py`), which divide too, need not be short."""
+    odd = divides // (divides & -divides) if n > LONG else 1
+    n = -(-n // odd)
     power = max(SMALLEST, 1 << (n - 1).bit_length())
     smaller = power * 3 // 4
     size = smaller if n <= smaller and smaller > SMALLEST else power
-    return -(-size // divides) * divides
+    return -(-odd * size // divides) * divides
 
 
 def slots_for(n: int) -> int:

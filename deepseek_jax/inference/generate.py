@@ -31,7 +31,7 @@ from deepseek_jax.model.layout import Inputs, Layout, single_device
 from deepseek_jax.model.transformer import forward
 
 # So many tokens of a prompt go through the model at once. Of a longer one, equal pieces do so, one after the other: only
-# hidden states, cache, and keys and values of one layer then grow with the prompt.
+# hidden states, cache, and keys and values of one layer then grow with the prompt. An MTP module that drafts reads it whole.
 PIECE = 2048
 
 

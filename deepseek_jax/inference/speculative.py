@@ -5,7 +5,8 @@ tokens, so a step yields one token, or two if the draft is accepted. Greedy: acc
 choice. Sampling: accepted with probability min(1, p/q), else the token is drawn from max(p - q, 0) normalised,
 so the output follows the main model's distribution exactly (Leviathan et al. 2023).
 
-Rows advance at their own pace: each writes its own cache slots. With several MTP modules the first one drafts.
+Rows advance at their own pace: each writes its own cache slots. With several MTP modules the first one drafts. It reads a
+long prompt whole, where the main model reads it in pieces (`generate.py: PIECE`).
 
 Dims: b batch, t prompt token, s cache slot, n new token, v vocabulary, d hidden.
 """

@@ -151,6 +151,11 @@ def test_a_prompt_in_pieces_is_the_prompt_whole(monkeypatch):
 def test_a_long_prompt_has_the_fewest_pieces():
     assert [plain_file._pieces(t, 1) for t in (64, 2048, 3072, 4096, 6144)] == [1, 1, 2, 2, 3]
     assert plain_file._pieces(2304, 4) == 2 and plain_file._pieces(2052, 4) == 3
+    for parts in (1, 2, 3, 5, 6, 7, 12, 16):
+        for n in (1500, 4096, 8192, 131072):
+            t = size_for(n, parts)
+            assert t % parts == 0 and n <= t <= 1.5 * n
+            assert plain_file._pieces(t, parts) <= 2 * -(-t // plain_file.PIECE)
 
 
 def test_what_changes_from_call_to_call_compiles_nothing():

@@ -3,12 +3,13 @@
 Between nodes, a token's row has a place for each node, taken or not: a plain all-to-all, of as many rows to each node as a
 device has tokens. A token goes to about half of the nodes that it has places for (DeepSeek-V3: 3.5 of 8), and nobody has
 to say first how many rows will come. Its expert ids and routing weights travel in the row; a row of zeros is none.
-Inside a node a row goes to each device that has experts of it, by a ragged all-to-all, which there is one kernel that
-writes into the peers' memory (`ragged.py`): fixed sizes would be those of all tokens of all nodes to each device, ten
-times the rows that there are. On the way back, sums are made inside the node first.
+Inside a node a row goes to each device that has experts of it, by a ragged all-to-all, for which XLA has one kernel there
+that writes into the peers' memory: fixed sizes would be those of all tokens of all nodes to each device, ten times the rows
+that there are. On the way back, sums are made inside the node first.
 
-What a device can receive is every token of every device, once. Experts are those of `model/experts.py: arrived_experts`:
-in FP8 where weights are, on the bytes that travelled, at a cost proportional to the rows that came.
+What a device can receive is every token of every device, once, and its buffers are of that size. Experts are those of
+`model/experts.py: arrived_experts`: in FP8 where weights are, on the bytes that travelled. Their products cost what the rows
+that came do; gathering rows and SwiGLU go over the whole buffers, whatever came.
 
 Runs inside `shard_map` (check_vma=False). No gradient. Dims: n token of this device, p node, m = p * n row at a node, r row
 received, d hidden, k selected expert, w word.
