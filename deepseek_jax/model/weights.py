@@ -139,6 +139,12 @@ def only_differentiated(params: Any, operands: Any) -> Any:
     return out
 
 
+def adding(params: Any, operands: Any, policy: Policy | None) -> Any:
+    """Which of the parameters may be sums of gradients (`attach`, adds): a tree of bool. Under a policy alone: without one,
+    operands are joined copies, and products of arrays do not add."""
+    return jax.tree.map(lambda only: only and policy is not None, only_differentiated(params, operands))
+
+
 def join_for_inference(params: Any) -> Any:
     """Parameters of which no gradient is wanted, with JOINED ones joined where FP8 blocks allow it."""
 

@@ -16,7 +16,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.model.transformer import forward
-from deepseek_jax.model.weights import attach, only_differentiated
+from deepseek_jax.model.weights import adding, attach
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.training.labels import Batch, Totals, inputs
@@ -94,7 +94,7 @@ def by_micro_batches(cfg: Config, layout: Layout, objective: Objective) -> Gradi
         if steps == 1:
             grads, parts = grad(params, batch)
             return unscaled(grads), parts
-        added = jax.tree.map(lambda summed: adds and summed, only_differentiated(params, quantised))
+        added = adding(params, quantised, policy if adds else None)
         micro = {name: jnp.reshape(x, (steps, -1, *x.shape[1:])) for name, x in batch.items()}
 
         def body(i: Any, so_far: tuple[Any, Parts]) -> tuple[Any, Parts]:

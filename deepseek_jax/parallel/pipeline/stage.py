@@ -24,7 +24,7 @@ from deepseek_jax.model.layout import Inputs, Layout
 from deepseek_jax.model.mtp import mtp_hidden
 from deepseek_jax.model.router import BalanceStats
 from deepseek_jax.model.transformer import Aux, context, final_norm
-from deepseek_jax.model.weights import attach, only_differentiated
+from deepseek_jax.model.weights import adding, attach
 from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.pipeline.layer import Backward, Hand, Weights, layer
 from deepseek_jax.parallel.pipeline.pair import in_pairs
@@ -86,7 +86,7 @@ class Stages:
             n_local = params["moe_layers"]["ffn"]["experts"]["w_gate_edf"].shape[1]
         self.layers = {kind: layer(cfg, layout, policy, kind == "moe_layers", n_local) for kind in KINDS}
         self._apart = {kind: self._slots(kind) for kind in KINDS if kind in params}
-        self.added = {kind: only_differentiated(params[kind], operands[kind]) for kind in self._apart}
+        self.added = {kind: adding(params[kind], operands[kind], policy) for kind in self._apart}
         self._end_gradients: Any = None
         self._rates = traced_once(self._rates_of)
         self._end, self._end_operands = (

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA
 from deepseek_jax.training.state import state_shardings
-from deepseek_jax.training.step import make_eval_step
+from deepseek_jax.training.step import abstract_state, make_eval_step, make_train_step
 from tests.parallel import harness
 from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
 from tests.parallel.pipeline.runs import MTP, config, without
@@ -40,6 +41,17 @@ def test_the_run_is_that_without_a_pipeline():
 
 def norms(history):
     return [metrics.grad_norm for metrics in history]
+
+
+def test_a_model_in_bf16_has_gradients_in_float32():
+    """Traced only: what `check.py` compares of it takes longer. Weights of one input are joined, and do not add to sums."""
+    cfg = config(2, 2, 2, model=MTP | {"dtype": "bfloat16"}, zero=True, overlap=True)
+    mesh = make_mesh(cfg.mesh)
+    tokens = jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len + 1), np.int32)
+    before = abstract_state(cfg, mesh)
+    state, metrics = jax.eval_shape(make_train_step(cfg, mesh), before, {"tokens": tokens}, harness.hyper(4))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state.params, before.params)
+    assert metrics.grad_norm.dtype == np.float32
 
 
 # --- bad steps ----------------------------------------------------------------------------------------------------
