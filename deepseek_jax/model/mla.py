@@ -150,8 +150,8 @@ def expanded(
     p: Params, cfg: ModelConfig, low: Low, rope: Rope, recompute: bool, earlier: Earlier | None = None
 ) -> tuple[Expanded, LatentCache]:
     """`expand`, whose results the backward pass gets from `low` again if it is to `recompute` (section 3.2.3); the
-    latents then carry no gradient."""
-    if not recompute:
+    latents then carry no gradient. With `earlier` tokens there is no backward pass."""
+    if not recompute or earlier is not None:
         qkv, latent = expand(p, cfg, low, rope, earlier)
         return Expanded(qkv, None), latent
     qkv, latent = expand(lax.stop_gradient(p), cfg, lax.stop_gradient(low), rope)
