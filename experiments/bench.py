@@ -199,7 +199,7 @@ def _speculative(args: argparse.Namespace) -> None:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command_line.Parser(description="Speed beside Hugging Face transformers, on CPU.")
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "command", choices=("train", "decode", "experts", "speculative", "exchange", "pipeline", "gpu")
     )

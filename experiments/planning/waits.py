@@ -99,7 +99,7 @@ def generation(cfg: ModelConfig, mesh: MeshConfig, sequences: int) -> dict[str, 
 
 def main(argv: Sequence[str]) -> int:
     parser = command_line.Parser(prog="plan waits", description="What makes a host wait for its GPUs.")
-    parser.add_argument("programs", nargs="*", choices=PROGRAMS, default=PROGRAMS)
+    parser.add_argument("programs", nargs="*", choices=(*PROGRAMS, "all"), default="all")
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--local", type=int, default=8, help="GPUs of a node")
     parser.add_argument("--sequences", type=int, default=128, help="decoded on each GPU")
@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     mesh = MeshConfig(data=1, node=args.nodes, local=args.local)
     lowered = generation(layers_of_v3(args.vocab), mesh, args.sequences)
     training = overlap.layer_config(args.nodes, args.local, POLICY, args.receive, True, "deepseek")
-    for name in args.programs:
+    for name in PROGRAMS if "all" in args.programs else args.programs:
         compiled = lowered[name].compile() if name in lowered else overlap.compile_stack(training, 1024)
         print(f"{name}:\n{summary(host_waits(compiled.as_text() or '', args.local))}", flush=True)
     return 0
