@@ -10,7 +10,7 @@ others empty.
 Hardware: 2,048 GPUs; the report used as many H800, of 80 GB, for 54 days. A pipeline of 16 ranks, two replicas of each,
 experts over 8 nodes of 8 GPUs in two hops. Not run: there is no expected loss. Two things differ from the report, so that
 80 GB suffice: DualPipeV, which keeps one copy of the parameters where DualPipe keeps two, and layers that are recomputed
-whole. XLA's compiler for H100s then allots 62.8 GiB, with the exchanges of all pairs of layers beside GEMMs
+whole. XLA's compiler for H100s then allots 56.6 GiB, with the exchanges of all pairs of layers beside GEMMs
 (experiments/LOG.md). On GPUs of 141 GB, --config.mesh.schedule=dualpipe is faster (93 GiB); the report's own recomputation is
 --config.train.remat=deepseek. Without a GPU,
 
