@@ -67,7 +67,10 @@ def status(main: Main, argv: Sequence[str]) -> int:
     """
     try:
         _check_text(argv)
-        return main(argv)
+        try:
+            return main(argv)
+        finally:
+            sys.stdout.flush()  # here, where it is known what to do if nobody reads any more
     except KeyboardInterrupt:
         complain("interrupted")
         return INTERRUPTED

@@ -116,6 +116,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         capture_output=True,
         text=True,
         timeout=60,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
     assert done.stderr == ""
 

@@ -1,7 +1,9 @@
 """Two halves of a batch in flight: the run of the whole batch."""
 
+import dataclasses
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -63,12 +65,24 @@ def test_compiler_options_are_for_gpus():
     whole = config(False, comm_channels=20)
     cfg = whole.mesh
     assert compiler_options(cfg, harness.mesh_of(whole)) is None
-    gpus = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
+    assert compiler_options(
+        dataclasses.replace(cfg, pipe=2), harness.mesh_of(whole)
+    )  # on CPUs, of a pipeline
+
+    def gpus_of(*processes):
+        gpus = [types.SimpleNamespace(platform="gpu", process_index=i) for i in processes]
+        return types.SimpleNamespace(devices=np.array(gpus))
+
+    gpus = gpus_of(0, 0)
     options = compiler_options(cfg, gpus)
     assert options is not None and options["xla_gpu_enable_latency_hiding_scheduler"]
     assert options["xla_gpu_nccl_collective_max_nchannels"] == options["xla_gpu_nccl_p2p_max_nchannels"] == 20
     assert "xla_gpu_deterministic_ops" not in options
     assert compiler_options(cfg, gpus, deterministic=True) == options | {"xla_gpu_deterministic_ops": True}
+    more = compiler_options(cfg, gpus_of(0, 1)).keys() - options.keys()
+    assert all("ragged_all_to_all" in name for name in more) and len(more) == (
+        2 if jax.__version_info__ >= (0, 11) else 0
+    )
 
 
 PROGRAM = """\
