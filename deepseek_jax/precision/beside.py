@@ -7,6 +7,7 @@ run and where a product gains nothing by being wider; and FP8 weights of which a
 Outputs of `Joined` lie beside each other in the last dim; those of `Apart`, here called sides, are a tuple.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -26,12 +27,13 @@ from pallas_kernels.groups import Groups
 Sides = tuple[Any, ...]
 
 
-class _Beside:
+class _Beside(abc.ABC):
     """What both have in common: the input is an operand of the first product, as of any other."""
 
     @property
+    @abc.abstractmethod
     def _first(self) -> Any:
-        raise NotImplementedError
+        """The product that says how an input is packed."""
 
     @property
     def experts(self) -> int:

@@ -39,14 +39,11 @@ def mla_attention(
       nothing.
     """
     _check("mla_attention", q, k, v, segments, q_offset)
+    operands = (q, k, v, segments, q_offset)
     return dispatch(
         "mla_attention",
         implementation,
-        q,
-        k,
-        v,
-        segments,
-        q_offset,
+        *operands,
         mosaic=functools.partial(kernel.mla_attention, config=config),
         xla=fallback.mla_attention,
         reference=reference.mla_attention,
@@ -80,16 +77,11 @@ def mla_attention_backward(
             raise ValueError(
                 f"mla_attention_backward: {name} has shape {list(x.shape)}, that of the forward pass is {list(expected)}"
             )
+    operands = (q, k, v, segments, out, lse, dout)
     return dispatch(
         "mla_attention_backward",
         implementation,
-        q,
-        k,
-        v,
-        segments,
-        out,
-        lse,
-        dout,
+        *operands,
         mosaic=functools.partial(kernel_backward.mla_attention_backward, config=config),
         xla=fallback.mla_attention_backward,
         reference=reference.mla_attention_backward,
