@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import pad_last2
-from pallas_kernels.compat import compiler_params
 from pallas_kernels.mla_attention.mask import ROW_VALUES, Mask
 from pallas_kernels.mla_attention.schedule import Blocks, Order
 from pallas_kernels.mla_attention.shapes import AttentionConfig
@@ -35,10 +33,12 @@ from pallas_kernels.mla_attention.warpgroups import (
     Turns,
     along_rows,
     for_each_tile,
+    launch,
     own_rows,
     ring,
     run_specialised,
     store,
+    stream,
 )
 from pallas_kernels.wgmma import multiply_add, zeros
 
@@ -154,12 +154,7 @@ def mla_attention(
 
         def load(tile):
             queries.fill(tile.count, q_ref.at[tile.head, tile.rows])
-
-            @pl.loop(0, tile.visits)
-            def _(i):
-                block = pl.ds((tile.first + i) * bk, bk)
-                keys.fill(tile.step + i, k_ref.at[tile.head, block])
-                values.fill(tile.step + i, v_ref.at[tile.head, block])
+            stream(tile, bk, (keys, [k_ref]), (values, [v_ref]))
 
         def compute(tile):
             softmax = _attend(tile, mask, queries, keys, values, turns)
@@ -168,7 +163,7 @@ def mla_attention(
         tiles = functools.partial(for_each_tile, order, spans_ref, blocks, h)
         run_specialised(tiles, load, compute, (queries, keys, values), turns)
 
-    out, lse = plgpu.kernel(
+    run = launch(
         body,
         out_type=[
             jax.ShapeDtypeStruct((*q.shape[:2], v.shape[2]), v.dtype),
@@ -182,10 +177,8 @@ def mla_attention(
             plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             Turns.TYPE,
         ],
-        grid=(blocks,),
-        grid_names=("sm",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        compiler_params=compiler_params(approx_math=True, reduction_scratch_bytes=0),  # sums within rows
-    )(q, k, v, spans, jnp.zeros(b, jnp.int32) if offset is None else offset, *optional)
+        blocks=blocks,
+        reduction_scratch_bytes=0,  # sums within rows
+    )
+    out, lse = run(q, k, v, spans, jnp.zeros(b, jnp.int32) if offset is None else offset, *optional)
     return out.reshape(b, h, -1, v.shape[2])[:, :, :t, :v_width], lse.reshape(b, h, -1)[:, :, :t]

@@ -17,16 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import compiler_params, load_global
+from pallas_kernels.compat import load_global
 from pallas_kernels.mla_attention.kernel import by_head
 from pallas_kernels.mla_attention.mask import COLUMN_VALUES, ROW_VALUES, Mask
 from pallas_kernels.mla_attention.schedule import Blocks, Order
 from pallas_kernels.mla_attention.shapes import AttentionConfig
 from pallas_kernels.mla_attention.warpgroups import (
-    CONSUMERS,
     LOG2E,
     ROWS,
     STAGING,
@@ -37,10 +35,12 @@ from pallas_kernels.mla_attention.warpgroups import (
     along_columns,
     along_rows,
     for_each_tile,
+    launch,
     own_rows,
     ring,
     run_specialised,
     store,
+    stream,
 )
 from pallas_kernels.wgmma import multiply_add, zeros
 
@@ -116,12 +116,7 @@ def query_gradient(q, k, v, segments, lse, delta, dout, *, config: AttentionConf
 
         def load(tile):
             queries.fill(tile.count, *(ref.at[tile.head, tile.rows] for ref in (q_ref, dout_ref)))
-
-            @pl.loop(0, tile.visits)
-            def _(i):
-                block = pl.ds((tile.first + i) * BLOCK, BLOCK)
-                keys.fill(tile.step + i, k_ref.at[tile.head, block])
-                values.fill(tile.step + i, v_ref.at[tile.head, block])
+            stream(tile, BLOCK, (keys, [k_ref]), (values, [v_ref]))
 
         def compute(tile):
             dq = _query_tile(tile, mask, lse_ref, delta_ref, queries, keys, values, turns)
@@ -130,7 +125,7 @@ def query_gradient(q, k, v, segments, lse, delta, dout, *, config: AttentionConf
         tiles = functools.partial(for_each_tile, order, spans_ref, blocks, heads)
         run_specialised(tiles, load, compute, (queries, keys, values), turns)
 
-    return plgpu.kernel(
+    return launch(
         body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=[
@@ -140,11 +135,7 @@ def query_gradient(q, k, v, segments, lse, delta, dout, *, config: AttentionConf
             STAGING,
             Turns.TYPE,
         ],
-        grid=(blocks,),
-        grid_names=("sm",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        compiler_params=compiler_params(approx_math=True),
+        blocks=blocks,
     )(q, k, v, dout, lse, delta, spans, *optional)
 
 
@@ -230,12 +221,7 @@ def key_value_gradients(
 
         def load(tile):
             own.fill(tile.count, *(ref.at[tile.head, tile.rows] for ref in (k_ref, v_ref)))
-
-            @pl.loop(0, tile.visits)
-            def _(i):
-                block = pl.ds((tile.first + i) * BLOCK, BLOCK)
-                queries.fill(tile.step + i, *(ref.at[tile.head, block] for ref in (q_ref, lse_ref)))
-                gradients.fill(tile.step + i, *(ref.at[tile.head, block] for ref in (dout_ref, delta_ref)))
+            stream(tile, BLOCK, (queries, [q_ref, lse_ref]), (gradients, [dout_ref, delta_ref]))
 
         def compute(tile):
             dk, dv = _key_tile(tile, mask, own, queries, gradients, turns)
@@ -245,7 +231,7 @@ def key_value_gradients(
         tiles = functools.partial(for_each_tile, order, spans_ref, blocks, heads)
         run_specialised(tiles, load, compute, (own, queries, gradients), turns)
 
-    return plgpu.kernel(
+    return launch(
         body,
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         scratch_types=[
@@ -255,11 +241,7 @@ def key_value_gradients(
             STAGING,
             Turns.TYPE,
         ],
-        grid=(blocks,),
-        grid_names=("sm",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        compiler_params=compiler_params(approx_math=True),
+        blocks=blocks,
     )(q, k, v, dout, lse, delta, spans, positions, *optional)
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import swizzled
+from pallas_kernels.compat import compiler_params, swizzled
 from pallas_kernels.mla_attention.schedule import Order
 
 CONSUMERS = 2
@@ -152,6 +152,32 @@ def for_each_tile(
         return step + tile.visits
 
     lax.fori_loop(0, order.rounds(block, blocks), run, jnp.int32(0))
+
+
+def stream(tile: Tile, block: int, *streams: tuple[Ring, Sequence[Any]]) -> None:
+    """Fills each ring, visit by visit, with `block` rows of its references [B * H, rows, ...], of the tile's head."""
+
+    @pl.loop(0, tile.visits)
+    def _(i):
+        rows = pl.ds((tile.first + i) * block, block)
+        for into, refs in streams:
+            into.fill(tile.step + i, *(ref.at[tile.head, rows] for ref in refs))
+
+
+def launch(
+    body: Callable, out_type: Any, scratch_types: Sequence[Any], blocks: int, **options: Any
+) -> Callable:
+    """Returns the kernel of so many thread blocks; `options` are the compiler's."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=(blocks,),
+        grid_names=("sm",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        compiler_params=compiler_params(approx_math=True, **options),
+    )
 
 
 def run_specialised(
