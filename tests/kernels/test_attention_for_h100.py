@@ -14,7 +14,8 @@ pytestmark = [
 NARROW = AttentionShape("narrow", "forward", 2, 4, 1000, qk=96, v=64)  # padded: rows, keys and both widths
 KERNELS = {"forward": 1, "backward": 2}
 # The kernel of keys and values, whose gradients take 160 of a thread's 240 registers, keeps counters of its loops and
-# parities of its barriers in local memory: a few loads per step of some 2,500 cycles, none between products.
+# parities of its barriers in local memory: a few loads per step of some 2,500 cycles, hardly any of them between
+# products.
 COUNTERS = 512  # the compiler's log names them twice
 
 
