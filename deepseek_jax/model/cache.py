@@ -129,6 +129,10 @@ class View(NamedTuple):
     positions_bt: jax.Array
     mask_bts: jax.Array
 
+    @property
+    def counted_bt(self) -> None:
+        """All new tokens count."""
+
     def append(self, i: Any, new: LatentCache) -> "View":
         """The view after the new tokens' latents of layer i [b, t, ...] are written."""
         return self._replace(cache=self.cache.append(i, new, self.slot))
@@ -181,6 +185,11 @@ class PagedView(NamedTuple):
     lengths: jax.Array
     positions_bt: jax.Array
 
+    @property
+    def counted_bt(self) -> jax.Array:
+        """bool: the other tokens are written nowhere, go to no expert, and what comes out for them means nothing."""
+        return self.positions_bt >= 0
+
     def append(self, i: Any, new: LatentCache) -> "PagedView":
         """The view after the new tokens' latents of layer i [b, t, ...] are written."""
         _, pages, page, _ = self.pages_lpsw.shape
@@ -208,6 +217,15 @@ class PagedView(NamedTuple):
         return jnp.swapaxes(o_bthc, 1, 2)
 
 
-def paged_view(pages_lpsw: jax.Array, block_table: jax.Array, lengths: jax.Array, t: int) -> PagedView:
-    """The view of the newest t tokens of sequences that have `lengths` with them."""
-    return PagedView(pages_lpsw, block_table, lengths, lengths[:, None] - t + jnp.arange(t)[None])
+def paged_view(
+    pages_lpsw: jax.Array, block_table: jax.Array, lengths: jax.Array, t: int, new_b: jax.Array | None = None
+) -> PagedView:
+    """The view of the newest t tokens of sequences that have `lengths` with them.
+
+    new_b: int32 [b], how many of the t count, the last ones; None: all that there are.
+    """
+    new_bt = jnp.arange(t)[None]
+    positions_bt = lengths[:, None] - t + new_bt
+    if new_b is not None:
+        positions_bt = jnp.where(new_bt >= t - new_b[:, None], positions_bt, -1)
+    return PagedView(pages_lpsw, block_table, lengths, positions_bt)

@@ -153,7 +153,7 @@ def decode(
     (`parallel/layout.py: few_tokens`).
     """
     layout.check()
-    ctx = Context(rope_table(cfg, view.positions_bt), layout)
+    ctx = Context(rope_table(cfg, view.positions_bt), layout, counted_bt=view.counted_bt)
     x_btd = embed(ready["embed"], cfg, tokens_bt)
     layers = _one_by_one if unrolled(cfg) else _scanned
     dense, n_moe = cfg.first_k_dense_replace, cfg.num_moe_layers
@@ -179,6 +179,6 @@ def mtp_decode(
     p = ready["mtp"]
     x_btd = mtp_input(p, cfg, h_btd, embed(ready["embed"], cfg, next_tokens_bt))
     bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    ctx = Context(rope_table(cfg, view.positions_bt), ONE_DEVICE)
+    ctx = Context(rope_table(cfg, view.positions_bt), ONE_DEVICE, counted_bt=view.counted_bt)
     y_btd, view = _block(p["block"], cfg, x_btd, view, 0, ctx, bias_e)
     return rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), view

@@ -66,12 +66,12 @@ class Request:
         require(len(self.prompt) > 0, "the prompt has no token: give at least one")
         require(all(map(is_integer, self.prompt)), f"prompt={shown(list(self.prompt[:8]))} must be token ids")
         for token in (min(self.prompt), max(self.prompt)):
-            require(
-                0 <= token < vocab_size, f"token id {token} lies outside [0, vocab_size={vocab_size})"
-            )
+            require(0 <= token < vocab_size, f"token id {token} lies outside [0, vocab_size={vocab_size})")
         for name, least in (("max_tokens", 1), ("min_tokens", 0)):
             value = getattr(self, name)
-            require(is_integer(value) and value >= least, f"{name}={shown(value)} must be an integer >= {least}")
+            require(
+                is_integer(value) and value >= least, f"{name}={shown(value)} must be an integer >= {least}"
+            )
         require(
             len(self.prompt) + self.max_tokens <= max_model_len,
             f"prompt of {len(self.prompt)} tokens + max_tokens={self.max_tokens} exceeds the "

@@ -81,6 +81,30 @@ def test_pages_equal_slots(fp8):
     assert np.isfinite(got).all()
 
 
+def test_a_row_of_fewer_new_tokens():
+    """Of T new tokens of each sequence the last 1, 3 and 2 count, as in a prompt's chunk: the others are written nowhere, and
+    send no token to an expert. Equal to one token at a time, but for the order of sums."""
+    params, bias = weights(CFG)
+    model, new = (prepare(params, CFG), bias), np.array([1, 3, 2], np.int32)
+    tokens = np.random.default_rng(2).integers(0, CFG.vocab_size, (B, 2 * T)).astype(np.int32)
+    pages = jnp.full_like(empty_pages(CFG, CFG.num_hidden_layers, PAGES, False, PAGE), jnp.nan)
+    table = jnp.asarray(TABLE)
+    _, view = step(model, tokens[:, :T], paged_view(pages, table, jnp.full(B, T), T))
+    garbage = np.where(np.arange(T)[None] < T - new[:, None], 0, tokens[:, T:])
+    got, at_once = step(model, garbage, paged_view(view.pages_lpsw, table, jnp.asarray(T + new), T, new))
+    for i in range(B):
+        one = view.pages_lpsw
+        for n in range(new[i]):
+            token = tokens[:, 2 * T - new[i] + n, None]
+            lengths = jnp.where(np.arange(B) == i, T + n + 1, 0)
+            want, put = step(model, token, paged_view(one, table, lengths, 1))
+            one = put.pages_lpsw
+            assert rel(got[i, T - new[i] + n], want[i, 0]) < 1e-5
+        first = np.asarray(one)[:, TABLE[i, 0], : T + new[i]]
+        assert rel(np.asarray(at_once.pages_lpsw)[:, TABLE[i, 0], : T + new[i]], first) < 1e-5
+        assert np.isnan(np.asarray(at_once.pages_lpsw)[:, TABLE[i, 0], T + new[i] :]).all()
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2.0**-6)])
 def test_absorbed_equals_expanded_with_yarn(dtype, bound):
     """Eight products or sums in a row round to BF16 in each form, by at most 2^-9 of their size each."""
