@@ -4,7 +4,8 @@ Of each token and layer the cache holds the normalised latent (kv_lora_rank) and
 (qk_rope_head_dim); nothing per head. A view knows where the new tokens of a pass go and what each of them sees. The model
 asks it for `positions_bt`, and in layer i for `append(i, latents)` and `attend(i, queries)`; it does not know how tokens
 are stored.
-`View` is over contiguous slots, `PagedView` over pages that sequences of any lengths share.
+`View` is over contiguous slots, `PagedView` over pages that sequences of any lengths share; of the latter, latents can also
+be read, to be expanded (`over_pages.py`).
 
 Dims: l layer, b sequence, t new token, s slot, c latent, r rotary key, p page, w width of a token in a page.
 """
@@ -17,7 +18,7 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.precision.sums import precision
-from pallas_kernels.mla_decode.ops import mla_decode, quantize_cache, token_bytes
+from pallas_kernels.mla_decode.ops import dequantize_cache, mla_decode, quantize_cache, token_bytes
 
 PAGE = 64  # tokens
 
@@ -129,6 +130,8 @@ class View(NamedTuple):
     positions_bt: jax.Array
     mask_bts: jax.Array
 
+    paged = False
+
     @property
     def counted_bt(self) -> None:
         """All new tokens count."""
@@ -185,6 +188,8 @@ class PagedView(NamedTuple):
     lengths: jax.Array
     positions_bt: jax.Array
 
+    paged = True
+
     @property
     def counted_bt(self) -> jax.Array:
         """bool: the other tokens are written nowhere, go to no expert, and what comes out for them means nothing."""
@@ -202,6 +207,25 @@ class PagedView(NamedTuple):
         page_bt = jnp.where(there, page_bt, pages)  # behind the last one: dropped
         put = self.pages_lpsw.at[i, page_bt, self.positions_bt % page].set(x_btw, mode="drop")
         return self._replace(pages_lpsw=put)
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a sequence may have, by the table."""
+        return self.block_table.shape[1] * self.pages_lpsw.shape[2]
+
+    def read(self, i: Any, first: Any, pages: int, cfg: ModelConfig) -> LatentCache:
+        """Latents of layer i [b, pages * page, ...] in cfg.dtype: those of each sequence's pages from `first` on, 0 where it
+        has no token."""
+        c, page = cfg.kv_lora_rank, self.pages_lpsw.shape[2]
+        table_bn = jnp.pad(self.block_table, ((0, 0), (0, pages)))  # slices do not move at the end
+        page_bp = lax.dynamic_slice_in_dim(table_bn, first, pages, axis=1)
+        there_bs = first * page + jnp.arange(pages * page)[None] < self.lengths[:, None]
+        x_bpsw = self.pages_lpsw[i, jnp.where(there_bs[:, ::page], page_bp, 0)]
+        x_bsw = x_bpsw.reshape(*there_bs.shape, -1)
+        fp8 = x_bsw.dtype == jnp.uint8
+        x_bsw = dequantize_cache(x_bsw, c, cfg.dtype) if fp8 else x_bsw.astype(cfg.dtype)
+        x_bsw = jnp.where(there_bs[..., None], x_bsw, 0)  # what lies beyond may be NaN
+        return LatentCache(x_bsw[..., :c], x_bsw[..., c:])
 
     def attend(self, i: Any, q_bthc: jax.Array, q_bthr: jax.Array, scale: float) -> jax.Array:
         """As that of `View`, by the op `mla_decode`. The pages of layer i are found in those of all layers."""

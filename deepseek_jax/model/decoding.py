@@ -1,4 +1,5 @@
-"""The model over the latent cache, a few new tokens at a time (absorbed MLA, report section 2.1.1).
+"""The model over the latent cache, a few new tokens at a time (absorbed MLA, report section 2.1.1), or over pages a prompt's
+chunk (expanded, `over_pages.py`).
 
 Decoding reads every weight once per step, so it is as fast as memory lets it be if no step copies or converts a weight.
 `prepare` arranges them once per model: in the dtype that they are multiplied in, the up-projections of MLA per head, and
@@ -22,8 +23,9 @@ from deepseek_jax.model.dispatch import Local
 from deepseek_jax.model.experts import decode_experts, experts_apart
 from deepseek_jax.model.layers import Params, embed, rms_norm
 from deepseek_jax.model.layout import Context, Layout
-from deepseek_jax.model.mla import absorb, down, latents, mla_decode
+from deepseek_jax.model.mla import Rope, absorb, down, latents, mla_decode
 from deepseek_jax.model.mtp import mtp_input
+from deepseek_jax.model.over_pages import CPU, H100, expands, mla_over_pages
 from deepseek_jax.model.params import layers_apart
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.weights import join_for_inference
@@ -108,14 +110,21 @@ def room(latents: LatentCache, cfg: ModelConfig, slots: int) -> Cache:
     return apart(latents) if unrolled(cfg) else Stacked(latents)
 
 
+def _attention(p: Params, cfg: ModelConfig, h_btd: jax.Array, rope: Rope, view: Any, i: Any) -> jax.Array:
+    """Of the new tokens over those that the view holds: absorbed, but where many come and expanding these takes less time."""
+    t = h_btd.shape[1]
+    if view.paged and expands(cfg, t, view.slots, CPU if on_cpu() else H100):
+        return mla_over_pages(p, cfg, h_btd, rope, view, i, to_the_end=not on_cpu())
+    return mla_decode(p, cfg, h_btd, rope, functools.partial(view.attend, i))
+
+
 def _block(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, i: Any, ctx: Context, bias_e: Any
 ) -> tuple[jax.Array, Any]:
     """Layer i."""
     h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
     view = view.append(i, latents(p["attn"], cfg, down(p["attn"], cfg, h_btd), ctx.rope))
-    over_cache = functools.partial(view.attend, i)
-    x_btd = x_btd + mla_decode(p["attn"], cfg, h_btd, ctx.rope, over_cache)
+    x_btd = x_btd + _attention(p["attn"], cfg, h_btd, ctx.rope, view, i)
     return ffn(p, cfg, x_btd, bias_e, ctx)[0], view
 
 

@@ -1,7 +1,8 @@
 """Multi-head Latent Attention (report section 2.1.1, equations 1-11).
 
 Two forms of the same function: `mla` expands keys and values per head (training, prefill), `mla_decode`
-absorbs the up-projections into the query and the output and attends over the latent cache (decoding).
+absorbs the up-projections into the query and the output and attends over the latent cache (decoding). `over_pages.py`
+has the expanded form over a paged cache.
 The cache holds, per token and layer, the normalised latent (kv_lora_rank) and the rotated shared key
 (qk_rope_head_dim); nothing per head.
 
@@ -105,12 +106,16 @@ def expand(
         latent = earlier.append(latent)
         seen = earlier.without_padding(latent)
     k_nope, v_bshv = jnp.split(linear(seen.c_bsc, p["wkv_b_chm"]), [cfg.qk_nope_head_dim], axis=-1)
-    # Over float32, so that backward the heads' gradients of the shared key are added up in it.
-    shared = seen.r_bsr[:, :, None].astype(jnp.float32)
-    k_rope = jnp.broadcast_to(shared, (*k_nope.shape[:3], cfg.qk_rope_head_dim)).astype(q_rope.dtype)
     q_bthk = jnp.concatenate([q_nope, q_rope], axis=-1)
-    k_bshk = jnp.concatenate([k_nope, k_rope], axis=-1)
-    return core_inputs(q_bthk, k_bshk, v_bshv, softmax_scale(cfg)), latent
+    return core_inputs(q_bthk, _keys(k_nope, seen.r_bsr), v_bshv, softmax_scale(cfg)), latent
+
+
+def _keys(k_nope: jax.Array, r_bsr: jax.Array) -> jax.Array:
+    """Keys [b, s, h, k] of all heads, which share the rotary part."""
+    # Over float32, so that backward the heads' gradients of the shared key are added up in it.
+    shared = r_bsr[:, :, None].astype(jnp.float32)
+    k_rope = jnp.broadcast_to(shared, (*k_nope.shape[:3], r_bsr.shape[-1])).astype(k_nope.dtype)
+    return jnp.concatenate([k_nope, k_rope], axis=-1)
 
 
 # --- core and output projection -----------------------------------------------------------------------------------
@@ -192,7 +197,8 @@ def mla(
 
 
 def absorb(p: Params, cfg: ModelConfig) -> Params:
-    """Weights of `mla_decode`: the key and value halves of wkv_b per head (a leading layer axis allowed)."""
+    """Weights of `mla_decode` and `expand_latents`: the key and value halves of wkv_b per head (a leading layer axis
+    allowed)."""
     wk, wv = jnp.split(product(p["wkv_b_chm"]).array(cfg.dtype), [cfg.qk_nope_head_dim], axis=-1)
     rest = {name: w for name, w in p.items() if name != "wkv_b_chm"}
     return rest | {"wk_hnc": jnp.einsum("...chn->...hnc", wk), "wv_hcv": jnp.einsum("...chv->...hcv", wv)}
@@ -215,3 +221,16 @@ def mla_decode(
     o_bhtc = over_cache(q_bthc, q_rope, softmax_scale(cfg))
     o_bthv = jnp.einsum("bhtc,hcv->bthv", o_bhtc, p["wv_hcv"].astype(dtype), precision=exact)
     return linear(o_bthv, p["wo_hvd"], n_in=2)
+
+
+def queries(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> jax.Array:
+    """Of all heads [b, t, h, k], not scaled."""
+    return jnp.concatenate(_queries(p, cfg, down(p, cfg, x_btd), rope), axis=-1)
+
+
+def expand_latents(p: Params, latent: LatentCache) -> tuple[jax.Array, jax.Array]:
+    """Keys [b, s, h, k] and values [b, s, h, v] of cached tokens (equations 2, 4, 5), by the weights of `absorb`."""
+    dtype, exact = latent.c_bsc.dtype, precision(latent.c_bsc.dtype)
+    k_nope = jnp.einsum("bsc,hnc->bshn", latent.c_bsc, p["wk_hnc"].astype(dtype), precision=exact)
+    v_bshv = jnp.einsum("bsc,hcv->bshv", latent.c_bsc, p["wv_hcv"].astype(dtype), precision=exact)
+    return _keys(k_nope, latent.r_bsr), v_bshv

@@ -1,0 +1,99 @@
+"""MLA in the expanded form over a paged cache, for a prompt's chunk, and when it takes less time than the absorbed one.
+
+Absorbed, a pair of a new and a cached token costs each head 2 c + r multiplications. Expanded, it costs n + r + v, after
+c (n + v) of each cached token: in DeepSeek-V3 1,088 against 320 and 131,072. Both forms give the same but for rounding.
+
+Dims: b sequence, t new token, s cached token, d hidden, h heads, k query and key width, v value width; of the model's
+widths, c latent, n nope, r rope.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.attention import core_inputs
+from deepseek_jax.model.cache import PagedView
+from deepseek_jax.model.layers import Params, linear
+from deepseek_jax.model.mla import Rope, expand_latents, queries
+from deepseek_jax.model.rope import softmax_scale
+from pallas_kernels.mla_attention.ops import mla_attention
+
+# FLOPs in the time of a byte: of products and attention in BF16 on an H100, 600 TFLOPS, by copies, 2.8 TB/s; and in float32
+# on two CPU cores, 200 GFLOP/s by 10 GB/s.
+H100, CPU = 215, 20
+# Tokens, of all sequences, that are expanded at a time: in BF16, keys and values of 128 heads take 0.67 GB.
+EXPANDED = 8192
+
+
+def expands(cfg: ModelConfig, t: int, s: int, flops_per_byte: float) -> bool:
+    """Whether t new tokens of a sequence, the last of s, cost less in the expanded form.
+
+    Counted per head: FLOPs, and bytes that a kernel does not keep to itself, written once and read once or twice. In
+    DeepSeek-V3 on an H100, a whole prompt is expanded, and behind a long prefix a chunk of some 490 tokens or more.
+    """
+    c, n, r, v = cfg.kv_lora_rank, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+    byte, pairs = flops_per_byte * jnp.dtype(cfg.dtype).itemsize, t * (s - (t - 1) / 2)
+    up = 2 * c * (n + v)  # of a cached token; of a new one, absorbed, its query and its output
+    absorbed = 2 * pairs * (2 * c + r) + t * (up + byte * (6 * c + 2 * r))
+    expanded = (
+        2 * pairs * (n + r + v) + s * (up + byte * (4 * n + 4 * v + 2 * r)) + 2 * t * byte * (n + r + v)
+    )
+    return bool(expanded < absorbed)
+
+
+class _Seen(NamedTuple):
+    """Attention to the keys so far: out float32 [b, h, t, v], log-sum-exp [b, h, t], -inf of no key."""
+
+    out: jax.Array
+    lse: jax.Array
+
+    def merged(self, new: "_Seen") -> "_Seen":
+        """Attention to both parts of the keys."""
+        lse = jnp.logaddexp(self.lse, new.lse)
+        base = jnp.where(lse == -jnp.inf, 0, lse)
+        old, weight = jnp.exp(self.lse - base)[..., None], jnp.exp(new.lse - base)[..., None]
+        return _Seen(self.out * old + new.out * weight, lse)
+
+
+def mla_over_pages(
+    p: Params,
+    cfg: ModelConfig,
+    x_btd: jax.Array,
+    rope: Rope,
+    view: PagedView,
+    i: int | jax.Array,
+    to_the_end: bool,
+) -> jax.Array:
+    """t new tokens attend over pages that already hold them, in layer i. Returns [b, t, d]; what it holds for a token that
+    does not count means nothing.
+
+    `p` comes from `mla.absorb`. Cached tokens are expanded some thousands at a time, to the end of the longest sequence, or
+    `to_the_end` of the table, by a loop whose length the program knows.
+    """
+    q_bthk = queries(p, cfg, x_btd, rope)
+    pages, blocks = _blocks(view, *x_btd.shape[:2])
+    slots = pages * view.pages_lpsw.shape[2]
+
+    def attend(j: int | jax.Array) -> _Seen:
+        k_bshk, v_bshv = expand_latents(p, view.read(i, j * pages, pages, cfg))
+        qkv = core_inputs(q_bthk, k_bshk, v_bshv, softmax_scale(cfg))
+        out, lse = mla_attention(*qkv, None, view.lengths - x_btd.shape[1] - j * slots)
+        return _Seen(out.astype(jnp.float32), jnp.where(lse == jnp.inf, -jnp.inf, lse))
+
+    seen = attend(0)
+    if blocks > 1:
+        end = blocks if to_the_end else jnp.minimum(-(-jnp.max(view.lengths) // slots), blocks)
+        seen = lax.fori_loop(1, end, lambda j, seen: seen.merged(attend(j)), seen)
+    o_bthv = jnp.swapaxes(seen.out, 1, 2).astype(x_btd.dtype)
+    return linear(o_bthv, p["wo_hvd"], n_in=2)
+
+
+def _blocks(view: PagedView, b: int, t: int) -> tuple[int, int]:
+    """(pages of a block, blocks), about equal, of at least t tokens, as the attention wants."""
+    n, page = view.block_table.shape[1], view.pages_lpsw.shape[2]
+    blocks = -(-n // max(1, EXPANDED // (b * page)))
+    pages = max(-(-n // blocks), -(-t // page))
+    return pages, -(-n // pages)
