@@ -130,7 +130,9 @@ class View(NamedTuple):
     positions_bt: jax.Array
     mask_bts: jax.Array
 
-    paged = False
+    @property
+    def paged(self) -> bool:
+        return False
 
     @property
     def counted_bt(self) -> None:
@@ -188,7 +190,10 @@ class PagedView(NamedTuple):
     lengths: jax.Array
     positions_bt: jax.Array
 
-    paged = True
+    @property
+    def paged(self) -> bool:
+        """Whether there is `read`, so that cached tokens can be expanded."""
+        return True
 
     @property
     def counted_bt(self) -> jax.Array:
