@@ -26,6 +26,7 @@ FLOORS = (
     ("hf",),
     ("training",),
     ("inference",),
+    ("serving",),
     ("__init__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -25,7 +25,9 @@ from deepseek_jax.model.decoding import on_cpu
 
 Array = Any  # jax.Array in programs, NumPy's on the host
 
+MOST_BIASES = 1024  # ids of a `logit_bias`
 _SMALLEST = float(np.finfo(np.float32).tiny)  # of the temperatures, and of their reciprocals
+_STRONGEST = 1e30  # of the repetition penalties, and of their reciprocals: times a logit, float32 holds it
 # Sums of float32 probabilities are this far off: a nucleus that reaches top_p up to rounding reaches it.
 _ROUNDING = 1e-6
 
@@ -41,6 +43,10 @@ class Sampling:
         min_p: tokens at least this times as likely as the most likely one; 0 keeps all.
         repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the prompt or
             the continuation has already; 1 is none.
+        presence_penalty: is subtracted from the logits of tokens that the continuation has already, -2 to 2; 0 is none.
+        frequency_penalty: the same, times how often it has them.
+        logit_bias: id -> what is added to its logit, -100 to 100. Kept as pairs in the order of the ids: `dict` gives the
+            mapping back.
     """
 
     temperature: float = 0.0
@@ -48,12 +54,15 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        for field in dataclasses.fields(self)[:-1]:
             value = getattr(self, field.name)
-            number = isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0  # JAX's, too
-            require(number, f"{field.name}={shown(value)} must be a number")
+            require(_is_number(value), f"{field.name}={shown(value)} must be a number")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature={self.temperature} must be finite and >= 0 (0 is greedy)")
         if not 0 < self.top_p <= 1:
@@ -65,16 +74,43 @@ class Sampling:
         penalty = self.repetition_penalty
         if not (penalty > 0 and math.isfinite(penalty)):
             raise ValueError(f"repetition_penalty={penalty} must be finite and > 0 (1 is none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(-2 <= value <= 2, f"{name}={value} must lie in [-2, 2] (0 is none)")
 
 
-GREEDY, DRAWN, FILTERED = range(3)  # what a row asks for; each needs all that those before it need
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0  # JAX's, too
+
+
+def _pairs(bias: Any) -> tuple[tuple[int, float], ...]:
+    """A bias as pairs in the order of the ids. Raises ValueError for what is no mapping of ids to numbers from -100 to 100."""
+    mapping = (
+        isinstance(bias, Mapping) or bias == () or (isinstance(bias, tuple) and all(map(_is_pair, bias)))
+    )
+    require(mapping, f"logit_bias={shown(bias)} must map token ids to numbers")
+    pairs = dict(bias)
+    require(len(pairs) <= MOST_BIASES, f"logit_bias has {len(pairs)} ids: give at most {MOST_BIASES}")
+    for token, value in pairs.items():
+        require(is_integer(token) and token >= 0, f"logit_bias has the key {shown(token)}: give token ids")
+        good = _is_number(value) and -100 <= value <= 100
+        require(good, f"logit_bias={shown(value)} of token {token} must be a number from -100 to 100")
+    return tuple(sorted((int(token), float(value)) for token, value in pairs.items()))
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, tuple) and len(entry) == 2
+
+
+# What a row asks for; each needs all that those before it need. ALL: of the serving engine (`serving/sampler.py`).
+GREEDY, DRAWN, FILTERED, ALL = range(4)
 
 
 @flax.struct.dataclass
 class RowSampling:
     """`Sampling` of each row [b]; key_b: its stream of random numbers.
 
-    most: GREEDY, DRAWN or FILTERED: what the rows ask for at most, if the host knows: a program for this alone. None: the
+    most: GREEDY, DRAWN, FILTERED or ALL: what the rows ask for at most, if the host knows: a program for this alone. None: the
     program sees it itself, in a branch (`decoding.on_cpu`).
     """
 
@@ -95,7 +131,7 @@ class RowSampling:
         return ((self.top_k_b > 0) | (self.top_p_b < 1) | (self.min_p_b > 0)).any()
 
 
-def _either(asked: Any, then: Callable[..., Any], otherwise: Callable[..., Any], x: jax.Array) -> Any:
+def either(asked: Any, then: Callable[..., Any], otherwise: Callable[..., Any], x: jax.Array) -> Any:
     """then(x) if asked, else otherwise(x): a branch of the program where only the device knows."""
     if isinstance(asked, bool):
         return then(x) if asked else otherwise(x)
@@ -111,8 +147,12 @@ def row_sampling(sampling: Sampling, seed: int | Sequence[int], rows: int) -> Ro
     """The same settings for all rows.
 
     `seed` is one for all, of which each row has a stream of its own, the first row the first; or one per row, which
-    then draws what it would draw as the first row under that seed. Raises ValueError for another number of seeds.
+    then draws what it would draw as the first row under that seed. Raises ValueError for another number of seeds, and for
+    settings that these rows do not keep.
     """
+    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+        value = getattr(sampling, name)
+        require(not value, f"{name}={shown(value)} is for the serving engine (`serving/`): leave it out here")
     one = np.ndim(seed) == 0
     seeds: list[Any] = [seed] * rows if one else list(seed)  # type: ignore[arg-type]
     require(all(map(is_integer, seeds)), f"seed={shown(seed)} must be an integer, or one for each prompt")
@@ -124,15 +164,25 @@ def row_sampling(sampling: Sampling, seed: int | Sequence[int], rows: int) -> Ro
     def of_all(value: float, dtype: type = np.float32) -> np.ndarray:
         return np.full(rows, value, dtype)
 
+    temperature, top_p, top_k, min_p, penalty = plain_numbers(sampling)
     return RowSampling(
-        temperature_b=of_all(min(sampling.temperature, 1 / _SMALLEST)),
-        top_p_b=of_all(sampling.top_p),
-        top_k_b=of_all(sampling.top_k, np.int32),
-        min_p_b=of_all(sampling.min_p),
-        penalty_b=of_all(sampling.repetition_penalty),
+        temperature_b=of_all(temperature),
+        top_p_b=of_all(top_p),
+        top_k_b=of_all(top_k, np.int32),
+        min_p_b=of_all(min_p),
+        penalty_b=of_all(penalty),
         key_b=_keys(seed_b, row_b),
         most=None if on_cpu() else asked_for(sampling),
     )
+
+
+def plain_numbers(sampling: Sampling) -> tuple[float, float, int, float, float]:
+    """Temperature, top-p, top-k, min-p and repetition penalty as float32 holds them. A greedy row cuts nothing off."""
+    temperature = min(float(sampling.temperature), 1 / _SMALLEST)
+    penalty = min(max(float(sampling.repetition_penalty), 1 / _STRONGEST), _STRONGEST)
+    if temperature < _SMALLEST:
+        return 0.0, 1.0, 0, 0.0, penalty
+    return temperature, float(sampling.top_p), int(sampling.top_k), float(sampling.min_p), penalty
 
 
 def asked_for(sampling: Sampling) -> int:
@@ -178,7 +228,7 @@ def filtered_logits(logits_bv: jax.Array, rows: RowSampling) -> jax.Array:
     highest = jnp.max(logits_bv, axis=-1, keepdims=True)
     scaled = (logits_bv - highest) / jnp.where(greedy, 1.0, rows.temperature_b[:, None])
     outside = functools.partial(_outside, rows=rows)
-    out = _either(rows.asks(FILTERED), outside, lambda x: jnp.zeros(x.shape, bool), scaled)
+    out = either(rows.asks(FILTERED), outside, lambda x: jnp.zeros(x.shape, bool), scaled)
     best = jnp.arange(logits_bv.shape[-1])[None] == jnp.argmax(logits_bv, axis=-1)[:, None]
     return jnp.where(jnp.where(greedy, ~best, out), -jnp.inf, scaled)
 
@@ -205,4 +255,4 @@ def sample(key_b: jax.Array, logits_bv: jax.Array, rows: RowSampling) -> tuple[j
     def best(logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), jnp.zeros(len(logits_bv), jnp.float32)
 
-    return _either(rows.asks(DRAWN), drawn, best, logits_bv)
+    return either(rows.asks(DRAWN), drawn, best, logits_bv)

@@ -77,6 +77,11 @@ class Request:
             f"prompt of {len(self.prompt)} tokens + max_tokens={self.max_tokens} exceeds the "
             f"{max_model_len} tokens that a sequence may have",
         )
+        require(is_integer(self.seed), f"seed={shown(self.seed)} must be an integer")
+        biased = max(dict(self.sampling.logit_bias), default=0)
+        require(
+            biased < vocab_size, f"logit_bias has token id {biased}, outside [0, vocab_size={vocab_size})"
+        )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             good = value is None or (is_integer(value) and 0 <= value <= TOP)
