@@ -130,7 +130,9 @@ def step(ready: Any, cfg: ModelConfig, batch: Batch, bias_le: Any, state: State)
         jnp.stack([log_prob(filtered_logits(target_btv[:, 0], sampling), one), sampled_b], axis=1),
     )
 
-    h_mtp, mtp_view = mtp_decode(ready, cfg, h_btd, following, view._replace(cache=draft.cache), bias_le)
+    h_mtp, mtp_view = mtp_decode(
+        ready, cfg, h_btd, following, view._replace(cache=draft.cache), bias_le, ONE_DEVICE
+    )
     last = both.astype(jnp.int32)
     h_last = jnp.take_along_axis(h_mtp, last[:, None, None], axis=1)[:, 0]
     running = ~state.out.done_b

@@ -23,7 +23,7 @@ from deepseek_jax.model.dispatch import Local
 from deepseek_jax.model.experts import decode_experts, experts_apart
 from deepseek_jax.model.layers import Params, embed, rms_norm
 from deepseek_jax.model.layout import Context, Layout
-from deepseek_jax.model.mla import Rope, absorb, down, latents, mla_decode
+from deepseek_jax.model.mla import Low, Rope, absorb, down, latents, mla_decode
 from deepseek_jax.model.mtp import mtp_input
 from deepseek_jax.model.over_pages import CPU, H100, expands, mla_over_pages
 from deepseek_jax.model.params import layers_apart
@@ -110,21 +110,23 @@ def room(latents: LatentCache, cfg: ModelConfig, slots: int) -> Cache:
     return apart(latents) if unrolled(cfg) else Stacked(latents)
 
 
-def _attention(p: Params, cfg: ModelConfig, h_btd: jax.Array, rope: Rope, view: Any, i: Any) -> jax.Array:
+def _attention(p: Params, cfg: ModelConfig, low: Low, rope: Rope, view: Any, i: Any) -> jax.Array:
     """Of the new tokens over those that the view holds: absorbed, but where many come and expanding these takes less time."""
-    t = h_btd.shape[1]
+    t = low.q_btq.shape[1]
     if view.paged and expands(cfg, t, view.slots, CPU if on_cpu() else H100):
-        return mla_over_pages(p, cfg, h_btd, rope, view, i, to_the_end=not on_cpu())
-    return mla_decode(p, cfg, h_btd, rope, functools.partial(view.attend, i))
+        return mla_over_pages(p, cfg, low, rope, view, i, to_the_end=not on_cpu())
+    return mla_decode(p, cfg, low, rope, functools.partial(view.attend, i))
 
 
 def _block(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, i: Any, ctx: Context, bias_e: Any
 ) -> tuple[jax.Array, Any]:
     """Layer i."""
-    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-    view = view.append(i, latents(p["attn"], cfg, down(p["attn"], cfg, h_btd), ctx.rope))
-    x_btd = x_btd + _attention(p["attn"], cfg, h_btd, ctx.rope, view, i)
+    sequence, h_btd = ctx.layout.sequence, rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
+    low = sequence.gathered(down(p["attn"], cfg, h_btd))
+    view = view.append(i, latents(p["attn"], cfg, low, ctx.rope))
+    heads, seen = sequence.ready_heads(p["attn"]), sequence.seen(view, i)
+    x_btd = x_btd + sequence.scattered(_attention(heads, cfg, low, ctx.rope, *seen))
     return ffn(p, cfg, x_btd, bias_e, ctx)[0], view
 
 
@@ -159,11 +161,11 @@ def decode(
     """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], the view with their latents).
 
     ready: from `prepare` with this config. view: of the cache, see `cache.View`. layout: `ONE_DEVICE`, or that of a mesh
-    (`parallel/layout.py: few_tokens`).
+    (`parallel/layout.py`): `few_tokens`, or `many_tokens` for prompts, where devices that divide sequences run the rows of
+    all of them together, over pages.
     """
-    layout.check()
-    ctx = Context(rope_table(cfg, view.positions_bt), layout, counted_bt=view.counted_bt)
-    x_btd = embed(ready["embed"], cfg, tokens_bt)
+    ctx, view = _context(cfg, view, layout)
+    x_btd = embed(ready["embed"], cfg, layout.sequence.own(layout.sequence.all_rows(tokens_bt)))
     layers = _one_by_one if unrolled(cfg) else _scanned
     dense, n_moe = cfg.first_k_dense_replace, cfg.num_moe_layers
     if dense:
@@ -171,7 +173,16 @@ def decode(
     if n_moe:
         bias_le = None if balance_bias is None else balance_bias[:n_moe]
         x_btd, view = layers(ready["moe_layers"], cfg, x_btd, view, dense, ctx, bias_le)
-    return rms_norm(x_btd, ready["final_norm"]["scale_d"], cfg.rms_norm_eps), view
+    h_btd = rms_norm(x_btd, ready["final_norm"]["scale_d"], cfg.rms_norm_eps)
+    return layout.sequence.own_rows(h_btd), layout.sequence.own_view(view)
+
+
+def _context(cfg: ModelConfig, view: Any, layout: Layout) -> tuple[Context, Any]:
+    """What the blocks share; and the view of the rows that they see."""
+    layout.check()
+    view = layout.sequence.all_views(view)
+    counted_bt = None if view.counted_bt is None else layout.sequence.own(view.counted_bt)
+    return Context(rope_table(cfg, view.positions_bt), layout, counted_bt=counted_bt), view
 
 
 def mtp_decode(
@@ -180,14 +191,16 @@ def mtp_decode(
     h_btd: jax.Array,
     next_tokens_bt: jax.Array,
     view: Any,
-    balance_bias: jax.Array | None = None,
+    balance_bias: jax.Array | None,
+    layout: Layout,
 ) -> tuple[jax.Array, Any]:
     """The first MTP module on t positions: hidden states h_i of the main model (after its final norm) and the
     tokens that follow, t_{i+1}. Returns (states after its norm [b, t, d], which predict t_{i+2}; the view of its own
     cache, of one layer)."""
-    p = ready["mtp"]
-    x_btd = mtp_input(p, cfg, h_btd, embed(ready["embed"], cfg, next_tokens_bt))
+    p, sequence = ready["mtp"], layout.sequence
+    ctx, view = _context(cfg, view, layout)
+    next_btd = embed(ready["embed"], cfg, sequence.own(sequence.all_rows(next_tokens_bt)))
+    x_btd = mtp_input(p, cfg, sequence.own_tokens(h_btd), next_btd)
     bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    ctx = Context(rope_table(cfg, view.positions_bt), ONE_DEVICE, counted_bt=view.counted_bt)
     y_btd, view = _block(p["block"], cfg, x_btd, view, 0, ctx, bias_e)
-    return rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), view
+    return sequence.own_rows(rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps)), sequence.own_view(view)

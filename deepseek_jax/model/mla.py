@@ -196,6 +196,10 @@ def mla(
     return attend(p, cfg, inputs, rope, segments_bt), latent
 
 
+# Which dim of the weights of `mla_decode` is the heads.
+HEADS = {"wq_dhk": 1, "wq_b_qhk": 1, "wk_hnc": 0, "wv_hcv": 0, "wo_hvd": 0}
+
+
 def absorb(p: Params, cfg: ModelConfig) -> Params:
     """Weights of `mla_decode` and `expand_latents`: the key and value halves of wkv_b per head (a leading layer axis
     allowed)."""
@@ -207,25 +211,26 @@ def absorb(p: Params, cfg: ModelConfig) -> Params:
 def mla_decode(
     p: Params,
     cfg: ModelConfig,
-    x_btd: jax.Array,
+    low: Low,
     rope: Rope,
     over_cache: Callable[[jax.Array, jax.Array, float], jax.Array],
 ) -> jax.Array:
-    """Absorbed form: t new tokens attend over a cache that already holds them. Returns [b, t, d].
+    """Absorbed form: t new tokens, projected `down`, attend over a cache that already holds them. Returns [b, t, d], the sum
+    over the heads whose weights there are.
 
     `p` comes from `absorb`, `over_cache` from a view: its `attend`, for this layer.
     """
-    dtype, exact = x_btd.dtype, precision(x_btd.dtype)
-    q_nope, q_rope = _queries(p, cfg, down(p, cfg, x_btd), rope)
+    dtype, exact = low.q_btq.dtype, precision(low.q_btq.dtype)
+    q_nope, q_rope = _queries(p, cfg, low, rope)
     q_bthc = jnp.einsum("bthn,hnc->bthc", q_nope, p["wk_hnc"].astype(dtype), precision=exact)
     o_bhtc = over_cache(q_bthc, q_rope, softmax_scale(cfg))
     o_bthv = jnp.einsum("bhtc,hcv->bthv", o_bhtc, p["wv_hcv"].astype(dtype), precision=exact)
     return linear(o_bthv, p["wo_hvd"], n_in=2)
 
 
-def queries(p: Params, cfg: ModelConfig, x_btd: jax.Array, rope: Rope) -> jax.Array:
-    """Of all heads [b, t, h, k], not scaled."""
-    return jnp.concatenate(_queries(p, cfg, down(p, cfg, x_btd), rope), axis=-1)
+def queries(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> jax.Array:
+    """Of the heads whose weights there are [b, t, h, k], not scaled."""
+    return jnp.concatenate(_queries(p, cfg, low, rope), axis=-1)
 
 
 def expand_latents(p: Params, latent: LatentCache) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import core_inputs
 from deepseek_jax.model.cache import PagedView
 from deepseek_jax.model.layers import Params, linear
-from deepseek_jax.model.mla import Rope, expand_latents, queries
+from deepseek_jax.model.mla import Low, Rope, expand_latents, queries
 from deepseek_jax.model.rope import softmax_scale
 from pallas_kernels.mla_attention.ops import mla_attention
 
@@ -61,33 +61,34 @@ class _Seen(NamedTuple):
 def mla_over_pages(
     p: Params,
     cfg: ModelConfig,
-    x_btd: jax.Array,
+    low: Low,
     rope: Rope,
     view: PagedView,
     i: int | jax.Array,
     to_the_end: bool,
 ) -> jax.Array:
-    """t new tokens attend over pages that already hold them, in layer i. Returns [b, t, d]; what it holds for a token that
-    does not count means nothing.
+    """t new tokens, projected `down`, attend over pages that already hold them, in layer i. Returns [b, t, d], the sum over
+    the heads whose weights there are; what it holds for a token that does not count means nothing.
 
     `p` comes from `mla.absorb`. Cached tokens are expanded some thousands at a time, to the end of the longest sequence, or
     `to_the_end` of the table, by a loop whose length the program knows.
     """
-    q_bthk = queries(p, cfg, x_btd, rope)
-    pages, blocks = _blocks(view, *x_btd.shape[:2])
+    q_bthk = queries(p, cfg, low, rope)
+    b, t = q_bthk.shape[:2]
+    pages, blocks = _blocks(view, b, t)
     slots = pages * view.pages_lpsw.shape[2]
 
     def attend(j: int | jax.Array) -> _Seen:
         k_bshk, v_bshv = expand_latents(p, view.read(i, j * pages, pages, cfg))
         qkv = core_inputs(q_bthk, k_bshk, v_bshv, softmax_scale(cfg))
-        out, lse = mla_attention(*qkv, None, view.lengths - x_btd.shape[1] - j * slots)
+        out, lse = mla_attention(*qkv, None, view.lengths - t - j * slots)
         return _Seen(out.astype(jnp.float32), jnp.where(lse == jnp.inf, -jnp.inf, lse))
 
     seen = attend(0)
     if blocks > 1:
         end = blocks if to_the_end else jnp.minimum(-(-jnp.max(view.lengths) // slots), blocks)
         seen = lax.fori_loop(1, end, lambda j, seen: seen.merged(attend(j)), seen)
-    o_bthv = jnp.swapaxes(seen.out, 1, 2).astype(x_btd.dtype)
+    o_bthv = jnp.swapaxes(seen.out, 1, 2).astype(low.q_btq.dtype)
     return linear(o_bthv, p["wo_hvd"], n_in=2)
 
 

@@ -50,5 +50,35 @@ class Whole:
         """This device's tokens, summed over all heads, from the sum over this device's heads for all tokens."""
         return partial_btd
 
+    # Over pages, each device has rows of its own, whose latents it keeps; those that divide sequences run all of them.
+
+    def all_rows(self, x_bt: jax.Array) -> jax.Array:
+        """The rows [b, ...] of all devices that divide sequences, from this device's."""
+        return x_bt
+
+    def own_rows(self, h_btd: jax.Array) -> jax.Array:
+        """All tokens of this device's rows, from this device's tokens of all rows."""
+        return h_btd
+
+    def own_tokens(self, h_btd: jax.Array) -> jax.Array:
+        """The inverse of `own_rows`."""
+        return h_btd
+
+    def all_views(self, view: Any) -> Any:
+        """The view of all rows, from that of this device's."""
+        return view
+
+    def seen(self, view: Any, i: Any) -> tuple[Any, Any]:
+        """What the new tokens attend to in layer i, all rows' latents: a view, and which layer of it."""
+        return view, i
+
+    def own_view(self, view: Any) -> Any:
+        """The inverse of `all_views`, after latents were written."""
+        return view
+
+    def ready_heads(self, p: Any) -> Any:
+        """This device's heads of an attention's prepared weights (`mla.py: HEADS`), which it holds whole."""
+        return p
+
 
 WHOLE = Whole()

@@ -24,15 +24,44 @@ Dims: b sequence, t token of the whole sequence, d hidden, q query latent, c key
 import dataclasses
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from deepseek_jax.model.cache import LatentCache
-from deepseek_jax.model.mla import Low
+from deepseek_jax.model.cache import LatentCache, PagedView
+from deepseek_jax.model.mla import HEADS, Low
 from deepseek_jax.model.params import Param, tree_map
 from deepseek_jax.model.sequence import WHOLE, Whole
+from deepseek_jax.precision.product import Quantised
+from pallas_kernels.blocks import BLOCK
+
+
+@flax.struct.dataclass
+class SharedView:
+    """The view of the rows of all devices of a mesh axis, in their order: each device keeps the latents of its `own`, and
+    gathers those of all, a layer at a time, to attend to them. lengths, positions_bt: of all rows."""
+
+    own: PagedView
+    lengths: jax.Array
+    positions_bt: jax.Array
+    sequence: "Divided" = flax.struct.field(pytree_node=False)
+
+    @property
+    def counted_bt(self) -> jax.Array:
+        return self.positions_bt >= 0
+
+    def append(self, i: Any, new: LatentCache) -> "SharedView":
+        return self.replace(own=self.own.append(i, self.sequence.cached(new)))  # type: ignore[attr-defined,no-any-return]
+
+    def gathered(self, i: Any) -> PagedView:
+        """The rows' pages in layer i, one row's behind the other's."""
+        with jax.named_scope("gather_pages"):
+            pages = self.sequence.all_rows(self.own.pages_lpsw[i, self.own.block_table])
+        b, n, *token = pages.shape
+        table = jnp.arange(b * n, dtype=jnp.int32).reshape(b, n)
+        return PagedView(pages.reshape(1, b * n, *token), table, self.lengths, self.positions_bt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +107,43 @@ class Divided(Whole):
     def scattered(self, partial_btd: jax.Array) -> jax.Array:
         with jax.named_scope("scatter_output"):
             return lax.psum_scatter(partial_btd, self.axis, scatter_dimension=1, tiled=True)
+
+    def all_rows(self, x_bt: jax.Array) -> jax.Array:
+        return lax.all_gather(x_bt, self.axis, tiled=True)
+
+    def own_rows(self, h_btd: jax.Array) -> jax.Array:
+        return lax.all_to_all(h_btd, self.axis, 0, 1, tiled=True)
+
+    def own_tokens(self, h_btd: jax.Array) -> jax.Array:
+        return lax.all_to_all(h_btd, self.axis, 1, 0, tiled=True)
+
+    def all_views(self, view: Any) -> SharedView:
+        return SharedView(view, self.all_rows(view.lengths), self.all_rows(view.positions_bt), self)
+
+    def seen(self, view: Any, i: Any) -> tuple[PagedView, int]:
+        return view.gathered(i), 0
+
+    def own_view(self, view: Any) -> Any:
+        return view.own
+
+    def ready_heads(self, p: Any) -> Any:
+        return {name: self._heads(name, w) if name in HEADS else w for name, w in p.items()}
+
+    def _heads(self, name: str, w: Any) -> Any:
+        dim = HEADS[name]
+        if not isinstance(w, Quantised):
+            return self._part(w, dim)
+        assert w.fprop_operand is not None
+        shape, along = list(w.shape), -1 if dim == 0 else -2  # of [out, in]
+        if (wide := w.fprop_operand.q.shape[along] // self.parts) % BLOCK:
+            raise ValueError(
+                f"{name} in FP8: {self.parts} devices of {self.axis} would have {wide} columns each, no multiple of the "
+                f"{BLOCK} that share a scale: change mesh.{self.axis}, or keep no FP8"
+            )
+        shape[dim] //= self.parts
+        q, scale = (self._part(x, x.ndim + along) for x in (w.fprop_operand.q, w.fprop_operand.scale))
+        operand = w.fprop_operand.replace(q=q, scale=scale)  # type: ignore[attr-defined]
+        return dataclasses.replace(w, fprop_operand=operand, master_shape=tuple(shape))
 
 
 def sequence_over(mesh: Mesh | AbstractMesh, tokens: int) -> Whole:

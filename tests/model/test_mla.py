@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model.cache import Apart, LatentCache, View
-from deepseek_jax.model.mla import absorb, mla, mla_decode
+from deepseek_jax.model.mla import absorb, down, mla, mla_decode
 from deepseek_jax.model.rope import rope_table
 from tests.oracle import model as oracle
 from tests.oracle.tiny import V2, V3, checkpoint, rel, weights
@@ -51,7 +51,9 @@ def test_both_forms(cfg):
     positions = jnp.asarray(POSITIONS[:, T - last :])
     masks = jnp.asarray(np.broadcast_to(mask, (B, *mask.shape)))
     over_cache = functools.partial(View(Apart((cache,)), jnp.int32(T - last), positions, masks).attend, 0)
-    absorbed = jax.jit(lambda x: mla_decode(absorb(p, cfg), cfg, x, tail, over_cache))(X[:, T - last :])
+    absorbed = jax.jit(lambda x: mla_decode(absorb(p, cfg), cfg, down(p, cfg, x), tail, over_cache))(
+        X[:, T - last :]
+    )
     assert rel(absorbed, got[:, T - last :]) < 1e-5
 
 

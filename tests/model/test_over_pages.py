@@ -53,8 +53,9 @@ def test_both_forms_over_pages(cfg, kind, blocks, bound, monkeypatch):
         view = written(old, paged_view(pages, table, lengths, 48)._replace(positions_bt=positions))
         view = written(new, paged_view(view.pages_lpsw, table, lengths, T, jnp.asarray(NEW)))
         rope = rope_table(cfg, view.positions_bt)
-        absorbed = mla_decode(p, cfg, new, rope, functools.partial(view.attend, 1))
-        return mla_over_pages(p, cfg, new, rope, view, 1, to_the_end), absorbed
+        low = down(p, cfg, new)
+        absorbed = mla_decode(p, cfg, low, rope, functools.partial(view.attend, 1))
+        return mla_over_pages(p, cfg, low, rope, view, 1, to_the_end), absorbed
 
     for to_the_end in (False, True)[:blocks]:
         got, want = forms(old, new, to_the_end)

@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_jax.model.cache import LatentCache, View, empty_pages, paged_view, view_after_padding
 from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare, room
-from deepseek_jax.model.mla import absorb, mla, mla_decode
+from deepseek_jax.model.mla import absorb, down, mla, mla_decode
 from deepseek_jax.model.rope import rope_table
 from pallas_kernels.mla_decode.ops import dequantize_cache, quantize_cache
 from tests.oracle.tiny import V2, rel, weights
@@ -122,9 +122,9 @@ def test_absorbed_equals_expanded_with_yarn(dtype, bound):
         )
         view = paged_view(view.pages_lpsw, view.block_table, lengths, T)
         tail = tuple(part[:, -T:] for part in rope)
-        return mla_decode(absorb(p, cfg), cfg, x[:, -T:], tail, functools.partial(view.attend, 0)), expanded[
-            :, -T:
-        ]
+        low = down(p, cfg, x[:, -T:])
+        got = mla_decode(absorb(p, cfg), cfg, low, tail, functools.partial(view.attend, 0))
+        return got, expanded[:, -T:]
 
     got, want = forms(x)
     assert got.dtype == dtype
