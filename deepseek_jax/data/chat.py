@@ -104,6 +104,10 @@ class ChatTemplate:
         names = {f"{name}_token": SPECIAL_TOKENS[name] for name in ("bos", "eos")}
         self._tokens = names if tokens is None else dict(tokens)
 
+    def mentions(self, text: str) -> bool:
+        """Whether one of the templates has this in it."""
+        return any(text in source for source in self._sources.values())
+
     def render(
         self,
         messages: Sequence[Message],

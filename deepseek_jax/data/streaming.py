@@ -1,6 +1,6 @@
-"""`StreamDecoder` turns ids into text one at a time, and returns each character as soon as it is certain."""
+"""Text as it comes: `StreamDecoder` makes it of ids, `StopStrings` finds its end; each holds back only what is not certain."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from deepseek_jax.data.tokenizer import Tokenizer
 
@@ -15,10 +15,17 @@ class StreamDecoder:
     Args:
         skip_special: leave out special tokens, as in `Tokenizer.decode`.
         before: the ids that the text goes on from, as in `Tokenizer.text_after`.
+        named: ids that come out as these texts, special or not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False, before: Sequence[int] = ()):
-        self._tokenizer, self._skip = tokenizer, skip_special
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special: bool = False,
+        before: Sequence[int] = (),
+        named: Mapping[int, str] | None = None,
+    ):
+        self._tokenizer, self._skip, self._named = tokenizer, skip_special, named or {}
         self._pending = b""
         # The id before, on which the text of the next may depend.
         self._before = [i for i in before if not (skip_special and tokenizer.is_special(i))][-1:]
@@ -26,6 +33,9 @@ class StreamDecoder:
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, often "" inside a multi-byte character."""
         token_id = int(token_id)
+        if token_id in self._named:
+            self._before = [token_id]
+            return self._broken() + self._named[token_id]
         if self._skip and self._tokenizer.is_special(token_id):
             return ""
         raw = self._tokenizer.token_bytes(token_id)
@@ -62,3 +72,58 @@ class StreamDecoder:
     def _marks(self, count: int) -> str:
         """U+FFFD for `count` broken bytes: one in all, of byte tokens one for each, as the decoders have it."""
         return "\ufffd" * (1 if self._tokenizer.is_byte_level else count)
+
+
+def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Stop strings as a tuple. Raises ValueError for an empty one, which would stop at once."""
+    strings = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+    if not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(f"stop={strings!r}: stop strings must be text of at least one character")
+    return strings
+
+
+def begun(text: str, strings: Iterable[str]) -> int:
+    """Characters at the end of `text` that may begin one of the strings."""
+    return max(
+        (n for s in strings for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0
+    )
+
+
+class StopStrings:
+    """Looks for stop strings in a text, also where these span several of its pieces.
+
+    Of several, the one that is complete first ends the text, and of those complete together the longest, however the
+    text is cut. What may be the beginning of one is held back until it is decided.
+
+    Args:
+        include: the stop string itself belongs to the text.
+
+    Attributes:
+        ended: whether a stop string came.
+        read: characters, held ones included; if it ended, up to the end of the stop string.
+    """
+
+    def __init__(self, stop: Sequence[str] = (), include: bool = False):
+        self._stop, self._include = stop, include
+        self._held = ""
+        self.ended, self.read = False, 0
+
+    def push(self, piece: str) -> str:
+        """Text to show after this piece more."""
+        if self.ended:
+            return ""
+        text = self._held + piece
+        found = [(text.find(s) + len(s), -len(s)) for s in self._stop if s in text]
+        if found:
+            end, length = min(found)
+            self.ended, self.read, self._held = True, self.read + end - len(self._held), ""
+            return text[: end if self._include else end + length]
+        self.read += len(piece)
+        free = len(text) - begun(text, self._stop)
+        self._held = text[free:]
+        return text[:free]
+
+    def flush(self) -> str:
+        """What is held back, where no stop string can go on."""
+        text, self._held = self._held, ""
+        return text

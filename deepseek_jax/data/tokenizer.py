@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Tokenizer:
         is_byte_level: every id stands for fixed bytes, so any text round-trips exactly.
         names: the named special tokens that there are, as `transformers` names them ("bos_token").
         stop_ids: the ids that end a generation.
+        control_ids: the ids that no document has (see above).
         cuts: where a text may be cut so that the pieces have the ids of the whole (cuts.py); None: nowhere.
         bos_id, eos_id, pad_id, fim_hole_id, fim_begin_id, fim_end_id, user_id, assistant_id: ids of special tokens;
             ValueError when the tokenizer has none.
@@ -73,7 +74,7 @@ class Tokenizer:
         stops = (backend.id_to_token(i) or "" for i in self.stop_ids)
         always = {*SPECIAL_TOKENS.values(), *self.names.values(), *stops}
         control = special_tokens.control_tokens(spec["added_tokens"], always)
-        self._control_ids = [token["id"] for token in spec["added_tokens"] if token["content"] in control]
+        self.control_ids = frozenset(t["id"] for t in spec["added_tokens"] if t["content"] in control)
         self._ordinary = [token for token in spec["added_tokens"] if token["content"] not in control]
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(special_tokens.without_control(spec, control)))
         self._plain.encode_special_tokens = True
@@ -211,17 +212,25 @@ class Tokenizer:
         byte = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
         return bytes.fromhex(byte[1]) if byte else None
 
+    def bytes_inside(self, ids: Iterable[int]) -> list[bytes]:
+        """The bytes that each id stands for inside a text, not at its beginning."""
+        raw = {i: self.token_bytes(i) for i in ids}
+        in_place = [i for i, x in raw.items() if x is None]
+        if in_place:  # after some other text, so that no decoder takes them for the first
+            texts = self.decode_batch([[self._word, i] for i in in_place])
+            start = len(self.token(self._word))
+            raw |= {i: text[start:].encode() for i, text in zip(in_place, texts, strict=True)}
+        return [x or b"" for x in raw.values()]
+
+    @functools.cached_property
+    def _word(self) -> int:
+        in_place = [i for i in range(self.vocab_size) if self.token_bytes(i) is None]
+        return next((i for i in in_place if self.token(i).isalpha()), in_place[0])
+
     def byte_lengths(self) -> np.ndarray:
         """int32[vocab_size]: UTF-8 bytes of text each id stands for; 0 for control tokens and unused ids."""
-        raw = [self.token_bytes(i) for i in range(self.vocab_size)]
-        lengths_v = np.array([0 if x is None else len(x) for x in raw], np.int32)
-        in_place = [i for i, x in enumerate(raw) if x is None]
-        if in_place:  # after some other text, so that no decoder takes them for the first
-            first = next((i for i in in_place if self.token(i).isalpha()), in_place[0])
-            texts = self.decode_batch([[first, i] for i in in_place])
-            start = len(self.token(first).encode())
-            lengths_v[in_place] = [len(text.encode()) - start for text in texts]
-        lengths_v[self._control_ids] = 0
+        lengths_v = np.array([len(x) for x in self.bytes_inside(range(self.vocab_size))], np.int32)
+        lengths_v[list(self.control_ids)] = 0
         return lengths_v
 
     # --- special tokens -----------------------------------------------------------------------------------
@@ -229,6 +238,10 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` leaves the id out with `skip_special`."""
         return token_id in self._skipped
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token by its own text, as the vocabulary writes it; None if there is none."""
+        return self._full.token_to_id(token)
 
     def special_id(self, name: str) -> int:
         """Id of a special token by its short name, a key of `SPECIAL_TOKENS`.

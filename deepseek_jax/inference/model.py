@@ -10,6 +10,7 @@ import numpy as np
 from deepseek_jax.checks import choice, is_integer, require, shown
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.streaming import check_stop
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference import scoring
 from deepseek_jax.inference.batch import Completion, Request, completions
@@ -19,7 +20,7 @@ from deepseek_jax.inference.generate import plain
 from deepseek_jax.inference.over_mesh import over_mesh, policy_of, programs
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.speculative import Stats, check_speculative, speculative, stats
-from deepseek_jax.inference.text import Texts, check_stop
+from deepseek_jax.inference.text import Texts
 from deepseek_jax.model.decoding import decoding_config, prepare
 
 Text = str | Sequence[int]

@@ -5,17 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from deepseek_jax.data.streaming import StreamDecoder
+from deepseek_jax.data.streaming import StopStrings, StreamDecoder
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.batch import Completion
-
-
-def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Stop strings as a tuple. Raises ValueError for an empty one, which would stop at once."""
-    strings = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-    if not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(f"stop={strings!r}: stop strings must be text of at least one character")
-    return strings
 
 
 class TextRow:
@@ -34,9 +26,15 @@ class TextRow:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
-        self._decoder, self._stop = StreamDecoder(tokenizer, skip_special=True, before=before), stop
-        self._held = ""
-        self.text, self.ended, self.count = "", False, 0
+        self._decoder, self._stop = (
+            StreamDecoder(tokenizer, skip_special=True, before=before),
+            StopStrings(stop),
+        )
+        self.text, self.count = "", 0
+
+    @property
+    def ended(self) -> bool:
+        return self._stop.ended
 
     def push(self, tokens: Iterable[int]) -> str:
         """Text to show after these tokens more."""
@@ -45,33 +43,14 @@ class TextRow:
             if self.ended:
                 break
             self.count += 1
-            self._read(self._decoder.push(token))
+            self.text += self._stop.push(self._decoder.push(token))
         return self.text[before:]
 
     def close(self) -> str:
         """Text that was held back, at the end of the row."""
-        before = len(self.text)
-        if not self.ended:
-            self._read(self._decoder.flush())
-        if not self.ended:
-            self.text, self._held = self.text + self._held, ""
-        return self.text[before:]
-
-    def _read(self, piece: str) -> None:
-        for character in piece:
-            self._held += character
-            whole = [len(stop) for stop in self._stop if self._held.endswith(stop)]
-            if whole:
-                self.text, self._held, self.ended = self.text + self._held[: -max(whole)], "", True
-                return
-            free = len(self._held) - self._begun()
-            self.text, self._held = self.text + self._held[:free], self._held[free:]
-
-    def _begun(self) -> int:
-        """Characters at the end of what is held that may begin a stop string."""
-        longest = max(map(len, self._stop), default=1) - 1
-        sizes = range(min(longest, len(self._held)), 0, -1)
-        return next((n for n in sizes if any(s.startswith(self._held[-n:]) for s in self._stop)), 0)
+        last = self._stop.push(self._decoder.flush()) + self._stop.flush()
+        self.text += last
+        return last
 
 
 class Texts:

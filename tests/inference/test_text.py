@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from deepseek_jax.inference.text import TextRow, check_stop
+from deepseek_jax.data.streaming import check_stop
+from deepseek_jax.inference.text import TextRow
 from tests.inference.checkpoint import tokenizer
 
 TEXT = "the keys and the values ± 木 share the latent"
