@@ -16,10 +16,11 @@ from deepseek_jax.data.special_tokens import stop_ids
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf.config import quantization
 from deepseek_jax.inference.model import Model
-from deepseek_jax.inference.over_mesh import check_fp8, parameter_shardings
+from deepseek_jax.inference.over_mesh import check_fp8
 from deepseek_jax.json_files import read_object
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
+from deepseek_jax.parallel.prepared import parameter_shardings
 from deepseek_jax.precision import preset
 
 

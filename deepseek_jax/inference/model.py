@@ -17,11 +17,12 @@ from deepseek_jax.inference.batch import Completion, Request, completions
 from deepseek_jax.inference.description import describe
 from deepseek_jax.inference.driver import Method, stream
 from deepseek_jax.inference.generate import plain
-from deepseek_jax.inference.over_mesh import over_mesh, policy_of, programs
+from deepseek_jax.inference.over_mesh import over_mesh, programs
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.speculative import Stats, check_speculative, speculative, stats
 from deepseek_jax.inference.text import Texts
 from deepseek_jax.model.decoding import decoding_config, prepare
+from deepseek_jax.parallel.prepared import policy_of
 
 Text = str | Sequence[int]
 

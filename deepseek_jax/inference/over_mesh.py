@@ -26,72 +26,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.inference.batch import Batch, Prompts, Request
 from deepseek_jax.inference.driver import Method, State, complete, grown, in_turn, steps
 from deepseek_jax.inference.generate import prefill, step
-from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
+from deepseek_jax.model.decoding import decoding_config, unrolled
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS
 from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.parallel.layout import few_tokens, many_tokens
-from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, WHOLE_ATTENTION, make_mesh, param_specs, rules
+from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES
+from deepseek_jax.parallel.prepared import (
+    WHOLE,
+    Devices,
+    generation_mesh,
+    parameter_shardings,
+    parameter_specs,
+    policy_of,
+    preparation,
+    ready_specs,
+)
 from deepseek_jax.precision.policy import Policy
-from deepseek_jax.precision.product import Quantised
 
-WHOLE, ROWS = PartitionSpec(), PartitionSpec(TOKEN_AXES)
-
-
-Devices = tuple[Any, ...] | None  # of a mesh; None: those at hand
-
-
-@functools.cache
-def generation_mesh(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> Mesh:
-    """The devices of `mesh`. Raises ValueError for what generation does not do, and for what does not divide."""
-    for name, idle in (("pipe", 1), ("zero", False), ("overlap", False)):
-        if getattr(mesh, name) != idle:
-            raise ValueError(
-                f"mesh.{name}={getattr(mesh, name)} is for training: generation divides work over "
-                f"{', '.join(TOKEN_AXES)}; leave it out"
-            )
-    devices = make_mesh(mesh, at)
-    param_specs(model_params(cfg), devices, rules(mesh, devices))  # heads of the prefill divide
-    return devices
-
-
-def _specs(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> Any:
-    devices = generation_mesh(cfg, mesh, at)
-    spread = "expert" in rules(mesh, devices)
-    return param_specs(model_params(cfg), devices, WHOLE_ATTENTION if spread else {})
-
-
-def parameter_shardings(cfg: ModelConfig, mesh: MeshConfig) -> Any:
-    """Where `generate_over_mesh` reads each parameter: a tree of shardings, for `deepseek_jax.hf.load`. A weight in FP8 lies
-    as a whole weight does, its scales beside it."""
-    put = functools.partial(NamedSharding, generation_mesh(cfg, mesh))
-    return jax.tree.map(put, _specs(cfg, mesh), is_leaf=lambda x: isinstance(x, PartitionSpec))
-
-
-def _prepare(params: Any, cfg: ModelConfig) -> Any:
-    """Parameters for decoding; no MTP module drafts over a mesh."""
-    return prepare({name: p for name, p in params.items() if name != "mtp"}, cfg, whole=False)
-
-
-def _ready_specs(cfg: ModelConfig, specs: Any) -> Any:
-    """Of `_prepare`'s result: experts are spread as in `specs`, everything else is whole. A prefix of the tree, which fits
-    whatever a weight brings: values and scales have experts where an array has them."""
-    declared = {name: p for name, p in model_params(cfg).items() if name != "mtp"}
-    ready: dict[str, Any] = dict.fromkeys(declared, WHOLE)
-    if cfg.num_moe_layers:
-        of_experts = specs["moe_layers"]["ffn"]["experts"]["w_up_edf"]  # [layer, expert, ...]
-        block: dict[str, Any] = dict.fromkeys(declared["moe_layers"], WHOLE)
-        of_experts = PartitionSpec(*of_experts[1:]) if unrolled(cfg) else of_experts
-        block["ffn"] = dict.fromkeys(declared["moe_layers"]["ffn"], WHOLE) | {"experts": of_experts}
-        ready["moe_layers"] = [block] * cfg.num_moe_layers if unrolled(cfg) else block
-    return ready
+ROWS = PartitionSpec(TOKEN_AXES)
 
 
 # --- the programs -------------------------------------------------------------------------------------------------
@@ -123,12 +83,6 @@ def check_fp8(mesh: MeshConfig) -> None:
         )
 
 
-def policy_of(params: Any) -> Policy | None:
-    """By which weights in FP8 are multiplied, if there are any."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantised))
-    return next((x.policy for x in leaves if isinstance(x, Quantised)), None)
-
-
 def _anyone(going_b: jax.Array) -> jax.Array:
     return lax.psum(going_b.any().astype(jnp.int32), TOKEN_AXES) > 0
 
@@ -148,18 +102,16 @@ def programs(
     devices, decoding = generation_mesh(cfg, mesh, at), decoding_config(cfg)
     if policy is not None:
         check_fp8(mesh)
-    specs, options = _specs(cfg, mesh, at), compiler_options(mesh, devices)
+    specs, options = parameter_specs(cfg, mesh, devices), compiler_options(mesh, devices)
     wire = AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
     few = few_tokens(cfg, mesh, devices, wire)
-    ready_specs = _ready_specs(decoding, specs)
+    of_ready = ready_specs(decoding, specs, drafts=False)
     prefilled, decoded = _state_specs(BY_LAYER), _state_specs(ROWS if unrolled(decoding) else BY_LAYER)
     over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
     compiled = functools.partial(jax.jit, compiler_options=options)
 
-    @compiled
-    @functools.partial(over_devices, in_specs=(specs,), out_specs=ready_specs)
-    def run_prepare(params: Any) -> Any:
-        return _prepare(params, decoding)
+    prepared = preparation(cfg, drafts=False)
+    run_prepare = compiled(over_devices(prepared, in_specs=(specs,), out_specs=of_ready))
 
     prompts_specs = Prompts(PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES), ROWS)  # type: ignore[arg-type]
 
@@ -176,7 +128,7 @@ def programs(
         return over_devices(local, in_specs=(prefilled,), out_specs=decoded)(state)
 
     @functools.partial(compiled, donate_argnames="state")
-    @functools.partial(over_devices, in_specs=(ready_specs, BATCH, WHOLE, decoded, WHOLE), out_specs=decoded)
+    @functools.partial(over_devices, in_specs=(of_ready, BATCH, WHOLE, decoded, WHOLE), out_specs=decoded)
     def run_advance(ready: Any, batch: Batch, bias_le: Any, state: State, at_most: jax.Array) -> State:
         one = functools.partial(step, ready, decoding, batch, bias_le, layout=few)
         return steps(one, state, at_most, _anyone)

@@ -11,7 +11,7 @@ import deepseek_jax
 from deepseek_jax import hf
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.hf import arrays, convert
-from deepseek_jax.inference.over_mesh import parameter_shardings
+from deepseek_jax.parallel.prepared import parameter_shardings
 from tests.oracle.tiny import V3, weights
 
 LAYERS, EXPERTS, HIDDEN, INNER = 12, 16, 256, 128

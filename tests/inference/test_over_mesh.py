@@ -20,9 +20,7 @@ from deepseek_jax.inference.driver import complete
 from deepseek_jax.inference.generate import generate, plain
 from deepseek_jax.inference.over_mesh import (
     generate_over_mesh,
-    generation_mesh,
     over_mesh,
-    parameter_shardings,
     programs,
 )
 from deepseek_jax.inference.sampling import Sampling
@@ -31,6 +29,7 @@ from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare
 from deepseek_jax.model.layers import logits
 from deepseek_jax.parallel.layout import few_tokens
 from deepseek_jax.parallel.mesh import TOKEN_AXES
+from deepseek_jax.parallel.prepared import generation_mesh, parameter_shardings
 from experiments.generate import parse_mesh
 from tests.inference.checkpoint import save_checkpoint, save_run
 from tests.oracle.tiny import weights

@@ -1,0 +1,98 @@
+"""The parameters of generation over a mesh: where they lie, as they are and as decoding reads them (`model/decoding.py: prepare`).
+
+Experts are spread over node x local x tensor, those of the MTP module, which drafts, too; everything else is whole on each
+device, of whose heads a prefill over `tensor` takes a slice.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
+from deepseek_jax.model.transformer import model_params
+from deepseek_jax.parallel.mesh import TOKEN_AXES, WHOLE_ATTENTION, make_mesh, param_specs, rules
+from deepseek_jax.precision.policy import Policy
+from deepseek_jax.precision.product import Quantised
+
+Devices = tuple[Any, ...] | None  # of a mesh; None: those at hand
+WHOLE = PartitionSpec()
+
+
+@functools.cache
+def generation_mesh(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> Mesh:
+    """The devices of `mesh`. Raises ValueError for what generation does not do, and for what does not divide."""
+    for name, idle in (("pipe", 1), ("zero", False), ("overlap", False)):
+        if getattr(mesh, name) != idle:
+            raise ValueError(
+                f"mesh.{name}={getattr(mesh, name)} is for training: generation divides work over "
+                f"{', '.join(TOKEN_AXES)}; leave it out"
+            )
+    devices = make_mesh(mesh, at)
+    param_specs(model_params(cfg), devices, rules(mesh, devices))  # heads of the prefill divide
+    return devices
+
+
+def parameter_specs(cfg: ModelConfig, mesh: MeshConfig, devices: Mesh | AbstractMesh) -> Any:
+    """Of each parameter: experts over the devices that share them, all else whole."""
+    spread = "expert" in rules(mesh, devices)
+    return param_specs(model_params(cfg), devices, WHOLE_ATTENTION if spread else {})
+
+
+def parameter_shardings(cfg: ModelConfig, mesh: MeshConfig) -> Any:
+    """Where generation over a mesh reads each parameter: a tree of shardings, for `deepseek_jax.hf.load`. A weight in FP8 lies
+    as a whole weight does, its scales beside it."""
+    devices = generation_mesh(cfg, mesh)
+    put = functools.partial(NamedSharding, devices)
+    specs = parameter_specs(cfg, mesh, devices)
+    return jax.tree.map(put, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def policy_of(params: Any) -> Policy | None:
+    """By which weights in FP8 are multiplied, if there are any."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantised))
+    return next((x.policy for x in leaves if isinstance(x, Quantised)), None)
+
+
+# --- prepared -----------------------------------------------------------------------------------------------------
+
+
+def _moe_block(declared: Any, of_experts: PartitionSpec) -> dict[str, Any]:
+    block: dict[str, Any] = dict.fromkeys(declared, WHOLE)
+    block["ffn"] = dict.fromkeys(declared["ffn"], WHOLE) | {"experts": of_experts}
+    return block
+
+
+def ready_specs(cfg: ModelConfig, specs: Any, drafts: bool) -> Any:
+    """Of what `preparation` makes of parameters that lie as `specs` say. A prefix of the tree, which fits whatever a weight
+    brings: values and scales have experts where an array has them. cfg: that decoding runs with."""
+    declared = model_params(cfg)
+    ready: dict[str, Any] = {name: WHOLE for name in declared if drafts or name != "mtp"}
+
+    def of_experts(block: Any) -> PartitionSpec:
+        return block["ffn"]["experts"]["w_up_edf"]  # type: ignore[no-any-return]  # [layer, expert, ...]
+
+    if n := cfg.num_moe_layers:
+        spec = of_experts(specs["moe_layers"])
+        spec = PartitionSpec(*spec[1:]) if unrolled(cfg) else spec
+        block = _moe_block(declared["moe_layers"], spec)
+        ready["moe_layers"] = [block] * n if unrolled(cfg) else block
+    if "mtp" in ready:
+        spec = PartitionSpec(*of_experts(specs["mtp"]["block"])[1:])  # the first module, apart
+        ready["mtp"] = dict.fromkeys(declared["mtp"], WHOLE) | {
+            "block": _moe_block(declared["mtp"]["block"], spec)
+        }
+    return ready
+
+
+def preparation(cfg: ModelConfig, drafts: bool) -> Callable[[Any], Any]:
+    """Parameters as one device has them -> the same as decoding reads them, inside `shard_map`."""
+
+    def prepared(params: Any) -> Any:
+        kept = {name: p for name, p in params.items() if drafts or name != "mtp"}
+        return prepare(kept, decoding_config(cfg), whole=False)
+
+    return prepared
