@@ -1,0 +1,317 @@
+"""Which tokens are computed in a step: a queue for slots, slots for sequences, pages for tokens.
+
+One rule: everything is a token that is not computed yet. A step has a budget of tokens. Each sequence whose prompt is computed
+gets a decode row first; chunks of prompts get what is left, of those that have a slot before those that wait. Priority goes
+before arrival everywhere. Who finds no page for its next token takes those of the last in order, which waits again at its old
+place in the queue; the first in order loses nothing, so everything ends.
+
+Steps are launched before the results of earlier ones are known, and the device runs them in order. So pages and slots change
+hands at once: what a launched step still writes for its former owner comes before what a later step writes. Pages that a
+chunk fills can be found from the next step on.
+"""
+
+import bisect
+import operator
+from collections.abc import Sequence
+
+from deepseek_jax.checks import require, shown
+from deepseek_jax.serving.pages import PagePool, page_keys
+from deepseek_jax.serving.request import QueueFullError, Request
+from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
+
+_order = operator.attrgetter("order")
+
+
+class Scheduler:
+    """Call `add` and `abort` at any time; `schedule` gives the next step, which must be launched; `received` takes its results,
+    steps in order, at any time later; `finish` ends a sequence.
+
+    waiting, running: sequences in their order. version: of the weights.
+    """
+
+    def __init__(self, limits: Limits, pool: PagePool, version: int = 0):
+        least = limits.rows * limits.row_tokens + (pool.page if limits.whole_pages else 1)
+        require(
+            limits.budget >= least,
+            f"budget={limits.budget} must be at least {least}: rows={limits.rows} of {limits.row_tokens} tokens, and "
+            "what a prompt computes at least",
+        )
+        require(
+            not limits.whole_pages or limits.chunk >= pool.page,
+            f"chunk={limits.chunk} must be at least a page of {pool.page} tokens",
+        )
+        self.limits, self.pool, self.version = limits, pool, version
+        self.waiting: list[Running] = []
+        self.running: list[Running] = []
+        self._of_id: dict[str, Running] = {}
+        self._slots = list(range(limits.rows - 1, -1, -1))
+        self._arrivals = 0
+        self._coming: dict[bytes, Running] = {}  # pages that chunks of a sequence with a slot will fill
+
+    # --- from and to outside ------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> Running:
+        """Puts a request into the queue. Raises ValueError for what can never run, QueueFullError for too many."""
+        limit = len(request.prompt) + request.max_tokens
+        require(
+            len(request.prompt) > 0 and request.max_tokens > 0,
+            "no token to compute: give a prompt and max_tokens >= 1",
+        )
+        require(
+            limit <= self.limits.max_model_len,
+            f"prompt of {len(request.prompt)} tokens + max_tokens={request.max_tokens} exceeds the "
+            f"{self.limits.max_model_len} tokens that a sequence may have",
+        )
+        pages = self._pages_at_most(limit)
+        require(
+            pages <= self.pool.pages,
+            f"prompt of {len(request.prompt)} tokens + max_tokens={request.max_tokens} take {pages} pages, and the cache "
+            f"has {self.pool.pages}: ask for fewer tokens",
+        )
+        require(
+            request.id not in self._of_id, f"id={shown(request.id)} is that of a request that is not ended"
+        )
+        if self.is_full:
+            raise QueueFullError(f"{len(self.waiting)} requests wait already; try again later")
+        running = Running(request, self._arrivals, list(request.prompt), limit)
+        self._arrivals += 1
+        self._of_id[request.id] = running
+        bisect.insort(self.waiting, running, key=_order)
+        return running
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many wait as may, beyond those that find a slot."""
+        return len(self.waiting) >= self.limits.waiting + len(self._slots)
+
+    def abort(self, id: str) -> Running | None:
+        """Ends a request in whatever state it is; None if there is none."""
+        running = self._of_id.get(id)
+        if running is not None:
+            self.finish(running)
+        return running
+
+    def finish(self, running: Running) -> None:
+        """Ends a sequence: slot and pages are free at once, results in flight become stale. Nothing happens the second time."""
+        if self._of_id.get(running.request.id) is not running:
+            return
+        del self._of_id[running.request.id]
+        if running.slot < 0:
+            self.waiting.remove(running)
+        else:
+            self._take_slot(running)
+        running.epoch += 1
+
+    def received(self, running: Running, epoch: int, tokens: Sequence[int], computed: int) -> bool:
+        """The result of a chunk or a row: what it drew, and of how many tokens it wrote latents that count (all of a chunk's;
+        of a row's as many as it drew). False, and nothing is changed, if it is stale."""
+        if epoch != running.epoch:
+            return False
+        if tokens:
+            counted, unsure = running.launched.popleft()
+            assert 0 <= computed - counted <= unsure, (computed, counted, unsure)
+            running.unsure -= unsure
+            running.computed += computed - counted
+            running.tokens.extend(tokens)
+            self._register(running)
+        return True
+
+    def set_version(self, version: int) -> None:
+        """The weights are others from the next step on: no page of the old ones can be found. Running sequences go on with the
+        latents that they have, which no other will find."""
+        self.version = version
+        self.pool.drop_cache()
+        self._coming.clear()
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def schedule(self, budget: int | None = None) -> Step:
+        """The next step. budget: tokens of chunks at most, in this step; decode rows always go on."""
+        step = Step([], [], [], [])
+        self._add_rows(step)
+        left = self.limits.budget - len(step.rows) * self.limits.row_tokens
+        if budget is not None:
+            left = min(left, budget)
+        if self.limits.whole_pages and 0 < left < self.pool.page:
+            left = self.pool.page  # of a budget that the engine cut; the limit has room for a page
+        for running in self.running:
+            left -= self._add_chunk(step, running, left)
+        if not step.preempted:
+            self._admit(step, left)
+        for chunk in step.chunks:
+            self._register(chunk.running)
+        return step
+
+    def _add_rows(self, step: Step) -> None:
+        drafts = self.limits.drafts
+        for running in list(self.running):
+            if running.slot < 0:
+                break  # it was preempted, as all behind it
+            known = len(running.tokens) + len(running.launched) + running.unsure
+            if running.computed < running.goal or known >= running.limit:
+                continue
+            if not self._grow(running, step):
+                break
+            running.computed += 1
+            running.unsure += drafts
+            running.launched.append((1, drafts))
+            step.rows.append(Row(running, running.epoch))
+
+    def _grow(self, running: Running, step: Step) -> bool:
+        """Pages for one more row, from the last in order if need be. False if that is `running` itself."""
+        need = self._pages(running.computed + running.unsure + self.limits.row_tokens) - len(running.pages)
+        while need > 0:
+            pages = self.pool.allocate(need)
+            if pages is not None:
+                running.pages += pages
+                break
+            last = self.running[-1]
+            self._preempt(last)
+            step.preempted.append(last)
+            if last is running:
+                return False
+        return True
+
+    def _preempt(self, running: Running) -> None:
+        self._take_slot(running)
+        running.epoch += 1
+        bisect.insort(self.waiting, running, key=_order)
+
+    def _add_chunk(self, step: Step, running: Running, left: int) -> int:
+        """Of how many tokens the next chunk of this prompt is."""
+        start = running.computed
+        size = min(running.goal - start, self.limits.chunk)
+        if self.limits.whole_pages:
+            size = min(size, self.pool.page)
+            left = 0 if size > left else left
+        size = min(size, left)
+        if size <= 0:
+            return 0
+        running.computed += size
+        samples = running.computed == running.goal
+        if samples:
+            running.launched.append((size, 0))
+        step.chunks.append(
+            Chunk(running, running.epoch, start, running.tokens[start : start + size], samples)
+        )
+        return size
+
+    # --- admission ----------------------------------------------------------------------------------------------------
+
+    def _admit(self, step: Step, left: int) -> None:
+        """Gives slots to those who wait, in order. Only who waits for a page that is being computed is passed over."""
+        least = self.pool.page if self.limits.whole_pages else 1
+        i = 0
+        while i < len(self.waiting) and self._slots and left >= least:
+            running = self.waiting[i]
+            hits = self._hits(running)
+            if hits is None:
+                i += 1
+                continue
+            if not self._give_pages(running, hits):
+                return
+            del self.waiting[i]
+            self._give_slot(running, len(hits))
+            step.admitted.append(running)
+            left -= self._add_chunk(step, running, left)
+
+    def _hits(self, running: Running) -> list[int] | None:
+        """Cached pages with which a prompt begins; None if it should wait for the next one.
+
+        A token is left to compute, whatever is found.
+        """
+        request = running.request
+        if running.awaits is not None and self._is_coming(running, running.awaits):
+            return None
+        self._hash(running)
+        if request.prompt_logprobs is not None or request.routes:
+            return []
+        keys = running.keys[: (len(running.tokens) - 1) // self.pool.page]
+        hits = self.pool.lookup(keys)
+        running.awaits = keys[len(hits)] if len(hits) < len(keys) else None
+        if running.awaits is not None and self._is_coming(running, running.awaits):
+            return None
+        return hits
+
+    def _is_coming(self, running: Running, key: bytes) -> bool:
+        """Whether a sequence that need not wait for those after `running` computes the page of this key."""
+        other = self._coming.get(key)
+        return other is not None and other.request.priority <= running.request.priority
+
+    def _give_pages(self, running: Running, hits: list[int]) -> bool:
+        """Holds the pages found, and new ones for all tokens known. False if there are not so many, or so few that those who
+        run would soon take them back: one is left for every eight of these."""
+        reserve = self.limits.reserve
+        pages = self._pages_at_most(running.limit) if reserve else self._pages(len(running.tokens))
+        left = 0 if reserve else -(-len(self.running) // 8)
+        if not self.pool.fits(pages - len(hits) + left, beside=hits):
+            return False
+        self.pool.share(hits)
+        new = self.pool.allocate(pages - len(hits))
+        assert new is not None
+        running.pages = hits + new
+        return True
+
+    def _give_slot(self, running: Running, hits: int) -> None:
+        running.slot = self._slots.pop()
+        running.goal = len(running.tokens)
+        running.computed = hits * self.pool.page
+        running.registered = hits
+        running.awaits = None
+        if not running.epoch:
+            running.cached_tokens = running.computed
+        for key in running.keys[hits:]:
+            if key not in self.pool:
+                self._coming[key] = running
+        bisect.insort(self.running, running, key=_order)
+
+    def _take_slot(self, running: Running) -> None:
+        self.running.remove(running)
+        self._slots.append(running.slot)
+        self.pool.release(running.pages)
+        for key in running.keys[running.registered :]:
+            if self._coming.get(key) is running:
+                del self._coming[key]
+        running.slot, running.pages = -1, []
+        running.goal = running.computed = running.unsure = running.registered = 0
+        running.launched.clear()
+
+    # --- pages of a sequence ------------------------------------------------------------------------------------------
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.pool.page)
+
+    def _pages_at_most(self, limit: int) -> int:
+        """The last token is never computed; a draft behind the last but one may be."""
+        return self._pages(limit - 1 + self.limits.drafts)
+
+    def _hash(self, running: Running) -> None:
+        """The keys of the full pages, under the present weights; those that it has stay."""
+        if running.version != self.version:
+            running.version, running.keys = self.version, []
+        page, ahead = self.pool.page, self.limits.drafts
+        done = len(running.keys) * page
+        if len(running.tokens) - done >= page + ahead:
+            parent = running.keys[-1] if running.keys else None
+            tokens = running.tokens[done:]
+            running.keys += page_keys(tokens, running.request.salt, self.version, parent, page, ahead)
+
+    def _register(self, running: Running) -> None:
+        """Tells the pool the keys of pages that are full, of tokens that are known and computed.
+
+        A draft head's latent depends on the token behind as well. So with drafts a page's key has that token, and the page is
+        full when it is computed: whoever finds the page finds that latent, too.
+        """
+        page = self.pool.page
+        full = (min(running.computed, len(running.tokens)) - self.limits.drafts) // page
+        if self.limits.whole_pages:
+            full = min(full, running.goal // page)
+        if full <= running.registered or running.version != self.version:
+            return
+        self._hash(running)
+        for i in range(running.registered, full):
+            key = running.keys[i]
+            self._coming.pop(key, None)
+            parent = running.keys[i - 1] if i else None
+            self.pool.register(running.pages[i], key, parent, running.tokens[i * page : (i + 1) * page])
+        running.registered = full
