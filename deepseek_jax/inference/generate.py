@@ -31,7 +31,7 @@ from deepseek_jax.model.layout import Inputs, Layout, single_device
 from deepseek_jax.model.transformer import forward
 
 # So many tokens of a prompt go through the model at once. Of a longer one, equal pieces do so, one after the other: only
-# hidden states, cache, and keys and values of one layer then grow with the prompt. An MTP module that drafts reads it whole.
+# hidden states, cache, and keys and values of one layer then grow with the prompt.
 PIECE = 2048
 
 
@@ -78,20 +78,24 @@ def _in_pieces(
     return jnp.moveaxis(h_nbtd, 0, 1).reshape(b, -1, h_nbtd.shape[-1]), cache
 
 
-def choose(logits_bv: jax.Array, seen_bv: jax.Array, out: Output, batch: Batch) -> Choice:
-    """The next token of each row, from the model's logits."""
+def choose(logits_bv: jax.Array, seen_bv: jax.Array, count_b: jax.Array, batch: Batch) -> Choice:
+    """The token of each row that comes after count_b new ones, from the model's logits."""
     penalty = penalised(logits_bv, seen_bv, batch.sampling)
-    key_b = keys_at(batch.sampling, out.count_b)
+    key_b = keys_at(batch.sampling, count_b)
     token_b, sampled_b = sample(key_b, allowed(penalty, batch.num_ids), batch.sampling)
     return Choice(token_b[:, None], log_prob(logits_bv, token_b)[:, None], sampled_b[:, None])
 
 
 def _chosen(logits_bv: jax.Array, seen_bv: jax.Array, out: Output, batch: Batch) -> tuple[Any, ...]:
     """(output, last token, tokens seen) after the next token."""
-    choice = choose(logits_bv, seen_bv, out, batch)
+    choice = choose(logits_bv, seen_bv, out.count_b, batch)
     token_b = choice.token_bk[:, 0]
-    seen_bv = seen_bv.at[jnp.arange(len(token_b)), token_b].set(True)
-    return emit(out, batch, choice, jnp.ones_like(token_b)), token_b, seen_bv
+    return emit(out, batch, choice, jnp.ones_like(token_b)), token_b, with_seen(seen_bv, token_b)
+
+
+def with_seen(seen_bv: jax.Array, token_b: jax.Array) -> jax.Array:
+    """Tokens seen, one more of each row among them."""
+    return seen_bv.at[jnp.arange(len(token_b)), token_b].set(True)
 
 
 def prefill(

@@ -113,13 +113,13 @@ class Model:
             stop: text that ends a row, and is left out. Rows of ids keep the tokens that it is made of.
             stop_ids: default: the checkpoint's own.
             logprobs: give a `Completion` for each prompt, with log-probabilities and why it ended.
-            speculative: draft with the MTP module (same distribution; `last_stats` has the acceptance).
+            speculative: draft with the MTP module (the same tokens; `last_stats` has the acceptance).
             seed: one, of which each row has a stream of its own, or one for each row.
             sampling: temperature (0, the default, is greedy), top_p, top_k, min_p, repetition_penalty: see
                 `sampling.Sampling`.
 
         Raises:
-            ValueError: see `batch.Request`; speculative over a mesh, or with a repetition penalty.
+            ValueError: see `batch.Request`; speculative over a mesh.
         """
         prompts = _as_lists(prompts)
         single = _is_single(prompts) and len(prompts) > 0
@@ -196,7 +196,7 @@ class Model:
                 "speculative decoding runs on one device: leave out speculative=True or the mesh"
             )
         if drafts:
-            check_speculative(self.config, request.sampling)
+            check_speculative(self.config)
         model = self.params, self.config, self.balance_bias, self._ready()
         if self.mesh is not None:
             return over_mesh(*model, mesh=self.mesh)

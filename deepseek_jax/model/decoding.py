@@ -24,7 +24,7 @@ from deepseek_jax.model.experts import decode_experts, experts_apart
 from deepseek_jax.model.layers import Params, embed, rms_norm
 from deepseek_jax.model.layout import Context, Layout
 from deepseek_jax.model.mla import Low, Rope, absorb, down, latents, mla_decode
-from deepseek_jax.model.mtp import mtp_input
+from deepseek_jax.model.mtp import mtp_input, mtp_latents
 from deepseek_jax.model.over_pages import CPU, H100, expands, mla_over_pages
 from deepseek_jax.model.params import layers_apart
 from deepseek_jax.model.rope import rope_table
@@ -193,14 +193,24 @@ def mtp_decode(
     view: Any,
     balance_bias: jax.Array | None,
     layout: Layout,
+    layer: int = 0,
 ) -> tuple[jax.Array, Any]:
     """The first MTP module on t positions: hidden states h_i of the main model (after its final norm) and the
     tokens that follow, t_{i+1}. Returns (states after its norm [b, t, d], which predict t_{i+2}; the view of its own
-    cache, of one layer)."""
+    cache). layer: of the cache that the view is of, where the module's latents lie."""
     p, sequence = ready["mtp"], layout.sequence
     ctx, view = _context(cfg, view, layout)
     next_btd = embed(ready["embed"], cfg, sequence.own(sequence.all_rows(next_tokens_bt)))
     x_btd = mtp_input(p, cfg, sequence.own_tokens(h_btd), next_btd)
     bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    y_btd, view = _block(p["block"], cfg, x_btd, view, 0, ctx, bias_e)
+    y_btd, view = _block(p["block"], cfg, x_btd, view, layer, ctx, bias_e)
     return sequence.own_rows(rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps)), sequence.own_view(view)
+
+
+def mtp_append(
+    ready: Params, cfg: ModelConfig, h_btd: jax.Array, next_tokens_bt: jax.Array, view: Any, layer: int = 0
+) -> Any:
+    """The view after `mtp_decode` where nothing is predicted: it costs the module's two projections of t positions."""
+    e_btd = embed(ready["embed"], cfg, next_tokens_bt)
+    rope = rope_table(cfg, view.positions_bt)
+    return view.append(layer, mtp_latents(ready["mtp"], cfg, h_btd, e_btd, rope))

@@ -13,6 +13,7 @@ from deepseek_jax.model.block import block, block_params
 from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.layers import Params, embed, linear, rms_norm
 from deepseek_jax.model.layout import Context, Inputs
+from deepseek_jax.model.mla import Rope, down, latents
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.recompute import in_part, recompute
 from deepseek_jax.model.router import BalanceStats
@@ -43,6 +44,14 @@ def mtp_input(
         return linear(jnp.concatenate(joined, axis=-1), p["w_eh_cd"])
 
     return in_part(projected, remat)(p, h_btd, e_btd)
+
+
+def mtp_latents(p: Params, cfg: ModelConfig, h_btd: jax.Array, e_btd: jax.Array, rope: Rope) -> LatentCache:
+    """What a module's attention keeps of positions whose state, and the embedding of whose next token, are known. It is one
+    block: nothing before them, and none of its experts, is needed for it."""
+    x_btd = rms_norm(mtp_input(p, cfg, h_btd, e_btd), p["block"]["attn_norm_d"], cfg.rms_norm_eps)
+    attn = p["block"]["attn"]
+    return latents(attn, cfg, down(attn, cfg, x_btd), rope)
 
 
 def mtp_module(

@@ -114,7 +114,6 @@ def test_one_prompt_and_several_on_the_terminal(folder, model, capsys):
         (["--chat", "--prompt=a"], r"--chat takes its turns from standard input"),
         ([*HOT, "--prompt=a", "--prompt="], "prompt 2 is empty"),
         ([*HOT, "--prompt=a", "--top_k=-2"], "top_k=-2 must be"),
-        ([*HOT, "--prompt=a", "--repetition_penalty=2", "--speculative"], "does not go with speculative"),
     ],
 )
 def test_mistakes(folder, arguments, message):
