@@ -180,7 +180,7 @@ class Model:
         known = None if self.tokenizer is None else min(self.tokenizer.vocab_size, self.config.vocab_size)
         return Request([self._ids(p) for p in prompts], max_new_tokens, sampling, stops, seed, known)
 
-    def _ready(self) -> Any:
+    def ready(self) -> Any:
         """The parameters as decoding reads them, made once for `self.params`."""
         if self._prepared is None or self._prepared[0] is not self.params:
             if self.mesh is None:
@@ -197,7 +197,7 @@ class Model:
             )
         if drafts:
             check_speculative(self.config)
-        model = self.params, self.config, self.balance_bias, self._ready()
+        model = self.params, self.config, self.balance_bias, self.ready()
         if self.mesh is not None:
             return over_mesh(*model, mesh=self.mesh)
         return speculative(*model) if drafts else plain(*model)

@@ -1,0 +1,32 @@
+"""An engine for a loaded model."""
+
+from collections.abc import Callable
+from typing import Any
+
+from deepseek_jax.model.decoding import decoding_config
+from deepseek_jax.serving.engine import Engine
+from deepseek_jax.serving.one_device import OneDevice
+from deepseek_jax.serving.options import Options
+from deepseek_jax.serving.programs import Weights
+
+DEFAULT = Options()
+
+
+def weights_of(model: Any, ready: Any) -> Weights:
+    """ready: the parameters of `model`, an `inference.model.Model`, as decoding reads them."""
+    known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
+    return Weights(ready, model.balance_bias, min(known, model.config.vocab_size))
+
+
+def build(model: Any, options: Options = DEFAULT, said: Callable[[str], None] = lambda text: None) -> Engine:
+    """A warm engine: every program that it will ever launch is compiled, and was timed.
+
+    said: hears what is compiled next. Raises ValueError for options that do not go with the model.
+    """
+    cfg = decoding_config(model.config)
+    pages = options.pages_for(cfg, cfg.num_hidden_layers)
+    device = OneDevice(cfg, options.sizes(cfg), pages, options.cache == "fp8")
+    device.weights = weights_of(model, model.ready())
+    for name in device.warm_up():
+        said(name)
+    return Engine(device, options)

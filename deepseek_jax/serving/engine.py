@@ -1,0 +1,309 @@
+"""The engine: requests in, tokens out, one step after the other, each for all that run.
+
+A turn (`Engine.step`) has three parts. The scheduler of each rank says which sequences take part (`scheduler.py`); programs
+are launched, without waiting (`one_device.py`, `over_mesh.py`); and the results of the turn before are read, which came while
+this one was launched. So the device always has the next step, and the host knows each token one step late: what was launched
+for a sequence that had ended is dropped.
+
+`thread.py: EngineThread` runs it for callers of other threads.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from deepseek_jax.checks import require
+from deepseek_jax.serving.assign import choose_rank
+from deepseek_jax.serving.one_device import OneDevice
+from deepseek_jax.serving.options import Options
+from deepseek_jax.serving.pages import PagePool
+from deepseek_jax.serving.programs import chunk_plan, decode_plan
+from deepseek_jax.serving.request import PromptToken, Request, Token, Update
+from deepseek_jax.serving.scheduler import Chunk, Limits, Row, Running, Scheduler, Step
+
+
+class Flight(NamedTuple):
+    """A program that was launched: whose rows it has, by (row, chunk or decode row), and its results on the device."""
+
+    rows: Sequence[tuple[int, Any]]
+    drawn: Any
+    given: Any
+    version: int
+
+
+@dataclasses.dataclass
+class _Record:
+    """What the engine has of a request beside the scheduler. paged: pages that the device knows of; given: of the prompt."""
+
+    running: Running
+    rank: int
+    paged: int = 0
+    new: list[Token] = dataclasses.field(default_factory=list)
+    given: dict[int, PromptToken] = dataclasses.field(default_factory=dict)
+    told_prompt: bool = False
+
+
+@dataclasses.dataclass
+class Stats:
+    """Counts since the start; of tokens but for requests, steps and preemptions. ended: requests by finish reason."""
+
+    steps: int = 0
+    prompt: int = 0
+    generated: int = 0
+    cache_queries: int = 0
+    cache_hits: int = 0
+    preemptions: int = 0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    ended: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+
+class Engine:
+    """Runs requests over a model. Not for several threads at once.
+
+    Args:
+        device: `OneDevice`, or the same over a mesh; warmed up.
+
+    Attributes:
+        version: of the weights, stamped on every token.
+        schedulers: one for each rank.
+    """
+
+    def __init__(self, device: OneDevice, options: Options = Options(), version: int = 0):  # noqa: B008
+        self.device, self.options, self.version = device, options, version
+        sizes = device.sizes
+        limits = Limits(
+            rows=sizes.slots,
+            budget=sizes.slots * 2 + sizes.chunks[-1][1],
+            chunk=sizes.chunks[-1][1],
+            max_model_len=sizes.max_model_len,
+            waiting=options.waiting,
+            reserve=options.invariant,
+            whole_pages=options.invariant,
+        )
+        self.schedulers = [
+            Scheduler(limits, PagePool(device.pages), version) for _ in range(device.ranks)
+        ]
+        self.stats = Stats()
+        self._records: dict[str, _Record] = {}
+        self._flights: collections.deque[list[Flight]] = collections.deque()
+        self._ended: list[Update] = []  # without a step: aborted
+
+    # --- what is asked ---
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._records or self._flights or self._ended)
+
+    def submit(self, request: Request) -> None:
+        """Raises ValueError for what can never run, QueueFullError where the queue is full."""
+        request.check(self.device.cfg.vocab_size, self.device.sizes.max_model_len)
+        require(request.id not in self._records, f"request id {request.id!r} is in use: give another")
+        rank = choose_rank(self.schedulers, request)
+        self._records[request.id] = _Record(self.schedulers[rank].add(request), rank)
+
+    def abort(self, request_id: str, reason: str = "abort") -> None:
+        """Ends a request, in whatever state it is; unknown ones are none."""
+        record = self._records.pop(request_id, None)
+        if record is not None:
+            self.schedulers[record.rank].abort(request_id)
+            self._ended.append(self._update(record, reason))
+
+    def load(self, weights: Any, version: int) -> None:
+        """Goes on with other weights; what was launched before is read first, and the prefix cache dropped."""
+        while self._flights:
+            self._ended += self._read(self._flights.popleft())
+        self.device.weights, self.version = weights, version
+        for scheduler in self.schedulers:
+            scheduler.set_version(version)
+
+    # --- a turn ---
+
+    def step(self) -> list[Update]:
+        """One turn; returns what is new of each request that has something new."""
+        updates, self._ended = self._ended, []
+        steps = [scheduler.schedule(self._budget(scheduler)) for scheduler in self.schedulers]
+        launched = self._launch(steps)
+        if launched:
+            self._flights.append(launched)
+            self.stats.steps += 1
+        while len(self._flights) > bool(launched):
+            updates += self._read(self._flights.popleft())
+        return updates
+
+    def _budget(self, scheduler: Scheduler) -> int | None:
+        """Tokens of chunks in this turn: as many as do not hold the decode rows up for long. None: no bound."""
+        rows = sum(running.computed >= running.goal for running in scheduler.running)
+        if not rows or self.options.invariant:
+            return None
+        sizes, seconds = self.device.sizes, self.device.seconds
+        allowed = self.options.stall * seconds.get(("decode", sizes.rows_for(rows)), 0.0)
+        fitting = [r * t for r, t in sizes.chunks if seconds.get(("prefill", r, t), 0.0) <= allowed]
+        return max(fitting, default=sizes.chunks[0][1])
+
+    def _launch(self, steps: list[Step]) -> list[Flight]:
+        for rank, step in enumerate(steps):
+            for running in step.admitted:
+                self._admit(rank, running)
+            self.stats.preemptions += len(step.preempted)
+        flights = []
+        if any(step.rows for step in steps):
+            flights.append(self._launch_rows([step.rows for step in steps]))
+        chunks = [sorted(step.chunks, key=lambda chunk: -len(chunk.tokens)) for step in steps]
+        while any(chunks):
+            flights.append(self._launch_chunks(chunks))
+        return flights
+
+    def _admit(self, rank: int, running: Running) -> None:
+        request = running.request
+        record = self._records[request.id]
+        record.paged = 0
+        answer = running.tokens[len(request.prompt) :]
+        self.device.admit(rank, running.slot, request, answer)
+        if not answer:
+            self.stats.cache_queries += len(request.prompt)
+            self.stats.cache_hits += running.cached_tokens
+
+    def _launch_rows(self, ranks: list[list[Row]]) -> Flight:
+        each = self.device.sizes.rows_for(max(map(len, ranks)))
+        plan, rows = decode_plan(each * len(ranks), self.device.words), []
+        for rank, decoding in enumerate(ranks):
+            for i, row in enumerate(decoding, rank * each):
+                running = row.running
+                record = self._records[running.request.id]
+                plan.slot_r[i] = running.slot
+                if record.paged < len(running.pages):
+                    plan.page_r[i], plan.index_r[i] = running.pages[record.paged], record.paged
+                    record.paged += 1
+                rows.append((i, row))
+        return self._flight(rows, self.device.decode(self._masked(plan, rows)), None)
+
+    def _launch_chunks(self, ranks: list[list[Chunk]]) -> Flight:
+        """The longest chunks that are left, as many as go into one program; takes them out of `ranks`."""
+        sizes = self.device.sizes
+        tokens = sizes.tokens_for(max(len(chunks[0].tokens) for chunks in ranks if chunks))
+        alike = [sum(sizes.tokens_for(len(chunk.tokens)) == tokens for chunk in chunks) for chunks in ranks]
+        each = sizes.prompts_for(max(alike), tokens)
+        plan = chunk_plan(each * len(ranks), tokens, sizes.pages_each, self.device.words)
+        rows = []
+        for rank, chunks in enumerate(ranks):
+            for i, chunk in enumerate(chunks[:each], rank * each):
+                self._put(plan, i, chunk)
+                rows.append((i, chunk))
+            del chunks[:each]
+        drawn, given = self.device.prefill(self._masked(plan, rows))
+        return self._flight(rows, drawn, given if plan.asks_r.any() else None)
+
+    def _put(self, plan: Any, i: int, chunk: Chunk) -> None:
+        """Row i of a program is this chunk."""
+        running, n = chunk.running, len(chunk.tokens)
+        end = chunk.start + n
+        plan.slot_r[i], plan.start_r[i], plan.new_r[i] = running.slot, chunk.start, n
+        plan.tokens_rt[i, -n:] = chunk.tokens
+        following = running.tokens[chunk.start + 1 : end + 1]
+        plan.next_rt[i, plan.next_rt.shape[1] - n :][: len(following)] = following
+        plan.samples_r[i] = chunk.samples
+        plan.asks_r[i] = running.request.prompt_logprobs is not None
+        plan.table_rn[i, : len(running.pages)] = running.pages
+        self._records[running.request.id].paged = len(running.pages)
+
+    def _masked(self, plan: Any, rows: list[tuple[int, Any]]) -> Any:
+        """The plan with what the grammars of its rows allow."""
+        constrained = [
+            (i, row.running.request.grammar)
+            for i, row in rows
+            if row.running.request.grammar is not None and getattr(row, "samples", True)
+        ]
+        if not constrained:
+            return plan
+        mask_rw = np.full(plan.mask_rw.shape, 2**32 - 1, np.uint32)
+        for i, grammar in constrained:
+            plan.masked_r[i], mask_rw[i] = True, grammar.mask()
+        return plan._replace(mask_rw=mask_rw)
+
+    def _flight(self, rows: list[tuple[int, Any]], drawn: Any, given: Any) -> Flight:
+        for x in jax.tree.leaves((drawn, given)):
+            x.copy_to_host_async()
+        return Flight(rows, drawn, given, self.version)
+
+    # --- results ---
+
+    def _read(self, flights: Iterable[Flight]) -> list[Update]:
+        """What the programs of a turn brought."""
+        changed: dict[str, _Record] = {}
+        ended: list[Update] = []
+        for flight in flights:
+            drawn = jax.tree.map(np.asarray, flight.drawn)
+            given = None if flight.given is None else jax.tree.map(np.asarray, flight.given)
+            tokens, logprobs = drawn.token_b.tolist(), drawn.logprob_b.tolist()
+            sampled = drawn.sampled_b.tolist()
+            for i, row in flight.rows:
+                running = row.running
+                request = running.request
+                record = self._records.get(request.id)
+                if record is None or record.running is not running or running.epoch != row.epoch:
+                    continue
+                if given is not None and request.prompt_logprobs is not None:
+                    _keep(record, row, given, i)
+                if not getattr(row, "samples", True):
+                    continue
+                self.schedulers[record.rank].received(running, row.epoch, [tokens[i]], 1)
+                top = _top(request.logprobs, drawn.top_ids_bk, drawn.top_logprobs_bk, i)
+                record.new.append(Token(tokens[i], logprobs[i], sampled[i], flight.version, top))
+                self.stats.generated += 1
+                if request.grammar is not None:
+                    request.grammar.accept(tokens[i])
+                reason = _reason(request, running, tokens[i])
+                if reason is None:
+                    changed[request.id] = record
+                    continue
+                self.schedulers[record.rank].finish(running)
+                changed.pop(request.id, None)
+                del self._records[request.id]
+                ended.append(self._update(record, reason))
+        return [*(self._update(record) for record in changed.values()), *ended]
+
+    def _update(self, record: _Record, reason: str | None = None) -> Update:
+        """What is new of a request since the last time."""
+        new, record.new = record.new, []
+        running, prompt = record.running, None
+        if not record.told_prompt and (new or reason):
+            record.told_prompt = True
+            self.stats.prompt += len(running.request.prompt)
+            if running.request.prompt_logprobs is not None and new:
+                first = PromptToken(running.request.prompt[0], None)
+                prompt = [first, *(record.given[i] for i in sorted(record.given))]
+        if reason is not None:
+            self.stats.ended[reason] += 1
+        return Update(running.request.id, new, reason, running.cached_tokens, prompt)
+
+
+def _reason(request: Request, running: Running, token: int) -> str | None:
+    """Why a sequence ends with this token, its last one; None if it goes on."""
+    if token in request.stop_ids:
+        return "stop"
+    answered = len(running.tokens) - len(request.prompt)
+    return "length" if answered >= request.max_tokens else None
+
+
+def _top(asked: int | None, ids: np.ndarray, logprobs: np.ndarray, at: Any) -> list[tuple[int, float]]:
+    if not asked:
+        return []
+    return list(zip(ids[at][:asked].tolist(), logprobs[at][:asked].tolist(), strict=True))
+
+
+def _keep(record: _Record, chunk: Chunk, given: Any, i: int) -> None:
+    """The log-probabilities of the tokens of a prompt that follow those of a chunk."""
+    request, n = chunk.running.request, len(chunk.tokens)
+    pad = given.logprob_rt.shape[1] - n
+    for t in itertools.takewhile(lambda t: chunk.start + t + 1 < len(request.prompt), range(n)):
+        at = (i, pad + t)
+        place = chunk.start + t + 1
+        top = _top(request.prompt_logprobs, given.top_ids_rtk, given.top_logprobs_rtk, at)
+        record.given[place] = PromptToken(request.prompt[place], float(given.logprob_rt[at]), top)

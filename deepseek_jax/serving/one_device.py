@@ -1,0 +1,93 @@
+"""The programs of `programs.py` compiled for one device, with its state: what the engine launches.
+
+`over_mesh.py` has the same methods for the devices of a mesh, each of which is a rank of the engine; here there is one.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.decoding import ONE_DEVICE
+from deepseek_jax.serving.programs import (
+    Chunks,
+    DecodeRows,
+    Given,
+    Weights,
+    chunk_plan,
+    decode_plan,
+    decode_rows,
+    empty_state,
+    prefill_chunks,
+)
+from deepseek_jax.serving.sampler import Drawn, of_request, put
+from deepseek_jax.serving.sizes import Sizes
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def _decode(weights: Weights, cfg: ModelConfig, state: Any, rows: DecodeRows) -> Any:
+    return decode_rows(weights, cfg, ONE_DEVICE, state, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def _prefill(weights: Weights, cfg: ModelConfig, state: Any, chunks: Chunks) -> Any:
+    return prefill_chunks(weights, cfg, ONE_DEVICE, state, chunks)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _admit(state: Any, slot: Any, row: Any) -> Any:
+    return state._replace(slots=put(state.slots, slot, row))
+
+
+class OneDevice:
+    """Launches programs, without waiting for them.
+
+    Args:
+        cfg: the config that decoding runs with (`model.decoding.decoding_config`).
+        pages: of the cache; fp8: in the FP8 layout.
+
+    Attributes:
+        ranks: 1.
+        seconds: how long each program took when it was warmed up, by ("decode", rows) and ("prefill", rows, tokens).
+    """
+
+    ranks = 1
+
+    def __init__(self, cfg: ModelConfig, sizes: Sizes, pages: int, fp8: bool = False):
+        self.cfg, self.sizes, self.pages = cfg, sizes, pages
+        self.words = -(-cfg.vocab_size // 32)
+        self.weights: Weights | None = None
+        self.seconds: dict[tuple[Any, ...], float] = {}
+        self._state = empty_state(cfg, sizes.slots, pages, sizes.pages_each, fp8)
+
+    def admit(self, rank: int, slot: int, request: Any, answer: list[int]) -> None:
+        """The slot's sequence is sampled as `request` says. answer: tokens that it has already."""
+        self._state = _admit(self._state, np.int32(slot), of_request(request, answer, self.cfg.vocab_size))
+
+    def decode(self, rows: DecodeRows) -> Drawn:
+        self._state, drawn = _decode(self.weights, self.cfg, self._state, rows)
+        return drawn
+
+    def prefill(self, chunks: Chunks) -> tuple[Drawn, Given]:
+        self._state, drawn, given = _prefill(self.weights, self.cfg, self._state, chunks)
+        return drawn, given
+
+    def warm_up(self) -> Iterator[str]:
+        """Compiles and times all programs, one after the other; yields what comes next."""
+        for name, run in self._programs():
+            yield " ".join(map(str, name))
+            jax.block_until_ready(run())
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            self.seconds[name] = time.perf_counter() - began
+
+    def _programs(self) -> Iterator[tuple[tuple[Any, ...], Callable[[], Any]]]:
+        for rows in self.sizes.rows:
+            yield ("decode", rows), functools.partial(self.decode, decode_plan(rows, self.words))
+        for rows, tokens in self.sizes.chunks:
+            plan = chunk_plan(rows, tokens, self.sizes.pages_each, self.words)
+            yield ("prefill", rows, tokens), functools.partial(self.prefill, plan)

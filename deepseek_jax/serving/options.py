@@ -1,0 +1,87 @@
+"""How an engine runs; all that a server's flags may change."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from deepseek_jax.checks import choice, is_integer, require, shown
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.cache import PAGE, empty_pages
+from deepseek_jax.model.decoding import on_cpu
+from deepseek_jax.serving.sizes import Sizes
+
+CACHES = ("model", "fp8")
+CPU_CACHE = 2**30  # bytes of pages on a CPU, at most, where nobody says how many
+GPU_SHARE = 0.8  # of what is free on a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The defaults suit a laptop and a GPU.
+
+    Attributes:
+        rows: sequences that run at the same time, on each device.
+        max_model_len: tokens of a sequence, prompt and answer; None: as many as the model has positions.
+        chunk: tokens of prompts that go through the model at once; None: 256 on a CPU, 2,048 on a GPU.
+        pages: of the cache, of 64 tokens, on each device; None: as many as all rows need, or as memory allows.
+        cache: "model", latents in the dtype of decoding, or "fp8".
+        stall: beside decode rows, chunks take at most so many times as long as the rows, but at least one smallest chunk runs:
+            what a prompt that comes adds to the time between two tokens of others.
+        waiting: requests that may wait, at most, for one to end.
+        invariant: a sequence's tokens and log-probabilities are the same bits whatever runs beside it. One size of decode rows
+            and of chunks, and no sequence begins before all its pages are there.
+        drafts: True, False, or "auto": whether the MTP module drafts, always, never, or where it pays.
+    """
+
+    rows: int = 32
+    max_model_len: int | None = None
+    chunk: int | None = None
+    pages: int | None = None
+    cache: str = "model"
+    stall: float = 2.0
+    waiting: int = 256
+    invariant: bool = False
+    drafts: bool | str = False
+
+    def __post_init__(self):
+        for name in ("rows", "max_model_len", "chunk", "pages", "waiting"):
+            value = getattr(self, name)
+            least = 0 if name == "waiting" else 1
+            optional = value is None and name in ("max_model_len", "chunk", "pages")
+            good = optional or (is_integer(value) and value >= least)
+            require(good, f"{name}={shown(value)} must be an integer >= {least}")
+        choice("cache", self.cache, CACHES)
+        require(
+            isinstance(self.stall, int | float) and self.stall > 0 and math.isfinite(self.stall),
+            f"stall={shown(self.stall)} must be a number > 0",
+        )
+        require(self.drafts in (True, False, "auto"), f"drafts={shown(self.drafts)} must be True, False or 'auto'")
+
+    def sizes(self, cfg: ModelConfig) -> Sizes:
+        """Raises ValueError for more tokens than the model has positions."""
+        longest = cfg.max_position_embeddings if self.max_model_len is None else self.max_model_len
+        require(
+            longest <= cfg.max_position_embeddings,
+            f"max_model_len={longest} exceeds max_position_embeddings={cfg.max_position_embeddings}",
+        )
+        chunk = (256 if on_cpu() else 2048) if self.chunk is None else self.chunk
+        return Sizes(self.rows, longest, max(PAGE, min(chunk, longest)), self.invariant)
+
+    def pages_for(self, cfg: ModelConfig, layers: int, device: Any = None) -> int:
+        """Pages on one device. Raises ValueError if there is no room for one whole sequence."""
+        sizes = self.sizes(cfg)
+        if self.pages is not None:
+            return self.pages
+        fp8 = self.cache == "fp8"
+        one = math.prod((x := jax.eval_shape(lambda: empty_pages(cfg, layers, 1, fp8))).shape) * x.dtype.itemsize
+        stats = None if on_cpu() else (device or jax.local_devices()[0]).memory_stats()
+        free = CPU_CACHE if stats is None else GPU_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"])
+        pages = min(sizes.slots * sizes.pages_each, int(free) // one)
+        require(
+            pages >= sizes.pages_each,
+            f"a sequence of max_model_len={sizes.max_model_len} takes {sizes.pages_each} pages of {one / 2**20:.2f} MiB, and "
+            f"memory has room for {pages}: set a smaller max_model_len, or pages",
+        )
+        return pages

@@ -1,0 +1,231 @@
+"""What the engine keeps on the device, and the programs of a step: decode rows, and chunks of prompts.
+
+The state has one entry per slot, in which a request stays while it runs. A program reads from small int32 arrays which slots
+take part and where their tokens go, so that its shape, and so its compilation, depends on a few sizes alone; rows that only
+fill it have slot -1, are written nowhere and go to no expert. A decode row reads its last token from the state: the host need
+not know it. State and pages are consumed by each program and come back from it.
+
+Both are pure functions of one device, and of each device of a mesh inside `shard_map` (`over_mesh.py`).
+
+Dims: s slot, r row of a program, t token of a chunk, n page of a sequence, l layer, p page, w width, v vocabulary, k alternative.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.cache import empty_pages, paged_view
+from deepseek_jax.model.decoding import decode
+from deepseek_jax.model.layers import logits
+from deepseek_jax.model.layout import Layout
+from deepseek_jax.serving.request import TOP
+from deepseek_jax.serving.sampler import Drawn, Slots, draw, empty_slots, given
+
+GIVEN_AT_ONCE = 64  # tokens of a prompt whose logits exist at the same time
+
+
+class Weights(NamedTuple):
+    """ready: parameters from `model.decoding.prepare`; bias_le: of the routers; num_ids: ids from there on are never drawn."""
+
+    ready: Any
+    bias_le: Any
+    num_ids: Any
+
+
+class State(NamedTuple):
+    """Of one device.
+
+    pages_lpsw: of `model.cache.empty_pages`. table_sn: the pages of each slot's sequence. length_s: tokens of it whose latents
+    are in them. token_s: the last one drawn, which is not. slots: how each is sampled.
+    """
+
+    pages_lpsw: jax.Array
+    table_sn: jax.Array
+    length_s: jax.Array
+    token_s: jax.Array
+    slots: Slots
+
+
+def empty_state(cfg: ModelConfig, slots: int, pages: int, pages_each: int, fp8: bool = False) -> State:
+    """pages_each: of one sequence, at most."""
+    zero = functools.partial(jnp.zeros, dtype=jnp.int32)
+    return State(
+        empty_pages(cfg, cfg.num_hidden_layers, pages, fp8),
+        zero((slots, pages_each)),
+        zero(slots),
+        zero(slots),
+        empty_slots(slots, cfg.vocab_size),
+    )
+
+
+class DecodeRows(NamedTuple):
+    """The next token of sequences. slot_r: -1 for no row; page_r: a page more of the sequence, -1 for none; index_r: which
+    of its pages that is; mask_rw: ids that may be drawn, of rows whose masked_r is set (`request.Grammar`)."""
+
+    slot_r: Any
+    page_r: Any
+    index_r: Any
+    masked_r: Any
+    mask_rw: Any
+
+
+class Chunks(NamedTuple):
+    """Tokens of prompts, one sequence in each row.
+
+    slot_r: -1 for no row; start_r: tokens before the chunk; tokens_rt: padded on the left; next_rt: the token after each, -1
+    where nobody knows it; new_r: tokens that are no padding; samples_r: whether the next token is drawn; asks_r: whether
+    log-probabilities of next_rt are wanted; table_rn: the pages of the sequence.
+    """
+
+    slot_r: Any
+    start_r: Any
+    tokens_rt: Any
+    next_rt: Any
+    new_r: Any
+    samples_r: Any
+    asks_r: Any
+    masked_r: Any
+    mask_rw: Any
+    table_rn: Any
+
+
+class Given(NamedTuple):
+    """Log-probabilities of the tokens of a chunk, given those before: [r, t], and the likeliest ones [r, t, k]."""
+
+    logprob_rt: Any
+    top_ids_rtk: Any
+    top_logprobs_rtk: Any
+
+
+# --- the programs -------------------------------------------------------------------------------------------------
+
+
+def _there(slot_r: jax.Array, there_r: jax.Array, slots: int) -> jax.Array:
+    """Slots to be written; those that are not there lie behind the last one, where nothing is written."""
+    return jnp.where(there_r, slot_r, slots)
+
+
+def decode_rows(
+    weights: Weights, cfg: ModelConfig, layout: Layout, state: State, rows: DecodeRows
+) -> tuple[State, Drawn]:
+    """One token more of each row."""
+    slots = len(state.length_s)
+    counted_r = rows.slot_r >= 0
+    slot_r = jnp.maximum(rows.slot_r, 0)
+    write_r = _there(slot_r, counted_r, slots)
+    paged_r = _there(slot_r, counted_r & (rows.page_r >= 0), slots)
+    table_sn = state.table_sn.at[paged_r, rows.index_r].set(rows.page_r, mode="drop")
+    length_r = jnp.where(counted_r, state.length_s[slot_r] + 1, 0)
+    view = paged_view(state.pages_lpsw, table_sn[slot_r], length_r, 1, counted_r.astype(jnp.int32))
+    h_rtd, view = decode(weights.ready, cfg, state.token_s[slot_r][:, None], view, weights.bias_le, layout)
+    sampler, drawn = draw(
+        state.slots,
+        slot_r,
+        logits(weights.ready, h_rtd[:, 0]),
+        length_r,
+        counted_r,
+        masked_b=rows.masked_r,
+        mask_bw=rows.mask_rw,
+        num_ids=weights.num_ids,
+    )
+    state = State(
+        view.pages_lpsw,
+        table_sn,
+        state.length_s.at[write_r].set(length_r, mode="drop"),
+        state.token_s.at[write_r].set(drawn.token_b, mode="drop"),
+        sampler,
+    )
+    return state, drawn
+
+
+def prefill_chunks(
+    weights: Weights, cfg: ModelConfig, layout: Layout, state: State, chunks: Chunks
+) -> tuple[State, Drawn, Given]:
+    """The latents of chunks; of a row that ends its prompt, the next token."""
+    slots = len(state.length_s)
+    counted_r = chunks.slot_r >= 0
+    slot_r = jnp.maximum(chunks.slot_r, 0)
+    write_r = _there(slot_r, counted_r, slots)
+    samples_r = counted_r & chunks.samples_r
+    length_r = jnp.where(counted_r, chunks.start_r + chunks.new_r, 0)
+    new_r = jnp.where(counted_r, chunks.new_r, 0)
+    t = chunks.tokens_rt.shape[1]
+    view = paged_view(state.pages_lpsw, chunks.table_rn, length_r, t, new_r)
+    h_rtd, view = decode(weights.ready, cfg, chunks.tokens_rt, view, weights.bias_le, layout)
+    sampler, drawn = draw(
+        state.slots,
+        slot_r,
+        logits(weights.ready, h_rtd[:, -1]),
+        length_r,
+        samples_r,
+        masked_b=chunks.masked_r,
+        mask_bw=chunks.mask_rw,
+        num_ids=weights.num_ids,
+    )
+    state = State(
+        view.pages_lpsw,
+        state.table_sn.at[write_r].set(chunks.table_rn, mode="drop"),
+        state.length_s.at[write_r].set(length_r, mode="drop"),
+        state.token_s.at[_there(slot_r, samples_r, slots)].set(drawn.token_b, mode="drop"),
+        sampler,
+    )
+    return state, drawn, _given(weights.ready, h_rtd, chunks)
+
+
+def _given(ready: Any, h_rtd: jax.Array, chunks: Chunks) -> Given:
+    """What the next tokens of the chunks had for probabilities; zeros if no row asks."""
+    r, t, d = h_rtd.shape
+    some = next(n for n in range(min(GIVEN_AT_ONCE, r * t), 0, -1) if r * t % n == 0)
+
+    def of_some(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        h_nd, next_n = xs
+        return given(logits(ready, h_nd), jnp.maximum(next_n, 0), TOP)
+
+    def asked() -> Given:
+        parts = lax.map(of_some, (h_rtd.reshape(-1, some, d), jnp.reshape(chunks.next_rt, (-1, some))))
+        return Given(*(x.reshape(r, t, *x.shape[2:]) for x in parts))
+
+    def nobody() -> Given:
+        tops = (r, t, min(TOP, ready["embed"]["w_embed_vd"].shape[0]))
+        return Given(
+            jnp.zeros((r, t), jnp.float32), jnp.zeros(tops, jnp.int32), jnp.zeros(tops, jnp.float32)
+        )
+
+    return lax.cond(jnp.any(chunks.asks_r), asked, nobody)
+
+
+def decode_plan(rows: int, words: int) -> DecodeRows:
+    """No row yet; host arrays."""
+    none = np.full(rows, -1, np.int32)
+    return DecodeRows(none, none.copy(), np.zeros(rows, np.int32), np.zeros(rows, bool), _no_mask(rows, words))
+
+
+def chunk_plan(rows: int, tokens: int, pages_each: int, words: int) -> Chunks:
+    """No row yet; host arrays."""
+
+    def zeros(*shape: int, dtype: Any = np.int32) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    return Chunks(
+        np.full(rows, -1, np.int32),
+        zeros(rows),
+        zeros(rows, tokens),
+        np.full((rows, tokens), -1, np.int32),
+        zeros(rows),
+        zeros(rows, dtype=bool),
+        zeros(rows, dtype=bool),
+        zeros(rows, dtype=bool),
+        _no_mask(rows, words),
+        zeros(rows, pages_each),
+    )
+
+
+@functools.cache
+def _no_mask(rows: int, words: int) -> jax.Array:
+    """Everything may be drawn; on the device, since it is an argument of nearly all steps."""
+    return jnp.full((rows, words), 2**32 - 1, jnp.uint32)

@@ -1,0 +1,63 @@
+"""The sizes for which programs are compiled, all of them when a server starts. No other one is ever launched."""
+
+import bisect
+import dataclasses
+import functools
+
+from deepseek_jax.model.cache import PAGE
+
+SMALLEST_CHUNK = 16
+ROWS_OF_CHUNKS = 8  # prompts in one program, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one device.
+
+    Attributes:
+        slots: sequences that run at the same time.
+        max_model_len: tokens of a sequence.
+        chunk: tokens of prompts in one program.
+        fixed: one size for decode rows, and one of a page for chunks, so that a row's arithmetic is the same whatever
+            runs beside it.
+    """
+
+    slots: int
+    max_model_len: int
+    chunk: int
+    fixed: bool = False
+
+    @property
+    def pages_each(self) -> int:
+        return -(-self.max_model_len // PAGE)
+
+    @functools.cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Decode rows: powers of two, up to all slots."""
+        if self.fixed:
+            return (self.slots,)
+        return (*(1 << i for i in range((self.slots - 1).bit_length())), self.slots)
+
+    @functools.cached_property
+    def chunks(self) -> tuple[tuple[int, int], ...]:
+        """(prompts, tokens of each): 16, 64, 256, ... tokens, of one prompt or of as many as a program takes."""
+        if self.fixed:
+            return ((1, PAGE),)
+        tokens, sizes = min(SMALLEST_CHUNK, self.chunk), []
+        while tokens < self.chunk:
+            most = min(ROWS_OF_CHUNKS, self.chunk // tokens, self.slots)
+            sizes += [(1, tokens)] + [(most, tokens)] * (most > 1)
+            tokens *= 4
+        return (*sizes, (1, self.chunk))
+
+    def rows_for(self, n: int) -> int:
+        return self.rows[bisect.bisect_left(self.rows, n)]
+
+    def tokens_for(self, n: int) -> int:
+        """Tokens of a chunk of n."""
+        return min(tokens for _, tokens in self.chunks if tokens >= n)
+
+    def prompts_for(self, n: int, tokens: int) -> int:
+        """Rows of a program for n chunks, or for the most that one takes."""
+        sizes = [rows for rows, size in self.chunks if size == tokens]
+        return next((rows for rows in sizes if rows >= n), sizes[-1])
