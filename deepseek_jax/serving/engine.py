@@ -24,7 +24,9 @@ from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.pages import PagePool
 from deepseek_jax.serving.programs import chunk_plan, decode_plan
 from deepseek_jax.serving.request import PromptToken, Request, Token, Update
-from deepseek_jax.serving.scheduler import Chunk, Limits, Row, Running, Scheduler, Step
+from deepseek_jax.serving.sampler import most_of
+from deepseek_jax.serving.scheduler import Scheduler
+from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
 
 
 class Flight(NamedTuple):
@@ -87,9 +89,7 @@ class Engine:
             reserve=options.invariant,
             whole_pages=options.invariant,
         )
-        self.schedulers = [
-            Scheduler(limits, PagePool(device.pages), version) for _ in range(device.ranks)
-        ]
+        self.schedulers = [Scheduler(limits, PagePool(device.pages), version) for _ in range(device.ranks)]
         self.stats = Stats()
         self._records: dict[str, _Record] = {}
         self._flights: collections.deque[list[Flight]] = collections.deque()
@@ -182,7 +182,7 @@ class Engine:
                     plan.page_r[i], plan.index_r[i] = running.pages[record.paged], record.paged
                     record.paged += 1
                 rows.append((i, row))
-        return self._flight(rows, self.device.decode(self._masked(plan, rows)), None)
+        return self._flight(rows, self.device.decode(self._masked(plan, rows), _most(rows)), None)
 
     def _launch_chunks(self, ranks: list[list[Chunk]]) -> Flight:
         """The longest chunks that are left, as many as go into one program; takes them out of `ranks`."""
@@ -197,7 +197,7 @@ class Engine:
                 self._put(plan, i, chunk)
                 rows.append((i, chunk))
             del chunks[:each]
-        drawn, given = self.device.prefill(self._masked(plan, rows))
+        drawn, given = self.device.prefill(self._masked(plan, rows), _most(rows))
         return self._flight(rows, drawn, given if plan.asks_r.any() else None)
 
     def _put(self, plan: Any, i: int, chunk: Chunk) -> None:
@@ -253,7 +253,8 @@ class Engine:
                     _keep(record, row, given, i)
                 if not getattr(row, "samples", True):
                     continue
-                self.schedulers[record.rank].received(running, row.epoch, [tokens[i]], 1)
+                computed = len(row.tokens) if isinstance(row, Chunk) else 1
+                self.schedulers[record.rank].received(running, row.epoch, [tokens[i]], computed)
                 top = _top(request.logprobs, drawn.top_ids_bk, drawn.top_logprobs_bk, i)
                 record.new.append(Token(tokens[i], logprobs[i], sampled[i], flight.version, top))
                 self.stats.generated += 1
@@ -282,6 +283,10 @@ class Engine:
         if reason is not None:
             self.stats.ended[reason] += 1
         return Update(running.request.id, new, reason, running.cached_tokens, prompt)
+
+
+def _most(rows: list[tuple[int, Any]]) -> int | None:
+    return most_of(row.running.request for _, row in rows)
 
 
 def _reason(request: Request, running: Running, token: int) -> str | None:

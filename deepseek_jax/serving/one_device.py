@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.decoding import ONE_DEVICE
+from deepseek_jax.inference.sampling import ALL
+from deepseek_jax.model.decoding import ONE_DEVICE, on_cpu
 from deepseek_jax.serving.programs import (
     Chunks,
     DecodeRows,
@@ -24,18 +25,19 @@ from deepseek_jax.serving.programs import (
     empty_state,
     prefill_chunks,
 )
+from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampler import Drawn, of_request, put
 from deepseek_jax.serving.sizes import Sizes
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
-def _decode(weights: Weights, cfg: ModelConfig, state: Any, rows: DecodeRows) -> Any:
-    return decode_rows(weights, cfg, ONE_DEVICE, state, rows)
+@functools.partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames=("state",))
+def _decode(weights: Weights, cfg: ModelConfig, state: Any, rows: DecodeRows, most: int | None) -> Any:
+    return decode_rows(weights, cfg, ONE_DEVICE, state, rows, most)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
-def _prefill(weights: Weights, cfg: ModelConfig, state: Any, chunks: Chunks) -> Any:
-    return prefill_chunks(weights, cfg, ONE_DEVICE, state, chunks)
+@functools.partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames=("state",))
+def _prefill(weights: Weights, cfg: ModelConfig, state: Any, chunks: Chunks, most: int | None) -> Any:
+    return prefill_chunks(weights, cfg, ONE_DEVICE, state, chunks, most)
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -68,26 +70,39 @@ class OneDevice:
         """The slot's sequence is sampled as `request` says. answer: tokens that it has already."""
         self._state = _admit(self._state, np.int32(slot), of_request(request, answer, self.cfg.vocab_size))
 
-    def decode(self, rows: DecodeRows) -> Drawn:
-        self._state, drawn = _decode(self.weights, self.cfg, self._state, rows)
+    def decode(self, rows: DecodeRows, most: int | None) -> Drawn:
+        """most: what the rows ask for (`sampler.most_of`)."""
+        self._state, drawn = _decode(self.weights, self.cfg, self._state, rows, most)
         return drawn
 
-    def prefill(self, chunks: Chunks) -> tuple[Drawn, Given]:
-        self._state, drawn, given = _prefill(self.weights, self.cfg, self._state, chunks)
+    def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
+        self._state, drawn, given = _prefill(self.weights, self.cfg, self._state, chunks, most)
         return drawn, given
 
     def warm_up(self) -> Iterator[str]:
         """Compiles and times all programs, one after the other; yields what comes next."""
+        for request in _to_admit():
+            self.admit(0, 0, request, [])
         for name, run in self._programs():
             yield " ".join(map(str, name))
-            jax.block_until_ready(run())
+            for most in MOST if on_cpu() else range(ALL + 1):
+                jax.block_until_ready(run(most=most))
             began = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(run(most=most))
             self.seconds[name] = time.perf_counter() - began
 
-    def _programs(self) -> Iterator[tuple[tuple[Any, ...], Callable[[], Any]]]:
+    def _programs(self) -> Iterator[tuple[tuple[Any, ...], Callable[..., Any]]]:
         for rows in self.sizes.rows:
             yield ("decode", rows), functools.partial(self.decode, decode_plan(rows, self.words))
         for rows, tokens in self.sizes.chunks:
             plan = chunk_plan(rows, tokens, self.sizes.pages_each, self.words)
             yield ("prefill", rows, tokens), functools.partial(self.prefill, plan)
+
+
+MOST = (None,)  # on a CPU, where a program sees itself what its rows ask for
+
+
+def _to_admit() -> Iterator[Request]:
+    """One that looks back at what was said, and one that does not."""
+    for min_tokens in (1, 0):
+        yield Request("", [0], 1, min_tokens=min_tokens)

@@ -57,7 +57,9 @@ class Options:
             isinstance(self.stall, int | float) and self.stall > 0 and math.isfinite(self.stall),
             f"stall={shown(self.stall)} must be a number > 0",
         )
-        require(self.drafts in (True, False, "auto"), f"drafts={shown(self.drafts)} must be True, False or 'auto'")
+        require(
+            self.drafts in (True, False, "auto"), f"drafts={shown(self.drafts)} must be True, False or 'auto'"
+        )
 
     def sizes(self, cfg: ModelConfig) -> Sizes:
         """Raises ValueError for more tokens than the model has positions."""
@@ -75,7 +77,10 @@ class Options:
         if self.pages is not None:
             return self.pages
         fp8 = self.cache == "fp8"
-        one = math.prod((x := jax.eval_shape(lambda: empty_pages(cfg, layers, 1, fp8))).shape) * x.dtype.itemsize
+        one = (
+            math.prod((x := jax.eval_shape(lambda: empty_pages(cfg, layers, 1, fp8))).shape)
+            * x.dtype.itemsize
+        )
         stats = None if on_cpu() else (device or jax.local_devices()[0]).memory_stats()
         free = CPU_CACHE if stats is None else GPU_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"])
         pages = min(sizes.slots * sizes.pages_each, int(free) // one)

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.inference.sampling import ALL
 from deepseek_jax.model.cache import empty_pages, paged_view
 from deepseek_jax.model.decoding import decode
 from deepseek_jax.model.layers import logits
@@ -111,9 +112,9 @@ def _there(slot_r: jax.Array, there_r: jax.Array, slots: int) -> jax.Array:
 
 
 def decode_rows(
-    weights: Weights, cfg: ModelConfig, layout: Layout, state: State, rows: DecodeRows
+    weights: Weights, cfg: ModelConfig, layout: Layout, state: State, rows: DecodeRows, most: int | None
 ) -> tuple[State, Drawn]:
-    """One token more of each row."""
+    """One token more of each row. most: what the rows ask for at most, where the host says so (`sampler.most_of`)."""
     slots = len(state.length_s)
     counted_r = rows.slot_r >= 0
     slot_r = jnp.maximum(rows.slot_r, 0)
@@ -132,6 +133,7 @@ def decode_rows(
         masked_b=rows.masked_r,
         mask_bw=rows.mask_rw,
         num_ids=weights.num_ids,
+        most=most,
     )
     state = State(
         view.pages_lpsw,
@@ -144,9 +146,9 @@ def decode_rows(
 
 
 def prefill_chunks(
-    weights: Weights, cfg: ModelConfig, layout: Layout, state: State, chunks: Chunks
+    weights: Weights, cfg: ModelConfig, layout: Layout, state: State, chunks: Chunks, most: int | None
 ) -> tuple[State, Drawn, Given]:
-    """The latents of chunks; of a row that ends its prompt, the next token."""
+    """The latents of chunks; of a row that ends its prompt, the next token. most: as for `decode_rows`."""
     slots = len(state.length_s)
     counted_r = chunks.slot_r >= 0
     slot_r = jnp.maximum(chunks.slot_r, 0)
@@ -166,6 +168,7 @@ def prefill_chunks(
         masked_b=chunks.masked_r,
         mask_bw=chunks.mask_rw,
         num_ids=weights.num_ids,
+        most=most,
     )
     state = State(
         view.pages_lpsw,
@@ -174,10 +177,10 @@ def prefill_chunks(
         state.token_s.at[_there(slot_r, samples_r, slots)].set(drawn.token_b, mode="drop"),
         sampler,
     )
-    return state, drawn, _given(weights.ready, h_rtd, chunks)
+    return state, drawn, _given(weights.ready, h_rtd, chunks, most)
 
 
-def _given(ready: Any, h_rtd: jax.Array, chunks: Chunks) -> Given:
+def _given(ready: Any, h_rtd: jax.Array, chunks: Chunks, most: int | None) -> Given:
     """What the next tokens of the chunks had for probabilities; zeros if no row asks."""
     r, t, d = h_rtd.shape
     some = next(n for n in range(min(GIVEN_AT_ONCE, r * t), 0, -1) if r * t % n == 0)
@@ -191,18 +194,20 @@ def _given(ready: Any, h_rtd: jax.Array, chunks: Chunks) -> Given:
         return Given(*(x.reshape(r, t, *x.shape[2:]) for x in parts))
 
     def nobody() -> Given:
-        tops = (r, t, min(TOP, ready["embed"]["w_embed_vd"].shape[0]))
-        return Given(
-            jnp.zeros((r, t), jnp.float32), jnp.zeros(tops, jnp.int32), jnp.zeros(tops, jnp.float32)
-        )
+        tops = (r, t, TOP)
+        return Given(jnp.zeros((r, t), jnp.float32), jnp.zeros(tops, jnp.int32), jnp.zeros(tops, jnp.float32))
 
+    if most is not None and most < ALL:
+        return nobody()
     return lax.cond(jnp.any(chunks.asks_r), asked, nobody)
 
 
 def decode_plan(rows: int, words: int) -> DecodeRows:
     """No row yet; host arrays."""
     none = np.full(rows, -1, np.int32)
-    return DecodeRows(none, none.copy(), np.zeros(rows, np.int32), np.zeros(rows, bool), _no_mask(rows, words))
+    return DecodeRows(
+        none, none.copy(), np.zeros(rows, np.int32), np.zeros(rows, bool), _no_mask(rows, words)
+    )
 
 
 def chunk_plan(rows: int, tokens: int, pages_each: int, words: int) -> Chunks:

@@ -168,8 +168,9 @@ def most_of(requests: Iterable[Request]) -> int | None:
 
 
 def _most_of(request: Request) -> int:
-    more = _looks_back(request) or request.sampling.logit_bias or request.logprobs
-    return ALL if more else asked_for(request.sampling)
+    more = _looks_back(request) or request.sampling.logit_bias or request.grammar
+    tops = request.logprobs or request.prompt_logprobs is not None
+    return ALL if more or tops else asked_for(request.sampling)
 
 
 # --- on the device ------------------------------------------------------------------------------------------------
@@ -184,6 +185,7 @@ class Rows(NamedTuple):
         counted_b: bool; other rows only fill the batch.
         mask_bw: uint32, a bit for each id that may come; None: all.
         num_ids: ids from here on are never drawn; None: there are none.
+        masked_b: bool; the other rows' masks are not heard; None: all are.
         after_b: int32; one more token of the answer, which the slot does not count (a draft), or -1; None: of no row.
         most: what the rows ask for at most, GREEDY to ALL; None: the program sees it itself.
     """
@@ -193,6 +195,7 @@ class Rows(NamedTuple):
     counted_b: Array
     mask_bw: Array | None = None
     num_ids: Array | None = None
+    masked_b: Array | None = None
     after_b: Array | None = None
     most: int | None = None
 
@@ -224,8 +227,19 @@ def adjusted(slots: Slots, rows: Rows, logits_bv: jax.Array) -> jax.Array:
     if rows.num_ids is not None:
         x_bv = jnp.where((jnp.arange(x_bv.shape[1]) < rows.num_ids)[None], x_bv, -jnp.inf)
     if rows.mask_bw is not None:
-        x_bv = _without(x_bv, ~unpacked(rows.mask_bw, x_bv.shape[1]))
+        x_bv = _masked(rows, rows.mask_bw, x_bv)
     return _penalised(slots, rows, _with_ban(slots, rows, x_bv))
+
+
+def _masked(rows: Rows, mask_bw: Array, logits_bv: jax.Array) -> jax.Array:
+    if rows.masked_b is None:
+        return _without(logits_bv, ~unpacked(mask_bw, logits_bv.shape[1]))
+    heard_b1 = rows.masked_b[:, None]
+
+    def masked(x_bv: jax.Array) -> jax.Array:
+        return _without(x_bv, heard_b1 & ~unpacked(mask_bw, x_bv.shape[1]))
+
+    return either(rows.ask(rows.masked_b), masked, lambda x: x, logits_bv)
 
 
 def _biased(slots: Slots, rows: Rows, logits_bv: jax.Array) -> jax.Array:
@@ -317,11 +331,12 @@ def draw(
     counted_b: Array,
     mask_bw: Array | None = None,
     num_ids: Array | None = None,
+    masked_b: Array | None = None,
     most: int | None = None,
     keep: bool = False,
 ) -> tuple[Slots, Drawn]:
     """One token of each row; for the arguments see `Rows`. A row may not share its slot. keep: say what could be drawn."""
-    rows = Rows(slot_b, position_b, counted_b, mask_bw, num_ids, None, most)
+    rows = Rows(slot_b, position_b, counted_b, mask_bw, num_ids, masked_b, None, most)
     logits_bv = logits_bv.astype(jnp.float32)
     settings, x_bv = row_settings(slots, rows), adjusted(slots, rows, logits_bv)
     token_b, sampled_b = sample(keys_at(settings, position_b), x_bv, settings)

@@ -59,7 +59,9 @@ class EngineThread:
                 good, value = done.get(timeout=1.0)
             except queue.Empty:
                 if not self._thread.is_alive():
-                    raise RuntimeError(f"the engine has ended: {self.failed or 'it was closed'}") from self.failed
+                    raise RuntimeError(
+                        f"the engine has ended: {self.failed or 'it was closed'}"
+                    ) from self.failed
                 continue
             if good:
                 return value

@@ -114,7 +114,7 @@ def test_greedy_tokens(models):
 def test_decoding_reads_the_bytes_of_the_checkpoint(models):
     """No weight is copied or dequantised when decoding begins but the up-projections that it absorbs."""
     kept, _ = models
-    ready = kept._ready()
+    ready = kept.ready()
     for name, layers in (("dense_layers", 1), ("moe_layers", 1)):
         for path in [path for path in FP8 if path.startswith(name) and "wkv_b" not in path]:
             whole = of(kept.params, path).fprop_operand.q

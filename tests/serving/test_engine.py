@@ -1,0 +1,74 @@
+"""The engine against generation of each prompt alone, with the same weights."""
+
+import queue
+
+import numpy as np
+
+from deepseek_jax.inference.generate import generate
+from deepseek_jax.serving.request import Request
+from deepseek_jax.serving.thread import EngineThread
+from tests.serving.tiny_engine import CFG, engine, model, run
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, CFG.vocab_size, n).tolist() for n in (5, 1, 12, 100, 130, 64, 200, 70)]
+NEW = 20
+
+
+def requests(prompts=PROMPTS, new=NEW, **options):
+    return [Request(str(i), prompt, new, **options) for i, prompt in enumerate(prompts)]
+
+
+def alone(prompts=PROMPTS, new=NEW):
+    m = model()
+    return generate(m.params, m.config, prompts, new, balance_bias=m.balance_bias)
+
+
+def ids(out):
+    return [[token.id for token in row] for row in out.values()]
+
+
+def test_greedy_tokens_are_those_of_each_prompt_alone():
+    """More prompts than slots, chunks of prompts longer than one, then all of it again from the prefix cache, in another
+    order."""
+    made, want = engine(), alone()
+    assert ids(run(made, requests())) == want
+    assert made.stats.cache_hits == 0
+    assert ids(run(made, requests(PROMPTS[::-1]))) == want[::-1]
+    assert made.stats.cache_hits == 448  # pages that lie before the last token: 64 * (1 + 2 + 0 + 3 + 1)
+    pool = made.schedulers[0].pool
+    assert (pool.held, pool.free + pool.cached) == (0, pool.pages)
+
+
+def test_logprobs_of_prompt_and_answer():
+    """Against `Model.score` of the whole: sums of float32 in another order."""
+    prompt = PROMPTS[4]
+    updates = []
+    made = engine()
+    made.submit(Request("a", prompt, NEW, logprobs=0, prompt_logprobs=3))
+    while made.has_work:
+        updates += made.step()
+    tokens = [token for update in updates for token in update.tokens]
+    (given,) = [update.prompt for update in updates if update.prompt is not None]
+    want = model().score(prompt + [token.id for token in tokens])
+    assert [token.id for token in given] == prompt and given[0].logprob is None
+    got = [token.logprob for token in (*given[1:], *tokens)]
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert all(len(token.top) == 3 and token.logprob <= token.top[0][1] + 1e-6 for token in given[1:])
+
+
+def test_a_thread_answers_several_callers_and_aborts():
+    thread, seen = EngineThread(engine()), queue.Queue()
+    thread.submit(Request("long", PROMPTS[0], 400), seen.put)
+    thread.submit(Request("short", PROMPTS[1], 3), seen.put)
+    first = seen.get(timeout=60)
+    assert first.id in ("long", "short") and first.tokens
+    updates = [first]
+    while not any(update.id == "short" and update.finish_reason for update in updates):
+        updates.append(seen.get(timeout=60))
+    thread.abort("long")
+    while updates[-1].id != "long" or updates[-1].finish_reason is None:
+        updates.append(seen.get(timeout=60))
+    assert updates[-1].finish_reason == "abort"
+    thread.close()
+    pool = thread.engine.schedulers[0].pool
+    assert pool.held == 0 and not thread.engine.has_work
