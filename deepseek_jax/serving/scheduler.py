@@ -148,7 +148,8 @@ class Scheduler:
             if running.slot < 0:
                 break  # it was preempted, as all behind it
             known = len(running.tokens) + len(running.launched) + running.unsure
-            if running.computed < running.goal or known >= running.limit:
+            unread = running.request.grammar is not None and running.launched  # its mask needs the last token
+            if running.computed < running.goal or known >= running.limit or unread:
                 continue
             if not self._grow(running, step):
                 break
