@@ -104,6 +104,11 @@ class ChatTemplate:
         names = {f"{name}_token": SPECIAL_TOKENS[name] for name in ("bos", "eos")}
         self._tokens = names if tokens is None else dict(tokens)
 
+    @property
+    def source(self) -> str | None:
+        """The Jinja text that conversations without tools use."""
+        return self._sources.get("default")
+
     def mentions(self, text: str) -> bool:
         """Whether one of the templates has this in it."""
         return any(text in source for source in self._sources.values())

@@ -88,6 +88,7 @@ class Reply:
         tools: calls of tools are looked for, if the dialect has any.
         speller: gives `Delta.pieces`; None: there are none.
         skip_special: special tokens have no text.
+        silent: ids that have none either; those that end this request.
 
     Attributes:
         content, reasoning, calls: all that was given so far.
@@ -108,11 +109,12 @@ class Reply:
         tools: bool = False,
         speller: Speller | None = None,
         skip_special: bool = True,
+        silent: Sequence[int] = (),
     ):
         call = dialect.call if tools else None
         named = ids_of(tokenizer) if call or thinking != "none" else {}
         self._decoder = StreamDecoder(tokenizer, skip_special, prompt, named)
-        self._silent = frozenset(tokenizer.stop_ids) if skip_special else frozenset()
+        self._silent = frozenset((*(tokenizer.stop_ids if skip_special else ()), *silent))
         self._sections = Sections(thinking, call)
         self._stop = StopStrings(stop, include_stop)
         self._speller = speller
@@ -139,7 +141,7 @@ class Reply:
             text = "" if token.id in self._silent else self._decoder.push(token.id)
             self._ends.append(offset + len(text))
             deltas.append(self._delta(self._sections.push(text), self._piece(token, offset)))
-        return _joined(deltas)
+        return joined(deltas)
 
     def close(self, finish_reason: str) -> Delta:
         """What was held back, at the end. finish_reason: the engine's."""
@@ -191,7 +193,8 @@ def _call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def _joined(deltas: Sequence[Delta]) -> Delta:
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """One after the other, as one."""
     if len(deltas) == 1:
         return deltas[0]
     return Delta(

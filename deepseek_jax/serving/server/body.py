@@ -1,0 +1,49 @@
+"""Reading a request: whose service it is for, and its body."""
+
+import asyncio
+from typing import Any, cast
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+
+from deepseek_jax.json_files import parse_object
+from deepseek_jax.serving.server.errors import ApiError, bad
+from deepseek_jax.serving.server.prepare import off_loop
+from deepseek_jax.serving.server.service import Service
+
+_SECONDS = 60.0  # in which a body has to come
+
+
+def service_of(http: HttpRequest) -> Service:
+    return cast(Service, http.app.state.service)
+
+
+async def read_object(http: HttpRequest) -> dict[str, Any]:
+    """The JSON object that a request holds. Raises ApiError: 400 for something else, 408, 413."""
+    try:
+        async with asyncio.timeout(_SECONDS):
+            raw = await _read(http, service_of(http).settings.max_body)
+    except TimeoutError:
+        raise ApiError(408, f"the request did not come within {_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise bad("the request ended before its body") from None
+    try:
+        return await off_loop(len(raw), lambda: parse_object(raw, "the request's body"))
+    except ValueError as error:
+        raise bad(str(error)) from error
+
+
+async def _read(http: HttpRequest, most: int) -> bytes:
+    said = http.headers.get("content-length", "0")
+    size = int(said) if said.isascii() and said.isdigit() and len(said) < 20 else 0
+    parts = []
+    if size <= most:
+        size = 0
+        async for part in http.stream():
+            parts.append(part)
+            size += len(part)
+            if size > most:
+                break
+    if size > most:
+        raise ApiError(413, f"the request has more than the {most} bytes that one may have")
+    return b"".join(parts)

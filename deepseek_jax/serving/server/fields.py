@@ -1,0 +1,106 @@
+"""The fields of a request's JSON object, read one by one; what is wrong is answered 400 with the field and its value."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepseek_jax.checks import shown
+from deepseek_jax.serving.server.errors import bad
+
+
+class Fields:
+    """An object of a request. A field that is null counts as missing; what nobody reads is ignored.
+
+    Args:
+        path: of the object in the request, in front of the fields' names in errors: "stream_options.".
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str = ""):
+        self.values, self._path = values, path
+
+    def get(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def wrong(self, name: str, words: str) -> Exception:
+        """What to raise: `words` say what the field must be."""
+        return bad(f"{self._path}{name}={shown(self.get(name))} must be {words}", f"{self._path}{name}")
+
+    def check(self, ok: bool, name: str, words: str) -> None:
+        if not ok:
+            raise self.wrong(name, words)
+
+    def needed(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            raise bad(f"{self._path}{name} is missing", f"{self._path}{name}")
+        return value
+
+    def number(self, name: str, default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+        value = self.get(name)
+        if value is None:
+            return default
+        good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        self.check(good, name, f"a number{_between(low, high)}")
+        return float(value)
+
+    def integer(self, name: str, default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+        value = self.get(name)
+        if value is None:
+            return default
+        whole = value.is_integer() if isinstance(value, float) else is_id(value)
+        self.check(whole and low <= value <= high, name, f"an integer{_between(low, high)}")
+        return int(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.get(name)
+        self.check(value is None or isinstance(value, bool), name, "true or false")
+        return default if value is None else value
+
+    def text(self, name: str, default: Any = None) -> Any:
+        value = self.get(name)
+        self.check(value is None or isinstance(value, str), name, "a string")
+        return default if value is None else value
+
+    def texts(self, name: str, at_most: int) -> tuple[str, ...]:
+        """A string, or a list of them; none may be empty."""
+        value = self.get(name)
+        many = [] if value is None else [value] if isinstance(value, str) else value
+        good = isinstance(many, list) and len(many) <= at_most and all(isinstance(x, str) and x for x in many)
+        self.check(good, name, f"a string, or a list of at most {at_most}, none of them empty")
+        return tuple(many)
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        value = self.get(name)
+        good = value is None or (isinstance(value, list) and all(is_id(x) and x >= 0 for x in value))
+        self.check(good, name, "a list of token ids")
+        return () if value is None else tuple(value)
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        value = self.get(name)
+        self.check(value is None or isinstance(value, dict), name, "an object")
+        return {} if value is None else value
+
+    def objects(self, name: str) -> list[dict[str, Any]]:
+        value = self.get(name)
+        good = value is None or (isinstance(value, list) and all(isinstance(x, dict) for x in value))
+        self.check(good, name, "a list of objects")
+        return [] if value is None else value
+
+    def section(self, name: str) -> "Fields":
+        return Fields(self.mapping(name), f"{self._path}{name}.")
+
+
+def is_id(value: Any) -> bool:
+    return type(value) is int
+
+
+def is_ids(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_id, value))
+
+
+def _between(low: float, high: float) -> str:
+    if low == -math.inf and high == math.inf:
+        return ""
+    if high == math.inf:
+        return f" >= {low:g}"
+    return f" from {low:g} to {high:g}"

@@ -1,0 +1,92 @@
+"""The server's metrics, under vLLM's names, which routers and dashboards read."""
+
+from collections.abc import Callable
+from typing import Any
+
+from deepseek_jax.model.cache import PAGE
+from deepseek_jax.serving.server.admission import Admission
+from deepseek_jax.serving.server.generation import Sample
+from deepseek_jax.serving.server.metrics import Counter, Histogram, Info, Labels, Read, text
+
+_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)  # fmt: skip
+
+# What the engine counts (`engine.Stats`): metric, help, field.
+_COUNTED = (
+    ("prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache.", "cache_queries"),
+    ("prefix_cache_hits", "Tokens of prompts that were found there.", "cache_hits"),
+    ("num_preemptions", "Times that a sequence lost its pages and waited again.", "preemptions"),
+    ("spec_decode_num_drafts", "Times that tokens were drafted.", "drafts"),
+    ("spec_decode_num_draft_tokens", "Tokens that were drafted.", "drafted"),
+    ("spec_decode_num_accepted_tokens", "Tokens that were drafted and kept.", "accepted"),
+)
+
+
+class Instruments:
+    """Counts what clients get; what the engine alone knows is read from it.
+
+    Attributes:
+        engine: `serving.engine.Engine`; None: not there yet, and all its counts are 0.
+    """
+
+    def __init__(self, name: str, admission: Admission):
+        self.engine: Any = None
+        self._labels: Labels = (("model_name", name), ("engine", "0"))
+        self.prompt = Counter("vllm:prompt_tokens_total", "Tokens of prompts, computed or found.")
+        self.generated = Counter("vllm:generation_tokens_total", "Tokens of answers.")
+        self.success = Counter("vllm:request_success_total", "Sequences that ended.", ("finished_reason",))
+        self.first = Histogram("vllm:time_to_first_token_seconds", "From a request to its first token.")
+        self.between = Histogram("vllm:inter_token_latency_seconds", "From a token to the next.", _BETWEEN)
+        self.whole = Histogram("vllm:e2e_request_latency_seconds", "From a request to its end.")
+        self.queue = Histogram("vllm:request_queue_time_seconds", "From a request until it runs.")
+        self._metrics = (
+            *(self.prompt, self.generated, self.success, self.first, self.between, self.whole, self.queue),
+            Read("vllm:num_requests_running", "Sequences that run.", self._summed(lambda s: len(s.running))),
+            Read("vllm:num_requests_waiting", "Sequences that wait.", self._summed(lambda s: len(s.waiting))),
+            Read("vllm:kv_cache_usage_perc", "Share of the pages that are held, 0 to 1.", self._usage),
+            Info("vllm:cache_config_info", "Pages of the cache, and tokens of one.", self._cache),
+            *(
+                Read(f"vllm:{name}_total", help, self._count(field), "counter")
+                for name, help, field in _COUNTED
+            ),
+            Read("deepseek_jax:queued_sequences", "Without a first token.", lambda: admission.waiting),
+            Read("deepseek_jax:queued_prompt_tokens", "Of those.", lambda: admission.waiting_tokens),
+        )
+
+    def text(self) -> str:
+        return text(self._labels, self._metrics)
+
+    # --- what happens ---
+
+    def came(self, sample: Sample, tokens: int, when: float) -> None:
+        """Tokens came; before `sample.first` and `sample.last` are set."""
+        if sample.last is None:
+            self.first.observe(when - sample.begun)
+            if sample.counts_prompt:
+                self.prompt.add(len(sample.request.prompt))
+        elif tokens:
+            self.between.observe((when - sample.last) / tokens, tokens)
+        self.generated.add(tokens)
+
+    def ended(self, sample: Sample, when: float) -> None:
+        self.success.add(1, sample.reason or "")
+        self.whole.observe(when - sample.begun)
+
+    # --- what is read ---
+
+    def _schedulers(self) -> list[Any]:
+        return [] if self.engine is None else self.engine.schedulers
+
+    def _summed(self, of: Callable[[Any], int]) -> Callable[[], float]:
+        """Over the ranks."""
+        return lambda: sum(map(of, self._schedulers()))
+
+    def _usage(self) -> float:
+        held, pages = self._summed(lambda s: s.pool.held)(), self._summed(lambda s: s.pool.pages)()
+        return held / max(1, pages)
+
+    def _cache(self) -> Labels:
+        pages = int(self._summed(lambda s: s.pool.pages)())
+        return ("block_size", str(PAGE)), ("num_gpu_blocks", str(pages))
+
+    def _count(self, field: str) -> Callable[[], float]:
+        return lambda: 0 if self.engine is None else getattr(self.engine.stats, field)

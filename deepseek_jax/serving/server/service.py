@@ -1,0 +1,170 @@
+"""What is served, and the state that all requests share."""
+
+import asyncio
+import dataclasses
+import functools
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from deepseek_jax.checks import require, shown
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.serving.dialects import Dialect, dialect_of
+from deepseek_jax.serving.replies import Speller
+from deepseek_jax.serving.server.admission import Admission
+from deepseek_jax.serving.server.answer import Answer
+from deepseek_jax.serving.server.errors import ApiError
+from deepseek_jax.serving.server.forms import Form
+from deepseek_jax.serving.server.generation import Generation, Mailbox, Sample
+from deepseek_jax.serving.server.instruments import Instruments
+
+_STARTING = "the server is starting: its model is not ready yet"
+_DRAINING = "the server is stopping and takes no new requests"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Attributes:
+    name: of the model, as clients ask for it.
+    api_key: that clients must send; None: none.
+    max_body: bytes of a request.
+    waiting, waiting_tokens: sequences that may wait for their first token, and tokens of their prompts.
+    keep_alive: seconds after which a stream in which nothing comes gets a comment.
+    """
+
+    name: str
+    api_key: str | None = None
+    max_body: int = 16 << 20
+    waiting: int = 256
+    waiting_tokens: int = 1 << 20
+    keep_alive: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_body", "waiting", "waiting_tokens", "keep_alive"):
+            require(getattr(self, name) > 0, f"{name}={shown(getattr(self, name))} must be positive")
+        require(self.api_key != "", "api_key is empty: leave it out for a server without one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A model that is ready.
+
+    engine: `serving.thread.EngineThread`. vocab_size: ids of the model.
+    """
+
+    engine: Any
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_model_len: int
+
+    @functools.cached_property
+    def speller(self) -> Speller:
+        return Speller(self.tokenizer)
+
+    @functools.cached_property
+    def dialect(self) -> Dialect:
+        return dialect_of(self.tokenizer)
+
+
+class Service:
+    """The server's state: "starting", "ready", "draining".
+
+    Attributes:
+        created: seconds since 1970.
+        running: generations that are not ended.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings, self.created = settings, int(time.time())
+        self.state = "starting"
+        self.admission = Admission(settings.waiting, settings.waiting_tokens)
+        self.instruments = Instruments(settings.name, self.admission)
+        self.running: set[Generation] = set()
+        self.requests = 0  # being answered
+        self._served: Served | None = None
+        self._mailbox: Mailbox | None = None
+
+    # --- its life ---
+
+    def begin(self, served: Served) -> None:
+        """Is ready from now on."""
+        self._served = served
+        self.instruments.engine = served.engine.engine
+        if self.state == "starting":
+            self.state = "ready"
+
+    def drain(self) -> None:
+        """Takes no new requests from now on."""
+        self.state = "draining"
+
+    async def drained(self, seconds: float) -> bool:
+        """Waits until all requests are answered; those that are not in time are ended with an error. Returns whether all
+        were in time."""
+        end = time.monotonic() + seconds
+        while self.requests and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        late = bool(self.requests)
+        for generation in list(self.running):
+            generation.cancel(ApiError(503, "the server stopped before the answer was complete"))
+        return not late
+
+    @property
+    def alive(self) -> bool:
+        return self._served is None or self._served.engine.failed is None
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "ready" and self.alive
+
+    @property
+    def served(self) -> Served:
+        """Raises ApiError unless it is ready."""
+        if self._served is None or self.state != "ready":
+            raise ApiError(503, _DRAINING if self.state == "draining" else _STARTING, retry_after=5.0)
+        if self._served.engine.failed is not None:
+            raise ApiError(503, "the engine has failed: the server must be started again")
+        return self._served
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError for another model than the one that is served."""
+        if name is not None and name != self.settings.name:
+            raise ApiError(
+                404,
+                f"model={shown(name)} is not served here: there is {self.settings.name!r}",
+                "model",
+                "model_not_found",
+            )
+
+    # --- generations (`generation.Listener`) ---
+
+    @property
+    def engine(self) -> Any:
+        assert self._served is not None
+        return self._served.engine
+
+    def answer(self, form: Form, stream: bool) -> Answer:
+        """Runs the samples of a form."""
+        if self._mailbox is None:
+            self._mailbox = Mailbox(asyncio.get_running_loop())
+        return Answer(Generation(self, self._mailbox, form.samples), form, stream, self.settings.keep_alive)
+
+    def enter(self, samples: Sequence[Sample]) -> None:
+        self.admission.enter(len(samples), sum(len(sample.request.prompt) for sample in samples))
+        self.running.add(samples[0].generation)
+
+    def came(self, sample: Sample, tokens: int, when: float) -> None:
+        if sample.first is None:
+            self.admission.leave(len(sample.request.prompt), started=True)
+        self.instruments.came(sample, tokens, when)
+
+    def ended(self, sample: Sample, when: float) -> None:
+        if sample.first is None:
+            self.admission.leave(len(sample.request.prompt), started=False)
+        self.instruments.ended(sample, when)
+        if sample.generation.ended:
+            self.running.discard(sample.generation)
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
