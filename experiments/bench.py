@@ -6,6 +6,7 @@
     python -m experiments.bench speculative --checkpoint=runs/tiny   # drafts from the MTP module against none
     python -m experiments.bench exchange   # experts over a mesh: ragged exchange beside padded and all-gather
     python -m experiments.bench pipeline   # CPU seconds of a step over pipeline stages beside one without them
+    python -m experiments.bench serve      # the engine and the server beside vLLM and transformers (serve --help)
     python -m experiments.bench gpu        # steps and decoding on a GPU, losses beside the CPU's, kernels of a profile
 
 Each side has a process of its own, idle while the other measures; the rounds alternate, and medians are compared.
@@ -201,7 +202,8 @@ def _speculative(args: argparse.Namespace) -> None:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "command", choices=("train", "decode", "experts", "speculative", "exchange", "pipeline", "gpu")
+        "command",
+        choices=("train", "decode", "experts", "speculative", "exchange", "pipeline", "serve", "gpu"),
     )
     parser.add_argument("--checkpoint", default="runs/tiny", help="of `speculative`: a run or a checkpoint")
     parser.add_argument(
@@ -222,6 +224,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "serve":
+        from experiments import bench_serve
+
+        print(f"machine: {_machine()}")
+        return bench_serve.main(argv[1:])
     args = _arguments(argv)
     print(f"machine: {_machine()}")
     if args.command == "gpu":

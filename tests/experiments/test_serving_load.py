@@ -5,7 +5,9 @@ import statistics
 
 import pytest
 
+from experiments.served import read_metrics
 from experiments.serving_load import Answer, Bounds, Wanted, closed_loop, figures, median, quantile, trace
+from experiments.serving_report import OURS, check_gap, table
 
 
 def test_a_trace_is_its_seed_and_keeps_its_ranges():
@@ -83,3 +85,42 @@ def test_a_closed_loop_keeps_its_limit_and_times_from_entering():
     # 0 and 1 enter at 0; 0 is done after 1 s, and 2 enters then; 1 is done at 2 s; 2 gets 1, 2 and 1 tokens.
     assert answers == [Answer([0], [1.0]), Answer([1] * 3, [1.0, 2.0]), Answer([2] * 4, [1.0, 2.0, 3.0])]
     assert wall == 4.0 and engine.most == 2
+
+
+def _run(tokens_per_s, cpu=1.0, good=1):
+    """100 tokens of two answers, the first `good` of which have their first token in time."""
+    answers = [Answer([1] * 50, [0.1 if i < good else 9.0, 10.0]) for i in range(2)]
+    return figures(answers, 100 / tokens_per_s, cpu, Bounds(1.0, 1.0))
+
+
+def test_the_report_compares_medians_and_gives_the_spread_of_the_rounds():
+    ours = [_run(400, 0.2, 2), _run(300, 0.2, 2), _run(600, 0.2, 2)]
+    peer = [_run(100, 0.5), _run(200, 0.5), _run(100, 0.5)]
+    title, head, first, second, ratio = table("title", {OURS: ours, "peer": peer})
+    assert title == "title" and "goodput" in head
+    assert first.split() == [
+        "deepseek_jax",
+        "400",
+        "(300",
+        "to",
+        "600)",
+        "100/100",
+        "9,900/9,900",
+        "8.00",
+        "2.00",
+    ]
+    assert second.split()[:5] == ["peer", "100", "(100", "to", "200)"]
+    # rounds 400/100, 300/200, 600/100; CPU 5/2; goodput 2 * 400 / 100 against 1 * 100 / 100
+    assert ratio.strip() == "ratio to peer: 4.00x (rounds 1.50 to 6.00; in CPU time 2.50x, goodput 8.00x)"
+
+
+def test_a_token_worse_than_rounding_is_refused():
+    assert check_gap("peer", 1.9e-4) == "the worst of all tokens lies 0.0002 below the best logit"
+    with pytest.raises(ValueError, match=r"peer chose a token 0\.00021 below .* more than 0\.0002"):
+        check_gap("peer", 2.1e-4)
+
+
+def test_metrics_are_read_by_name_and_by_label():
+    text = '# HELP a what\n# TYPE a counter\na{m="x",r="stop"} 2\na{m="x",r="length"} 3.5\nb 1e3\nc{m="x"} +Inf\n'
+    found = read_metrics(text)
+    assert found["a"] == 5.5 and found['a{m="x",r="stop"}'] == 2 and found["b"] == 1000 and found["c"] > 1e300
