@@ -4,11 +4,16 @@ Training runs the project's own step on the devices that `experiments.train` wou
 `Model.generate` as `experiments.generate` does.
 """
 
+import functools
+import itertools
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.bench_worker import Measure, serve
+from experiments.serving_load import Wanted, closed_loop
 
 
 def start() -> dict[str, str]:
@@ -23,6 +28,8 @@ def setup(spec: Mapping[str, Any]) -> Measure:
 
     if spec["kind"] == "peak":
         return peak(spec["size"], spec["products"])
+    if spec["kind"] == "engine":
+        return _loop(spec)
     cfg = build(Config, spec["config"])
     return (_train if spec["kind"] == "train" else _decode)(cfg, spec)
 
@@ -97,6 +104,42 @@ def _decode(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
 
     run()
     return run
+
+
+@functools.cache
+def _engine(checkpoint: str, longest: int, rows: int) -> Any:
+    import deepseek_jax
+    from deepseek_jax.serving.build import build
+    from deepseek_jax.serving.options import Options
+
+    return build(deepseek_jax.load(checkpoint), Options(rows=rows, max_model_len=longest))
+
+
+def _loop(spec: Mapping[str, Any]) -> Callable[[], float]:
+    """A closed loop over the spec's trace; a round leaves its answers in the file `out`. No round finds prompts of another in
+    the prefix cache."""
+    from deepseek_jax.serving.request import Request
+
+    engine = _engine(spec["checkpoint"], spec["longest"], spec["rows"])
+    wanted = [Wanted(*request) for request in spec["trace"]]
+    rounds = itertools.count()
+
+    def step() -> Iterator[tuple[int, Sequence[int]]]:
+        for update in engine.step():
+            yield int(update.id), [token.id for token in update.tokens]
+
+    def run(asked: Sequence[Wanted]) -> float:
+        salt = f"{spec['out']} {next(rounds)}"
+
+        def submit(i: int, request: Wanted) -> None:
+            engine.submit(Request(str(i), request.prompt, request.max_tokens, salt=salt))
+
+        answers, seconds = closed_loop(asked, spec["limit"], submit, step)
+        Path(spec["out"]).write_text(json.dumps(answers))
+        return seconds
+
+    run([request._replace(max_tokens=8) for request in wanted])
+    return lambda: run(wanted)
 
 
 if __name__ == "__main__":

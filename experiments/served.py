@@ -150,24 +150,26 @@ async def load(
     port: int, wanted: Sequence[Wanted], rate: float = 1.0, limit: int | None = None
 ) -> tuple[list[Answer], float]:
     """Asks for streamed greedy completions: `rate` a second on average, at the trace's times; or, with `limit`, as many at a
-    time. Returns the answers in the order of `wanted`, and the seconds that all took."""
+    time. Returns the answers in the order of `wanted`, and the seconds that all took. Prompts of one load are not found in the
+    prefix cache by another."""
+    salt = str(time.time_ns())
     gate, start = asyncio.Semaphore(limit or len(wanted)), time.perf_counter()
 
     async def one(request: Wanted) -> Answer:
         if limit is None:
             due = start + request.arrival / rate
             await asyncio.sleep(due - time.perf_counter())
-            return await _answer(port, request, due)
+            return await _answer(port, request, salt, due)
         async with gate:
-            return await _answer(port, request, time.perf_counter())
+            return await _answer(port, request, salt, time.perf_counter())
 
     answers = await asyncio.gather(*map(one, wanted))
     return list(answers), time.perf_counter() - start
 
 
-async def _answer(port: int, wanted: Wanted, due: float) -> Answer:
+async def _answer(port: int, wanted: Wanted, salt: str, due: float) -> Answer:
     answer = Answer([], [])
-    async for event in _events(port, _body(wanted)):
+    async for event in _events(port, _body(wanted, salt)):
         for choice in event["choices"]:
             if ids := choice.get("token_ids"):
                 answer.tokens.extend(ids)
@@ -177,7 +179,7 @@ async def _answer(port: int, wanted: Wanted, due: float) -> Answer:
     return answer
 
 
-def _body(wanted: Wanted) -> dict[str, Any]:
+def _body(wanted: Wanted, salt: str) -> dict[str, Any]:
     return {
         "model": MODEL,
         "prompt": wanted.prompt,
@@ -186,6 +188,7 @@ def _body(wanted: Wanted) -> dict[str, Any]:
         "ignore_eos": True,
         "stream": True,
         "return_token_ids": True,
+        "cache_salt": salt,
     }
 
 
