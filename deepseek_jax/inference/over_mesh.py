@@ -46,7 +46,7 @@ from deepseek_jax.parallel.prepared import (
     parameter_shardings,
     parameter_specs,
     policy_of,
-    preparation,
+    preparing,
     ready_specs,
 )
 from deepseek_jax.precision.policy import Policy
@@ -105,13 +105,10 @@ def programs(
     specs, options = parameter_specs(cfg, mesh, devices), compiler_options(mesh, devices)
     wire = AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
     few = few_tokens(cfg, mesh, devices, wire)
-    of_ready = ready_specs(decoding, specs, drafts=False)
+    of_ready = ready_specs(decoding, specs)
     prefilled, decoded = _state_specs(BY_LAYER), _state_specs(ROWS if unrolled(decoding) else BY_LAYER)
     over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
     compiled = functools.partial(jax.jit, compiler_options=options)
-
-    prepared = preparation(cfg, drafts=False)
-    run_prepare = compiled(over_devices(prepared, in_specs=(specs,), out_specs=of_ready))
 
     prompts_specs = Prompts(PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES), ROWS)  # type: ignore[arg-type]
 
@@ -133,7 +130,7 @@ def programs(
         one = functools.partial(step, ready, decoding, batch, bias_le, layout=few)
         return steps(one, state, at_most, _anyone)
 
-    return Programs(run_prepare, run_prefill, run_grow, run_advance)
+    return Programs(preparing(cfg, mesh, at), run_prefill, run_grow, run_advance)
 
 
 # --- generation ---------------------------------------------------------------------------------------------------

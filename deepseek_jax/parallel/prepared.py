@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
 from deepseek_jax.model.transformer import model_params
+from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.mesh import TOKEN_AXES, WHOLE_ATTENTION, make_mesh, param_specs, rules
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.precision.product import Quantised
@@ -66,11 +67,11 @@ def _moe_block(declared: Any, of_experts: PartitionSpec) -> dict[str, Any]:
     return block
 
 
-def ready_specs(cfg: ModelConfig, specs: Any, drafts: bool) -> Any:
-    """Of what `preparation` makes of parameters that lie as `specs` say. A prefix of the tree, which fits whatever a weight
+def ready_specs(cfg: ModelConfig, specs: Any) -> Any:
+    """Of what `preparing` makes of parameters that lie as `specs` say. A prefix of the tree, which fits whatever a weight
     brings: values and scales have experts where an array has them. cfg: that decoding runs with."""
     declared = model_params(cfg)
-    ready: dict[str, Any] = {name: WHOLE for name in declared if drafts or name != "mtp"}
+    ready: dict[str, Any] = dict.fromkeys(declared, WHOLE)
 
     def of_experts(block: Any) -> PartitionSpec:
         return block["ffn"]["experts"]["w_up_edf"]  # type: ignore[no-any-return]  # [layer, expert, ...]
@@ -80,7 +81,7 @@ def ready_specs(cfg: ModelConfig, specs: Any, drafts: bool) -> Any:
         spec = PartitionSpec(*spec[1:]) if unrolled(cfg) else spec
         block = _moe_block(declared["moe_layers"], spec)
         ready["moe_layers"] = [block] * n if unrolled(cfg) else block
-    if "mtp" in ready:
+    if "mtp" in declared:
         spec = PartitionSpec(*of_experts(specs["mtp"]["block"])[1:])  # the first module, apart
         ready["mtp"] = dict.fromkeys(declared["mtp"], WHOLE) | {
             "block": _moe_block(declared["mtp"]["block"], spec)
@@ -88,11 +89,16 @@ def ready_specs(cfg: ModelConfig, specs: Any, drafts: bool) -> Any:
     return ready
 
 
-def preparation(cfg: ModelConfig, drafts: bool) -> Callable[[Any], Any]:
-    """Parameters as one device has them -> the same as decoding reads them, inside `shard_map`."""
-
-    def prepared(params: Any) -> Any:
-        kept = {name: p for name, p in params.items() if drafts or name != "mtp"}
-        return prepare(kept, decoding_config(cfg), whole=False)
-
-    return prepared
+@functools.cache
+def preparing(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> Callable[[Any], Any]:
+    """Jitted: parameters that lie by `parameter_shardings` -> the same as decoding reads them."""
+    devices, decoding = generation_mesh(cfg, mesh, at), decoding_config(cfg)
+    specs = parameter_specs(cfg, mesh, devices)
+    over_devices = jax.shard_map(
+        lambda params: prepare(params, decoding, whole=False),
+        mesh=devices,
+        in_specs=(specs,),
+        out_specs=ready_specs(decoding, specs),
+        check_vma=False,
+    )
+    return jax.jit(over_devices, compiler_options=compiler_options(mesh, devices))

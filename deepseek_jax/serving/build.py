@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from deepseek_jax.model.decoding import decoding_config
+from deepseek_jax.parallel.prepared import policy_of
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
+from deepseek_jax.serving.over_mesh import OverMesh
 from deepseek_jax.serving.programs import Weights
 
 DEFAULT = Options()
@@ -18,6 +20,12 @@ def weights_of(model: Any, ready: Any) -> Weights:
     return Weights(ready, model.balance_bias, min(known, model.config.vocab_size))
 
 
+def _device(model: Any, *cache: Any) -> OneDevice:
+    if model.mesh is None:
+        return OneDevice(*cache)
+    return OverMesh(*cache, mesh=model.mesh, policy=policy_of(model.params))
+
+
 def build(model: Any, options: Options = DEFAULT, said: Callable[[str], None] = lambda text: None) -> Engine:
     """A warm engine: every program that it will ever launch is compiled, and was timed.
 
@@ -25,7 +33,7 @@ def build(model: Any, options: Options = DEFAULT, said: Callable[[str], None] = 
     """
     cfg = decoding_config(model.config)
     pages = options.pages_for(cfg, cfg.num_hidden_layers)
-    device = OneDevice(cfg, options.sizes(cfg), pages, options.cache == "fp8")
+    device = _device(model, cfg, options.sizes(cfg), pages, options.cache == "fp8")
     device.weights = weights_of(model, model.ready())
     for name in device.warm_up():
         said(name)

@@ -18,6 +18,7 @@ from deepseek_jax.serving.programs import (
     Chunks,
     DecodeRows,
     Given,
+    State,
     Weights,
     chunk_plan,
     decode_plan,
@@ -26,7 +27,7 @@ from deepseek_jax.serving.programs import (
     prefill_chunks,
 )
 from deepseek_jax.serving.request import Request
-from deepseek_jax.serving.sampler import Drawn, of_request, put
+from deepseek_jax.serving.sampler import Drawn, Row, of_request, put
 from deepseek_jax.serving.sizes import Sizes
 
 
@@ -64,11 +65,17 @@ class OneDevice:
         self.words = -(-cfg.vocab_size // 32)
         self.weights: Weights | None = None
         self.seconds: dict[tuple[Any, ...], float] = {}
-        self._state = empty_state(cfg, sizes.slots, pages, sizes.pages_each, fp8)
+        self._state = self._empty(fp8)
+
+    def _empty(self, fp8: bool) -> State:
+        return empty_state(self.cfg, self.sizes.slots, self.pages, self.sizes.pages_each, fp8)
 
     def admit(self, rank: int, slot: int, request: Any, answer: list[int]) -> None:
         """The slot's sequence is sampled as `request` says. answer: tokens that it has already."""
-        self._state = _admit(self._state, np.int32(slot), of_request(request, answer, self.cfg.vocab_size))
+        self._admit(rank, slot, of_request(request, answer, self.cfg.vocab_size))
+
+    def _admit(self, rank: int, slot: int, row: Row) -> None:
+        self._state = _admit(self._state, np.int32(slot), row)
 
     def decode(self, rows: DecodeRows, most: int | None) -> Drawn:
         """most: what the rows ask for (`sampler.most_of`)."""
@@ -93,9 +100,9 @@ class OneDevice:
 
     def _programs(self) -> Iterator[tuple[tuple[Any, ...], Callable[..., Any]]]:
         for rows in self.sizes.rows:
-            yield ("decode", rows), functools.partial(self.decode, decode_plan(rows, self.words))
+            yield ("decode", rows), functools.partial(self.decode, decode_plan(self.ranks * rows, self.words))
         for rows, tokens in self.sizes.chunks:
-            plan = chunk_plan(rows, tokens, self.sizes.pages_each, self.words)
+            plan = chunk_plan(self.ranks * rows, tokens, self.sizes.pages_each, self.words)
             yield ("prefill", rows, tokens), functools.partial(self.prefill, plan)
 
 

@@ -19,7 +19,7 @@ from deepseek_jax.parallel.prepared import (
     generation_mesh,
     parameter_shardings,
     parameter_specs,
-    preparation,
+    preparing,
     ready_specs,
 )
 from deepseek_jax.parallel.tensor import Divided
@@ -41,10 +41,7 @@ CHUNKS = [
     (RNG.integers(0, CFG.vocab_size, (16, t + 1)).astype(np.int32), n) for t, n in ((16, FIRST), (4, SECOND))
 ]
 ROWS, PAGES = P(TOKEN_AXES), P(None, TOKEN_AXES)
-MESHES = {
-    "few": MeshConfig(data=2, node=2, local=2),
-    "heads": MeshConfig(data=1, node=2, local=2, tensor=2),
-}
+MESH = MeshConfig(data=1, node=2, local=2, tensor=2)
 
 
 def empty(pages):
@@ -88,37 +85,30 @@ def alone():
     return run(step, empty(DEVICES * EACH), TABLE + offset)
 
 
-def over(name, params, bias):
-    mesh = MESHES[name]
-    devices = generation_mesh(CFG, mesh)
-    specs = parameter_specs(CFG, mesh, devices)
-    of_ready = ready_specs(CFG, specs, drafts=True)
-    on_mesh = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
-    prepared = jax.jit(on_mesh(preparation(CFG, drafts=True), in_specs=(specs,), out_specs=of_ready))
-    ready = prepared(jax.device_put(params, parameter_shardings(CFG, mesh)))
+def over_mesh():
+    """The first chunk is of many tokens, the second of few."""
+    (params, bias), devices = model(), generation_mesh(CFG, MESH)
+    ready = preparing(CFG, MESH)(jax.device_put(params, parameter_shardings(CFG, MESH)))
+    of_ready = ready_specs(CFG, parameter_specs(CFG, MESH, devices))
 
     def step(ready, pages, table, lengths, tokens, new):
         t = tokens.shape[1] - 1
-        layout = few_tokens(CFG, mesh, devices) if name == "few" else many_tokens(CFG, mesh, devices, t)
+        layout = many_tokens(CFG, MESH, devices, t) if t == 16 else few_tokens(CFG, MESH, devices)
         return chunk(ready, bias, pages, table, lengths, tokens, new, layout)
 
-    rows = on_mesh(
-        step, in_specs=(of_ready, (PAGES, PAGES), ROWS, ROWS, ROWS, ROWS), out_specs=(ROWS, (PAGES, PAGES))
+    specs = dict(
+        in_specs=(of_ready, (PAGES, PAGES), ROWS, ROWS, ROWS, ROWS), out_specs=(ROWS, (PAGES, PAGES))
     )
+    rows = jax.shard_map(step, mesh=devices, check_vma=False, **specs)
     return run(functools.partial(jax.jit(rows), ready), empty(DEVICES * EACH), TABLE)
 
 
-@pytest.fixture
-def both_forms(monkeypatch):
-    """By FLOPs alone, the chunk of 16 tokens is attended to in the expanded form, that of 4 in the absorbed one."""
+def test_chunks_over_pages_are_those_of_one_device(monkeypatch):
+    """By the exchange for many tokens, heads and tokens divided over two devices; then by that for few. The pages are one
+    device's, and what was not written stays as it was. By FLOPs alone, the first chunk is attended to in the expanded form, the
+    second in the absorbed one."""
     monkeypatch.setattr(decoding, "CPU", 0)
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_chunks_over_pages_are_those_of_one_device(name, both_forms):
-    """By the exchange for few tokens; and by that for many, heads and tokens divided over two devices. The pages are one
-    device's, and what was not written stays as it was."""
-    got, pages = over(name, *model())
+    got, pages = over_mesh()
     want, one = alone()
     assert difference(got, want) < BOUND
     for x, y in zip(pages, one, strict=True):

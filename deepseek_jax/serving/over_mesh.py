@@ -1,0 +1,195 @@
+"""The programs of `programs.py` over the devices of a mesh, each of which is a rank of the engine: what the engine launches.
+
+Attention is data parallel: each device has slots, pages and a scheduler of its own. Nothing of a sequence leaves its device but
+tokens on their way to experts, and sums on their way back. So all devices run the same program at the same time, of the size
+that any of them needs; who has no sequence for it runs rows of padding, which go to no expert, and serves the others'.
+
+Decode rows, and chunks of few tokens, take the exchange made for few tokens: no wait for the host, and each token has a row
+for each node, taken or not. Longer chunks take the one for many, which sends the rows that there are, after four waits a
+layer, some 0.1 ms. Of DeepSeek-V3 on 8 nodes a token in FP8 there sends 3.06 rows to other nodes (3.5 nodes, of which 1/8
+is its own) instead of 7, each of 7,456 bytes out and 14,336 back: 67 instead of 153 kB, 2.1 us at 40 GB/s. From FEW tokens on,
+that is more than the waits take; and buffers for few tokens hold all tokens of all devices. Over `tensor`, chunks for many
+tokens are divided: each device of a group takes a part of the tokens of the group's rows, and of the heads, whose latents it
+gathers from their pages (`parallel/tensor.py`).
+
+Dims: s slot, r row of a program, on all devices one after the other.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.model.layout import Layout
+from deepseek_jax.parallel.compiler import compiler_options
+from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS
+from deepseek_jax.parallel.exchange.wire import Wire
+from deepseek_jax.parallel.layout import few_tokens, many_tokens
+from deepseek_jax.parallel.mesh import TOKEN_AXES
+from deepseek_jax.parallel.prepared import (
+    WHOLE,
+    Devices,
+    generation_mesh,
+    parameter_specs,
+    ready_specs,
+)
+from deepseek_jax.precision.policy import Policy
+from deepseek_jax.serving.one_device import OneDevice
+from deepseek_jax.serving.programs import (
+    Chunks,
+    DecodeRows,
+    Given,
+    State,
+    Weights,
+    decode_rows,
+    empty_state,
+    prefill_chunks,
+)
+from deepseek_jax.serving.sampler import Drawn, Row, put
+from deepseek_jax.serving.sizes import Sizes
+
+FEW = 64  # tokens of a device: up to so many of a chunk take the exchange of decoding
+
+ROWS, BY_LAYER = PartitionSpec(TOKEN_AXES), PartitionSpec(None, TOKEN_AXES)
+STATE = State(pages_lpsw=BY_LAYER, table_sn=ROWS, length_s=ROWS, token_s=ROWS, slots=ROWS)  # type: ignore[arg-type]
+
+
+class Programs(NamedTuple):
+    """Jitted, over global arrays; all but `empty` consume the state.
+
+    empty: (sizes, pages, fp8) -> state; admit: (state, rank, slot, row) -> state; decode: (weights, state, rows, most), prefill:
+    (weights, state, chunks, most) -> (state, what they give).
+    """
+
+    empty: Callable[..., State]
+    admit: Callable[..., State]
+    decode: Callable[..., Any]
+    prefill: Callable[..., Any]
+
+
+def chunk_layout(
+    cfg: ModelConfig, mesh: MeshConfig, devices: Any, wire: Wire, rows: int, tokens: int
+) -> Layout:
+    """Of chunks of `tokens` tokens, of so many `rows` on each device."""
+    divides = tokens % devices.shape["tensor"] == 0
+    if rows * tokens <= FEW or not divides:
+        return few_tokens(cfg, mesh, devices, wire)
+    return many_tokens(cfg, mesh, devices, tokens, wire)
+
+
+@functools.cache
+def programs(
+    cfg: ModelConfig, mesh: MeshConfig, policy: Policy | None = None, at: Devices = None
+) -> Programs:
+    """Of a model over a mesh. cfg: that decoding runs with. policy: of weights in FP8. Raises ValueError as
+    `generation_mesh`."""
+    devices = generation_mesh(cfg, mesh, at)
+    wire = AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
+    of_ready = ready_specs(cfg, parameter_specs(cfg, mesh, devices))
+    weights_specs = Weights(of_ready, WHOLE, WHOLE)
+    over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
+    options = compiler_options(mesh, devices)
+    consuming = functools.partial(jax.jit, donate_argnames="state", compiler_options=options)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def empty(sizes: Sizes, pages: int, fp8: bool) -> State:
+        one = functools.partial(empty_state, cfg, sizes.slots, pages, sizes.pages_each, fp8)
+        return over_devices(one, in_specs=(), out_specs=STATE)()
+
+    @consuming
+    @functools.partial(over_devices, in_specs=(STATE, WHOLE, WHOLE, WHOLE), out_specs=STATE)
+    def admit(state: State, rank: jax.Array, slot: jax.Array, row: Row) -> State:
+        nowhere = len(state.length_s)
+        here = jnp.where(lax.axis_index(TOKEN_AXES) == rank, slot, nowhere)
+        return state._replace(slots=put(state.slots, here, row))
+
+    @functools.partial(consuming, static_argnames="most")
+    def decode(weights: Weights, state: State, rows: DecodeRows, most: int | None) -> Any:
+        layout = few_tokens(cfg, mesh, devices, wire)
+
+        def run(weights: Weights, state: State, rows: DecodeRows) -> Any:
+            return decode_rows(weights, cfg, layout, state, rows, most)
+
+        return over_devices(run, in_specs=(weights_specs, STATE, ROWS), out_specs=(STATE, ROWS))(
+            weights, state, rows
+        )
+
+    @functools.partial(consuming, static_argnames="most")
+    def prefill(weights: Weights, state: State, chunks: Chunks, most: int | None) -> Any:
+        r, t = chunks.tokens_rt.shape
+        layout = chunk_layout(cfg, mesh, devices, wire, r // devices.size, t)
+
+        def run(weights: Weights, state: State, chunks: Chunks) -> Any:
+            return prefill_chunks(weights, cfg, layout, state, chunks, most)
+
+        return over_devices(run, in_specs=(weights_specs, STATE, ROWS), out_specs=(STATE, ROWS, ROWS))(
+            weights, state, chunks
+        )
+
+    return Programs(empty, admit, decode, prefill)
+
+
+class OverMesh(OneDevice):
+    """As `OneDevice`, over the devices of a mesh.
+
+    Args:
+        cfg: the config that decoding runs with.
+        sizes, pages, fp8: of each device.
+        mesh: `data`, `node`, `local`, `tensor`; `experts`, `dispatch`, `combine` and `receive` as in training.
+        policy: of weights in FP8.
+
+    Raises:
+        ValueError: a mesh that does not fit the devices or the model.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        sizes: Sizes,
+        pages: int,
+        fp8: bool = False,
+        *,
+        mesh: MeshConfig,
+        policy: Policy | None = None,
+        at: Devices = None,
+    ):
+        self.devices: Mesh = generation_mesh(cfg, mesh, at)
+        self.ranks = self.devices.size
+        self._run = programs(cfg, mesh, policy, at)
+        self._rows = NamedSharding(self.devices, ROWS)
+        self._all_may_come: dict[tuple[int, ...], jax.Array] = {}
+        super().__init__(cfg, sizes, pages, fp8)
+
+    def _empty(self, fp8: bool) -> State:
+        return self._run.empty(self.sizes, self.pages, fp8)
+
+    def _admit(self, rank: int, slot: int, row: Row) -> None:
+        self._state = self._run.admit(self._state, np.int32(rank), np.int32(slot), row)
+
+    def decode(self, rows: DecodeRows, most: int | None) -> Drawn:
+        self._state, drawn = self._run.decode(self.weights, self._state, self._placed(rows), most)
+        return drawn
+
+    def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
+        self._state, drawn, given = self._run.prefill(self.weights, self._state, self._placed(chunks), most)
+        return drawn, given
+
+    def _placed(self, plan: Any) -> Any:
+        """A plan, rows over the devices."""
+        mask_rw = plan.mask_rw
+        if not isinstance(mask_rw, np.ndarray):  # everything may be drawn
+            if mask_rw.shape not in self._all_may_come:
+                self._all_may_come[mask_rw.shape] = self._put(np.asarray(mask_rw))
+            mask_rw = self._all_may_come[mask_rw.shape]
+        return jax.tree.map(self._put, plan._replace(mask_rw=None))._replace(mask_rw=mask_rw)
+
+    def _put(self, x: np.ndarray) -> jax.Array:
+        if self._rows.is_fully_addressable:
+            return jax.device_put(x, self._rows)
+        return jax.make_array_from_callback(x.shape, self._rows, lambda index: x[index])

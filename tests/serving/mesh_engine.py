@@ -1,0 +1,103 @@
+"""The engine over a mesh of eight devices, few sizes, beside the engine of one device: for tests and their long form."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.inference.generate import generate
+from deepseek_jax.model.decoding import decoding_config
+from deepseek_jax.parallel.prepared import parameter_shardings, preparing
+from deepseek_jax.serving.engine import Engine
+from deepseek_jax.serving.options import Options
+from deepseek_jax.serving.over_mesh import OverMesh
+from deepseek_jax.serving.programs import Weights
+from deepseek_jax.serving.request import Request
+from deepseek_jax.serving.sizes import Sizes
+from tests.oracle.tiny import weights
+from tests.tiny_run import tiny
+
+CFG = dataclasses.replace(
+    tiny().model,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    num_nextn_predict_layers=0,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+)
+MESHES = {
+    "heads": MeshConfig(data=1, node=2, local=2, tensor=2),
+    "replicas": MeshConfig(data=2, node=2, local=2),
+    "flat": MeshConfig(data=2, node=1, local=4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FewSizes(Sizes):
+    """One size of decode rows, a short and a long chunk."""
+
+    @property
+    def rows(self):
+        return (self.slots,)
+
+    @property
+    def chunks(self):
+        return ((2, 16), (1, self.chunk))
+
+
+SIZES = FewSizes(slots=2, max_model_len=256, chunk=128)
+OPTIONS = Options(rows=2, max_model_len=256, chunk=128)
+
+
+@functools.cache
+def model(seed: int = 4):
+    return jax.tree.map(jax.numpy.asarray, weights(CFG, seed=seed))
+
+
+def put(device: OverMesh, mesh: MeshConfig) -> OverMesh:
+    """With the model's weights."""
+    params, bias = model()
+    ready = preparing(CFG, mesh)(jax.device_put(params, parameter_shardings(CFG, mesh)))
+    device.weights = Weights(ready, bias, CFG.vocab_size)
+    return device
+
+
+def engine(name: str, pages: int = 4) -> Engine:
+    """Of so few pages that two sequences do not always fit."""
+    mesh = MESHES[name]
+    return Engine(put(OverMesh(decoding_config(CFG), SIZES, pages, mesh=mesh), mesh), OPTIONS)
+
+
+def trace(seed: int, n: int) -> list[Request]:
+    """Prompts of all lengths, some of which begin alike."""
+    rng = np.random.default_rng(seed)
+    begin = rng.integers(0, CFG.vocab_size, 160).tolist()
+    prompts = []
+    for _ in range(n):
+        kept = int(rng.choice([0, 0, 64, 70, 130]))
+        prompts.append(begin[:kept] + rng.integers(0, CFG.vocab_size, rng.integers(1, 100)).tolist())
+    new = rng.integers(1, 40, n)
+    return [Request(str(i), p, int(m)) for i, (p, m) in enumerate(zip(prompts, new, strict=True))]
+
+
+def run(made: Engine, requests: list[Request], seed: int = 0) -> dict[str, list[int]]:
+    """Tokens of requests that come while others run."""
+    rng = np.random.default_rng(seed)
+    left, out = list(requests), {request.id: [] for request in requests}
+    while left or made.has_work:
+        for _ in range(rng.integers(0, 6)):
+            if left:
+                made.submit(left.pop(0))
+        for update in made.step():
+            out[update.id] += [token.id for token in update.tokens]
+    return out
+
+
+def alone(requests: list[Request]) -> dict[str, list[int]]:
+    """Each by itself, on one device."""
+    params, bias = model()
+    most = max(request.max_tokens for request in requests)
+    rows = generate(params, CFG, [request.prompt for request in requests], most, balance_bias=bias)
+    return {request.id: row[: request.max_tokens] for request, row in zip(requests, rows, strict=True)}
