@@ -1,5 +1,7 @@
 """The sampled distribution against its definition, against `transformers`' processors, and by chi-square."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,8 +233,48 @@ def test_greedy_is_the_most_likely_token_per_row():
         ({"min_p": float("nan")}, "min_p=nan must lie"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty=0.0 must be finite and > 0 \(1 is none\)"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty=inf must be finite"),
+        ({"presence_penalty": 2.1}, r"presence_penalty=2.1 must lie in \[-2, 2\] \(0 is none\)"),
+        ({"frequency_penalty": -3}, r"frequency_penalty=-3 must lie in \[-2, 2\]"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty=nan must lie"),
+        ({"presence_penalty": "1"}, "presence_penalty='1' must be a number"),
+        ({"logit_bias": [1, 2]}, r"logit_bias=\[1, 2\] must map token ids to numbers"),
+        ({"logit_bias": (1, 2)}, r"logit_bias=\(1, 2\) must map token ids to numbers"),
+        ({"logit_bias": None}, "logit_bias=None must map token ids to numbers"),
+        ({"logit_bias": {"a": 1}}, "logit_bias has the key 'a': give token ids"),
+        ({"logit_bias": {-1: 1}}, "logit_bias has the key -1: give token ids"),
+        ({"logit_bias": {5: 101}}, "logit_bias=101 of token 5 must be a number from -100 to 100"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias=nan of token 5 must be a number"),
+        ({"logit_bias": {5: "1"}}, "logit_bias='1' of token 5 must be a number"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 ids: give at most 1024"),
     ],
 )
 def test_bad_settings(values, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**values)
+
+
+def test_a_bias_is_a_mapping_that_does_not_change():
+    """Settings are compared, hashed and copied; the mapping is that of the call, whatever happens to it later."""
+    bias = {7: -100, np.int64(3): np.float32(0.5)}
+    sampling = Sampling(1.0, logit_bias=bias)
+    bias[9] = 1
+    assert dict(sampling.logit_bias) == {3: 0.5, 7: -100.0}
+    assert sampling == dataclasses.replace(sampling) == Sampling(1.0, logit_bias={3: 0.5, 7: -100})
+    assert len({sampling, Sampling(1.0), Sampling(1.0, logit_bias={})}) == 2
+
+
+@pytest.mark.parametrize(
+    "setting", [{"presence_penalty": 1}, {"frequency_penalty": -1}, {"logit_bias": {3: 1}}]
+)
+def test_what_only_the_engine_keeps_is_refused_elsewhere(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is for the serving engine"):
+        row_sampling(Sampling(**setting), 0, 1)
+
+
+@pytest.mark.parametrize("penalty", [1e300, 1e-300])
+def test_penalties_that_float32_does_not_hold_give_numbers(penalty):
+    sampling = Sampling(1.0, repetition_penalty=penalty)
+    rows = row_sampling(sampling, 0, 1)
+    logits = jnp.array([[0.0, 3.0, -2.0, 1.0]])
+    got = filtered_logits(penalised(logits, jnp.array([[True, True, True, False]]), rows), rows)
+    assert got[0].tolist().index(0.0) == (3 if penalty > 1 else 1) and not jnp.isnan(got).any()
