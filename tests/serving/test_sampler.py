@@ -20,6 +20,7 @@ from deepseek_jax.inference.sampling import (
 from deepseek_jax.serving.request import TOP, Request
 from deepseek_jax.serving.sampler import (
     Rows,
+    adjusted,
     draw,
     each_row,
     empty_slots,
