@@ -136,12 +136,13 @@ def allowed(rows: Rows, logits_bv: jax.Array) -> jax.Array:
     v = logits_bv.shape[1]
     if rows.num_ids is not None:
         logits_bv = jnp.where((jnp.arange(v) < rows.num_ids)[None], logits_bv, -jnp.inf)
-    if rows.mask_bw is None:
+    mask_bw = rows.mask_bw
+    if mask_bw is None:
         return logits_bv
     heard_b = jnp.ones(len(logits_bv), bool) if rows.masked_b is None else rows.masked_b
 
     def masked(x_bv: jax.Array) -> jax.Array:
-        return _without(x_bv, heard_b[:, None] & ~unpacked(rows.mask_bw, v))
+        return _without(x_bv, heard_b[:, None] & ~unpacked(mask_bw, v))
 
     asked = True if rows.masked_b is None else rows.change(heard_b)
     return either(asked, masked, lambda x: x, logits_bv)
