@@ -23,9 +23,9 @@ from typing import Any
 
 from absl import flags
 
-from deepseek_jax.config import MeshConfig, build
-from experiments import command_line, config_flag, prompts
+from experiments import command_line, prompts
 from experiments.devices import cpu_devices
+from experiments.mesh_flag import parse_mesh
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run or of Hugging Face.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat for a batch.")
@@ -159,17 +159,6 @@ def _chat(model: Any) -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-def parse_mesh(text: str) -> Any:
-    """Reads "node=2,local=4" as a MeshConfig, with `data` 1 unless it is named, and "" as None. Raises ValueError."""
-    values: dict[str, Any] = {"data": 1} if text else {}
-    for pair in text.split(",") if text else ():
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--mesh={text}: {pair!r} should be KEY=VALUE, as node=2,local=4")
-        values[key.strip()] = config_flag.read_value(f"mesh.{key.strip()}", value.strip())
-    return build(MeshConfig, values, "mesh.") if values else None
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ for a sequence that had ended is dropped.
 import collections
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class Flight(NamedTuple):
 
 @dataclasses.dataclass
 class _Record:
-    """What the engine has of a request beside the scheduler. paged: pages that the device knows of; given: of the prompt."""
+    """What the engine has of a request beside the scheduler. paged: pages that the device knows of; given: of the prompt;
+    asked: when it came; queued: seconds from then until it ran first."""
 
     running: Running
     rank: int
@@ -48,6 +50,8 @@ class _Record:
     new: list[Token] = dataclasses.field(default_factory=list)
     given: dict[int, PromptToken] = dataclasses.field(default_factory=dict)
     told_prompt: bool = False
+    asked: float = dataclasses.field(default_factory=time.monotonic)
+    queued: float | None = None
 
 
 @dataclasses.dataclass
@@ -164,6 +168,8 @@ class Engine:
         request = running.request
         record = self._records[request.id]
         record.paged = 0
+        if record.queued is None:
+            record.queued = time.monotonic() - record.asked
         answer = running.tokens[len(request.prompt) :]
         self.device.admit(rank, running.slot, request, answer)
         if not answer:
@@ -282,7 +288,8 @@ class Engine:
                 prompt = [first, *(record.given[i] for i in sorted(record.given))]
         if reason is not None:
             self.stats.ended[reason] += 1
-        return Update(running.request.id, new, reason, running.cached_tokens, prompt)
+        waited = record.queued or 0.0
+        return Update(running.request.id, new, reason, running.cached_tokens, prompt, queued=waited)
 
 
 def _most(rows: list[tuple[int, Any]]) -> int | None:

@@ -87,8 +87,7 @@ class Reply:
         thinking: how it begins (`Dialect.thinking`).
         tools: calls of tools are looked for, if the dialect has any.
         speller: gives `Delta.pieces`; None: there are none.
-        skip_special: special tokens have no text.
-        silent: ids that have none either; those that end this request.
+        silent: ids that have no text, as those that end a generation and special ones; None: all have theirs.
 
     Attributes:
         content, reasoning, calls: all that was given so far.
@@ -108,13 +107,12 @@ class Reply:
         thinking: Thinking = "none",
         tools: bool = False,
         speller: Speller | None = None,
-        skip_special: bool = True,
-        silent: Sequence[int] = (),
+        silent: Sequence[int] | None = (),
     ):
         call = dialect.call if tools else None
         named = ids_of(tokenizer) if call or thinking != "none" else {}
-        self._decoder = StreamDecoder(tokenizer, skip_special, prompt, named)
-        self._silent = frozenset((*(tokenizer.stop_ids if skip_special else ()), *silent))
+        self._decoder = StreamDecoder(tokenizer, silent is not None, prompt, named)
+        self._silent = frozenset() if silent is None else frozenset((*tokenizer.stop_ids, *silent))
         self._sections = Sections(thinking, call)
         self._stop = StopStrings(stop, include_stop)
         self._speller = speller

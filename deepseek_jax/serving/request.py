@@ -117,7 +117,7 @@ class Update(NamedTuple):
 
     finish_reason: None while it goes on; "stop" (a stop id, or the caller's own end), "length", "abort" or "error".
     cached_tokens: of the prompt, found in the prefix cache. prompt: all of it, once, where log-probabilities are asked for.
-    error: what went wrong, in one line.
+    error: what went wrong, in one line. queued: seconds that it waited to run for the first time.
     """
 
     id: str
@@ -126,6 +126,7 @@ class Update(NamedTuple):
     cached_tokens: int = 0
     prompt: Sequence[PromptToken] | None = None
     error: str | None = None
+    queued: float = 0.0
 
 
 class QueueFullError(Exception):

@@ -1,5 +1,6 @@
 """`EngineThread` runs an engine on a thread of its own, for callers of any other."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.request import Request, Update
 
 OnUpdate = Callable[[Update], None]
+OnRefused = Callable[[Exception], None]
 
 
 class EngineThread:
@@ -26,18 +28,23 @@ class EngineThread:
         self.failed: BaseException | None = None
         self._asked: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._listeners: dict[str, OnUpdate] = {}
+        self._over = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, on_update: OnUpdate) -> None:
+    def submit(self, request: Request, on_update: OnUpdate, on_refused: OnRefused | None = None) -> None:
         """Waits until the engine took the request. Raises ValueError, QueueFullError as `Engine.submit`, RuntimeError if the
-        engine failed."""
+        engine has ended. With `on_refused` it waits for nothing: instead of being raised, the error is given to it, on any
+        thread."""
 
         def take() -> None:
             self.engine.submit(request)
             self._listeners[request.id] = on_update
 
-        self.call(take)
+        if on_refused is None:
+            self.call(take)
+        else:
+            self._ask(take, lambda _: None, on_refused)
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """Asks for the end of a request, and does not wait for it."""
@@ -46,26 +53,40 @@ class EngineThread:
     def call(self, function: Callable[[], Any]) -> Any:
         """Runs a function between two turns of the engine and waits for what it returns, or raises what it raises."""
         done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+        self._ask(function, lambda value: done.put((True, value)), lambda error: done.put((False, error)))
+        good, value = done.get()
+        if good:
+            return value
+        raise value
+
+    def _ask(
+        self, function: Callable[[], Any], done: Callable[[Any], None], failed: Callable[[Exception], None]
+    ) -> None:
+        """Has a function run between two turns. One of `done` and `failed` is called, whatever happens."""
 
         def run() -> None:
             try:
-                done.put((True, function()))
-            except Exception as error:
-                done.put((False, error))
-
-        self._asked.put(run)
-        while True:
-            try:
-                good, value = done.get(timeout=1.0)
-            except queue.Empty:
-                if not self._thread.is_alive():
+                if self._over:
                     raise RuntimeError(
                         f"the engine has ended: {self.failed or 'it was closed'}"
                     ) from self.failed
-                continue
-            if good:
-                return value
-            raise value
+                value = function()
+            except Exception as error:
+                failed(error)
+            else:
+                done(value)
+
+        self._asked.put(run)
+        if self._over:
+            self._answer_the_rest()
+
+    def _answer_the_rest(self) -> None:
+        """What was asked too late."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                ask = self._asked.get(block=False)
+                if ask is not None:
+                    ask()
 
     def close(self) -> None:
         """Ends the thread after the present turn; requests that are not ended are aborted."""
@@ -82,6 +103,8 @@ class EngineThread:
             error = f"the engine failed: {type(failure).__name__}: {failure}"
         for request_id in list(self._listeners):
             self._tell([Update(request_id, finish_reason=reason, error=error)])
+        self._over = True
+        self._answer_the_rest()
 
     def _do_what_was_asked(self) -> bool:
         """Waits for something to do; False at the end."""

@@ -30,7 +30,7 @@ from deepseek_jax.model.layers import logits
 from deepseek_jax.parallel.layout import few_tokens
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.parallel.prepared import generation_mesh, parameter_shardings
-from experiments.generate import parse_mesh
+from experiments.mesh_flag import parse_mesh
 from tests.inference.checkpoint import save_checkpoint, save_run
 from tests.oracle.tiny import weights
 from tests.parallel.comparison import BOUND, difference

@@ -13,7 +13,7 @@ from deepseek_jax.serving.server.errors import refused
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Sample
 from deepseek_jax.serving.server.schemas import ChatAsked, Conversation
-from deepseek_jax.serving.server.service import Served, Service, new_id
+from deepseek_jax.serving.server.service import Served, new_id
 from deepseek_jax.serving.server.tokens import chat_logprobs, prompt_logprobs
 from deepseek_jax.serving.server.wire import Json
 
@@ -32,7 +32,7 @@ async def chat_completions(http: HttpRequest) -> Answer:
     service.check_model(asked.options.model)
     prompt = await prompt_of_messages(served, asked.conversation)
     id = f"chatcmpl-{new_id()}"
-    form = ChatForm(id, service, asked, _samples(id, served, asked, prompt))
+    form = ChatForm(id, served, service.settings.name, asked, _samples(id, served, asked, prompt))
     return service.answer(form, asked.options.stream)
 
 
@@ -79,10 +79,10 @@ def _call(call: ToolCall, indexed: bool) -> Json:
 class ChatForm(Form):
     """Choice i is sample i."""
 
-    def __init__(self, id: str, service: Service, asked: ChatAsked, samples: Sequence[Sample]):
+    def __init__(self, id: str, served: Served, name: str, asked: ChatAsked, samples: Sequence[Sample]):
         kind = ("chat.completion", "chat.completion.chunk")
-        super().__init__(id, kind, service.settings.name, asked.options, samples)
-        self._served = service.served
+        super().__init__(id, kind, name, asked.options, samples)
+        self._served = served
         self._begun: set[int] = set()  # choices that had an event
         self._held: dict[int, tuple[Piece, ...]] = {}  # tokens whose text is held back
 

@@ -15,7 +15,7 @@ from deepseek_jax.serving.server.errors import refused
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Sample
 from deepseek_jax.serving.server.schemas import CompletionAsked, Options, Prompt
-from deepseek_jax.serving.server.service import Served, Service, new_id
+from deepseek_jax.serving.server.service import Served, new_id
 from deepseek_jax.serving.server.tokens import completion_logprobs, prompt_logprobs, prompt_pieces
 from deepseek_jax.serving.server.wire import Json
 
@@ -31,7 +31,9 @@ async def completions(http: HttpRequest) -> Answer:
     ids = await prepare.off_loop(size, lambda: [_ids(served, asked, prompt) for prompt in asked.prompts])
     id = f"cmpl-{new_id()}"
     many = [_samples(f"{id}-{i}", served, asked, prompt) for i, prompt in enumerate(ids)]
-    form = CompletionForm(id, service, asked, [sample for few in many for sample in few])
+    form = CompletionForm(
+        id, served, service.settings.name, asked, [sample for few in many for sample in few]
+    )
     return service.answer(form, asked.options.stream)
 
 
@@ -72,9 +74,9 @@ def _with_prompt(asked: CompletionAsked) -> Options:
 class CompletionForm(Form):
     """Choice i * n + j is sample j of prompt i."""
 
-    def __init__(self, id: str, service: Service, asked: CompletionAsked, samples: Sequence[Sample]):
-        super().__init__(id, ("text_completion",) * 2, service.settings.name, asked.options, samples)
-        self._asked, self._served = asked, service.served
+    def __init__(self, id: str, served: Served, name: str, asked: CompletionAsked, samples: Sequence[Sample]):
+        super().__init__(id, ("text_completion",) * 2, name, asked.options, samples)
+        self._asked, self._served = asked, served
         self._begun: set[int] = set()  # choices that had an event
         self._held: dict[int, tuple[Piece, ...]] = {}  # tokens whose text is held back
 

@@ -69,10 +69,11 @@ class Fields:
         self.check(good, name, f"a string, or a list of at most {at_most}, none of them empty")
         return tuple(many)
 
-    def ids(self, name: str) -> tuple[int, ...]:
+    def ids(self, name: str, at_most: float = math.inf) -> tuple[int, ...]:
         value = self.get(name)
         good = value is None or (isinstance(value, list) and all(is_id(x) and x >= 0 for x in value))
         self.check(good, name, "a list of token ids")
+        self.check(value is None or len(value) <= at_most, name, f"a list of at most {at_most:g} token ids")
         return () if value is None else tuple(value)
 
     def mapping(self, name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from deepseek_jax.serving.server.service import Service, new_id
 
 LOGGER = logging.getLogger("deepseek_jax.serving")
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
-# Anybody may ask for these: the page, health, metrics.
+# Anybody may ask for these, and often: the page, health, metrics.
 _OPEN = frozenset(("/", "/health", "/livez", "/readyz", "/metrics", "/version"))
 
 
@@ -31,7 +31,8 @@ class Gate:
             return
         headers = dict(scope["headers"])
         call = _Call(scope, send, _request_id(headers))
-        self._service.requests += 1
+        counted = scope["path"] not in _OPEN
+        self._service.requests += counted
         try:
             self._check(scope["path"], headers.get(b"authorization", b""))
             await self._app(scope, receive, call.send)
@@ -41,7 +42,7 @@ class Gate:
             LOGGER.exception("a request failed", extra={"fields": call.fields()})
             await call.answer(ApiError(500, f"internal error: {type(error).__name__}"), scope, receive)
         finally:
-            self._service.requests -= 1
+            self._service.requests -= counted
             LOGGER.log(call.level, "request", extra={"fields": call.fields()})
 
     def _check(self, path: str, given: bytes) -> None:
@@ -77,7 +78,7 @@ class _Call:
     @property
     def level(self) -> int:
         quiet = self._scope["path"] in _OPEN
-        return logging.WARNING if self.status >= 500 else logging.DEBUG if quiet else logging.INFO
+        return logging.DEBUG if quiet else logging.WARNING if self.status >= 500 else logging.INFO
 
     def fields(self) -> dict[str, Any]:
         own = {

@@ -73,6 +73,7 @@ class Sample:
         new: of the answer, since it was taken.
         prompt: tokens of the prompt with log-probabilities, where they were asked for.
         cached: tokens of the prompt found in the prefix cache.
+        queued: seconds until it ran.
         begun, first, last: seconds when it was submitted, and had its first and last token; None before.
         reason: None while it goes on, then why the engine ended it.
         error: what the client is told, if it did not end well.
@@ -84,7 +85,7 @@ class Sample:
         self.request, self.reply = request, reply
         self.counts_prompt, self._discards = counts_prompt, discards
         self.new: list[Delta] = []
-        self.count, self.cached = 0, 0
+        self.count, self.cached, self.queued = 0, 0, 0.0
         self.prompt: Sequence[PromptToken] | None = None
         self.begun = time.monotonic()
         self.first: float | None = None
@@ -97,7 +98,7 @@ class Sample:
         if self.reason is not None:
             return
         self.prompt = self.prompt if update.prompt is None else update.prompt
-        self.cached = max(self.cached, update.cached_tokens)
+        self.cached, self.queued = max(self.cached, update.cached_tokens), update.queued
         if update.tokens:
             self._read(update.tokens, when)
         if update.finish_reason is not None and self.reason is None:

@@ -61,6 +61,7 @@ class Instruments:
         """Tokens came; before `sample.first` and `sample.last` are set."""
         if sample.last is None:
             self.first.observe(when - sample.begun)
+            self.queue.observe(sample.queued)
             if sample.counts_prompt:
                 self.prompt.add(len(sample.request.prompt))
         elif tokens:

@@ -12,7 +12,7 @@ from deepseek_jax.serving.server.fields import Fields, is_ids
 Prompt = str | list[int]
 
 _SAMPLES = 128  # of a prompt
-_STOPS, _STOP = 32, 1000  # stop strings, and characters of one
+_STOPS, _STOP, _STOP_IDS = 32, 1000, 256  # stop strings, characters of one, and stop ids
 _HUGE = 1 << 31
 _TAKEN = frozenset(("tools", "messages", "documents", "add_generation_prompt"))
 
@@ -159,7 +159,7 @@ def _options(fields: Fields, max_tokens: int | None, logprobs: int | None) -> Op
         sampling=_sampling(fields),
         seed=fields.integer("seed", None, -(1 << 63), (1 << 64) - 1),
         stop=stop,
-        stop_ids=fields.ids("stop_token_ids"),
+        stop_ids=fields.ids("stop_token_ids", _STOP_IDS),
         ignore_eos=fields.flag("ignore_eos"),
         logprobs=logprobs,
         prompt_logprobs=fields.integer("prompt_logprobs", None, 0, TOP),

@@ -18,6 +18,7 @@ from deepseek_jax.serving.server.errors import ApiError
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Generation, Mailbox, Sample
 from deepseek_jax.serving.server.instruments import Instruments
+from deepseek_jax.serving.thread import EngineThread
 
 _STARTING = "the server is starting: its model is not ready yet"
 _DRAINING = "the server is stopping and takes no new requests"
@@ -29,7 +30,8 @@ class Settings:
     name: of the model, as clients ask for it.
     api_key: that clients must send; None: none.
     max_body: bytes of a request.
-    waiting, waiting_tokens: sequences that may wait for their first token, and tokens of their prompts.
+    waiting, waiting_tokens: sequences that may wait beside those that run, and tokens of the prompts of all that have no
+        token yet.
     keep_alive: seconds after which a stream in which nothing comes gets a comment.
     """
 
@@ -41,8 +43,10 @@ class Settings:
     keep_alive: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("max_body", "waiting", "waiting_tokens", "keep_alive"):
+        for name in ("max_body", "waiting_tokens", "keep_alive"):
             require(getattr(self, name) > 0, f"{name}={shown(getattr(self, name))} must be positive")
+        require(self.waiting >= 0, f"waiting={shown(self.waiting)} must be >= 0")
+        require(bool(self.name), "name is empty: give the model's name")
         require(self.api_key != "", "api_key is empty: leave it out for a server without one")
 
 
@@ -50,13 +54,14 @@ class Settings:
 class Served:
     """A model that is ready.
 
-    engine: `serving.thread.EngineThread`. vocab_size: ids of the model.
+    engine: `serving.thread.EngineThread`. vocab_size: ids of the model. rows: sequences that run at the same time.
     """
 
     engine: Any
     tokenizer: Tokenizer
     vocab_size: int
     max_model_len: int
+    rows: int
 
     @functools.cached_property
     def speller(self) -> Speller:
@@ -65,6 +70,13 @@ class Served:
     @functools.cached_property
     def dialect(self) -> Dialect:
         return dialect_of(self.tokenizer)
+
+
+def served(engine: EngineThread, tokenizer: Tokenizer) -> Served:
+    """What an engine serves."""
+    device = engine.engine.device
+    rows = device.sizes.slots * len(engine.engine.schedulers)
+    return Served(engine, tokenizer, device.cfg.vocab_size, device.sizes.max_model_len, rows)
 
 
 class Service:
@@ -91,6 +103,7 @@ class Service:
         """Is ready from now on."""
         self._served = served
         self.instruments.engine = served.engine.engine
+        self.admission.sequences += served.rows
         if self.state == "starting":
             self.state = "ready"
 
@@ -108,6 +121,11 @@ class Service:
         for generation in list(self.running):
             generation.cancel(ApiError(503, "the server stopped before the answer was complete"))
         return not late
+
+    def close(self) -> None:
+        """Ends the engine."""
+        if self._served is not None:
+            self._served.engine.close()
 
     @property
     def alive(self) -> bool:

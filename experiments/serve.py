@@ -1,0 +1,165 @@
+"""Serve a training run's or a Hugging Face folder's model over HTTP, as OpenAI's API:
+
+    python -m experiments.serve --checkpoint=runs/tiny
+    python -m experiments.serve --checkpoint=FOLDER --host=0.0.0.0 --port=8000 --api_key=SECRET
+    python -m experiments.serve --checkpoint=runs/tiny --mesh=node=2,local=4
+
+Then open http://127.0.0.1:8000/ in a browser to talk to it, or ask it from a terminal or any client of OpenAI's:
+
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "import os", "max_tokens": 32}'
+    OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model=NAME, messages=[...])
+
+Endpoints: /v1/completions, /v1/chat/completions, /v1/models; /health, /livez, /readyz, /metrics (Prometheus, vLLM's names),
+/version; /tokenize, /detokenize, /tokenizer_info; and the page at /.
+
+Requests run together, as many as --rows; others wait, up to --waiting, and what comes on top is answered 429 with
+Retry-After. A client that leaves ends its request. Ctrl-C or SIGTERM takes no new requests, finishes those that run within
+--grace seconds, and ends with status 0; a second one ends at once. One line of JSON for each request goes to standard
+error. At the first start all programs are compiled, which takes a while; later ones find them in ~/.cache/deepseek_jax.
+"""
+
+import contextvars
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import command_line
+from experiments.devices import cpu_devices
+from experiments.mesh_flag import parse_mesh
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run or of Hugging Face.", required=True)
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0: of all networks.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0: any that is free.", 0, 65535)
+_NAME = flags.DEFINE_string("served_model_name", None, "The model's name for clients; default: the folder's.")
+_KEY = flags.DEFINE_string(
+    "api_key",
+    None,
+    "Key that clients must send; default: DEEPSEEK_JAX_API_KEY of the environment, else none.",
+)
+_MESH = flags.DEFINE_string("mesh", "", "Mesh of devices, such as node=2,local=4; empty: one device.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default: the newest.")
+_EMA = flags.DEFINE_bool("ema", False, "Use the averaged parameters.")
+_FP8 = flags.DEFINE_bool("keep_fp8", False, "Multiply the FP8 weights of a Hugging Face folder as they are.")
+_ROWS = flags.DEFINE_integer("rows", 32, "Sequences that run at the same time, on each device.", 1)
+_LENGTH = flags.DEFINE_integer(
+    "max_model_len", None, "Tokens of prompt and answer; default: the model's positions.", 1
+)
+_PAGES = flags.DEFINE_integer(
+    "pages", None, "Pages of 64 tokens in the cache; default: what memory allows.", 1
+)
+_CACHE = flags.DEFINE_enum("cache", "model", ("model", "fp8"), "Cache in the model's dtype, or in FP8.")
+_CHUNK = flags.DEFINE_integer("chunk", None, "Tokens of prompts that go through the model at once.", 1)
+_DRAFTS = flags.DEFINE_enum(
+    "drafts", "off", ("off", "on", "auto"), "Draft with the MTP module; auto: where it pays."
+)
+_INVARIANT = flags.DEFINE_bool("invariant", False, "An answer is the same bits whatever else runs; slower.")
+_WAITING = flags.DEFINE_integer("waiting", 256, "Sequences that may wait beside those that run.", 0)
+_WAITING_TOKENS = flags.DEFINE_integer("waiting_tokens", 1 << 20, "Tokens of the prompts that wait.", 1)
+_BODY = flags.DEFINE_integer("max_body", 16 << 20, "Bytes of a request.", 1)
+_KEEP_ALIVE = flags.DEFINE_float(
+    "keep_alive", 10.0, "Seconds of silence after which a stream gets a comment.", 0.1
+)
+_GRACE = flags.DEFINE_float("grace", 60.0, "Seconds that requests have to end when the server stops.", 0.0)
+_EVENTS = flags.DEFINE_string(
+    "kv_events", None, "ZeroMQ endpoint, such as tcp://*:5557, that says which prefixes are cached."
+)
+
+
+def _settings() -> Any:
+    from deepseek_jax.serving.server.service import Settings
+
+    return Settings(
+        name=Path(_CHECKPOINT.value).resolve().name if _NAME.value is None else _NAME.value,
+        api_key=os.environ.get("DEEPSEEK_JAX_API_KEY") if _KEY.value is None else _KEY.value,
+        max_body=_BODY.value,
+        waiting=_WAITING.value,
+        waiting_tokens=_WAITING_TOKENS.value,
+        keep_alive=_KEEP_ALIVE.value,
+    )
+
+
+def _options() -> Any:
+    from deepseek_jax.serving.options import Options
+
+    return Options(
+        rows=_ROWS.value,
+        max_model_len=_LENGTH.value,
+        chunk=_CHUNK.value,
+        pages=_PAGES.value,
+        cache=_CACHE.value,
+        waiting=_WAITING.value,
+        invariant=_INVARIANT.value,
+        drafts="auto" if _DRAFTS.value == "auto" else _DRAFTS.value == "on",
+    )
+
+
+def _load(mesh: Any, options: Any, events: Any) -> Any:
+    """The model in a warm engine."""
+    import deepseek_jax
+    from deepseek_jax import now
+    from deepseek_jax.serving.build import build
+    from deepseek_jax.serving.server.service import served
+    from deepseek_jax.serving.thread import EngineThread
+
+    model = deepseek_jax.load(
+        _CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, keep_fp8=_FP8.value, mesh=mesh
+    )
+    if model.tokenizer is None:
+        raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.json: the server needs one")
+    with now.doing("compiling the programs of the engine"):
+        engine = build(model, options)
+    for rank, scheduler in enumerate(engine.schedulers if events else ()):
+        scheduler.pool.listener = events.listener(rank)
+    return served(EngineThread(engine), model.tokenizer)
+
+
+def _welcome(name: str, url: str, key: bool) -> str:
+    secret = ' -H "Authorization: Bearer $KEY"' if key else ""
+    return (
+        f"{name} is ready: open {url}/ in a browser, or try\n"
+        f"  curl {url}/v1/completions{secret} -H 'Content-Type: application/json' "
+        """-d '{"prompt": "Once", "max_tokens": 32}'\n"""
+        "Ctrl-C ends it when all answers are complete; a second one at once."
+    )
+
+
+def _url(host: str, port: int) -> str:
+    anywhere = host in ("", "0.0.0.0", "::")
+    shown = "localhost" if anywhere else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
+
+
+def main(argv: Sequence[str]) -> int:
+    command_line.parse_flags(argv)
+    mesh = parse_mesh(_MESH.value)
+    if mesh is not None:
+        cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor)
+    from deepseek_jax.serving.kv_events import KvEvents
+    from deepseek_jax.serving.server import logs, running
+    from deepseek_jax.serving.server.service import Service
+
+    settings, options = _settings(), _options()
+    listener = running.listening(_HOST.value, _PORT.value)
+    events = None if _EVENTS.value is None else KvEvents(_EVENTS.value)
+    url = _url(_HOST.value, listener.getsockname()[1])
+    logs.to_stream(sys.stderr)
+    context = contextvars.copy_context()  # in which the screen shows what is done
+    running.run(
+        Service(settings),
+        listener,
+        lambda: context.run(_load, mesh, options, events),
+        grace=_GRACE.value,
+        on_ready=lambda: print(_welcome(settings.name, url, settings.api_key is not None), flush=True),
+        at_once=lambda number: os._exit(128 + number),
+    )
+    if events is not None:
+        events.close()
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)
