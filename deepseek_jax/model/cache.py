@@ -210,7 +210,11 @@ class PagedView(NamedTuple):
         page_bt = jnp.take_along_axis(self.block_table, n, axis=1)
         there = (self.positions_bt >= 0) & (self.positions_bt < self.block_table.shape[1] * page)
         page_bt = jnp.where(there, page_bt, pages)  # behind the last one: dropped
-        put = self.pages_lpsw.at[i, page_bt, self.positions_bt % page].set(x_btw, mode="drop")
+        at_bt = self.positions_bt % page
+        if page_bt.size == 1:  # XLA makes a branch of a single update, and copies all pages for it
+            page_bt, at_bt = (jnp.concatenate([x, jnp.full_like(x, pages)]) for x in (page_bt, at_bt))
+            x_btw = jnp.concatenate([x_btw, x_btw])
+        put = self.pages_lpsw.at[i, page_bt, at_bt].set(x_btw, mode="drop")
         return self._replace(pages_lpsw=put)
 
     @property
