@@ -15,6 +15,7 @@ import pytest
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.recompute import recompute
+from deepseek_jax.parallel.exchange import peers
 from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.low_latency import LowLatency
 from deepseek_jax.parallel.exchange.placement import nodes_per_token
@@ -22,6 +23,7 @@ from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.precision import operands, preset
 from deepseek_jax.precision.product import Quantised, quantise_weight
 from pallas_kernels.fp8_grouped_gemm.ops import fp8_grouped_gemm_masked
+from pallas_kernels.peer_exchange.ops import peer_exchange
 from tests.parallel.comparison import BOUND, difference
 from tests.parallel.harness import E, arrays, dense, on_mesh, routings, single_device, with_gradients
 
@@ -219,6 +221,20 @@ def test_low_latency_in_fp8_equals_the_normal_exchange_and_one_device(combine, b
     one = np.asarray(jax.jit(routed_experts)(*args))
     assert np.abs(one).max() > 0.1
     assert difference(few, one) < bound and difference(few, many) < bound
+
+
+def test_low_latency_over_peers_memory(monkeypatch):
+    """The same rows at other places: sums in the same order. What lies where no row came reaches no token."""
+
+    def with_garbage(x, rows, counts, axis):
+        out, received = peer_exchange(x, rows, counts, axis)
+        there = jnp.arange(out.shape[1])[None] < received[:, None]
+        return jnp.where(there[..., None], out, jnp.uint32(0xFFFFFFFF)), received  # NaN, and ids of -2
+
+    monkeypatch.setattr(peers, "peer_exchange", with_garbage)
+    args, wire = fp8_layer(), Wire(FP8.dispatch, "bf16")
+    want, got = (on_mesh(LowLatency(wire=wire, peers=p), (2, 4), 4)(*args) for p in (False, True))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_decoding_multiplies_by_the_masked_product_in_fp8(monkeypatch):

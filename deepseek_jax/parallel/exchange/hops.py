@@ -49,6 +49,14 @@ class Hop:
         """Which of the rows received are there."""
         return jnp.arange(self.rows) < self.chunks.recv_size.sum()
 
+    def there(self, message: Message) -> tuple[Message, "Hop"]:
+        """Rows at the source -> rows received, and the hop."""
+        return send(for_peers(message, self), self), self
+
+    def back(self, message: Message) -> Message:
+        """Rows received -> rows as they were sent."""
+        return send_back(message, self)
+
 
 def plan_hop(
     to_mp: jax.Array,
@@ -93,7 +101,7 @@ def send_back(message: Message, hop: Hop) -> Message:
     return message.with_words(ragged_all_to_all(message.words_nw, hop.chunks.reverse(), s, *where))
 
 
-def sums(message: Message, hop: Hop, dtype: Any = None) -> tuple[jax.Array, ...]:
+def sums(message: Message, hop: Any, dtype: Any = None) -> tuple[jax.Array, ...]:
     """Rows as they were sent -> sums of the values of each row at the source, added up in float32.
 
     dtype: of the sums, if not that of the values.

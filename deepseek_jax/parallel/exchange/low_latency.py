@@ -5,7 +5,8 @@ device has tokens. A token goes to about half of the nodes that it has places fo
 to say first how many rows will come. Its expert ids and routing weights travel in the row; a row of zeros is none.
 Inside a node a row goes to each device that has experts of it, by a ragged all-to-all, for which XLA has one kernel there
 that writes into the peers' memory: fixed sizes would be those of all tokens of all nodes to each device, ten times the rows
-that there are. On the way back, sums are made inside the node first.
+that there are. On the way back, sums are made inside the node first. With `peers`, a kernel of ours takes both ways instead:
+nothing is counted, packed or zeroed (`peers.py`). No GPU has run it yet.
 
 What a device can receive is every token of every device, once, and its buffers are of that size. Experts are those of
 `model/experts.py: arrived_experts`: in FP8 where weights are, on the bytes that travelled. Their products cost what the rows
@@ -28,16 +29,8 @@ from deepseek_jax.model.dispatch import Received
 from deepseek_jax.model.experts import arrived_experts
 from deepseek_jax.model.layers import Params
 from deepseek_jax.parallel.exchange.dispatcher import FLAT, INSIDE, OverMesh
-from deepseek_jax.parallel.exchange.hops import (
-    Hop,
-    for_peers,
-    pairs_at,
-    plan_hop,
-    send,
-    send_back,
-    static,
-    sums,
-)
+from deepseek_jax.parallel.exchange.hops import Hop, pairs_at, plan_hop, static, sums
+from deepseek_jax.parallel.exchange.peers import PeerHop, plan_peers
 from deepseek_jax.parallel.exchange.wire import Message, read, write
 
 NODES = "node"
@@ -56,14 +49,14 @@ class Arrived(NamedTuple):
     """Rows for this device's experts; and how they came inside the node, None where it has one device."""
 
     rows: Received
-    hop: Hop | None
+    hop: Hop | PeerHop | None
 
 
 class Results(NamedTuple):
     """y_rd: sums over this device's experts of the rows that came by `hop`."""
 
     y_rd: jax.Array
-    hop: Hop | None
+    hop: Hop | PeerHop | None
 
 
 def _between_nodes(x_pnw: jax.Array) -> jax.Array:
@@ -73,22 +66,29 @@ def _between_nodes(x_pnw: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowLatency(OverMesh):
-    """The dispatcher for few tokens. `function`: one device's experts, as `experts.arrived_experts`."""
+    """The dispatcher for few tokens.
+
+    function: one device's experts, as `experts.arrived_experts`.
+    peers: rows go by `peers.py` inside a node; a mesh of several nodes, and a CPU, run its reference.
+    """
 
     function: Callable[..., jax.Array] = arrived_experts
+    peers: bool = False
 
     def _layout(self, experts_nk: jax.Array, n_local: int) -> FewPlan:
         at_a_node = n_local * lax.axis_size(INSIDE)
         to_np = pairs_at(experts_nk, 0, at_a_node, lax.axis_size(NODES)) > 0
         return FewPlan(experts_nk, to_np.T, n_local)
 
-    def _inside(self, ids_mk: jax.Array, n_local: int) -> Hop | None:
+    def _inside(self, ids_mk: jax.Array, n_local: int) -> Hop | PeerHop | None:
         """The hop of a node's rows to its devices."""
         devices = lax.axis_size(INSIDE)
         if devices == 1:
             return None
         first = lax.axis_index(NODES) * devices * n_local
         to_mp = pairs_at(ids_mk, first, n_local, devices) > 0
+        if self.peers:
+            return plan_peers(to_mp, INSIDE)
         return plan_hop(to_mp, INSIDE, min(ids_mk.shape[1], devices), len(ids_mk), self.implementation)
 
     def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: FewPlan) -> Arrived:
@@ -97,10 +97,12 @@ class LowLatency(OverMesh):
         message = message.with_words(_between_nodes(words_pnw).reshape(-1, words_pnw.shape[-1]))
         hop = self._inside(read(message)[0][2] - 1, plan.n_local)
         if hop is not None:
-            message = send(for_peers(message, hop), hop)
+            message, hop = hop.there(message)
         (x_rd, weights_rk, ids_rk), sent = read(message)
         ids_rk = ids_rk - 1 - lax.axis_index(FLAT[0]) * plan.n_local
         here = (ids_rk >= 0) & (ids_rk < plan.n_local)
+        if hop is not None:
+            here &= hop.live_r[:, None]
         return Arrived(Received(x_rd, weights_rk, jnp.where(here, ids_rk, -1), sent), hop)
 
     def experts(
@@ -114,7 +116,7 @@ class LowLatency(OverMesh):
         """Sums of each token's rows inside its nodes, then over these [n, d], added up in float32 each time."""
         y_md = y.y_rd
         if y.hop is not None:
-            (y_md,) = sums(send_back(self._results(y_md), y.hop), y.hop)
+            (y_md,) = sums(y.hop.back(self._results(y_md)), y.hop)
         message = self._results(y_md)
         words_pnw = message.words_nw.reshape(*plan.to_pn.shape, -1)
         words_mw = _between_nodes(words_pnw).reshape(message.words_nw.shape)
