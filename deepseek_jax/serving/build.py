@@ -5,11 +5,12 @@ from typing import Any
 
 from deepseek_jax.model.decoding import decoding_config
 from deepseek_jax.parallel.prepared import policy_of
+from deepseek_jax.serving.drafting import check_drafts
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.over_mesh import OverMesh
-from deepseek_jax.serving.programs import Weights
+from deepseek_jax.serving.programs import Weights, layers_in_pages
 
 DEFAULT = Options()
 
@@ -32,8 +33,9 @@ def build(model: Any, options: Options = DEFAULT, said: Callable[[str], None] = 
     said: hears what is compiled next. Raises ValueError for options that do not go with the model.
     """
     cfg = decoding_config(model.config)
-    pages = options.pages_for(cfg, cfg.num_hidden_layers)
-    device = _device(model, cfg, options.sizes(cfg), pages, options.cache == "fp8")
+    drafts = check_drafts(cfg, options.drafts, options.invariant)
+    pages = options.pages_for(cfg, layers_in_pages(cfg, drafts))
+    device = _device(model, cfg, options.sizes(cfg), pages, options.cache == "fp8", drafts)
     device.weights = weights_of(model, model.ready())
     for name in device.warm_up():
         said(name)

@@ -20,6 +20,7 @@ import numpy as np
 
 from deepseek_jax.checks import require
 from deepseek_jax.serving.assign import choose_rank
+from deepseek_jax.serving.drafting import Pair, economy_of
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.pages import PagePool
@@ -31,7 +32,8 @@ from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
 
 
 class Flight(NamedTuple):
-    """A program that was launched: whose rows it has, by (row, chunk or decode row), and its results on the device."""
+    """A program that was launched: whose rows it has, by (row, chunk or decode row), and its results on the device: what was
+    drawn, one token of each row or a pair."""
 
     rows: Sequence[tuple[int, Any]]
     drawn: Any
@@ -56,7 +58,8 @@ class _Record:
 
 @dataclasses.dataclass
 class Stats:
-    """Counts since the start; of tokens but for requests, steps and preemptions. ended: requests by finish reason."""
+    """Counts since the start; of tokens but for requests, steps, drafts (of one token each) and preemptions. ended: requests
+    by finish reason."""
 
     steps: int = 0
     prompt: int = 0
@@ -90,11 +93,13 @@ class Engine:
             chunk=sizes.chunks[-1][1],
             max_model_len=sizes.max_model_len,
             waiting=options.waiting,
+            drafts=int(device.drafts),
             reserve=options.invariant,
             whole_pages=options.invariant,
         )
         self.schedulers = [Scheduler(limits, PagePool(device.pages), version) for _ in range(device.ranks)]
         self.stats = Stats()
+        self._economy = economy_of(device.seconds, options.drafts is True) if device.drafts else None
         self._records: dict[str, _Record] = {}
         self._flights: collections.deque[list[Flight]] = collections.deque()
         self._ended: list[Update] = []  # without a step: aborted
@@ -132,8 +137,9 @@ class Engine:
     def step(self) -> list[Update]:
         """One turn; returns what is new of each request that has something new."""
         updates, self._ended = self._ended, []
-        steps = [scheduler.schedule(self._budget(scheduler)) for scheduler in self.schedulers]
-        launched = self._launch(steps)
+        drafts = self._drafts()
+        steps = [scheduler.schedule(self._budget(scheduler), drafts) for scheduler in self.schedulers]
+        launched = self._launch(steps, drafts)
         if launched:
             self._flights.append(launched)
             self.stats.steps += 1
@@ -141,9 +147,14 @@ class Engine:
             updates += self._read(self._flights.popleft())
         return updates
 
+    def _drafts(self) -> bool:
+        """Whether the decode rows of this turn have drafts."""
+        rows = max(map(_decoding, self.schedulers))
+        return bool(self._economy and rows and self._economy.drafts(self.device.sizes.rows_for(rows)))
+
     def _budget(self, scheduler: Scheduler) -> int | None:
         """Tokens of chunks in this turn: as many as do not hold the decode rows up for long. None: no bound."""
-        rows = sum(running.computed >= running.goal for running in scheduler.running)
+        rows = _decoding(scheduler)
         if not rows or self.options.invariant:
             return None
         sizes, seconds = self.device.sizes, self.device.seconds
@@ -151,14 +162,14 @@ class Engine:
         fitting = [r * t for r, t in sizes.chunks if seconds.get(("prefill", r, t), 0.0) <= allowed]
         return max(fitting, default=sizes.chunks[0][1])
 
-    def _launch(self, steps: list[Step]) -> list[Flight]:
+    def _launch(self, steps: list[Step], drafts: bool) -> list[Flight]:
         for rank, step in enumerate(steps):
             for running in step.admitted:
                 self._admit(rank, running)
             self.stats.preemptions += len(step.preempted)
         flights = []
         if any(step.rows for step in steps):
-            flights.append(self._launch_rows([step.rows for step in steps]))
+            flights.append(self._launch_rows([step.rows for step in steps], drafts))
         chunks = [sorted(step.chunks, key=lambda chunk: -len(chunk.tokens)) for step in steps]
         while any(chunks):
             flights.append(self._launch_chunks(chunks))
@@ -176,7 +187,7 @@ class Engine:
             self.stats.cache_queries += len(request.prompt)
             self.stats.cache_hits += running.cached_tokens
 
-    def _launch_rows(self, ranks: list[list[Row]]) -> Flight:
+    def _launch_rows(self, ranks: list[list[Row]], drafts: bool) -> Flight:
         each = self.device.sizes.rows_for(max(map(len, ranks)))
         plan, rows = decode_plan(each * len(ranks), self.device.words), []
         for rank, decoding in enumerate(ranks):
@@ -188,7 +199,8 @@ class Engine:
                     plan.page_r[i], plan.index_r[i] = running.pages[record.paged], record.paged
                     record.paged += 1
                 rows.append((i, row))
-        return self._flight(rows, self.device.decode(self._masked(plan, rows), _most(rows)), None)
+        run = self.device.decode_pairs if drafts else self.device.decode
+        return self._flight(rows, run(self._masked(plan, rows), _most(rows)), None)
 
     def _launch_chunks(self, ranks: list[list[Chunk]]) -> Flight:
         """The longest chunks that are left, as many as go into one program; takes them out of `ranks`."""
@@ -247,8 +259,6 @@ class Engine:
         for flight in flights:
             drawn = jax.tree.map(np.asarray, flight.drawn)
             given = None if flight.given is None else jax.tree.map(np.asarray, flight.given)
-            tokens, logprobs = drawn.token_b.tolist(), drawn.logprob_b.tolist()
-            sampled = drawn.sampled_b.tolist()
             for i, row in flight.rows:
                 running = row.running
                 request = running.request
@@ -259,14 +269,14 @@ class Engine:
                     _keep(record, row, given, i)
                 if not getattr(row, "samples", True):
                     continue
-                computed = len(row.tokens) if isinstance(row, Chunk) else 1
-                self.schedulers[record.rank].received(running, row.epoch, [tokens[i]], computed)
-                top = _top(request.logprobs, drawn.top_ids_bk, drawn.top_logprobs_bk, i)
-                record.new.append(Token(tokens[i], logprobs[i], sampled[i], flight.version, top))
-                self.stats.generated += 1
+                tokens, reason = _up_to_the_end(running, self._tokens(request, drawn, i, flight.version))
+                ids = [token.id for token in tokens]
+                computed = len(row.tokens) if isinstance(row, Chunk) else len(ids)
+                self.schedulers[record.rank].received(running, row.epoch, ids, computed)
+                record.new += tokens
+                self.stats.generated += len(tokens)
                 if request.grammar is not None:
-                    request.grammar.accept(tokens[i])
-                reason = _reason(request, running, tokens[i])
+                    request.grammar.accept(ids[0])  # such a row drafts nothing
                 if reason is None:
                     changed[request.id] = record
                     continue
@@ -275,6 +285,18 @@ class Engine:
                 del self._records[request.id]
                 ended.append(self._update(record, reason))
         return [*(self._update(record) for record in changed.values()), *ended]
+
+    def _tokens(self, request: Request, drawn: Any, i: int, version: int) -> list[Token]:
+        """What row i of a program got."""
+        if not isinstance(drawn, Pair):
+            return [_token(request, drawn, i, version)]
+        drafted, accepted = int(drawn.drafted_r[i]), int(drawn.accepted_r[i])
+        self.stats.drafts += drafted
+        self.stats.drafted += drafted
+        self.stats.accepted += accepted
+        assert self._economy is not None
+        self._economy.heard(drafted, accepted)
+        return [_token(request, one, i, version) for one in (drawn.one, drawn.two)[: 1 + accepted]]
 
     def _update(self, record: _Record, reason: str | None = None) -> Update:
         """What is new of a request since the last time."""
@@ -296,12 +318,27 @@ def _most(rows: list[tuple[int, Any]]) -> int | None:
     return most_of(row.running.request for _, row in rows)
 
 
-def _reason(request: Request, running: Running, token: int) -> str | None:
-    """Why a sequence ends with this token, its last one; None if it goes on."""
-    if token in request.stop_ids:
-        return "stop"
+def _decoding(scheduler: Scheduler) -> int:
+    """Sequences whose prompt is computed."""
+    return sum(running.computed >= running.goal for running in scheduler.running)
+
+
+def _up_to_the_end(running: Running, tokens: list[Token]) -> tuple[list[Token], str | None]:
+    """Those of the tokens that belong to the sequence; and why it ends with the last one, None if it goes on."""
+    request = running.request
     answered = len(running.tokens) - len(request.prompt)
-    return "length" if answered >= request.max_tokens else None
+    for n, token in enumerate(tokens, 1):
+        if token.id in request.stop_ids:
+            return tokens[:n], "stop"
+        if answered + n >= request.max_tokens:
+            return tokens[:n], "length"
+    return tokens, None
+
+
+def _token(request: Request, drawn: Any, i: int, version: int) -> Token:
+    """That of row i."""
+    top = _top(request.logprobs, drawn.top_ids_bk, drawn.top_logprobs_bk, i)
+    return Token(int(drawn.token_b[i]), float(drawn.logprob_b[i]), float(drawn.sampled_b[i]), version, top)
 
 
 def _top(asked: int | None, ids: np.ndarray, logprobs: np.ndarray, at: Any) -> list[tuple[int, float]]:

@@ -14,6 +14,7 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.sampling import ALL
 from deepseek_jax.model.decoding import ONE_DEVICE, on_cpu
+from deepseek_jax.serving.drafting import Pair, decode_pairs
 from deepseek_jax.serving.programs import (
     Chunks,
     DecodeRows,
@@ -37,6 +38,11 @@ def _decode(weights: Weights, cfg: ModelConfig, state: Any, rows: DecodeRows, mo
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames=("state",))
+def _decode_pairs(weights: Weights, cfg: ModelConfig, state: Any, rows: DecodeRows, most: int | None) -> Any:
+    return decode_pairs(weights, cfg, ONE_DEVICE, state, rows, most)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames=("state",))
 def _prefill(weights: Weights, cfg: ModelConfig, state: Any, chunks: Chunks, most: int | None) -> Any:
     return prefill_chunks(weights, cfg, ONE_DEVICE, state, chunks, most)
 
@@ -52,23 +58,24 @@ class OneDevice:
     Args:
         cfg: the config that decoding runs with (`model.decoding.decoding_config`).
         pages: of the cache; fp8: in the FP8 layout.
+        drafts: whether there are programs in which the MTP module drafts.
 
     Attributes:
         ranks: 1.
-        seconds: how long each program took when it was warmed up, by ("decode", rows) and ("prefill", rows, tokens).
+        seconds: how long each program took when it was warmed up, by ("decode", rows), ("drafts", rows) and ("prefill", rows, tokens).
     """
 
     ranks = 1
 
-    def __init__(self, cfg: ModelConfig, sizes: Sizes, pages: int, fp8: bool = False):
-        self.cfg, self.sizes, self.pages = cfg, sizes, pages
+    def __init__(self, cfg: ModelConfig, sizes: Sizes, pages: int, fp8: bool = False, drafts: bool = False):
+        self.cfg, self.sizes, self.pages, self.drafts = cfg, sizes, pages, drafts
         self.words = -(-cfg.vocab_size // 32)
         self.weights: Weights | None = None
         self.seconds: dict[tuple[Any, ...], float] = {}
         self._state = self._empty(fp8)
 
     def _empty(self, fp8: bool) -> State:
-        return empty_state(self.cfg, self.sizes.slots, self.pages, self.sizes.pages_each, fp8)
+        return empty_state(self.cfg, self.sizes.slots, self.pages, self.sizes.pages_each, fp8, self.drafts)
 
     def admit(self, rank: int, slot: int, request: Any, answer: list[int]) -> None:
         """The slot's sequence is sampled as `request` says. answer: tokens that it has already."""
@@ -81,6 +88,11 @@ class OneDevice:
         """most: what the rows ask for (`sampler.most_of`)."""
         self._state, drawn = _decode(self.weights, self.cfg, self._state, rows, most)
         return drawn
+
+    def decode_pairs(self, rows: DecodeRows, most: int | None) -> Pair:
+        """`decode` with drafts."""
+        self._state, pair = _decode_pairs(self.weights, self.cfg, self._state, rows, most)
+        return pair
 
     def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
         self._state, drawn, given = _prefill(self.weights, self.cfg, self._state, chunks, most)
@@ -100,10 +112,13 @@ class OneDevice:
 
     def _programs(self) -> Iterator[tuple[tuple[Any, ...], Callable[..., Any]]]:
         for rows in self.sizes.rows:
-            yield ("decode", rows), functools.partial(self.decode, decode_plan(self.ranks * rows, self.words))
+            plan = decode_plan(self.ranks * rows, self.words)
+            yield ("decode", rows), functools.partial(self.decode, plan)
+            if self.drafts:
+                yield ("drafts", rows), functools.partial(self.decode_pairs, plan)
         for rows, tokens in self.sizes.chunks:
-            plan = chunk_plan(self.ranks * rows, tokens, self.sizes.pages_each, self.words)
-            yield ("prefill", rows, tokens), functools.partial(self.prefill, plan)
+            chunks = chunk_plan(self.ranks * rows, tokens, self.sizes.pages_each, self.words)
+            yield ("prefill", rows, tokens), functools.partial(self.prefill, chunks)
 
 
 MOST = (None,)  # on a CPU, where a program sees itself what its rows ask for

@@ -40,6 +40,7 @@ from deepseek_jax.parallel.prepared import (
     ready_specs,
 )
 from deepseek_jax.precision.policy import Policy
+from deepseek_jax.serving.drafting import Pair, decode_pairs
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.programs import (
     Chunks,
@@ -57,19 +58,20 @@ from deepseek_jax.serving.sizes import Sizes
 FEW = 64  # tokens of a device: up to so many of a chunk take the exchange of decoding
 
 ROWS, BY_LAYER = PartitionSpec(TOKEN_AXES), PartitionSpec(None, TOKEN_AXES)
-STATE = State(pages_lpsw=BY_LAYER, table_sn=ROWS, length_s=ROWS, token_s=ROWS, slots=ROWS)  # type: ignore[arg-type]
+STATE = State(pages_lpsw=BY_LAYER, table_sn=ROWS, length_s=ROWS, token_s=ROWS, slots=ROWS, h_sd=ROWS)  # type: ignore[arg-type]
 
 
 class Programs(NamedTuple):
     """Jitted, over global arrays; all but `empty` consume the state.
 
-    empty: (sizes, pages, fp8) -> state; admit: (state, rank, slot, row) -> state; decode: (weights, state, rows, most), prefill:
-    (weights, state, chunks, most) -> (state, what they give).
+    empty: (sizes, pages, fp8, drafts) -> state; admit: (state, rank, slot, row) -> state; decode, decode_pairs: (weights, state,
+    rows, most), prefill: (weights, state, chunks, most) -> (state, what they give).
     """
 
     empty: Callable[..., State]
     admit: Callable[..., State]
     decode: Callable[..., Any]
+    decode_pairs: Callable[..., Any]
     prefill: Callable[..., Any]
 
 
@@ -97,9 +99,9 @@ def programs(
     options = compiler_options(mesh, devices)
     consuming = functools.partial(jax.jit, donate_argnames="state", compiler_options=options)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def empty(sizes: Sizes, pages: int, fp8: bool) -> State:
-        one = functools.partial(empty_state, cfg, sizes.slots, pages, sizes.pages_each, fp8)
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+    def empty(sizes: Sizes, pages: int, fp8: bool, drafts: bool) -> State:
+        one = functools.partial(empty_state, cfg, sizes.slots, pages, sizes.pages_each, fp8, drafts)
         return over_devices(one, in_specs=(), out_specs=STATE)()
 
     @consuming
@@ -109,16 +111,19 @@ def programs(
         here = jnp.where(lax.axis_index(TOKEN_AXES) == rank, slot, nowhere)
         return state._replace(slots=put(state.slots, here, row))
 
-    @functools.partial(consuming, static_argnames="most")
-    def decode(weights: Weights, state: State, rows: DecodeRows, most: int | None) -> Any:
-        layout = few_tokens(cfg, mesh, devices, wire)
+    def decoding(program: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.partial(consuming, static_argnames="most")
+        def decode(weights: Weights, state: State, rows: DecodeRows, most: int | None) -> Any:
+            layout = few_tokens(cfg, mesh, devices, wire)
 
-        def run(weights: Weights, state: State, rows: DecodeRows) -> Any:
-            return decode_rows(weights, cfg, layout, state, rows, most)
+            def run(weights: Weights, state: State, rows: DecodeRows) -> Any:
+                return program(weights, cfg, layout, state, rows, most)
 
-        return over_devices(run, in_specs=(weights_specs, STATE, ROWS), out_specs=(STATE, ROWS))(
-            weights, state, rows
-        )
+            return over_devices(run, in_specs=(weights_specs, STATE, ROWS), out_specs=(STATE, ROWS))(
+                weights, state, rows
+            )
+
+        return decode
 
     @functools.partial(consuming, static_argnames="most")
     def prefill(weights: Weights, state: State, chunks: Chunks, most: int | None) -> Any:
@@ -132,7 +137,7 @@ def programs(
             weights, state, chunks
         )
 
-    return Programs(empty, admit, decode, prefill)
+    return Programs(empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill)
 
 
 class OverMesh(OneDevice):
@@ -140,7 +145,7 @@ class OverMesh(OneDevice):
 
     Args:
         cfg: the config that decoding runs with.
-        sizes, pages, fp8: of each device.
+        sizes, pages, fp8, drafts: of each device.
         mesh: `data`, `node`, `local`, `tensor`; `experts`, `dispatch`, `combine` and `receive` as in training.
         policy: of weights in FP8.
 
@@ -154,6 +159,7 @@ class OverMesh(OneDevice):
         sizes: Sizes,
         pages: int,
         fp8: bool = False,
+        drafts: bool = False,
         *,
         mesh: MeshConfig,
         policy: Policy | None = None,
@@ -164,10 +170,10 @@ class OverMesh(OneDevice):
         self._run = programs(cfg, mesh, policy, at)
         self._rows = NamedSharding(self.devices, ROWS)
         self._all_may_come: dict[tuple[int, ...], jax.Array] = {}
-        super().__init__(cfg, sizes, pages, fp8)
+        super().__init__(cfg, sizes, pages, fp8, drafts)
 
     def _empty(self, fp8: bool) -> State:
-        return self._run.empty(self.sizes, self.pages, fp8)
+        return self._run.empty(self.sizes, self.pages, fp8, self.drafts)
 
     def _admit(self, rank: int, slot: int, row: Row) -> None:
         self._state = self._run.admit(self._state, np.int32(rank), np.int32(slot), row)
@@ -175,6 +181,10 @@ class OverMesh(OneDevice):
     def decode(self, rows: DecodeRows, most: int | None) -> Drawn:
         self._state, drawn = self._run.decode(self.weights, self._state, self._placed(rows), most)
         return drawn
+
+    def decode_pairs(self, rows: DecodeRows, most: int | None) -> Pair:
+        self._state, pair = self._run.decode_pairs(self.weights, self._state, self._placed(rows), most)
+        return pair
 
     def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
         self._state, drawn, given = self._run.prefill(self.weights, self._state, self._placed(chunks), most)

@@ -11,6 +11,7 @@ Dims: s slot, r row of a program, t token of a chunk, n page of a sequence, l la
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.inference.sampling import ALL
 from deepseek_jax.model.cache import empty_pages, paged_view
-from deepseek_jax.model.decoding import decode
+from deepseek_jax.model.decoding import decode, mtp_append
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.serving.request import TOP
@@ -42,7 +43,9 @@ class State(NamedTuple):
     """Of one device.
 
     pages_lpsw: of `model.cache.empty_pages`. table_sn: the pages of each slot's sequence. length_s: tokens of it whose latents
-    are in them. token_s: the last one drawn, which is not. slots: how each is sampled.
+    are in them. token_s: the last one drawn, which is not. slots: how each is sampled. h_sd: where the MTP module drafts
+    (`drafting.py`), the main model's state of the last of length_s tokens; the module's latents are the last layer of the pages,
+    and lack that token's.
     """
 
     pages_lpsw: jax.Array
@@ -50,18 +53,27 @@ class State(NamedTuple):
     length_s: jax.Array
     token_s: jax.Array
     slots: Slots
+    h_sd: Any = None
 
 
-def empty_state(cfg: ModelConfig, slots: int, pages: int, pages_each: int, fp8: bool = False) -> State:
+def empty_state(
+    cfg: ModelConfig, slots: int, pages: int, pages_each: int, fp8: bool = False, drafts: bool = False
+) -> State:
     """pages_each: of one sequence, at most."""
     zero = functools.partial(jnp.zeros, dtype=jnp.int32)
     return State(
-        empty_pages(cfg, cfg.num_hidden_layers, pages, fp8),
+        empty_pages(cfg, layers_in_pages(cfg, drafts), pages, fp8),
         zero((slots, pages_each)),
         zero(slots),
         zero(slots),
         empty_slots(slots, cfg.vocab_size),
+        jnp.zeros((slots, cfg.hidden_size), cfg.dtype) if drafts else None,
     )
+
+
+def layers_in_pages(cfg: ModelConfig, drafts: bool) -> int:
+    """The model's, and that of the module which drafts."""
+    return cfg.num_hidden_layers + drafts
 
 
 class DecodeRows(NamedTuple):
@@ -111,38 +123,75 @@ def _there(slot_r: jax.Array, there_r: jax.Array, slots: int) -> jax.Array:
     return jnp.where(there_r, slot_r, slots)
 
 
+class Part(NamedTuple):
+    """Decode rows that take part. slot_r, table_rn, token_r: of each, whatever they are where it is none; counted_r: whether
+    it is one; length_r: tokens before the last, 0 where it is none."""
+
+    slot_r: jax.Array
+    counted_r: jax.Array
+    table_rn: jax.Array
+    length_r: jax.Array
+    token_r: jax.Array
+
+    def written(self, state: State, length_r: jax.Array, token_r: jax.Array, h_rd: jax.Array) -> State:
+        """The state after a step: of each row its tokens in pages, the last token, the state of the one before."""
+        write_r = _there(self.slot_r, self.counted_r, len(state.length_s))
+        return state._replace(
+            length_s=state.length_s.at[write_r].set(length_r, mode="drop"),
+            token_s=state.token_s.at[write_r].set(token_r, mode="drop"),
+            h_sd=None if state.h_sd is None else state.h_sd.at[write_r].set(h_rd, mode="drop"),
+        )
+
+
+def taking_part(state: State, rows: DecodeRows) -> tuple[State, Part]:
+    """The state with the rows' new pages, and the rows."""
+    slots, counted_r = len(state.length_s), rows.slot_r >= 0
+    slot_r = jnp.maximum(rows.slot_r, 0)
+    paged_r = _there(slot_r, counted_r & (rows.page_r >= 0), slots)
+    table_sn = state.table_sn.at[paged_r, rows.index_r].set(rows.page_r, mode="drop")
+    length_r = jnp.where(counted_r, state.length_s[slot_r], 0)
+    part = Part(slot_r, counted_r, table_sn[slot_r], length_r, state.token_s[slot_r])
+    return state._replace(table_sn=table_sn), part
+
+
+def drawn_by(weights: Weights, part: Part, most: int | None) -> Callable[..., tuple[Slots, Drawn]]:
+    """(slots, logits, positions, which rows count, whose masks) -> the slots, and one token of each row."""
+
+    def one(
+        slots: Slots, logits_rv: jax.Array, position_r: jax.Array, counted_r: jax.Array, masks: Any = None
+    ) -> tuple[Slots, Drawn]:
+        more = {} if masks is None else {"masked_b": masks.masked_r, "mask_bw": masks.mask_rw}
+        return draw(
+            slots,
+            part.slot_r,
+            logits_rv,
+            position_r,
+            counted_r,
+            num_ids=weights.num_ids,
+            most=most,
+            **more,
+        )
+
+    return one
+
+
 def decode_rows(
     weights: Weights, cfg: ModelConfig, layout: Layout, state: State, rows: DecodeRows, most: int | None
 ) -> tuple[State, Drawn]:
     """One token more of each row. most: what the rows ask for at most, where the host says so (`sampler.most_of`)."""
-    slots = len(state.length_s)
-    counted_r = rows.slot_r >= 0
-    slot_r = jnp.maximum(rows.slot_r, 0)
-    write_r = _there(slot_r, counted_r, slots)
-    paged_r = _there(slot_r, counted_r & (rows.page_r >= 0), slots)
-    table_sn = state.table_sn.at[paged_r, rows.index_r].set(rows.page_r, mode="drop")
-    length_r = jnp.where(counted_r, state.length_s[slot_r] + 1, 0)
-    view = paged_view(state.pages_lpsw, table_sn[slot_r], length_r, 1, counted_r.astype(jnp.int32))
-    h_rtd, view = decode(weights.ready, cfg, state.token_s[slot_r][:, None], view, weights.bias_le, layout)
-    sampler, drawn = draw(
-        state.slots,
-        slot_r,
-        logits(weights.ready, h_rtd[:, 0]),
-        length_r,
-        counted_r,
-        masked_b=rows.masked_r,
-        mask_bw=rows.mask_rw,
-        num_ids=weights.num_ids,
-        most=most,
-    )
-    state = State(
-        view.pages_lpsw,
-        table_sn,
-        state.length_s.at[write_r].set(length_r, mode="drop"),
-        state.token_s.at[write_r].set(drawn.token_b, mode="drop"),
-        sampler,
-    )
-    return state, drawn
+    state, part = taking_part(state, rows)
+    ones_r, pages_lpsw = part.counted_r.astype(jnp.int32), state.pages_lpsw
+    if state.h_sd is not None:
+        last = state.h_sd[part.slot_r][:, None], part.token_r[:, None]
+        before = paged_view(pages_lpsw, part.table_rn, part.length_r, 1, ones_r)
+        pages_lpsw = mtp_append(weights.ready, cfg, *last, before, cfg.num_hidden_layers).pages_lpsw
+    view = paged_view(pages_lpsw, part.table_rn, part.length_r + ones_r, 1, ones_r)
+    h_rtd, view = decode(weights.ready, cfg, part.token_r[:, None], view, weights.bias_le, layout)
+    draw_one = drawn_by(weights, part, most)
+    logits_rv = logits(weights.ready, h_rtd[:, 0])
+    slots, drawn = draw_one(state.slots, logits_rv, part.length_r + 1, part.counted_r, rows)
+    state = state._replace(pages_lpsw=view.pages_lpsw, slots=slots)
+    return part.written(state, part.length_r + 1, drawn.token_b, h_rtd[:, 0]), drawn
 
 
 def prefill_chunks(
@@ -159,6 +208,12 @@ def prefill_chunks(
     t = chunks.tokens_rt.shape[1]
     view = paged_view(state.pages_lpsw, chunks.table_rn, length_r, t, new_r)
     h_rtd, view = decode(weights.ready, cfg, chunks.tokens_rt, view, weights.bias_le, layout)
+    h_sd = None
+    if state.h_sd is not None:
+        h_sd = state.h_sd.at[write_r].set(h_rtd[:, -1], mode="drop")
+        known = view._replace(positions_bt=jnp.where(chunks.next_rt < 0, -1, view.positions_bt))
+        next_rt = jnp.maximum(chunks.next_rt, 0)
+        view = mtp_append(weights.ready, cfg, h_rtd, next_rt, known, cfg.num_hidden_layers)
     sampler, drawn = draw(
         state.slots,
         slot_r,
@@ -176,6 +231,7 @@ def prefill_chunks(
         state.length_s.at[write_r].set(length_r, mode="drop"),
         state.token_s.at[_there(slot_r, samples_r, slots)].set(drawn.token_b, mode="drop"),
         sampler,
+        h_sd,
     )
     return state, drawn, _given(weights.ready, h_rtd, chunks, most)
 

@@ -125,10 +125,11 @@ class Scheduler:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def schedule(self, budget: int | None = None) -> Step:
-        """The next step. budget: tokens of chunks at most, in this step; decode rows always go on."""
+    def schedule(self, budget: int | None = None, drafts: bool = True) -> Step:
+        """The next step. budget: tokens of chunks at most, in this step; decode rows always go on. drafts: whether they have
+        the drafts that the limits allow."""
         step = Step([], [], [], [])
-        self._add_rows(step)
+        self._add_rows(step, self.limits.drafts if drafts else 0)
         left = self.limits.budget - len(step.rows) * self.limits.row_tokens
         if budget is not None:
             left = min(left, budget)
@@ -142,8 +143,7 @@ class Scheduler:
             self._register(chunk.running)
         return step
 
-    def _add_rows(self, step: Step) -> None:
-        drafts = self.limits.drafts
+    def _add_rows(self, step: Step, drafts: int) -> None:
         for running in list(self.running):
             if running.slot < 0:
                 break  # it was preempted, as all behind it
