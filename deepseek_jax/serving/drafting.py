@@ -41,6 +41,11 @@ class Pair(NamedTuple):
     accepted_r: Any
 
 
+def agrees(guess_r: jax.Array, token_r: jax.Array) -> jax.Array:
+    """Which drafts are accepted."""
+    return guess_r == token_r
+
+
 def decode_pairs(
     weights: Weights, cfg: ModelConfig, layout: Layout, state: State, rows: DecodeRows, most: int | None
 ) -> tuple[State, Pair]:
@@ -63,7 +68,7 @@ def decode_pairs(
     h_rd = jnp.where(drafted_r[:, None], h_rtd[:, 0], h_rtd[:, 1])
     logits_rv = jnp.where(drafted_r[:, None], logits_rtv[:, 0], logits_rtv[:, 1])
     slots, one = draw(state.slots, logits_rv, part.length_r + 1, part.counted_r, rows)
-    accepted_r = drafted_r & (guess_r == one.token_b)
+    accepted_r = drafted_r & agrees(guess_r, one.token_b)
     slots, two = draw(slots, logits_rtv[:, 1], part.length_r + 2, accepted_r)
 
     # The module's latents of the token before the last: where a draft was refused, the next step writes the same once more.

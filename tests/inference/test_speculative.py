@@ -18,32 +18,11 @@ from deepseek_jax.inference.generate import generate, plain
 from deepseek_jax.inference.sampling import Sampling, keys_at, row_sampling, sample
 from deepseek_jax.inference.speculative import Stats, check_speculative
 from deepseek_jax.model.modules import DeepSeekV3
-from tests.oracle.tiny import V3, weights
+from tests.oracle.tiny import V3, mostly_agreeing
 
 CFG = dataclasses.replace(V3, num_hidden_layers=2, max_position_embeddings=128)  # two MTP modules
 PROMPTS = [[5, 61, 7], [3, 9, 44, 10, 2, 8, 30, 31, 32], [66], list(range(20, 40))]
 NEW = 13
-OUTPUTS = ("wo_hvd", "w_down_fd", "w_down_efd")  # the last projection of attention and of the FFNs
-
-
-def mostly_agreeing(seed: int, share: float):
-    """Weights whose MTP modules often guess what the main model says next.
-
-    Blocks add only `share` of their output, so the main model mostly follows the last token; the MTP module
-    reads the same token's embedding, and agrees always at share 0.
-    """
-    params, bias = weights(CFG, seed)
-
-    def scaled(path, x):
-        return share * x if path[-1].key in OUTPUTS else x
-
-    params = jax.tree_util.tree_map_with_path(scaled, params)
-    mtp, d = params["mtp"], CFG.hidden_size
-    embedding_only = np.concatenate([np.eye(d), np.zeros((d, d))]).astype(np.float32)
-    mtp["w_eh_cd"] = np.broadcast_to(embedding_only, mtp["w_eh_cd"].shape)
-    mtp["enorm_d"] = np.ones_like(mtp["enorm_d"])
-    mtp["norm_d"] = np.broadcast_to(params["final_norm"]["scale_d"], mtp["norm_d"].shape)
-    return params, bias
 
 
 @jax.jit
@@ -104,7 +83,7 @@ class Greedy:
 
 @pytest.fixture(scope="module")
 def partly():
-    return Greedy(*mostly_agreeing(1, 0.1))
+    return Greedy(*mostly_agreeing(CFG, 1, 0.1))
 
 
 def test_the_oracle_is_the_model(partly):
@@ -114,7 +93,7 @@ def test_the_oracle_is_the_model(partly):
 
 @pytest.mark.parametrize(("seed", "share"), [(0, 0.5), (2, 0.1), (3, 0.3)])
 def test_greedy_equals_plain_greedy(seed, share):
-    greedy = Greedy(*mostly_agreeing(seed, share))
+    greedy = Greedy(*mostly_agreeing(CFG, seed, share))
     got = greedy.check(NEW)
     assert 0 < got.accepted < got.drafted
     assert len({tuple(row) for row in greedy.plain}) == len(PROMPTS)
@@ -139,7 +118,7 @@ def test_stop_tokens_end_rows_where_plain_greedy_ends_them(partly):
 
 
 def test_a_module_that_always_agrees_halves_the_steps():
-    got = Greedy(*mostly_agreeing(0, 0.0)).check(NEW)
+    got = Greedy(*mostly_agreeing(CFG, 0, 0.0)).check(NEW)
     steps = (NEW - 1) // 2  # the first token comes from the prompt, then two per step
     assert got == Stats(drafted=steps * len(PROMPTS), accepted=steps * len(PROMPTS))
     assert (got.acceptance, got.tokens_per_step) == (1.0, 2.0)

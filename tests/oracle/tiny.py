@@ -56,6 +56,31 @@ def weights(cfg: ModelConfig, seed: int = 0, bias: float = 0.3):
     return unflatten(flat), rows.astype(np.float32) + 0.0  # no negative zeros
 
 
+OUTPUTS = ("wo_hvd", "w_down_fd", "w_down_efd")  # the last projection of attention and of the FFNs
+
+
+def mostly_agreeing(cfg: ModelConfig, seed: int, share: float):
+    """Weights whose MTP modules often guess what the main model says next.
+
+    Blocks add only `share` of their output, so the main model mostly follows the last token; the MTP module
+    reads the same token's embedding, and agrees always at share 0.
+    """
+    params, bias = weights(cfg, seed)
+
+    def scaled(x, name: str = ""):
+        if isinstance(x, dict):
+            return {key: scaled(value, key) for key, value in x.items()}
+        return share * x if name in OUTPUTS else x
+
+    params = scaled(params)
+    mtp, d = params["mtp"], cfg.hidden_size
+    embedding_only = np.concatenate([np.eye(d), np.zeros((d, d))]).astype(np.float32)
+    mtp["w_eh_cd"] = np.broadcast_to(embedding_only, mtp["w_eh_cd"].shape)
+    mtp["enorm_d"] = np.ones_like(mtp["enorm_d"])
+    mtp["norm_d"] = np.broadcast_to(params["final_norm"]["scale_d"], mtp["norm_d"].shape)
+    return params, bias
+
+
 def checkpoint(cfg: ModelConfig, params, balance_bias) -> tuple[dict, dict]:
     """(tensors by checkpoint name in float64, config.json) of a model, for the oracle."""
     tensors = {}
