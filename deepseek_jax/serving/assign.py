@@ -14,6 +14,8 @@ HIT = 0.25
 def choose_rank(schedulers: Sequence[Scheduler], request: Request) -> int:
     """The rank that would be the least full with this request, of slots or of pages, whichever is fuller; less HIT times the
     share of the prompt that its cache has. Ranks whose queue is full come last. Nothing is changed."""
+    if len(schedulers) == 1:
+        return 0
     first = schedulers[0]
     page, ahead = first.pool.page, first.limits.drafts
     keys = page_keys(request.prompt, request.salt, first.version, page=page, ahead=ahead)

@@ -8,11 +8,10 @@ cached when nobody holds it any more, until its room is needed.
 """
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from deepseek_jax.checks import require
 
@@ -57,7 +56,7 @@ def page_keys(
         return []
     if parent is None:
         parent = hashlib.sha256(repr((salt, version, page, ahead)).encode()).digest()
-    data = memoryview(np.asarray(tokens[: count * page + ahead], "<i8").tobytes())
+    data = memoryview(array("q", tokens[: count * page + ahead])).cast("B")
     keys = []
     for start in range(0, count * page, page):
         digest = hashlib.sha256(parent)

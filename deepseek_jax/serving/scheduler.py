@@ -15,7 +15,8 @@ import operator
 from collections.abc import Sequence
 
 from deepseek_jax.checks import require, shown
-from deepseek_jax.serving.pages import PagePool, page_keys
+from deepseek_jax.serving.pages import PagePool
+from deepseek_jax.serving.prefixes import Prefixes
 from deepseek_jax.serving.request import QueueFullError, Request
 from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
 
@@ -26,7 +27,7 @@ class Scheduler:
     """Call `add` and `abort` at any time; `schedule` gives the next step, which must be launched; `received` takes its results,
     steps in order, at any time later; `finish` ends a sequence.
 
-    waiting, running: sequences in their order. version: of the weights.
+    waiting, running: sequences in their order.
     """
 
     def __init__(self, limits: Limits, pool: PagePool, version: int = 0):
@@ -40,13 +41,13 @@ class Scheduler:
             not limits.whole_pages or limits.chunk >= pool.page,
             f"chunk={limits.chunk} must be at least a page of {pool.page} tokens",
         )
-        self.limits, self.pool, self.version = limits, pool, version
+        self.limits, self.pool = limits, pool
+        self.prefixes = Prefixes(limits, pool, version)
         self.waiting: list[Running] = []
         self.running: list[Running] = []
         self._of_id: dict[str, Running] = {}
         self._slots = list(range(limits.rows - 1, -1, -1))
         self._arrivals = 0
-        self._coming: dict[bytes, Running] = {}  # pages that chunks of a sequence with a slot will fill
 
     # --- from and to outside ------------------------------------------------------------------------------------------
 
@@ -78,6 +79,11 @@ class Scheduler:
         self._of_id[request.id] = running
         bisect.insort(self.waiting, running, key=_order)
         return running
+
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        return self.prefixes.version
 
     @property
     def is_full(self) -> bool:
@@ -113,15 +119,13 @@ class Scheduler:
             running.unsure -= unsure
             running.computed += computed - counted
             running.tokens.extend(tokens)
-            self._register(running)
+            self.prefixes.register(running)
         return True
 
     def set_version(self, version: int) -> None:
         """The weights are others from the next step on: no page of the old ones can be found. Running sequences go on with the
         latents that they have, which no other will find."""
-        self.version = version
-        self.pool.drop_cache()
-        self._coming.clear()
+        self.prefixes.set_version(version)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -140,16 +144,14 @@ class Scheduler:
         if not step.preempted:
             self._admit(step, left)
         for chunk in step.chunks:
-            self._register(chunk.running)
+            self.prefixes.register(chunk.running)
         return step
 
     def _add_rows(self, step: Step, drafts: int) -> None:
         for running in list(self.running):
             if running.slot < 0:
                 break  # it was preempted, as all behind it
-            known = len(running.tokens) + len(running.launched) + running.unsure
-            unread = running.request.grammar is not None and running.launched  # its mask needs the last token
-            if running.computed < running.goal or known >= running.limit or unread:
+            if not running.wants_row():
                 continue
             if not self._grow(running, step):
                 break
@@ -192,9 +194,8 @@ class Scheduler:
         samples = running.computed == running.goal
         if samples:
             running.launched.append((size, 0))
-        step.chunks.append(
-            Chunk(running, running.epoch, start, running.tokens[start : start + size], samples)
-        )
+        tokens = running.tokens[start : start + size]
+        step.chunks.append(Chunk(running, running.epoch, start, tokens, samples))
         return size
 
     # --- admission ----------------------------------------------------------------------------------------------------
@@ -205,74 +206,47 @@ class Scheduler:
         i = 0
         while i < len(self.waiting) and self._slots and left >= least:
             running = self.waiting[i]
-            hits = self._hits(running)
-            if hits is None:
+            found = self.prefixes.find(running)
+            if found is None:
                 i += 1
                 continue
-            if not self._give_pages(running, hits):
+            if not self._give_pages(running, found):
                 return
             del self.waiting[i]
-            self._give_slot(running, len(hits))
+            self._give_slot(running, len(found))
             step.admitted.append(running)
             left -= self._add_chunk(step, running, left)
 
-    def _hits(self, running: Running) -> list[int] | None:
-        """Cached pages with which a prompt begins; None if it should wait for the next one.
-
-        A token is left to compute, whatever is found.
-        """
-        request = running.request
-        if running.awaits is not None and self._is_coming(running, running.awaits):
-            return None
-        self._hash(running)
-        if request.prompt_logprobs is not None or request.routes:
-            return []
-        keys = running.keys[: (len(running.tokens) - 1) // self.pool.page]
-        hits = self.pool.lookup(keys)
-        running.awaits = keys[len(hits)] if len(hits) < len(keys) else None
-        if running.awaits is not None and self._is_coming(running, running.awaits):
-            return None
-        return hits
-
-    def _is_coming(self, running: Running, key: bytes) -> bool:
-        """Whether a sequence that need not wait for those after `running` computes the page of this key."""
-        other = self._coming.get(key)
-        return other is not None and other.request.priority <= running.request.priority
-
-    def _give_pages(self, running: Running, hits: list[int]) -> bool:
+    def _give_pages(self, running: Running, found: list[int]) -> bool:
         """Holds the pages found, and new ones for all tokens known. False if there are not so many, or so few that those who
         run would soon take them back: one is left for every eight of these."""
         reserve = self.limits.reserve
         pages = self._pages_at_most(running.limit) if reserve else self._pages(len(running.tokens))
         left = 0 if reserve else -(-len(self.running) // 8)
-        if not self.pool.fits(pages - len(hits) + left, beside=hits):
+        if not self.pool.fits(pages - len(found) + left, beside=found):
             return False
-        self.pool.share(hits)
-        new = self.pool.allocate(pages - len(hits))
+        self.pool.share(found)
+        new = self.pool.allocate(pages - len(found))
         assert new is not None
-        running.pages = hits + new
+        running.pages = found + new
         return True
 
-    def _give_slot(self, running: Running, hits: int) -> None:
+    def _give_slot(self, running: Running, found: int) -> None:
         running.slot = self._slots.pop()
         running.goal = len(running.tokens)
-        running.computed = hits * self.pool.page
-        running.registered = hits
+        running.computed = found * self.pool.page
+        running.registered = found
         running.awaits = None
         if not running.epoch:
             running.cached_tokens = running.computed
-        for key in running.keys[hits:]:
-            if key not in self.pool:
-                self._coming[key] = running
+        self.prefixes.begin(running)
         bisect.insort(self.running, running, key=_order)
 
     def _take_slot(self, running: Running) -> None:
         self.running.remove(running)
         self._slots.append(running.slot)
         self.pool.release(running.pages)
-        for key in running.keys[running.registered :]:
-            if self._coming.get(key) is running:
-                del self._coming[key]
+        self.prefixes.leave(running)
         running.slot, running.pages = -1, []
         running.goal = running.computed = running.unsure = running.registered = 0
         running.launched.clear()
@@ -285,34 +259,3 @@ class Scheduler:
     def _pages_at_most(self, limit: int) -> int:
         """The last token is never computed; a draft behind the last but one may be."""
         return self._pages(limit - 1 + self.limits.drafts)
-
-    def _hash(self, running: Running) -> None:
-        """The keys of the full pages, under the present weights; those that it has stay."""
-        if running.version != self.version:
-            running.version, running.keys = self.version, []
-        page, ahead = self.pool.page, self.limits.drafts
-        done = len(running.keys) * page
-        if len(running.tokens) - done >= page + ahead:
-            parent = running.keys[-1] if running.keys else None
-            tokens = running.tokens[done:]
-            running.keys += page_keys(tokens, running.request.salt, self.version, parent, page, ahead)
-
-    def _register(self, running: Running) -> None:
-        """Tells the pool the keys of pages that are full, of tokens that are known and computed.
-
-        A draft head's latent depends on the token behind as well. So with drafts a page's key has that token, and the page is
-        full when it is computed: whoever finds the page finds that latent, too.
-        """
-        page = self.pool.page
-        full = (min(running.computed, len(running.tokens)) - self.limits.drafts) // page
-        if self.limits.whole_pages:
-            full = min(full, running.goal // page)
-        if full <= running.registered or running.version != self.version:
-            return
-        self._hash(running)
-        for i in range(running.registered, full):
-            key = running.keys[i]
-            self._coming.pop(key, None)
-            parent = running.keys[i - 1] if i else None
-            self.pool.register(running.pages[i], key, parent, running.tokens[i * page : (i + 1) * page])
-        running.registered = full

@@ -59,8 +59,8 @@ class Running:
         unsure: further ones that will be if all drafts in flight are accepted.
         launched: of each launch in flight that draws: by how much it raised `computed` and `unsure`.
         cached_tokens: of the prompt, found in the prefix cache when it first got a slot.
-        keys: of its full pages, each hashed once; registered: how many of them the pool was told; version: of the weights
-            for which they hold, which were those at admission; awaits: key of a page that another sequence computes now.
+        keys: of its full pages, each hashed once; registered: how many of them the pool was told; generation: of the
+            weights for which they hold, those at admission; awaits: key of a page that another sequence computes now.
     """
 
     request: Request
@@ -77,13 +77,20 @@ class Running:
     cached_tokens: int = 0
     keys: list[bytes] = dataclasses.field(default_factory=list)
     registered: int = 0
-    version: int = -1
+    generation: int = -1
     awaits: bytes | None = None
 
     @property
     def pending(self) -> int:
         """Tokens drawn by launched steps that the host does not know yet; with drafts, at least so many."""
         return len(self.launched)
+
+    def wants_row(self) -> bool:
+        """Whether a decode row may be launched: its chunks are, max_tokens leaves one whatever becomes of the drafts in flight,
+        and a grammar has seen the last token."""
+        most = len(self.tokens) + len(self.launched) + self.unsure
+        unread = self.request.grammar is not None and self.launched
+        return self.computed >= self.goal and most < self.limit and not unread
 
     @property
     def order(self) -> tuple[int, int]:

@@ -66,14 +66,14 @@ class Device:
         self.length, self.last = [0] * rows, [0] * rows
 
     def run(self, step: Step):
-        """-> [(running, epoch, tokens, computed)], of chunks and rows."""
+        """-> [((running, epoch, tokens, computed), whether it is a row)], of chunks and rows."""
         before, self.memory = self.memory, self.memory.copy()
         results = []
         for chunk in step.chunks:
             first = chunk.running in step.admitted
-            results.append((chunk.running, chunk.epoch, *self._chunk(before, chunk, first)))
+            results.append(((chunk.running, chunk.epoch, *self._chunk(before, chunk, first)), False))
         for row in step.rows:
-            results.append((row.running, row.epoch, *self._row(before, row.running)))
+            results.append(((row.running, row.epoch, *self._row(before, row.running)), True))
         return results
 
     def _read(self, memory, pages, length):
@@ -132,9 +132,9 @@ class Watched:
 
     request: Request
     alone: Alone
-    version: int
     answer: list[int] = dataclasses.field(default_factory=list)
     end: str | None = None
+    mixed: bool = False  # it has latents of two weights
 
 
 class Engine:
@@ -152,7 +152,7 @@ class Engine:
         running = self.scheduler.add(request)
         version = self.scheduler.version
         limit = len(request.prompt) + request.max_tokens + 2
-        self.all[request.id] = Watched(request, Alone(request.prompt, limit, version), version)
+        self.all[request.id] = Watched(request, Alone(request.prompt, limit, version))
         return running
 
     def abort(self, id: str) -> None:
@@ -160,8 +160,13 @@ class Engine:
             self.all[id].end = "abort"
 
     def load(self, version: int) -> None:
+        """Other weights. Sequences under way have latents or tokens of both; others are of the new ones alone."""
         self.scheduler.set_version(version)
         self.device.version = version
+        for running in (*self.scheduler.running, *self.scheduler.waiting):
+            watched, prompt = self.all[running.request.id], running.request.prompt
+            watched.mixed |= running.slot >= 0 or len(running.tokens) > len(prompt)
+            watched.alone = Alone(prompt, running.limit + 2, version)
 
     def turn(self, budget: int | None = None) -> Step:
         """Schedules and launches a step, takes the results that are due."""
@@ -175,14 +180,14 @@ class Engine:
         step = self.scheduler.schedule(budget)
         self._check_step(step, may, budget)
         results = self.device.run(step)
-        for running, _, tokens, _ in results:
-            self._check_draws(running, tokens)
+        for (running, _, tokens, _), is_row in results:
+            self._check_draws(running, tokens, is_row)
         self.flight.append(results)
         self.steps.append(step)
         return step
 
     def receive(self) -> None:
-        for running, epoch, tokens, computed in self.flight.pop(0):
+        for (running, epoch, tokens, computed), _ in self.flight.pop(0):
             if not self.scheduler.received(running, epoch, tokens, computed):
                 self.stale += 1
                 continue
@@ -209,8 +214,17 @@ class Engine:
     # --- what must hold ---------------------------------------------------------------------------------------------
 
     def _wants_row(self, r: Running) -> bool:
-        known = len(r.tokens) + r.pending + r.unsure
-        return r.computed >= r.goal and known < r.limit
+        """Its prompt is computed, and one more token is wanted whatever drafts in flight become."""
+        flying = [
+            is_row
+            for step in self.flight
+            for (of, epoch, tokens, _), is_row in step
+            if of is r and epoch == r.epoch and tokens
+        ]
+        if r.request.grammar is not None and flying:
+            return False
+        most = len(r.tokens) + len(flying) + sum(flying) * self.device.drafts
+        return r.slot >= 0 and r.computed >= r.goal and most < len(r.request.prompt) + r.request.max_tokens
 
     def _check_step(self, step: Step, may: list[Running], budget: int | None) -> None:
         limits = self.scheduler.limits
@@ -230,19 +244,19 @@ class Engine:
                 assert chunk.start % self.pool.page == 0 and len(chunk.tokens) == min(self.pool.page, left)
         elif budget is not None:
             assert used <= budget
-        for r in rows:
-            assert len(r.tokens) + r.pending <= r.limit, "more rows than max_tokens can use"
+        order = [(r.request.priority, r.arrival) for r in self.scheduler.running]
+        assert order == sorted(order)
 
-    def _check_draws(self, running: Running, tokens: list[int]) -> None:
+    def _check_draws(self, running: Running, tokens: list[int], is_row: bool) -> None:
         """Of a sequence that has seen one version of the weights, each draw is the model's own."""
         watched = self.all[running.request.id]
-        if tokens and watched.version == self.scheduler.version:
+        if tokens and not watched.mixed:
             end = self.device.length[running.slot]
             assert tokens == watched.alone.tokens[end - len(tokens) + 1 : end + 1], (
                 "latents of others were read"
             )
             at = end - len(tokens)
-            if running.computed > running.goal and self.device.drafts:
+            if is_row and self.device.drafts:
                 assert (len(tokens) == 2) == watched.alone.accepted[at], (
                     "the draft head read latents of others"
                 )
