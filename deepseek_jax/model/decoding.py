@@ -114,7 +114,7 @@ def _attention(p: Params, cfg: ModelConfig, low: Low, rope: Rope, view: Any, i: 
     """Of the new tokens over those that the view holds: absorbed, but where many come and expanding these takes less time."""
     t = low.q_btq.shape[1]
     if view.paged and expands(cfg, t, view.slots, CPU if on_cpu() else H100):
-        return mla_over_pages(p, cfg, low, rope, view, i, to_the_end=not on_cpu())
+        return mla_over_pages(p, cfg, low, rope, view, i)
     return mla_decode(p, cfg, low, rope, functools.partial(view.attend, i))
 
 

@@ -24,8 +24,8 @@ from pallas_kernels.mla_attention.ops import mla_attention
 # FLOPs in the time of a byte: of products and attention in BF16 on an H100, 600 TFLOPS, by copies, 2.8 TB/s; and in float32
 # on two CPU cores, 200 GFLOP/s by 10 GB/s.
 H100, CPU = 215, 20
-# Tokens, of all sequences, that are expanded at a time: in BF16, keys and values of 128 heads take 0.67 GB.
-EXPANDED = 8192
+# Tokens, of all sequences, that are expanded at a time: in BF16, keys and values of 128 heads take 0.34 GB.
+EXPANDED = 4096
 
 
 def expands(cfg: ModelConfig, t: int, s: int, flops_per_byte: float) -> bool:
@@ -65,13 +65,12 @@ def mla_over_pages(
     rope: Rope,
     view: PagedView,
     i: int | jax.Array,
-    to_the_end: bool,
 ) -> jax.Array:
     """t new tokens, projected `down`, attend over pages that already hold them, in layer i. Returns [b, t, d], the sum over
     the heads whose weights there are; what it holds for a token that does not count means nothing.
 
-    `p` comes from `mla.absorb`. Cached tokens are expanded some thousands at a time, to the end of the longest sequence, or
-    `to_the_end` of the table, by a loop whose length the program knows.
+    `p` comes from `mla.absorb`. Cached tokens are expanded some thousands at a time, to the end of the longest sequence: the
+    table may have room for many more. On a GPU a host waits once for each time, some 20 us of 600.
     """
     q_bthk = queries(p, cfg, low, rope)
     b, t = q_bthk.shape[:2]
@@ -86,7 +85,7 @@ def mla_over_pages(
 
     seen = attend(0)
     if blocks > 1:
-        end = blocks if to_the_end else jnp.minimum(-(-jnp.max(view.lengths) // slots), blocks)
+        end = jnp.minimum(-(-jnp.max(view.lengths) // slots), blocks)
         seen = lax.fori_loop(1, end, lambda j, seen: seen.merged(attend(j)), seen)
     o_bthv = jnp.swapaxes(seen.out, 1, 2).astype(low.q_btq.dtype)
     return linear(o_bthv, p["wo_hvd"], n_in=2)
