@@ -23,29 +23,6 @@ from tests.serving.running import MODEL, running
 # No client may look for a model hub.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 
-LITELLM = """
-import asyncio, sys, litellm
-asked = dict(model="hosted_vllm/" + sys.argv[2], api_base=sys.argv[1] + "/v1", api_key="none", max_tokens=8, temperature=0,
-             messages=[{"role": "user", "content": "what is the wind?"}])
-done = litellm.completion(**asked)
-text = done.choices[0].message.content
-assert text and done.usage.completion_tokens == 8, done
-parts = [part.choices[0].delta.content or "" for part in litellm.completion(stream=True, **asked)]
-assert "".join(parts) == text, (parts, text)
-assert asyncio.run(litellm.acompletion(**asked)).choices[0].message.content == text
-thinking = litellm.completion(extra_body={"chat_template_kwargs": {"thinking": True}}, **asked).choices[0].message
-assert thinking.reasoning_content and not thinking.content, thinking
-words = litellm.text_completion(model="text-completion-openai/" + sys.argv[2], api_base=sys.argv[1] + "/v1", api_key="none",
-                                prompt="the keys", max_tokens=8, temperature=0)
-assert words.choices[0].text, words
-try:
-    litellm.completion(**asked | {"temperature": -1})
-except litellm.BadRequestError as error:
-    assert "temperature" in str(error)
-else:
-    raise AssertionError("a negative temperature was taken")
-"""
-
 TASK = """
 task: tiny
 dataset_path: json
@@ -78,7 +55,8 @@ def check_openai(server: Server) -> None:
 
 
 def check_litellm(server: Server, python: str) -> None:
-    subprocess.run([python, "-c", LITELLM, server.url, MODEL], env={**os.environ, **OFFLINE}, check=True)
+    script = Path(__file__).with_name("litellm_client.py")
+    subprocess.run([python, str(script), server.url, MODEL], env={**os.environ, **OFFLINE}, check=True)
     print("  litellm: sync, stream, async, reasoning, text, error", flush=True)
 
 
