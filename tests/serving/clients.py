@@ -9,10 +9,13 @@ lm-eval scores a small task of its own by `local-completions`, token ids by /tok
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import subprocess
 import tempfile
+import traceback
 from pathlib import Path
 
 import deepseek_jax
@@ -34,6 +37,7 @@ output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: 0
+target_delimiter: ""
 metric_list:
   - metric: acc
 """
@@ -48,10 +52,18 @@ QUESTIONS = [
 
 
 def check_openai(server: Server) -> None:
-    client = openai_client.client_of(server.url)
+    """All checks, and what went wrong at the end."""
+    client, wrong = openai_client.client_of(server.url), []
     for name, check in openai_client.CHECKS.items():
-        check(client)
-        print(f"  openai: {name}", flush=True)
+        try:
+            check(client)
+        except Exception:
+            wrong.append(f"openai: {name}\n{traceback.format_exc()}")
+        print(
+            f"  openai: {name}{' FAILS' * bool(wrong and wrong[-1].startswith(f'openai: {name}'))}",
+            flush=True,
+        )
+    assert not wrong, "\n".join(wrong)
 
 
 def check_litellm(server: Server, python: str) -> None:
@@ -79,12 +91,12 @@ def check_lm_eval(server: Server, python: str, checkpoint: Path) -> None:
 
 
 def _differences(rows: list[dict], checkpoint: Path) -> list[float]:
-    """Of each log-likelihood of lm-eval from the sum of `Model.score` over the tokens of the choice."""
+    """Of each log-likelihood of lm-eval from the sum of `Model.score` over the tokens of the choice; lm-eval puts no bos before a text."""
     model, found = deepseek_jax.load(checkpoint), []
     for row in rows:
         for choice, response in zip(row["doc"]["choices"], row["resps"], strict=True):
             question = row["doc"]["question"]
-            before, ids = (model.tokenizer.encode_prompt(text) for text in (question, question + choice))
+            before, ids = (model.tokenizer.encode(text) for text in (question, question + choice))
             assert ids[: len(before)] == before
             found.append(abs(float(response[0][0]) - float(model.score(ids)[len(before) - 1 :].sum())))
     return found
@@ -123,12 +135,15 @@ def main() -> None:
     parser.add_argument("--guidellm", help="the program")
     args = parser.parse_args()
     with running() as (server, checkpoint):
-        check_openai(server)
+        parts = [functools.partial(check_openai, server)]
         if args.peers:
-            check_litellm(server, args.peers)
-            check_lm_eval(server, args.peers, checkpoint)
+            parts.append(functools.partial(check_litellm, server, args.peers))
+            parts.append(functools.partial(check_lm_eval, server, args.peers, checkpoint))
         if args.guidellm:
-            check_guidellm(server, args.guidellm, checkpoint)
+            parts.append(functools.partial(check_guidellm, server, args.guidellm, checkpoint))
+        with contextlib.ExitStack() as stack:  # each runs, whatever the others find
+            for part in reversed(parts):
+                stack.callback(part)
 
 
 if __name__ == "__main__":
