@@ -16,7 +16,6 @@ from deepseek_jax.data.special_tokens import stop_ids
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hf.config import quantization
 from deepseek_jax.inference.model import Model
-from deepseek_jax.inference.over_mesh import check_fp8
 from deepseek_jax.json_files import read_object
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
@@ -57,8 +56,6 @@ def load(
         raise ValueError("a mesh brings its own shardings: give one of mesh and shardings")
     if keep_fp8 and shardings is not None:
         raise ValueError("keep_fp8 has shardings of its own: leave out keep_fp8 or shardings, or give a mesh")
-    if keep_fp8 and mesh is not None:
-        check_fp8(mesh)
 
     def over_mesh(cfg: ModelConfig) -> Any:
         return shardings if mesh is None else parameter_shardings(cfg, mesh)

@@ -17,12 +17,12 @@ from deepseek_jax.inference.batch import Completion, Request, completions
 from deepseek_jax.inference.description import describe
 from deepseek_jax.inference.driver import Method, stream
 from deepseek_jax.inference.generate import plain
-from deepseek_jax.inference.over_mesh import over_mesh, programs
+from deepseek_jax.inference.over_mesh import over_mesh
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.speculative import Stats, check_speculative, speculative, stats
 from deepseek_jax.inference.text import Texts
 from deepseek_jax.model.decoding import decoding_config, prepare
-from deepseek_jax.parallel.prepared import policy_of
+from deepseek_jax.parallel.prepared import preparing
 
 Text = str | Sequence[int]
 
@@ -186,7 +186,7 @@ class Model:
             if self.mesh is None:
                 ready = prepare(self.params, decoding_config(self.config))
             else:
-                ready = programs(self.config, self.mesh, policy_of(self.params)).prepare(self.params)
+                ready = preparing(self.config, self.mesh)(self.params)
             self._prepared = self.params, ready
         return self._prepared[1]
 

@@ -66,11 +66,12 @@ class OneDevice:
     """
 
     ranks = 1
+    weights: Weights | None
 
     def __init__(self, cfg: ModelConfig, sizes: Sizes, pages: int, fp8: bool = False, drafts: bool = False):
         self.cfg, self.sizes, self.pages, self.drafts = cfg, sizes, pages, drafts
         self.words = -(-cfg.vocab_size // 32)
-        self.weights: Weights | None = None
+        self.weights = None
         self.seconds: dict[tuple[Any, ...], float] = {}
         self._state = self._empty(fp8)
 
@@ -109,6 +110,9 @@ class OneDevice:
             began = time.perf_counter()
             jax.block_until_ready(run(most=most))
             self.seconds[name] = time.perf_counter() - began
+
+    def close(self) -> None:
+        """Ends what goes on beside: nothing here; over several processes, the others."""
 
     def _programs(self) -> Iterator[tuple[tuple[Any, ...], Callable[..., Any]]]:
         for rows in self.sizes.rows:

@@ -168,8 +168,9 @@ class OverMesh(OneDevice):
         self.devices: Mesh = generation_mesh(cfg, mesh, at)
         self.ranks = self.devices.size
         self._run = programs(cfg, mesh, policy, at)
-        self._rows = NamedSharding(self.devices, ROWS)
-        self._all_may_come: dict[tuple[int, ...], jax.Array] = {}
+        self._rows, self._whole = (NamedSharding(self.devices, spec) for spec in (ROWS, WHOLE))
+        self._gather = jax.jit(lambda x: x, out_shardings=self._whole)
+        self._all_may_come: dict[int, jax.Array] = {}
         super().__init__(cfg, sizes, pages, fp8, drafts)
 
     def _empty(self, fp8: bool) -> State:
@@ -178,28 +179,47 @@ class OverMesh(OneDevice):
     def _admit(self, rank: int, slot: int, row: Row) -> None:
         self._state = self._run.admit(self._state, np.int32(rank), np.int32(slot), row)
 
+    @property
+    def weights(self) -> Weights | None:
+        """Bias and number of ids are brought to all devices when they are set, not in each step."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, new: Weights | None) -> None:
+        if new is not None:
+            bias_le, num_ids = jax.tree.map(lambda x: self._put(np.asarray(x), self._whole), new[1:])
+            new = Weights(new.ready, bias_le, num_ids)
+        self._weights = new
+
     def decode(self, rows: DecodeRows, most: int | None) -> Drawn:
         self._state, drawn = self._run.decode(self.weights, self._state, self._placed(rows), most)
-        return drawn
+        return self._readable(drawn)  # type: ignore[no-any-return]
 
     def decode_pairs(self, rows: DecodeRows, most: int | None) -> Pair:
         self._state, pair = self._run.decode_pairs(self.weights, self._state, self._placed(rows), most)
-        return pair
+        return self._readable(pair)  # type: ignore[no-any-return]
 
     def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
         self._state, drawn, given = self._run.prefill(self.weights, self._state, self._placed(chunks), most)
-        return drawn, given
+        return self._readable(drawn), self._readable(given) if chunks.asks_r.any() else given
+
+    def _readable(self, results: Any) -> Any:
+        """On every process."""
+        return results if self._rows.is_fully_addressable else self._gather(results)
 
     def _placed(self, plan: Any) -> Any:
         """A plan, rows over the devices."""
-        mask_rw = plan.mask_rw
-        if not isinstance(mask_rw, np.ndarray):  # everything may be drawn
-            if mask_rw.shape not in self._all_may_come:
-                self._all_may_come[mask_rw.shape] = self._put(np.asarray(mask_rw))
-            mask_rw = self._all_may_come[mask_rw.shape]
-        return jax.tree.map(self._put, plan._replace(mask_rw=None))._replace(mask_rw=mask_rw)
+        placed = jax.tree.map(self._put, plan._replace(mask_rw=None))
+        masked = isinstance(plan.mask_rw, np.ndarray)
+        return placed._replace(mask_rw=self._put(plan.mask_rw) if masked else self._no_mask(len(plan.slot_r)))
 
-    def _put(self, x: np.ndarray) -> jax.Array:
-        if self._rows.is_fully_addressable:
-            return jax.device_put(x, self._rows)
-        return jax.make_array_from_callback(x.shape, self._rows, lambda index: x[index])
+    def _no_mask(self, rows: int) -> jax.Array:
+        if rows not in self._all_may_come:
+            self._all_may_come[rows] = self._put(np.full((rows, self.words), 2**32 - 1, np.uint32))
+        return self._all_may_come[rows]
+
+    def _put(self, x: np.ndarray, sharding: NamedSharding | None = None) -> jax.Array:
+        sharding = sharding or self._rows
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -13,6 +13,7 @@ import deepseek_jax
 from deepseek_jax import hf
 from deepseek_jax.hf.names import leaves
 from deepseek_jax.inference import generate
+from deepseek_jax.inference.over_mesh import check_fp8
 from deepseek_jax.model import experts
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
@@ -170,8 +171,7 @@ def test_generation_over_a_mesh(folder, models, monkeypatch):
 def test_what_does_not_go_with_fp8_weights(folder, tmp_path):
     with pytest.raises(ValueError, match=r"keep_fp8 has shardings of its own"):
         deepseek_jax.load(folder, keep_fp8=True, shardings={})
-    mesh = deepseek_jax.MeshConfig(data=1, local=2, tensor=2)
     with pytest.raises(ValueError, match=r"mesh.tensor=2 divides heads, whose weights in FP8"):
-        deepseek_jax.load(folder, keep_fp8=True, mesh=mesh)
+        check_fp8(deepseek_jax.MeshConfig(data=1, local=2, tensor=2))
     with pytest.raises(ValueError, match=r"is a training run, whose weights are not in FP8"):
         deepseek_jax.load(save_run(tmp_path / "run"), keep_fp8=True)
