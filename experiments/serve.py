@@ -3,6 +3,7 @@
     python -m experiments.serve --checkpoint=runs/tiny
     python -m experiments.serve --checkpoint=FOLDER --host=0.0.0.0 --port=8000 --api_key=SECRET
     python -m experiments.serve --checkpoint=runs/tiny --mesh=node=2,local=4
+    python -m experiments.launch --processes=2 -- python -m experiments.serve --checkpoint=runs/tiny --mesh=node=2,local=4
 
 Then open http://127.0.0.1:8000/ in a browser to talk to it, or ask it from a terminal or any client of OpenAI's:
 
@@ -20,6 +21,7 @@ error. At the first start all programs are compiled, which takes a while; later 
 
 import contextvars
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,9 @@ from typing import Any
 
 from absl import flags
 
+from deepseek_jax.config import DistributedConfig
+from deepseek_jax.parallel.processes import joining
+from deepseek_jax.parallel.processes.together import is_first
 from experiments import command_line
 from experiments.devices import cpu_devices
 from experiments.mesh_flag import parse_mesh
@@ -97,21 +102,31 @@ def _options() -> Any:
     )
 
 
-def _load(mesh: Any, options: Any, events: Any) -> Any:
-    """The model in a warm engine."""
+def _model(mesh: Any) -> Any:
     import deepseek_jax
-    from deepseek_jax import now
-    from deepseek_jax.serving.build import build
-    from deepseek_jax.serving.server.service import served
-    from deepseek_jax.serving.thread import EngineThread
 
     model = deepseek_jax.load(
         _CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, keep_fp8=_FP8.value, mesh=mesh
     )
     if model.tokenizer is None:
         raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.json: the server needs one")
+    return model
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _load(mesh: Any, options: Any, events: Any) -> Any:
+    """The model in a warm engine."""
+    from deepseek_jax import now
+    from deepseek_jax.serving.build import build
+    from deepseek_jax.serving.server.service import served
+    from deepseek_jax.serving.thread import EngineThread
+
+    model = _model(mesh)
     with now.doing("compiling the programs of the engine"):
-        engine = build(model, options)
+        engine = build(model, options, say=_say)
     for rank, scheduler in enumerate(engine.schedulers if events else ()):
         scheduler.pool.listener = events.listener(rank)
     return served(EngineThread(engine), model.tokenizer)
@@ -133,11 +148,39 @@ def _url(host: str, port: int) -> str:
     return f"http://{shown}:{port}"
 
 
+def _meet(mesh: Any) -> int:
+    """Joins the other processes, if this one was started as one of several; how many there are."""
+    join = joining.find(DistributedConfig(), os.environ)
+    if join is not None and mesh is None:
+        raise ValueError(
+            "several processes serve over the devices of a mesh: give --mesh, as --mesh=node=2,local=8"
+        )
+    count = 1 if join is None else join.processes or 1
+    if mesh is not None:
+        cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor // count)
+    if join is not None:
+        joining.start(join, DistributedConfig())
+    return count
+
+
+def _follow(mesh: Any) -> int:
+    """What the processes but the first do. A signal is theirs to hear that one's answers are complete from it."""
+    from deepseek_jax.serving.build import follow
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    with joining.failing_fast(_say):
+        follow(_model(mesh), _options(), _say)
+        joining.stop()
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     command_line.parse_flags(argv)
     mesh = parse_mesh(_MESH.value)
-    if mesh is not None:
-        cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor)
+    processes = _meet(mesh)
+    if processes > 1 and not is_first():
+        return _follow(mesh)
     from deepseek_jax.serving.kv_events import KvEvents
     from deepseek_jax.serving.server import logs, running
     from deepseek_jax.serving.server.service import Service
@@ -158,6 +201,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if events is not None:
         events.close()
+    if processes > 1:
+        joining.stop()
     return 0
 
 

@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from deepseek_jax.model.decoding import decoding_config
 from deepseek_jax.parallel.prepared import policy_of
+from deepseek_jax.parallel.processes.together import is_first, lowest
 from deepseek_jax.serving.drafting import check_drafts
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.over_mesh import OverMesh
+from deepseek_jax.serving.processes import Following, Leading
 from deepseek_jax.serving.programs import Weights, layers_in_pages
 
 DEFAULT = Options()
@@ -21,22 +25,47 @@ def weights_of(model: Any, ready: Any) -> Weights:
     return Weights(ready, model.balance_bias, min(known, model.config.vocab_size))
 
 
-def _device(model: Any, *cache: Any) -> OneDevice:
-    if model.mesh is None:
-        return OneDevice(*cache)
-    return OverMesh(*cache, mesh=model.mesh, policy=policy_of(model.params))
-
-
-def build(model: Any, options: Options = DEFAULT, said: Callable[[str], None] = lambda text: None) -> Engine:
-    """A warm engine: every program that it will ever launch is compiled, and was timed.
-
-    said: hears what is compiled next. Raises ValueError for options that do not go with the model.
-    """
+def _device(model: Any, options: Options, say: Callable[[str], None]) -> Any:
+    """The devices that `model` is for, with its weights."""
     cfg = decoding_config(model.config)
     drafts = check_drafts(cfg, options.drafts, options.invariant)
-    pages = options.pages_for(cfg, layers_in_pages(cfg, drafts))
-    device = _device(model, cfg, options.sizes(cfg), pages, options.cache == "fp8", drafts)
+    pages = lowest(options.pages_for(cfg, layers_in_pages(cfg, drafts)))
+    cache = cfg, options.sizes(cfg), pages, options.cache == "fp8", drafts
+    device: Any
+    if model.mesh is None:
+        device = OneDevice(*cache)
+    else:
+        over: dict[str, Any] = {"mesh": model.mesh, "policy": policy_of(model.params)}
+        if jax.process_count() == 1:
+            device = OverMesh(*cache, **over)
+        else:
+            device = (Leading if is_first() else Following)(*cache, **over, say=say)
     device.weights = weights_of(model, model.ready())
+    return device
+
+
+def _silent(text: str) -> None: ...
+
+
+def build(
+    model: Any,
+    options: Options = DEFAULT,
+    said: Callable[[str], None] = _silent,
+    say: Callable[[str], None] = _silent,
+) -> Engine:
+    """A warm engine: every program that it will ever launch is compiled, and was timed. Of several processes, this is the
+    first; the others call `follow`.
+
+    said: hears what is compiled next. say: hears which process died, before this one ends. Raises ValueError for options that
+    do not go with the model.
+    """
+    device = _device(model, options, say)
     for name in device.warm_up():
         said(name)
     return Engine(device, options)
+
+
+def follow(model: Any, options: Options = DEFAULT, say: Callable[[str], None] = _silent) -> None:
+    """What processes but the first do instead of `build`, with the same model and options: they launch what its engine does,
+    until it is closed."""
+    _device(model, options, say).follow()

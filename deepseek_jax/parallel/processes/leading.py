@@ -99,8 +99,9 @@ class Follower:
 
 def _host() -> str:
     """Of process 0, as all know it since they met there."""
-    host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
-    return socket.gethostbyname(host)
+    met = global_state.coordinator_address
+    assert met is not None, "joining.start comes first"
+    return socket.gethostbyname(met.rpartition(":")[0].strip("[]"))
 
 
 def _told(x: np.ndarray) -> np.ndarray:
