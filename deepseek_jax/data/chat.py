@@ -32,6 +32,9 @@ ROLES = ("system", "user", "assistant", "tool")
 # Names for the same; the first is what templates read.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
+# Stands at the end of a message that is to be continued, while it is rendered.
+_END_OF_TEXT = "END_OF_THE_TEXT_TO_CONTINUE"
+
 Message = Mapping[str, Any]
 
 
@@ -120,6 +123,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, str]] | None = None,
+        continue_final_message: bool = False,
         **switches: Any,
     ) -> str:
         """Renders the prompt of a conversation of {"role", "content"} messages, oldest first.
@@ -129,13 +133,28 @@ class ChatTemplate:
                 missing then, or a list of parts.
             tools: JSON schemas of functions.
             documents: {"title", "text"} of each.
+            continue_final_message: ends with the last message's content, so that the answer goes on with it.
             switches: further variables of the template, as `enable_thinking`.
 
         Raises ValueError for no message, one without these keys or with an unknown role, for a template that is no
         Jinja, and for what it itself refuses.
         """
         options = {"tools": tools, "documents": documents} | switches
-        return self.render_spans(messages, add_generation_prompt, **options)[0]
+        if not continue_final_message:
+            return self.render_spans(messages, add_generation_prompt, **options)[0]
+        require(not add_generation_prompt, "a prompt that continues the last message begins no other turn")
+        last = dict(messages[-1]) if messages else {}
+        content = last.get("content")
+        require(
+            isinstance(content, str), f"message {shown(last)} cannot be continued: it has no text content"
+        )
+        marked = [*messages[:-1], {**last, "content": f"{content}{_END_OF_TEXT} "}]
+        text = self.render_spans(marked, **options)[0]
+        require(_END_OF_TEXT in text, "the chat template leaves the last message out: it cannot be continued")
+        before, _, after = text.rpartition(_END_OF_TEXT)
+        return (
+            before if after.startswith(" ") else before.rstrip()
+        )  # a template that trims has trimmed the mark
 
     def render_spans(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, **options: Any

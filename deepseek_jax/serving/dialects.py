@@ -12,7 +12,6 @@ from typing import Any, Literal
 from deepseek_jax.checks import choice
 from deepseek_jax.data.chat import ChatTemplate, Message
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.json_files import parse_object
 
 THINK, END_THINK = "<think>", "</think>"
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -31,12 +30,14 @@ class Format:
 
     Attributes:
         before, between, after: texts around name and arguments.
+        joint: between two calls.
         pattern: what is read, with more freedom: groups name and arguments.
     """
 
     before: str
     between: str
     after: str
+    joint: str
     pattern: re.Pattern[str]
 
     def read(self, text: str) -> tuple[str, str] | None:
@@ -45,13 +46,17 @@ class Format:
         if not found:
             return None
         try:
-            parse_object(found["arguments"].encode(), "arguments")
-        except ValueError:
+            json.loads(found["arguments"], parse_constant=_refuse)
+        except (ValueError, RecursionError):
             return None
         return found["name"], found["arguments"]
 
     def write(self, name: str, arguments: str) -> str:
         return f"{self.before}{name}{self.between}{arguments}{self.after}"
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _pattern(head: str) -> re.Pattern[str]:
@@ -61,9 +66,13 @@ def _pattern(head: str) -> re.Pattern[str]:
 
 _NAME = r"[ \t]*(?P<name>[^\s<>`]+)"
 V3_CALL = Format(
-    f"{CALL}function{SEP}", "\n```json\n", f"\n```{END_CALL}", _pattern(rf"\s*\w+\s*{SEP}{_NAME}[ \t]*\n")
+    f"{CALL}function{SEP}",
+    "\n```json\n",
+    f"\n```{END_CALL}",
+    "\n",
+    _pattern(rf"\s*\w+\s*{SEP}{_NAME}[ \t]*\n"),
 )
-V31_CALL = Format(CALL, SEP, END_CALL, _pattern(rf"\s*{_NAME}\s*{SEP}"))
+V31_CALL = Format(CALL, SEP, END_CALL, "", _pattern(rf"\s*{_NAME}\s*{SEP}"))
 
 
 @dataclasses.dataclass(frozen=True)
