@@ -97,7 +97,12 @@ def check_tools(tools: Any) -> dict[str, Mapping[str, Any]]:
         good = isinstance(function, Mapping) and tool.get("type", "function") == "function"
         require(good, f'tools[{i}]={shown(tool)} must be {{"type": "function", "function": {{...}}}}')
         name, parameters = function.get("name"), function.get("parameters")
-        named = isinstance(name, str) and 0 < len(name) <= 128 and not set(name) & set(' \t\n<>`"')
+        named = (
+            isinstance(name, str)
+            and name.isprintable()
+            and 0 < len(name) <= 128
+            and not set(name) & set(' <>`"')
+        )
         require(named, f"tools[{i}].function.name={shown(name)} must be a word")
         require(name not in found, f"tools[{i}].function.name={shown(name)} stands there twice")
         good = parameters is None or isinstance(parameters, Mapping)

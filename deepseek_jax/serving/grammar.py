@@ -6,7 +6,7 @@ A `Spec` says what the answer must match; serving/asked.py makes it of what clie
 import collections
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import llguidance
@@ -32,18 +32,33 @@ class Spec(NamedTuple):
 
 
 class _Vocabulary:
-    """The tokens as llguidance wants them. llguidance makes no special token of text, so none gets into an answer."""
+    """The tokens as llguidance wants them. It makes no special token of text, so none gets into an answer."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         tags = {i for mark in MARKERS if (i := tokenizer.id_of(mark)) is not None}
         unused = [b""] * (vocab_size - tokenizer.vocab_size)
         self.tokens = [*tokenizer.bytes_inside(range(tokenizer.vocab_size)), *unused]
-        self.special_token_ids = sorted(tokenizer.control_ids | tags | {*tokenizer.stop_ids})
+        special = tokenizer.control_ids | tags | {*tokenizer.stop_ids}
+        self.special_token_ids = sorted(special)
         self.eos_token_id, self.bos_token_id = tokenizer.stop_ids[0], None
         self._tokenizer = tokenizer
+        self._ids = {raw: i for i, raw in enumerate(self.tokens) if i not in special}
+        self._longest = max(map(len, self._ids))
 
-    def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode("utf-8", "replace"))
+    def __call__(self, raw: bytes) -> list[int]:
+        """The tokens that the tokenizer writes these bytes in, inside a text; the longest ones where it changes them."""
+        ids = self._tokenizer.encode(raw.decode("utf-8", "replace"))
+        same = b"".join(self.tokens[i] for i in ids) == raw
+        return ids if same else self._greedy(raw)
+
+    def _greedy(self, raw: bytes) -> list[int]:
+        ids, at = [], 0
+        while at < len(raw):
+            sizes = range(min(self._longest, len(raw) - at), 0, -1)
+            size = next((n for n in sizes if raw[at : at + n] in self._ids), 0)
+            ids += [self._ids[raw[at : at + size]]] if size else []
+            at += size or 1  # a byte that no token has
+        return ids
 
 
 class Grammars:
@@ -105,11 +120,13 @@ def _line(error: str) -> str:
 
 
 class Ids:
-    """Sets of ids as masks: uint32 [words], bit i % 32 of word i // 32.
+    """What constraints need of the tokens. Masks are uint32 [words], bit i % 32 of word i // 32.
 
     Attributes:
-        ends: end an answer. others: all but those. think: the tag that opens the reasoning; None if it is no token.
-        closers: ids whose text goes on after a ">", with their bytes.
+        tokens: the bytes of each id.
+        end_ids, ends: they end an answer. others: all but those.
+        think_id, think: the tag that opens the reasoning; None where it is no token.
+        closers: ids whose text goes on after a ">".
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[bytes]):
@@ -118,10 +135,11 @@ class Ids:
         self.end_ids = frozenset(tokenizer.stop_ids)
         self.ends = self.mask(self.end_ids)
         self.others = self.mask(set(range(tokenizer.vocab_size)) - self.end_ids)
-        self.think = tokenizer.id_of(THINK)
+        self.think_id = tokenizer.id_of(THINK)
+        self.think = self.mask([] if self.think_id is None else [self.think_id])
         self.closers = [i for i, raw in enumerate(tokens) if raw.partition(b">")[2].strip()]
 
-    def mask(self, ids: Any) -> np.ndarray:
+    def mask(self, ids: Iterable[int]) -> np.ndarray:
         """A mask that nobody may write to."""
         bits = np.zeros(32 * self.words, np.uint8)
         bits[list(ids)] = 1
@@ -152,41 +170,33 @@ class Constraint:
         self._history: list[_Before] = []
 
     def mask(self) -> np.ndarray:
-        """See `serving.request.Grammar`. Raises ValueError: the grammar got too large, or leads nowhere."""
-        words = self.known()
-        if words is None:
-            words = np.zeros(self._ids.words, np.uint32)
-            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            self.finish(words)
-        return words
+        """See `serving.request.Grammar`. Raises ValueError: the grammar got too large, or leads nowhere.
 
-    def known(self) -> np.ndarray | None:
-        """The mask, where llguidance is not asked."""
+        Where the text that comes next is certain, of the ways to write it in tokens the tokenizer's own alone is allowed;
+        `accept` takes the others, too.
+        """
         if self._ended:
             return self._ids.ends
-        return self._free() if self._thinking == "open" else None
-
-    def finish(self, words: np.ndarray) -> None:
-        """Makes the mask of what llguidance says."""
+        if self._thinking == "open":
+            return self._free()
+        words = np.zeros(self._ids.words, np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         words &= ~self._ids.ends
         if self._matcher.is_accepting():
             words |= self._ids.ends
-        if self._thinking == "possible" and not self._history and self._ids.think is not None:
-            words |= self._ids.mask([self._ids.think])
+        if self._may_open():
+            words |= self._ids.think
         error = self._matcher.get_error()
         require(
             not error and bool(words.any()), f"the grammar cannot go on: {_line(error) or 'no token fits'}"
         )
-
-    @property
-    def matcher(self) -> llguidance.LLMatcher:
-        return self._matcher
+        return words
 
     def accept(self, token: int) -> bool:
         before = _Before(self._thinking, self._tail, self._ended, False)
         if not 0 <= token < len(self._ids.tokens):
             return False
-        if self._thinking == "possible" and not self._history and token == self._ids.think:
+        if self._may_open() and token == self._ids.think_id:
             self._thinking = "open"
         elif self._thinking == "open":
             if token in self._ids.end_ids or self._too_far(token):
@@ -215,6 +225,9 @@ class Constraint:
             if matched:
                 self._matcher.rollback(matched)
 
+    def _may_open(self) -> bool:
+        return self._thinking == "possible" and not self._history
+
     # --- while it reasons ------------------------------------------------------------------------------------------
 
     def _think(self, token: int) -> None:
@@ -233,30 +246,6 @@ class Constraint:
         if not any(self._tail.endswith(tag[:n]) for n in range(1, len(tag))):
             return self._ids.others
         return self._ids.others & ~self._ids.mask(i for i in self._ids.closers if self._too_far(i))
-
-
-class Filler:
-    """Fills the masks of many rows at once, in parallel. threads: None: most of the machine's."""
-
-    def __init__(self, threads: int | None = None):
-        self._executor = llguidance.LLExecutor(threads)
-
-    def fill(self, rows: Sequence[Constraint | None], masks_bw: np.ndarray) -> None:
-        """Writes each row's mask into masks_bw, uint32 [rows, words]; a row of None may go on with anything."""
-        asked = []
-        for row, (constraint, words) in enumerate(zip(rows, masks_bw, strict=True)):
-            known = np.uint32(0xFFFFFFFF) if constraint is None else constraint.known()
-            if known is None and constraint is not None:
-                asked.append((constraint.matcher, row))
-            else:
-                words[...] = known
-        assert masks_bw.flags.c_contiguous and masks_bw.dtype == np.uint32
-        row_bytes = masks_bw.strides[0]
-        self._executor.unsafe_compute_mask_ptr(asked, masks_bw.ctypes.data, row_bytes, len(masks_bw))
-        for _, row in asked:
-            constraint = rows[row]
-            assert constraint is not None
-            constraint.finish(masks_bw[row])
 
 
 def schema_text(schema: Any) -> str:
