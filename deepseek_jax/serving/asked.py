@@ -1,6 +1,7 @@
 """What a request's body asks of the form of an answer, as a grammar's `Spec`: JSON, a regex, a choice, calls of tools."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ _GUIDED = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
+_NAME = re.compile(r"[\w.:/-]{1,128}")
 ANY_OBJECT = {"type": "object"}
 
 
@@ -93,17 +95,14 @@ def check_tools(tools: Any) -> dict[str, Mapping[str, Any]]:
     require(isinstance(listed, list), f"tools={shown(tools)} must be a list")
     found: dict[str, Mapping[str, Any]] = {}
     for i, tool in enumerate(listed):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
+        function: Any = tool.get("function") if isinstance(tool, Mapping) else None
         good = isinstance(function, Mapping) and tool.get("type", "function") == "function"
         require(good, f'tools[{i}]={shown(tool)} must be {{"type": "function", "function": {{...}}}}')
         name, parameters = function.get("name"), function.get("parameters")
-        named = (
-            isinstance(name, str)
-            and name.isprintable()
-            and 0 < len(name) <= 128
-            and not set(name) & set(' <>`"')
+        require(
+            isinstance(name, str) and bool(_NAME.fullmatch(name)),
+            f"tools[{i}].function.name={shown(name)} must be a word",
         )
-        require(named, f"tools[{i}].function.name={shown(name)} must be a word")
         require(name not in found, f"tools[{i}].function.name={shown(name)} stands there twice")
         good = parameters is None or isinstance(parameters, Mapping)
         require(good, f"tools[{i}].function.parameters={shown(parameters)} must be a JSON schema")

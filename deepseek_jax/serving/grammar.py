@@ -19,7 +19,7 @@ from deepseek_jax.serving.dialects import END_THINK, MARKERS, THINK, Thinking
 _CACHED = 256  # compiled grammars
 _LONGEST = 300  # characters of an error
 # As much white space as pretty printing needs: a weak model would else write nothing but that.
-_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+_JSON: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 
 Kind = Literal["json_schema", "regex", "lark"]
 
