@@ -27,6 +27,7 @@ Array = Any  # jax.Array in programs, NumPy's on the host
 
 MOST_BIASES = 1024  # ids of a `logit_bias`
 _SMALLEST = float(np.finfo(np.float32).tiny)  # of the temperatures, and of their reciprocals
+FEW = 256  # of the likeliest tokens: nearly all cuts lie among them
 _STRONGEST = 1e30  # of the repetition penalties, and of their reciprocals: times a logit, float32 holds it
 # Sums of float32 probabilities are this far off: a nucleus that reaches top_p up to rounding reaches it.
 _ROUNDING = 1e-6
@@ -199,22 +200,39 @@ def penalised(logits_bv: jax.Array, seen_bv: jax.Array, rows: RowSampling) -> ja
     return jnp.where(seen_bv, changed, logits_bv)
 
 
-def _outside(scaled_bv: jax.Array, rows: RowSampling) -> jax.Array:
-    """Whether a token is outside of top-k, top-p or min-p; the largest of the logits is 0."""
+def _inside(scaled_bv: jax.Array, rows: RowSampling) -> jax.Array:
+    """Whether a token is inside of top-k, top-p and min-p. On CPUs all are sorted only where the cut lies beyond the FEW."""
     v = scaled_bv.shape[-1]
-    descending = jnp.sort(scaled_bv, axis=-1)[..., ::-1]
+    if rows.most is not None or v <= FEW:
+        return _inside_among(scaled_bv, rows, v)[0]
+    inside_bv, all_there_b = _inside_among(scaled_bv, rows, FEW)
+    return lax.cond(all_there_b.all(), lambda: inside_bv, lambda: _inside_among(scaled_bv, rows, v)[0])
+
+
+def _inside_among(scaled_bv: jax.Array, rows: RowSampling, n: int) -> tuple[jax.Array, jax.Array]:
+    """Which of the n likeliest tokens are inside, bool [b, v]; and whether it cannot be more, bool [b].
+
+    By the tokens' places in their order: a program may compute the same logit twice, with and without rounding a product
+    before a sum, and it then differs from itself.
+    """
+    b, v = scaled_bv.shape
+    descending, id_bn = lax.top_k(scaled_bv, n)  # of equal ones, those with the lower ids first
     k = jnp.where(rows.top_k_b > 0, jnp.minimum(rows.top_k_b, v), v)[:, None]
-    kth = jnp.take_along_axis(descending, k - 1, axis=-1)
-    prob = jax.nn.softmax(jnp.where(descending >= kth, descending, -jnp.inf), axis=-1)
-    before = jnp.cumsum(prob, axis=-1) - prob
+    kth = jnp.take_along_axis(descending, jnp.minimum(k, n) - 1, axis=-1)
+    in_k = (descending >= kth) & (descending > -jnp.inf)
+    highest = descending[:, :1]
+    prob = jnp.where(in_k, jnp.exp(descending - highest), 0.0)
+    total = prob.sum(axis=-1, keepdims=True)
+    if n < v:
+        all_bv = jnp.exp(jnp.minimum(scaled_bv - highest, 0.0))
+        total = jnp.where(k == v, all_bv.sum(axis=-1, keepdims=True), total)
     share = jnp.where(rows.top_p_b < 1, rows.top_p_b * (1 - _ROUNDING), jnp.inf)[:, None]
-    inside = (before < share) & (descending >= kth)
-    size = jnp.maximum(jnp.sum(inside, axis=-1, keepdims=True), 1)
-    last = jnp.take_along_axis(descending, size - 1, axis=-1)
-    above, equal = scaled_bv > last, scaled_bv == last
-    room = size - jnp.sum(above, axis=-1, keepdims=True)
-    kept = above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
-    return ~kept | (jnp.exp(scaled_bv) < rows.min_p_b[:, None] * (1 - _ROUNDING))
+    likely = prob >= rows.min_p_b[:, None] * (1 - _ROUNDING)
+    inside_bn = in_k & likely & (jnp.cumsum(prob, axis=-1) - prob < share * total)
+    inside_bn |= (jnp.arange(n) == 0)[None]
+    at = (jnp.arange(b)[:, None], jnp.where(inside_bn, id_bn, v))
+    inside_bv = jnp.zeros((b, v), bool).at[at].set(True, mode="drop")
+    return inside_bv, ~jnp.where(k == v, inside_bn, in_k)[:, -1]
 
 
 def filtered_logits(logits_bv: jax.Array, rows: RowSampling) -> jax.Array:
@@ -227,10 +245,10 @@ def filtered_logits(logits_bv: jax.Array, rows: RowSampling) -> jax.Array:
     greedy = (rows.temperature_b < _SMALLEST)[:, None]
     highest = jnp.max(logits_bv, axis=-1, keepdims=True)
     scaled = (logits_bv - highest) / jnp.where(greedy, 1.0, rows.temperature_b[:, None])
-    outside = functools.partial(_outside, rows=rows)
-    out = either(rows.asks(FILTERED), outside, lambda x: jnp.zeros(x.shape, bool), scaled)
+    inside = functools.partial(_inside, rows=rows)
+    kept = either(rows.asks(FILTERED), inside, lambda x: jnp.ones(x.shape, bool), scaled)
     best = jnp.arange(logits_bv.shape[-1])[None] == jnp.argmax(logits_bv, axis=-1)[:, None]
-    return jnp.where(jnp.where(greedy, ~best, out), -jnp.inf, scaled)
+    return jnp.where(jnp.where(greedy, best, kept), scaled, -jnp.inf)
 
 
 def keys_at(rows: RowSampling, n_b: jax.Array, use: int = 0) -> jax.Array:

@@ -233,17 +233,17 @@ def prefill_chunks(
         sampler,
         h_sd,
     )
-    return state, drawn, _given(weights.ready, h_rtd, chunks, most)
+    return state, drawn, _given(weights, h_rtd, chunks, most)
 
 
-def _given(ready: Any, h_rtd: jax.Array, chunks: Chunks, most: int | None) -> Given:
+def _given(weights: Weights, h_rtd: jax.Array, chunks: Chunks, most: int | None) -> Given:
     """What the next tokens of the chunks had for probabilities; zeros if no row asks."""
     r, t, d = h_rtd.shape
     some = next(n for n in range(min(GIVEN_AT_ONCE, r * t), 0, -1) if r * t % n == 0)
 
     def of_some(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         h_nd, next_n = xs
-        return given(logits(ready, h_nd), jnp.maximum(next_n, 0), TOP)
+        return given(logits(weights.ready, h_nd), jnp.maximum(next_n, 0), TOP, weights.num_ids)
 
     def asked() -> Given:
         parts = lax.map(of_some, (h_rtd.reshape(-1, some, d), jnp.reshape(chunks.next_rt, (-1, some))))

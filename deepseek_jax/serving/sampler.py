@@ -252,12 +252,8 @@ def count(slots: Slots, rows: Rows, token_b: jax.Array) -> Slots:
 
 
 def alternatives(slots: Slots, rows: Rows, logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The likeliest ids [b, TOP] and their log-probabilities, if a row asks; ids that no tokenizer knows are not named."""
-
-    def found(x_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
-        known = None if rows.num_ids is None else (jnp.arange(x_bv.shape[1]) < rows.num_ids)[None]
-        return likeliest(x_bv, TOP, known)
-
+    """The likeliest ids [b, TOP] and their log-probabilities, if a row asks."""
+    found = functools.partial(likeliest, k=TOP, num_ids=rows.num_ids)
     return either(rows.change(slots.top_s[rows.slot_b] > 0), found, _no_alternatives, logits_bv)
 
 
@@ -266,18 +262,21 @@ def _no_alternatives(logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros(dims, jnp.int32), jnp.zeros(dims, jnp.float32)
 
 
-def likeliest(logits_bv: jax.Array, k: int, named_bv: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """The k likeliest ids int32 [b, k], of those named, and their log-probabilities float32 [b, k]; of fewer ids than k, 0 and
-    -inf follow."""
+def likeliest(logits_bv: jax.Array, k: int, num_ids: Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The k likeliest ids int32 [b, k] and their log-probabilities float32 [b, k]; of fewer ids than k, 0 and -inf follow.
+    Ids that no tokenizer knows, num_ids and up, take their part of the probability, but are not named."""
     logits_bv = logits_bv.astype(jnp.float32)
-    among = logits_bv if named_bv is None else jnp.where(named_bv, logits_bv, -jnp.inf)
-    top, ids = jax.lax.top_k(among, min(k, logits_bv.shape[1]))
+    v = logits_bv.shape[1]
+    known = logits_bv if num_ids is None else jnp.where((jnp.arange(v) < num_ids)[None], logits_bv, -jnp.inf)
+    top, ids = lax.top_k(known, min(k, v))
     fill = ((0, 0), (0, k - ids.shape[1]))
     logprob = top - jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True)
     return jnp.pad(ids.astype(jnp.int32), fill), jnp.pad(logprob, fill, constant_values=-jnp.inf)
 
 
-def given(logits_bv: jax.Array, token_b: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def given(
+    logits_bv: jax.Array, token_b: jax.Array, k: int, num_ids: Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities of given tokens float32 [b], and the k likeliest ids [b, k] with theirs, in the model's own
-    distribution."""
-    return log_prob(logits_bv.astype(jnp.float32), token_b), *likeliest(logits_bv, k)
+    distribution; see `likeliest`."""
+    return log_prob(logits_bv.astype(jnp.float32), token_b), *likeliest(logits_bv, k, num_ids)

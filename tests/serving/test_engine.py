@@ -5,8 +5,10 @@ import queue
 import numpy as np
 
 from deepseek_jax.inference.generate import generate
+from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.thread import EngineThread
+from tests.oracle.sampling import Case, distribution
 from tests.serving.tiny_engine import CFG, engine, model, run
 
 RNG = np.random.default_rng(0)
@@ -54,6 +56,63 @@ def test_logprobs_of_prompt_and_answer():
     got = [token.logprob for token in (*given[1:], *tokens)]
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert all(len(token.top) == 3 and token.logprob <= token.top[0][1] + 1e-6 for token in given[1:])
+
+
+class Thirds:
+    """A grammar: all but every third id."""
+
+    def mask(self):
+        bits = np.arange(96) % 3 > 0
+        return np.packbits(bits, bitorder="little").view("<u4")
+
+    def accept(self, token):
+        return token % 3 > 0
+
+    def rollback(self, tokens):
+        pass
+
+
+STOPS = (1, 2, 4, 5, 7, 8, 10)
+PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.7}
+SETTINGS = [
+    ({"temperature": 1.0}, {}),
+    ({"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01}, {"logprobs": 2}),
+    ({"temperature": 1.2, **PENALTIES, "logit_bias": {5: 2, 40: -100}}, {}),
+    (PENALTIES, {"min_tokens": 15, "stop_ids": STOPS}),
+    (
+        {"temperature": 1.0, "top_k": 30, **PENALTIES},
+        {"min_tokens": 5, "stop_ids": STOPS, "grammar": Thirds()},
+    ),
+    ({"temperature": 0.7, "logit_bias": {3: 4}}, {"seed": 2**40 + 5}),
+]
+
+
+def test_each_request_is_drawn_by_its_own_settings():
+    """Together, where the pages are not enough, so that some are preempted, and each alone: the same tokens. The probability
+    of each is what the definition makes of the model's logits, and of the tokens before it; those are equal to 1e-4, which
+    temperature and penalties make 4 times as much."""
+    prompts = [RNG.integers(0, CFG.vocab_size, n).tolist() for n in (240, 250, 245, 235, 30, 64)]
+    asked = [
+        Request(str(i), prompt, 64, Sampling(**sampling), **{"seed": i, **options})
+        for i, (prompt, (sampling, options)) in enumerate(zip(prompts, SETTINGS, strict=True))
+    ]
+    made = engine()
+    assert made.schedulers[0].pool.allocate(
+        7
+    )  # nobody gives them back: 9 are left for 4 sequences of up to 5
+    together = run(made, asked)
+    assert made.stats.preemptions > 0
+    for request in asked:
+        tokens = together[request.id]
+        answer = [token.id for token in tokens]
+        assert answer == [token.id for token in run(engine(), [request])[request.id]]
+        logits = np.asarray(model().logits([*request.prompt, *answer]))[len(request.prompt) - 1 :]
+        allowed = frozenset(i for i in range(CFG.vocab_size) if i % 3) if request.grammar else None
+        for i, token in enumerate(tokens):
+            prob = distribution(logits[i], Case(request, tuple(answer[:i]), allowed))
+            np.testing.assert_allclose(token.sampled_logprob, np.log(prob[token.id]), atol=4e-4)
+    assert [len(tokens) for tokens in together.values()][:3] == [64] * 3
+    assert 15 < len(together["3"]) <= 64 and 5 < len(together["4"]) <= 64
 
 
 def test_a_thread_answers_several_callers_and_aborts():

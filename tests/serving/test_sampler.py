@@ -1,4 +1,7 @@
-"""Drawing by settings per slot: against the definition in float64 (`oracle/sampling.py`), and by chi-square of what is drawn."""
+"""Drawing by settings per slot: against the definition in float64 (`oracle/sampling.py`), and by chi-square of what is drawn.
+
+`python -m tests.serving.draws` is the long form: random combinations of all settings, in the programs of CPUs too.
+"""
 
 import functools
 
@@ -27,81 +30,32 @@ from deepseek_jax.serving.sampler import (
     given,
     kept,
     of_request,
-    put,
     row_settings,
 )
 from deepseek_jax.serving.slots import packed, unpacked, words
 from tests.oracle import sampling as oracle
-from tests.oracle.sampling import Case
 from tests.programs import equations
+from tests.serving.sampled import (
+    ANSWER,
+    CASES,
+    GRAMMAR,
+    HOT,
+    LIKELIEST,
+    LOGITS,
+    PROMPT,
+    SECOND,
+    V,
+    any_case,
+    bits,
+    case,
+    draws,
+    jit_draw,
+    jit_put,
+    rows_of,
+    slots_of,
+)
 
-V = 16
-PROMPT, ANSWER = (3, 5, 5, 7, 11), (5, 2, 2, 2, 9, 0)
-LOGITS = np.random.default_rng(0).normal(0, 1.5, V).astype(np.float32)
-LIKELIEST, SECOND, *_ = np.argsort(-LOGITS).tolist()
-HOT = {"temperature": 1.0}
-BIAS = {LIKELIEST: -2.0, 4: 3.0, 5: 2.0, 9: 1.0}
-GRAMMAR = frozenset(range(16)) - {LIKELIEST, 1, 6}
-
-
-def case(settings=None, answer=ANSWER, allowed=None, num_ids=None, **options) -> Case:
-    request = Request("r", PROMPT, 100, Sampling(**(settings or {})), **options)
-    return Case(request, answer, allowed, num_ids)
-
-
-# Each setting alone, and combined.
-CASES = {
-    "greedy": case(),
-    "temperature": case({"temperature": 0.7}),
-    "hot": case({"temperature": 1.8}),
-    "top_k": case({**HOT, "top_k": 3}),
-    "top_p": case({**HOT, "top_p": 0.8}),
-    "min_p": case({**HOT, "min_p": 0.1}),
-    "repetition": case({**HOT, "repetition_penalty": 1.5}),
-    "presence": case({**HOT, "presence_penalty": 1.2}),
-    "frequency": case({**HOT, "frequency_penalty": 0.7}),
-    "rewards": case({**HOT, "presence_penalty": -2, "frequency_penalty": -0.5, "repetition_penalty": 0.8}),
-    "bias": case({**HOT, "logit_bias": BIAS}),
-    "only": case({**HOT, "logit_bias": {4: 100, SECOND: 100}}),
-    "grammar": case(HOT, allowed=GRAMMAR),
-    "min_tokens": case(HOT, min_tokens=100, stop_ids=(LIKELIEST, 14)),
-    "min_tokens are there": case(HOT, min_tokens=len(ANSWER), stop_ids=(LIKELIEST, 14)),
-    "stops that are not banned": case(HOT, stop_ids=(LIKELIEST, 14)),
-    "greedy with all": case(
-        {"repetition_penalty": 1.5, "presence_penalty": 2, "logit_bias": BIAS, "top_p": 0.1},
-        allowed=GRAMMAR,
-        min_tokens=100,
-        stop_ids=(SECOND,),
-    ),
-    "two cuts": case({"temperature": 1.5, "top_k": 9, "top_p": 0.9}),
-    "three cuts": case({"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.15}),
-    "penalties": case(
-        {
-            **HOT,
-            "repetition_penalty": 1.3,
-            "presence_penalty": 0.5,
-            "frequency_penalty": 0.4,
-            "logit_bias": BIAS,
-        }
-    ),
-    "all": case(
-        {
-            **{"temperature": 1.4, "top_k": 8, "top_p": 0.9, "min_p": 0.05, "logit_bias": BIAS},
-            **{"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4},
-        },
-        allowed=GRAMMAR,
-        min_tokens=100,
-        stop_ids=(SECOND, 14),
-    ),
-    "grammar and min_tokens leave nothing": case(
-        HOT, allowed=frozenset({2, 14}), min_tokens=100, stop_ids=(2, 14)
-    ),
-    "a grammar with nothing": case(HOT, allowed=frozenset()),
-}
 NAMES = list(CASES)
-
-_put = jax.jit(put, donate_argnums=0)
-_draw = jax.jit(draw, static_argnames="most")
 
 
 @functools.partial(jax.jit, static_argnames="by_row")
@@ -116,28 +70,6 @@ def _distribution(slots, rows, logits_bv, by_row=False):
 
     logits, could = each_row(of, rows._replace(most=None if by_row else ALL), logits_bv)
     return jax.nn.log_softmax(logits, axis=-1), could
-
-
-def slots_of(cases, places=None, slots=None, vocab=V):
-    """The slots in which the cases lie, the i-th in places[i]."""
-    state = empty_slots(slots or len(cases), vocab)
-    for i, one in zip(places or range(len(cases)), cases, strict=True):
-        state = _put(state, i, of_request(one.request, one.answer, vocab))
-    return state
-
-
-def bits(cases, vocab=V) -> np.ndarray:
-    out = np.zeros((len(cases), 32 * words(vocab)), bool)
-    for row, one in zip(out, cases, strict=True):
-        row[sorted(range(vocab) if one.allowed is None else one.allowed)] = True
-    return np.packbits(out, axis=-1, bitorder="little").view("<u4")
-
-
-def rows_of(cases, num_ids=None, vocab=V) -> Rows:
-    """The next token of each case, in the slot of its place."""
-    position = np.array([len(one.request.prompt) + len(one.answer) for one in cases], np.int32)
-    slot = np.arange(len(cases), dtype=np.int32)
-    return Rows(slot, position, np.ones(len(cases), bool), bits(cases, vocab), num_ids)
 
 
 # --- the distribution ------------------------------------------------------------------------------------------------
@@ -163,27 +95,6 @@ def test_each_setting_is_what_its_definition_says(by_row):
     check(_distribution(slots_of(cases), rows_of(cases), logits, by_row=by_row), logits, cases)
 
 
-def any_case(rng: np.random.Generator, vocab: int) -> Case:
-    """Each setting with probability 1/2."""
-    some = lambda low, high: float(rng.uniform(low, high))  # noqa: E731
-    ids = lambda n: tuple(rng.integers(0, vocab, n).tolist())  # noqa: E731
-    settings = {
-        "temperature": some(0.5, 2),
-        "top_p": some(0.1, 1),
-        "top_k": int(rng.integers(1, vocab)),
-        "min_p": some(0, 0.2),
-        "repetition_penalty": some(0.6, 1.6),
-        "presence_penalty": some(-2, 2),
-        "frequency_penalty": some(-2, 2),
-        "logit_bias": dict(zip(ids(5), rng.uniform(-5, 5, 5).tolist(), strict=True)),
-    }
-    chosen = {name: value for name, value in settings.items() if rng.random() < 0.5}
-    answer = ids(rng.integers(0, 30))
-    allowed = frozenset(ids(vocab // 2)) if rng.random() < 0.5 else None
-    options = {"stop_ids": ids(3), "min_tokens": int(rng.integers(0, 30))}
-    return Case(Request("r", ids(9), 100, Sampling(**chosen), **options), answer, allowed, vocab - 3)
-
-
 @pytest.mark.parametrize("by_row", [False, True])
 def test_settings_of_all_kinds_in_one_batch(by_row):
     """A hundred requests; the vocabulary ends in the middle of a word of the mask."""
@@ -201,20 +112,8 @@ N = 4096
 
 @pytest.fixture(scope="module")
 def drawn():
-    """N draws of each case, in one call: N positions, of one seed."""
-    cases = list(CASES.values())
-    rows = jax.tree.map(lambda x: np.repeat(x, N, axis=0), rows_of(cases))
-    position = rows.position_b + np.tile(np.arange(N, dtype=np.int32), len(cases))
-    # "min_tokens" bans up to the same number of tokens as that case has; here all N positions are early, or none is.
-    slots = slots_of(cases)._replace(
-        free_from_s=np.array([N * 9 * (c.request.min_tokens > 50) for c in cases])
-    )
-    logits = np.tile(LOGITS, (len(position), 1))
-    _, out = _draw(slots, rows.slot_b, logits, position, rows.counted_b, rows.mask_bw, most=ALL)
-    return {
-        name: jax.tree.map(lambda x, i=i: np.asarray(x[i * N : i * N + N]), out)
-        for i, name in enumerate(NAMES)
-    }
+    """N draws of each case, in one call."""
+    return dict(zip(NAMES, draws(CASES.values(), LOGITS, N, ALL), strict=True))
 
 
 def value(out, name, rules=oracle.RULES) -> float:
@@ -322,11 +221,11 @@ def sequence(name, slot=0, slots=1, beside=(), places=(), steps=8, again=None, m
     for step in range(steps):
         if step == again:
             slot = (slot + 1) % slots
-            state, rows[0] = _put(state, slot, of_request(one.request, tokens, V)), slot
+            state, rows[0] = jit_put(state, slot, of_request(one.request, tokens, V)), slot
         logits = np.tile(rng.normal(0, 1.5, V).astype(np.float32), (bucket, 1))
         position = np.full(bucket, len(PROMPT) + step, np.int32)
         counted = np.arange(bucket) <= len(beside)
-        state, out = _draw(state, rows, logits, position, counted, mask, most=most)
+        state, out = jit_draw(state, rows, logits, position, counted, mask, most=most)
         tokens.append(int(out.token_b[0]))
     return tokens, np.asarray(state.count_sv)
 
@@ -348,9 +247,9 @@ def test_another_seed_draws_another_sequence():
     found = set()
     for seed in (0, 1, -1, 2**40 + 1):
         row = of_request(Request("r", PROMPT, 9, Sampling(1.0), seed=seed), (), V)
-        state = _put(empty_slots(1, V), 0, row)
+        state = jit_put(empty_slots(1, V), 0, row)
         many = np.zeros(64, np.int32)
-        _, out = _draw(
+        _, out = jit_draw(
             state, many, np.zeros((64, V), np.float32), np.arange(64, dtype=np.int32), many == 0, most=ALL
         )
         found.add(tuple(np.asarray(out.token_b).tolist()))
@@ -395,7 +294,7 @@ def test_extremes_give_numbers(scale, by_row):
     logits[:, 1] = -np.inf  # a model that leaves a token out
     rows, slots = rows_of(cases), slots_of(cases)
     most = None if by_row else ALL
-    _, out = _draw(slots, *rows[:1], logits, *rows[1:4], np.int32(15), most=most)
+    _, out = jit_draw(slots, *rows[:1], logits, *rows[1:4], np.int32(15), most=most)
     assert np.isfinite(out.sampled_b).all() and (np.asarray(out.sampled_b) <= 1e-6).all()
     token = dict(zip(EXTREME, np.asarray(out.token_b).tolist(), strict=False))
     assert all(np.asarray(out.token_b) < 15)
@@ -426,7 +325,7 @@ def test_masks_are_heard_of_rows_that_have_one(by_row):
     rows, logits = rows_of(cases), np.tile(LOGITS, (3, 1))
     rows = rows._replace(mask_bw=np.tile(rows.mask_bw[:1], (3, 1)), masked_b=np.array([True, False, True]))
     check(_distribution(slots_of(cases), rows, logits, by_row=by_row), logits, cases)
-    _, out = _draw(
+    _, out = jit_draw(
         slots_of(cases[2:]),
         *(x[2:] for x in (rows.slot_b * 0, logits, *rows[1:4])),
         masked_b=rows.masked_b[2:],
@@ -458,7 +357,9 @@ def test_alternatives_are_of_the_models_own(most):
     """Before any setting, of the rows that ask; ids that the tokenizer does not know are not named."""
     cases = [case({**HOT, "logit_bias": {1: 50}}, logprobs=3), case(HOT, logprobs=0), case()]
     rows = rows_of(cases)
-    _, out = _draw(slots_of(cases), *rows[:1], np.tile(LOGITS, (3, 1)), *rows[1:4], np.int32(10), most=most)
+    _, out = jit_draw(
+        slots_of(cases), *rows[:1], np.tile(LOGITS, (3, 1)), *rows[1:4], np.int32(10), most=most
+    )
     own = np.log(oracle.probabilities(LOGITS.astype(np.float64)))
     assert np.asarray(out.top_ids_bk)[0, :10].tolist() == np.argsort(-own[:10], kind="stable").tolist()
     np.testing.assert_allclose(out.top_logprobs_bk[0, :10], np.sort(own[:10])[::-1], atol=2e-6)
@@ -490,13 +391,12 @@ def primitives(most) -> list[str]:
 
 
 def test_the_programs_of_gpus_have_what_is_asked_for():
-    """No branch and no loop in any of them; one sort serves all cuts."""
+    """No branch and no loop in any of them; one sort serves all cuts, and one of few tokens the alternatives."""
     programs = {most: primitives(most) for most in (GREEDY, DRAWN, FILTERED, ALL)}
     for most, found in programs.items():
         assert not {"cond", "while", "scan"} & set(found)
-        assert found.count("sort") == (most >= FILTERED)
+        assert found.count("top_k") == (most >= FILTERED) + (most >= ALL) and "sort" not in found
         assert ("random_bits" in found) == (most >= DRAWN)
-        assert found.count("top_k") == (most == ALL)
     assert len(programs[GREEDY]) < len(programs[DRAWN]) < len(programs[FILTERED]) < len(programs[ALL])
 
 
@@ -527,7 +427,7 @@ def test_a_request_sends_what_it_asks_for():
 
 def test_a_slot_forgets_its_last_request():
     slots = slots_of([CASES["all"]])
-    slots = _put(slots, 0, of_request(CASES["greedy"].request, (), V))
+    slots = jit_put(slots, 0, of_request(CASES["greedy"].request, (), V))
     for name, got, want in zip(slots._fields, slots, empty_slots(1, V), strict=True):
         if name != "free_from_s":
             np.testing.assert_array_equal(got, want, err_msg=name)
