@@ -58,6 +58,9 @@ def _message(i: int, message: Any, template: ChatTemplate) -> dict[str, Any]:
     if isinstance(given.get("content"), list):
         given["content"] = "".join(_part(i, part) for part in given["content"])
     calls = given.pop("tool_calls", None)
+    if not calls and given.get("role") == "assistant":
+        given.setdefault("content", "")
+    require(bool(calls) or "content" in given, f"messages[{i}]={shown(message)} has no content")
     if calls:  # an empty list is no call, though templates take it for one
         require(isinstance(calls, list), f"messages[{i}].tool_calls={shown(calls)} must be a list")
         given["tool_calls"] = [
