@@ -10,6 +10,7 @@ for a sequence that had ended is dropped.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Sequence
@@ -19,16 +20,19 @@ import jax
 import numpy as np
 
 from deepseek_jax.checks import require
+from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.serving.assign import choose_rank
 from deepseek_jax.serving.drafting import Pair, economy_of
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.pages import PagePool
-from deepseek_jax.serving.programs import chunk_plan, decode_plan
+from deepseek_jax.serving.programs import AT_ONCE, chunk_plan, decode_plan
 from deepseek_jax.serving.request import PromptToken, Request, Token, Update
 from deepseek_jax.serving.sampler import most_of
 from deepseek_jax.serving.scheduler import Scheduler
 from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
+
+LOOK = 0.02  # seconds that the engine lets pass, on a CPU, before it looks for what is new, about
 
 
 class Flight(NamedTuple):
@@ -138,8 +142,9 @@ class Engine:
         """One turn; returns what is new of each request that has something new."""
         updates, self._ended = self._ended, []
         drafts = self._drafts()
-        steps = [scheduler.schedule(self._budget(scheduler), drafts) for scheduler in self.schedulers]
-        launched = self._launch(steps, drafts)
+        times = 1 if drafts else self._times()
+        steps = [scheduler.schedule(self._budget(scheduler), drafts, times) for scheduler in self.schedulers]
+        launched = self._launch(steps, drafts, times)
         if launched:
             self._flights.append(launched)
             self.stats.steps += 1
@@ -152,6 +157,15 @@ class Engine:
         rows = max(map(_decoding, self.schedulers))
         return bool(self._economy and rows and self._economy.drafts(self.device.sizes.rows_for(rows)))
 
+    def _times(self) -> int:
+        """How many tokens of each row one program brings (`programs.decode_times`), no more than take LOOK together."""
+        rows = max(map(_decoding, self.schedulers))
+        if not on_cpu() or not rows:
+            return 1
+        took = self.device.seconds.get(("decode", self.device.sizes.rows_for(rows)), 0.0)
+        few = AT_ONCE if took == 0 else max(1, int(LOOK / took))
+        return min(AT_ONCE, few, *(scheduler.at_once() for scheduler in self.schedulers))
+
     def _budget(self, scheduler: Scheduler) -> int | None:
         """Tokens of chunks in this turn: as many as do not hold the decode rows up for long. None: no bound."""
         rows = _decoding(scheduler)
@@ -162,14 +176,14 @@ class Engine:
         fitting = [r * t for r, t in sizes.chunks if seconds.get(("prefill", r, t), 0.0) <= allowed]
         return max(fitting, default=sizes.chunks[0][1])
 
-    def _launch(self, steps: list[Step], drafts: bool) -> list[Flight]:
+    def _launch(self, steps: list[Step], drafts: bool, times: int) -> list[Flight]:
         for rank, step in enumerate(steps):
             for running in step.admitted:
                 self._admit(rank, running)
             self.stats.preemptions += len(step.preempted)
         flights = []
         if any(step.rows for step in steps):
-            flights.append(self._launch_rows([step.rows for step in steps], drafts))
+            flights.append(self._launch_rows([step.rows for step in steps], drafts, times))
         chunks = [sorted(step.chunks, key=lambda chunk: -len(chunk.tokens)) for step in steps]
         while any(chunks):
             flights.append(self._launch_chunks(chunks))
@@ -187,7 +201,7 @@ class Engine:
             self.stats.cache_queries += len(request.prompt)
             self.stats.cache_hits += running.cached_tokens
 
-    def _launch_rows(self, ranks: list[list[Row]], drafts: bool) -> Flight:
+    def _launch_rows(self, ranks: list[list[Row]], drafts: bool, times: int) -> Flight:
         each = self.device.sizes.rows_for(max(map(len, ranks)))
         plan, rows = decode_plan(each * len(ranks), self.device.words), []
         for rank, decoding in enumerate(ranks):
@@ -199,7 +213,7 @@ class Engine:
                     plan.page_r[i], plan.index_r[i] = running.pages[record.paged], record.paged
                     record.paged += 1
                 rows.append((i, row))
-        run = self.device.decode_pairs if drafts else self.device.decode
+        run = self.device.decode_pairs if drafts else functools.partial(self.device.decode, times=times)
         return self._flight(rows, run(self._masked(plan, rows), _most(rows)), None)
 
     def _launch_chunks(self, ranks: list[list[Chunk]]) -> Flight:
@@ -269,9 +283,9 @@ class Engine:
                     _keep(record, row, given, i)
                 if not getattr(row, "samples", True):
                     continue
-                tokens, reason = _up_to_the_end(running, self._tokens(request, drawn, i, flight.version))
+                tokens, reason = _up_to_the_end(running, self._tokens(row, drawn, i, flight.version))
                 ids = [token.id for token in tokens]
-                computed = len(row.tokens) if isinstance(row, Chunk) else len(ids)
+                computed = len(row.tokens) if isinstance(row, Chunk) else max(row.times, len(ids))
                 self.schedulers[record.rank].received(running, row.epoch, ids, computed)
                 record.new += tokens
                 self.stats.generated += len(tokens)
@@ -286,10 +300,13 @@ class Engine:
                 ended.append(self._update(record, reason))
         return [*(self._update(record) for record in changed.values()), *ended]
 
-    def _tokens(self, request: Request, drawn: Any, i: int, version: int) -> list[Token]:
+    def _tokens(self, row: Any, drawn: Any, i: int, version: int) -> list[Token]:
         """What row i of a program got."""
-        if not isinstance(drawn, Pair):
+        request = row.running.request
+        if isinstance(row, Chunk):
             return [_token(request, drawn, i, version)]
+        if not isinstance(drawn, Pair):
+            return [_token(request, drawn, (n, i), version) for n in range(row.times)]
         drafted, accepted = int(drawn.drafted_r[i]), int(drawn.accepted_r[i])
         self.stats.drafts += drafted
         self.stats.drafted += drafted
@@ -335,7 +352,7 @@ def _up_to_the_end(running: Running, tokens: list[Token]) -> tuple[list[Token], 
     return tokens, None
 
 
-def _token(request: Request, drawn: Any, i: int, version: int) -> Token:
+def _token(request: Request, drawn: Any, i: Any, version: int) -> Token:
     """That of row i."""
     top = _top(request.logprobs, drawn.top_ids_bk, drawn.top_logprobs_bk, i)
     return Token(int(drawn.token_b[i]), float(drawn.logprob_b[i]), float(drawn.sampled_b[i]), version, top)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.sampling import ALL
+from deepseek_jax.inference.sampling import ALL, GREEDY
 from deepseek_jax.model.decoding import ONE_DEVICE, on_cpu
 from deepseek_jax.serving.drafting import Pair, decode_pairs
 from deepseek_jax.serving.programs import (
@@ -23,7 +23,7 @@ from deepseek_jax.serving.programs import (
     Weights,
     chunk_plan,
     decode_plan,
-    decode_rows,
+    decode_times,
     empty_state,
     prefill_chunks,
 )
@@ -33,8 +33,10 @@ from deepseek_jax.serving.sizes import Sizes
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames=("state",))
-def _decode(weights: Weights, cfg: ModelConfig, state: Any, rows: DecodeRows, most: int | None) -> Any:
-    return decode_rows(weights, cfg, ONE_DEVICE, state, rows, most)
+def _decode(
+    weights: Weights, cfg: ModelConfig, state: Any, rows: DecodeRows, times: Any, most: int | None
+) -> Any:
+    return decode_times(weights, cfg, ONE_DEVICE, state, rows, times, most)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames=("state",))
@@ -85,9 +87,10 @@ class OneDevice:
     def _admit(self, rank: int, slot: int, row: Row) -> None:
         self._state = _admit(self._state, np.int32(slot), row)
 
-    def decode(self, rows: DecodeRows, most: int | None) -> Drawn:
-        """most: what the rows ask for (`sampler.most_of`)."""
-        self._state, drawn = _decode(self.weights, self.cfg, self._state, rows, most)
+    def decode(self, rows: DecodeRows, most: int | None, times: int = 1) -> Drawn:
+        """What each of so many `times` drew. most: what the rows ask for (`sampler.most_of`)."""
+        several = np.int32(times) if on_cpu() else None
+        self._state, drawn = _decode(self.weights, self.cfg, self._state, rows, several, most)
         return drawn
 
     def decode_pairs(self, rows: DecodeRows, most: int | None) -> Pair:
@@ -100,31 +103,59 @@ class OneDevice:
         return drawn, given
 
     def warm_up(self) -> Iterator[str]:
-        """Compiles and times all programs, one after the other; yields what comes next."""
+        """Compiles all programs, one after the other, and times them; yields what comes next."""
         for request in _to_admit():
             self.admit(0, 0, request, [])
-        for name, run in self._programs():
+        for name, run in self._programs(self._no_chunks, self._no_rows):
             yield " ".join(map(str, name))
             for most in MOST if on_cpu() else range(ALL + 1):
                 jax.block_until_ready(run(most=most))
-            began = time.perf_counter()
-            jax.block_until_ready(run(most=most))
-            self.seconds[name] = time.perf_counter() - began
+        yield "timing"
+        for slot in range(self.sizes.slots):  # each goes on from another token, and so to other experts
+            self.prefill(self._random_chunks(*self.sizes.chunks[0], slot), None if on_cpu() else GREEDY)
+        for name, run in self._programs(self._random_chunks, self._all_rows):
+            took = []
+            for _ in range(TRIES):
+                began = time.perf_counter()
+                jax.block_until_ready(run(most=None if on_cpu() else GREEDY))
+                took.append(time.perf_counter() - began)
+            self.seconds[name] = min(took)
 
     def close(self) -> None:
         """Ends what goes on beside: nothing here; over several processes, the others."""
 
-    def _programs(self) -> Iterator[tuple[tuple[Any, ...], Callable[..., Any]]]:
-        for rows in self.sizes.rows:
-            plan = decode_plan(self.ranks * rows, self.words)
-            yield ("decode", rows), functools.partial(self.decode, plan)
-            if self.drafts:
-                yield ("drafts", rows), functools.partial(self.decode_pairs, plan)
+    def _programs(self, chunks: Any, decoding: Any) -> Iterator[tuple[tuple[Any, ...], Callable[..., Any]]]:
+        """By size, those of chunks first; of plans by their size."""
         for rows, tokens in self.sizes.chunks:
-            chunks = chunk_plan(self.ranks * rows, tokens, self.sizes.pages_each, self.words)
-            yield ("prefill", rows, tokens), functools.partial(self.prefill, chunks)
+            yield ("prefill", rows, tokens), functools.partial(self.prefill, chunks(rows, tokens))
+        for rows in self.sizes.rows:
+            yield ("decode", rows), functools.partial(self.decode, decoding(rows))
+            if self.drafts:
+                yield ("drafts", rows), functools.partial(self.decode_pairs, decoding(rows))
+
+    def _no_chunks(self, rows: int, tokens: int) -> Chunks:
+        return chunk_plan(self.ranks * rows, tokens, self.sizes.pages_each, self.words)
+
+    def _no_rows(self, rows: int) -> DecodeRows:
+        return decode_plan(self.ranks * rows, self.words)
+
+    def _random_chunks(self, rows: int, tokens: int, first: int = 0) -> Chunks:
+        """Of so many slots, from `first` on; all in the first page."""
+        plan = self._no_chunks(rows, tokens)
+        plan.slot_r[:] = np.tile(first + np.arange(rows), self.ranks)
+        plan.new_r[:], plan.samples_r[:] = tokens, True
+        plan.tokens_rt[:] = np.random.default_rng(first).integers(
+            0, self.cfg.vocab_size, plan.tokens_rt.shape
+        )
+        return plan
+
+    def _all_rows(self, rows: int) -> DecodeRows:
+        plan = self._no_rows(rows)
+        plan.slot_r[:] = np.tile(np.arange(rows), self.ranks)
+        return plan
 
 
+TRIES = 3
 MOST = (None,)  # on a CPU, where a program sees itself what its rows ask for
 
 

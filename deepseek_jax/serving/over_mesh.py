@@ -26,6 +26,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS
@@ -48,7 +49,7 @@ from deepseek_jax.serving.programs import (
     Given,
     State,
     Weights,
-    decode_rows,
+    decode_times,
     empty_state,
     prefill_chunks,
 )
@@ -111,19 +112,26 @@ def programs(
         here = jnp.where(lax.axis_index(TOKEN_AXES) == rank, slot, nowhere)
         return state._replace(slots=put(state.slots, here, row))
 
-    def decoding(program: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.partial(consuming, static_argnames="most")
-        def decode(weights: Weights, state: State, rows: DecodeRows, most: int | None) -> Any:
-            layout = few_tokens(cfg, mesh, devices, wire)
+    @functools.partial(consuming, static_argnames="most")
+    def with_drafts(weights: Weights, state: State, rows: DecodeRows, most: int | None) -> Any:
+        layout = few_tokens(cfg, mesh, devices, wire)
 
-            def run(weights: Weights, state: State, rows: DecodeRows) -> Any:
-                return program(weights, cfg, layout, state, rows, most)
+        def run(weights: Weights, state: State, rows: DecodeRows) -> Any:
+            return decode_pairs(weights, cfg, layout, state, rows, most)
 
-            return over_devices(run, in_specs=(weights_specs, STATE, ROWS), out_specs=(STATE, ROWS))(
-                weights, state, rows
-            )
+        return over_devices(run, in_specs=(weights_specs, STATE, ROWS), out_specs=(STATE, ROWS))(
+            weights, state, rows
+        )
 
-        return decode
+    @functools.partial(consuming, static_argnames="most")
+    def decode(weights: Weights, state: State, rows: DecodeRows, times: Any, most: int | None) -> Any:
+        layout = few_tokens(cfg, mesh, devices, wire)
+
+        def run(weights: Weights, state: State, rows: DecodeRows, times: Any) -> Any:
+            return decode_times(weights, cfg, layout, state, rows, times, most)
+
+        specs = (weights_specs, STATE, ROWS, WHOLE)
+        return over_devices(run, in_specs=specs, out_specs=(STATE, BY_LAYER))(weights, state, rows, times)
 
     @functools.partial(consuming, static_argnames="most")
     def prefill(weights: Weights, state: State, chunks: Chunks, most: int | None) -> Any:
@@ -137,7 +145,7 @@ def programs(
             weights, state, chunks
         )
 
-    return Programs(empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill)
+    return Programs(empty, admit, decode, with_drafts, prefill)
 
 
 class OverMesh(OneDevice):
@@ -191,8 +199,9 @@ class OverMesh(OneDevice):
             new = Weights(new.ready, bias_le, num_ids)
         self._weights = new
 
-    def decode(self, rows: DecodeRows, most: int | None) -> Drawn:
-        self._state, drawn = self._run.decode(self.weights, self._state, self._placed(rows), most)
+    def decode(self, rows: DecodeRows, most: int | None, times: int = 1) -> Drawn:
+        several = np.int32(times) if on_cpu() else None
+        self._state, drawn = self._run.decode(self.weights, self._state, self._placed(rows), several, most)
         return self._readable(drawn)  # type: ignore[no-any-return]
 
     def decode_pairs(self, rows: DecodeRows, most: int | None) -> Pair:

@@ -28,6 +28,7 @@ from deepseek_jax.model.layout import Layout
 from deepseek_jax.serving.request import TOP
 from deepseek_jax.serving.sampler import Drawn, Slots, draw, empty_slots, given
 
+AT_ONCE = 8  # tokens of each row in one program, on a CPU
 GIVEN_AT_ONCE = 64  # tokens of a prompt whose logits exist at the same time
 
 
@@ -173,6 +174,33 @@ def drawn_by(weights: Weights, part: Part, most: int | None) -> Callable[..., tu
         )
 
     return one
+
+
+def decode_times(
+    weights: Weights,
+    cfg: ModelConfig,
+    layout: Layout,
+    state: State,
+    rows: DecodeRows,
+    times: jax.Array | None,
+    most: int | None,
+) -> tuple[State, Drawn]:
+    """`decode_rows` so many times, up to AT_ONCE; what was drawn has a leading axis of the times.
+
+    None: once. On a CPU, whose host works on the cores that the model needs, several tokens at once take it less time; on
+    GPUs the host would have to wait for such a loop.
+    """
+    one = functools.partial(decode_rows, weights, cfg, layout, rows=rows, most=most)
+    if times is None:
+        state, drawn = one(state)
+        return state, jax.tree.map(lambda x: x[None], drawn)
+    room = jax.tree.map(lambda x: jnp.zeros((AT_ONCE, *x.shape), x.dtype), jax.eval_shape(one, state)[1])
+
+    def again(i: jax.Array, carry: tuple[State, Drawn]) -> tuple[State, Drawn]:
+        state, drawn = one(carry[0])
+        return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), carry[1], drawn)
+
+    return lax.fori_loop(0, times, again, (state, room))
 
 
 def decode_rows(

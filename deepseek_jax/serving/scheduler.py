@@ -114,7 +114,8 @@ class Scheduler:
         if epoch != running.epoch:
             return False
         if tokens:
-            counted, unsure = running.launched.popleft()
+            counted, unsure, drawn = running.launched.popleft()
+            running.pending -= drawn
             assert 0 <= computed - counted <= unsure, (computed, counted, unsure)
             running.unsure -= unsure
             running.computed += computed - counted
@@ -129,11 +130,11 @@ class Scheduler:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def schedule(self, budget: int | None = None, drafts: bool = True) -> Step:
+    def schedule(self, budget: int | None = None, drafts: bool = True, times: int = 1) -> Step:
         """The next step. budget: tokens of chunks at most, in this step; decode rows always go on. drafts: whether they have
-        the drafts that the limits allow."""
+        the drafts that the limits allow. times: how often they run without drafts, `at_once` at most."""
         step = Step([], [], [], [])
-        self._add_rows(step, self.limits.drafts if drafts else 0)
+        self._add_rows(step, self.limits.drafts if drafts else 0, times)
         left = self.limits.budget - len(step.rows) * self.limits.row_tokens
         if budget is not None:
             left = min(left, budget)
@@ -147,22 +148,32 @@ class Scheduler:
             self.prefixes.register(chunk.running)
         return step
 
-    def _add_rows(self, step: Step, drafts: int) -> None:
+    def at_once(self) -> int:
+        """How many tokens all decode rows may compute one after the other: 1 where a prompt has its turn, or a grammar must see
+        each token."""
+        if any(running.computed < running.goal for running in self.running) or (self.waiting and self._slots):
+            return 1
+        constrained = any(running.request.grammar is not None for running in self.running)
+        lefts = (running.left for running in self.running if running.left > 0)
+        return 1 if constrained else min(lefts, default=1)
+
+    def _add_rows(self, step: Step, drafts: int, times: int) -> None:
         for running in list(self.running):
             if running.slot < 0:
                 break  # it was preempted, as all behind it
             if not running.wants_row():
                 continue
-            if not self._grow(running, step):
+            if not self._grow(running, step, max(times, self.limits.row_tokens)):
                 break
-            running.computed += 1
+            running.computed += times
             running.unsure += drafts
-            running.launched.append((1, drafts))
-            step.rows.append(Row(running, running.epoch))
+            running.pending += times
+            running.launched.append((times, drafts, times))
+            step.rows.append(Row(running, running.epoch, times))
 
-    def _grow(self, running: Running, step: Step) -> bool:
-        """Pages for one more row, from the last in order if need be. False if that is `running` itself."""
-        need = self._pages(running.computed + running.unsure + self.limits.row_tokens) - len(running.pages)
+    def _grow(self, running: Running, step: Step, tokens: int) -> bool:
+        """Pages for so many tokens more, from the last in order if need be. False if that is `running` itself."""
+        need = self._pages(running.computed + running.unsure + tokens) - len(running.pages)
         while need > 0:
             pages = self.pool.allocate(need)
             if pages is not None:
@@ -193,7 +204,8 @@ class Scheduler:
         running.computed += size
         samples = running.computed == running.goal
         if samples:
-            running.launched.append((size, 0))
+            running.launched.append((size, 0, 1))
+            running.pending += 1
         tokens = running.tokens[start : start + size]
         step.chunks.append(Chunk(running, running.epoch, start, tokens, samples))
         return size
@@ -250,6 +262,7 @@ class Scheduler:
         running.slot, running.pages = -1, []
         running.goal = running.computed = running.unsure = running.registered = 0
         running.launched.clear()
+        running.pending = 0
 
     # --- pages of a sequence ------------------------------------------------------------------------------------------
 

@@ -57,7 +57,8 @@ class Running:
         goal: tokens that chunks compute, all that were known at admission; decode rows come behind.
         computed: tokens whose latents are in its pages, or will be after the launched steps; with drafts, at least so many.
         unsure: further ones that will be if all drafts in flight are accepted.
-        launched: of each launch in flight that draws: by how much it raised `computed` and `unsure`.
+        launched: of each launch in flight that draws: by how much it raised `computed`, `unsure` and `pending`.
+        pending: tokens drawn by launched steps that the host does not know yet; with drafts, at least so many.
         cached_tokens: of the prompt, found in the prefix cache when it first got a slot.
         keys: of its full pages, each hashed once; registered: how many of them the pool was told; generation: of the
             weights for which they hold, those at admission; awaits: key of a page that another sequence computes now.
@@ -73,7 +74,8 @@ class Running:
     goal: int = 0
     computed: int = 0
     unsure: int = 0
-    launched: deque[tuple[int, int]] = dataclasses.field(default_factory=deque)
+    launched: deque[tuple[int, int, int]] = dataclasses.field(default_factory=deque)
+    pending: int = 0
     cached_tokens: int = 0
     keys: list[bytes] = dataclasses.field(default_factory=list)
     registered: int = 0
@@ -81,16 +83,15 @@ class Running:
     awaits: bytes | None = None
 
     @property
-    def pending(self) -> int:
-        """Tokens drawn by launched steps that the host does not know yet; with drafts, at least so many."""
-        return len(self.launched)
+    def left(self) -> int:
+        """Tokens that may still be drawn, whatever becomes of the drafts in flight."""
+        return self.limit - len(self.tokens) - self.pending - self.unsure
 
     def wants_row(self) -> bool:
         """Whether a decode row may be launched: its chunks are, max_tokens leaves one whatever becomes of the drafts in flight,
         and a grammar has seen the last token."""
-        most = len(self.tokens) + len(self.launched) + self.unsure
         unread = self.request.grammar is not None and self.launched
-        return self.computed >= self.goal and most < self.limit and not unread
+        return self.computed >= self.goal and self.left > 0 and not unread
 
     @property
     def order(self) -> tuple[int, int]:
@@ -112,10 +113,12 @@ class Chunk(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The last token of a sequence is computed, which the device knows, and its draft, if any; the next one is drawn."""
+    """The last token of a sequence is computed, which the device knows, and its draft, if any; the next one is drawn. All that
+    so many times, one after the other."""
 
     running: Running
     epoch: int
+    times: int = 1
 
 
 class Step(NamedTuple):
