@@ -24,9 +24,9 @@ class Leading(OverMesh):
         self._leader.tell(("_admit", args))
         super()._admit(*args)
 
-    def decode(self, rows: Any, most: int | None) -> Any:
-        self._leader.tell(("decode", (_sendable(rows), most)))
-        return super().decode(rows, most)
+    def decode(self, rows: Any, most: int | None, times: int = 1) -> Any:
+        self._leader.tell(("decode", (_sendable(rows), most, times)))
+        return super().decode(rows, most, times)
 
     def decode_pairs(self, rows: Any, most: int | None) -> Any:
         self._leader.tell(("decode_pairs", (_sendable(rows), most)))
