@@ -248,7 +248,6 @@ class Scheduler:
         running.goal = len(running.tokens)
         running.computed = found * self.pool.page
         running.registered = found
-        running.awaits = None
         if not running.epoch:
             running.cached_tokens = running.computed
         self.prefixes.begin(running)
@@ -260,7 +259,7 @@ class Scheduler:
         self.pool.release(running.pages)
         self.prefixes.leave(running)
         running.slot, running.pages = -1, []
-        running.goal = running.computed = running.unsure = running.registered = 0
+        running.goal = running.computed = running.unsure = 0
         running.launched.clear()
         running.pending = 0
 

@@ -238,6 +238,7 @@ class Engine:
         slots = [r.slot for r in self.scheduler.running]
         assert len(set(slots)) == len(slots) and all(0 <= slot < limits.rows for slot in slots)
         assert not (limits.reserve and step.preempted)
+        assert not (step.admitted and step.preempted), "what was taken from one is given to another at once"
         if limits.whole_pages:
             for chunk in step.chunks:
                 left = len(chunk.running.tokens) - chunk.start

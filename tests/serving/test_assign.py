@@ -102,5 +102,15 @@ def test_a_full_queue_is_the_last_choice():
     assert choose_rank(schedulers, request(1, prompt)) == 0
 
 
+def test_a_queue_that_is_full_of_short_ones_comes_after_one_with_few_long_ones():
+    schedulers, rng = ranks(2), random.Random(0)
+    for i in range(16):
+        schedulers[0].add(request(i, prompt_of(rng, 2)))
+    for i in range(5):
+        schedulers[1].add(request(i, prompt_of(rng, 500)))
+    assert schedulers[0].is_full and not schedulers[1].is_full
+    assert choose_rank(schedulers, request(99, prompt_of(rng, 2))) == 1
+
+
 def test_the_only_rank():
     assert choose_rank(ranks(1), request(0, [1])) == 0

@@ -337,6 +337,20 @@ def test_a_low_priority_is_preempted_though_it_came_first():
     check_answers(engine)
 
 
+def test_nobody_is_given_the_last_pages_that_those_who_run_will_soon_want():
+    """It would lose them at once, and what it had computed."""
+    engine = engine_of(pages=4)
+    engine.add(request("runs", prompt_of(6), 6))
+    engine.turn()
+    engine.add(request("wants two", prompt_of(8, 1), 1))
+    assert (engine.pool.free, engine.turn().admitted) == (2, [])
+    engine.abort("wants two")
+    engine.add(request("wants one", prompt_of(4, 1), 1))
+    assert [r.request.id for r in engine.turn().admitted] == ["wants one"]
+    engine.drain(50)
+    assert not any(step.preempted for step in engine.steps)
+
+
 def test_who_is_preempted_goes_before_those_who_came_later():
     engine, _ = pressed()
     engine.add(request("later", prompt_of(3, 2), 2))
@@ -454,17 +468,42 @@ def test_pages_of_another_salt_or_version_are_not_found(other):
     assert running.cached_tokens == 0
 
 
-def test_who_runs_while_the_weights_change_makes_no_page_known():
-    """Even if they are called as those before: a caller may load without counting."""
-    for version in (0, 1):
-        engine = engine_of()
-        first = engine.add(request("a", prompt_of(20), 10))
-        engine.turn()
-        engine.load(version)
-        engine.drain(50)
-        second = engine.add(request("b", prompt_of(20) + first.tokens[20:28] + [1]))
-        engine.drain(50)
-        assert second.cached_tokens == 0
+@pytest.mark.parametrize("version", [0, 1])
+def test_who_runs_while_the_weights_change_makes_no_page_known(version):
+    """Even if they are called as those before, for a caller may load without counting; and even behind a first page that the
+    new ones computed."""
+    engine = engine_of()
+    first = engine.add(request("a", prompt_of(20), 10))
+    engine.turn()
+    engine.load(version)
+    engine.drain(50)
+    answers(engine, request("a page", prompt_of(5)))
+    second = engine.add(request("b", [*first.tokens[:28], 1]))
+    engine.drain(50)
+    assert second.cached_tokens == 4
+
+
+def test_who_waits_while_the_weights_change_goes_by_the_new_ones():
+    engine = engine_of()
+    for name in "ab":
+        engine.add(request(name, prompt_of(21)))
+    engine.turn()
+    assert engine.scheduler.waiting[0].keys
+    engine.load(1)
+    engine.drain(50)
+    last = engine.add(request("c", prompt_of(21)))
+    engine.drain(50)
+    assert last.cached_tokens == 20
+
+
+def test_nobody_waits_for_pages_of_other_weights():
+    engine = engine_of()
+    engine.add(request("a", prompt_of(30), 10))
+    engine.turn(budget=2)
+    engine.load(0)
+    engine.add(request("b", prompt_of(30)))
+    assert [r.request.id for r in engine.turn().admitted] == ["b"]
+    engine.drain(50)
 
 
 @pytest.mark.parametrize("drafts", [0, 1])
@@ -499,6 +538,14 @@ def test_who_waits_for_a_page_goes_on_by_itself_if_the_other_is_gone(end):
     assert (waits.slot >= 0) == (end == "abort")  # the preempted one comes first, and is waited for again
     engine.drain(100)
     check_answers(engine)
+
+
+def test_who_waits_for_a_page_holds_up_nobody():
+    engine = engine_of(chunk=4)
+    for name, prompt in (("a", prompt_of(21)), ("waits", prompt_of(21)), ("other", prompt_of(9, 1))):
+        engine.add(request(name, prompt))
+    assert [r.request.id for r in engine.turn().admitted] == ["a", "other"]
+    engine.drain(50)
 
 
 def test_nobody_waits_for_one_of_lower_priority():
@@ -537,23 +584,33 @@ def test_the_draft_head_finds_what_it_would_have_computed():
     assert runs[0].pages == [] and len(engine.all) == 4
 
 
-def test_a_page_is_hashed_once_per_sequence(monkeypatch):
+def test_a_page_is_hashed_once_per_sequence_and_told_once_per_slot(monkeypatch):
     """However often it is looked up, preempted and looked up again."""
-    hashed = []
+    engine, hashed, told = engine_of(pages=6), [], []
+    keys_of, register = prefixes.page_keys, engine.pool.register
 
     def count(tokens, *args):
         keys = keys_of(tokens, *args)
         hashed.extend(keys)
         return keys
 
-    keys_of = prefixes.page_keys
     monkeypatch.setattr(prefixes, "page_keys", count)
-    engine, _ = pressed()
+    monkeypatch.setattr(engine.pool, "register", lambda *args: told.append(args[:2]) or register(*args))
+    sequences = [engine.add(request(i, prompt_of(8, i), 12)) for i in range(2)]
+    while not engine.turn().preempted:
+        assert len(told) == len(set(told))
     engine.drain(100)
-    for running in (engine.all["first"], engine.all["second"]):
-        full = (len(running.request.prompt) + len(running.answer) - 1) // PAGE
-        assert full <= len(set(hashed)) / 2 <= full + 1
-    assert len(hashed) == len(set(hashed))
+    assert len(hashed) == len(set(hashed)) == sum((len(r.tokens) - 1) // PAGE for r in sequences)
+
+
+def test_a_page_that_was_found_is_not_told_again(monkeypatch):
+    engine, told = engine_of(), []
+    answers(engine, request("a", prompt_of(14), 1))
+    register = engine.pool.register
+    monkeypatch.setattr(engine.pool, "register", lambda *args: told.append(args[0]) or register(*args))
+    running = engine.add(request("b", [*prompt_of(14), 1, 2], 1))
+    engine.turn()
+    assert told == running.pages[3:]
 
 
 def test_two_schedulers_share_nothing():
