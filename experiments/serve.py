@@ -20,6 +20,7 @@ error. At the first start all programs are compiled, which takes a while; later 
 """
 
 import contextvars
+import functools
 import os
 import signal
 import sys
@@ -36,40 +37,39 @@ from experiments import command_line
 from experiments.devices import cpu_devices
 from experiments.mesh_flag import parse_mesh
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run or of Hugging Face.", required=True)
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0: of all networks.")
-_PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0: any that is free.", 0, 65535)
-_NAME = flags.DEFINE_string("served_model_name", None, "The model's name for clients; default: the folder's.")
-_KEY = flags.DEFINE_string(
+FLAGS = flags.FlagValues()  # its own, so that other commands may have flags of these names
+_text: Any = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
+_whole: Any = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
+_number: Any = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
+_switch: Any = functools.partial(flags.DEFINE_bool, flag_values=FLAGS)
+_choice: Any = functools.partial(flags.DEFINE_enum, flag_values=FLAGS)
+
+_CHECKPOINT = _text("checkpoint", None, "Folder of a run or of Hugging Face.", required=True)
+_HOST = _text("host", "127.0.0.1", "Address to listen at; 0.0.0.0: of all networks.")
+_PORT = _whole("port", 8000, "Port to listen at; 0: any that is free.", 0, 65535)
+_NAME = _text("served_model_name", None, "The model's name for clients; default: the folder's.")
+_KEY = _text(
     "api_key",
     None,
     "Key that clients must send; default: DEEPSEEK_JAX_API_KEY of the environment, else none.",
 )
-_MESH = flags.DEFINE_string("mesh", "", "Mesh of devices, such as node=2,local=4; empty: one device.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default: the newest.")
-_EMA = flags.DEFINE_bool("ema", False, "Use the averaged parameters.")
-_FP8 = flags.DEFINE_bool("keep_fp8", False, "Multiply the FP8 weights of a Hugging Face folder as they are.")
-_ROWS = flags.DEFINE_integer("rows", 32, "Sequences that run at the same time, on each device.", 1)
-_LENGTH = flags.DEFINE_integer(
-    "max_model_len", None, "Tokens of prompt and answer; default: the model's positions.", 1
-)
-_PAGES = flags.DEFINE_integer(
-    "pages", None, "Pages of 64 tokens in the cache; default: what memory allows.", 1
-)
-_CACHE = flags.DEFINE_enum("cache", "model", ("model", "fp8"), "Cache in the model's dtype, or in FP8.")
-_CHUNK = flags.DEFINE_integer("chunk", None, "Tokens of prompts that go through the model at once.", 1)
-_DRAFTS = flags.DEFINE_enum(
-    "drafts", "off", ("off", "on", "auto"), "Draft with the MTP module; auto: where it pays."
-)
-_INVARIANT = flags.DEFINE_bool("invariant", False, "An answer is the same bits whatever else runs; slower.")
-_WAITING = flags.DEFINE_integer("waiting", 256, "Sequences that may wait beside those that run.", 0)
-_WAITING_TOKENS = flags.DEFINE_integer("waiting_tokens", 1 << 20, "Tokens of the prompts that wait.", 1)
-_BODY = flags.DEFINE_integer("max_body", 16 << 20, "Bytes of a request.", 1)
-_KEEP_ALIVE = flags.DEFINE_float(
-    "keep_alive", 10.0, "Seconds of silence after which a stream gets a comment.", 0.1
-)
-_GRACE = flags.DEFINE_float("grace", 60.0, "Seconds that requests have to end when the server stops.", 0.0)
-_EVENTS = flags.DEFINE_string(
+_MESH = _text("mesh", "", "Mesh of devices, such as node=2,local=4; empty: one device.")
+_STEP = _whole("step", None, "Checkpoint step; default: the newest.")
+_EMA = _switch("ema", False, "Use the averaged parameters.")
+_FP8 = _switch("keep_fp8", False, "Multiply the FP8 weights of a Hugging Face folder as they are.")
+_ROWS = _whole("rows", 32, "Sequences that run at the same time, on each device.", 1)
+_LENGTH = _whole("max_model_len", None, "Tokens of prompt and answer; default: the model's positions.", 1)
+_PAGES = _whole("pages", None, "Pages of 64 tokens in the cache; default: what memory allows.", 1)
+_CACHE = _choice("cache", "model", ("model", "fp8"), "Cache in the model's dtype, or in FP8.")
+_CHUNK = _whole("chunk", None, "Tokens of prompts that go through the model at once.", 1)
+_DRAFTS = _choice("drafts", "off", ("off", "on", "auto"), "Draft with the MTP module; auto: where it pays.")
+_INVARIANT = _switch("invariant", False, "An answer is the same bits whatever else runs; slower.")
+_WAITING = _whole("waiting", 256, "Sequences that may wait beside those that run.", 0)
+_WAITING_TOKENS = _whole("waiting_tokens", 1 << 20, "Tokens of the prompts that wait.", 1)
+_BODY = _whole("max_body", 16 << 20, "Bytes of a request.", 1)
+_KEEP_ALIVE = _number("keep_alive", 10.0, "Seconds of silence after which a stream gets a comment.", 0.1)
+_GRACE = _number("grace", 60.0, "Seconds that requests have to end when the server stops.", 0.0)
+_EVENTS = _text(
     "kv_events", None, "ZeroMQ endpoint, such as tcp://*:5557, that says which prefixes are cached."
 )
 
@@ -176,7 +176,7 @@ def _follow(mesh: Any) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    command_line.parse_flags(argv)
+    command_line.parse_flags(argv, FLAGS)
     mesh = parse_mesh(_MESH.value)
     processes = _meet(mesh)
     if processes > 1 and not is_first():

@@ -121,12 +121,12 @@ class Engine:
         rank = choose_rank(self.schedulers, request)
         self._records[request.id] = _Record(self.schedulers[rank].add(request), rank)
 
-    def abort(self, request_id: str, reason: str = "abort") -> None:
-        """Ends a request, in whatever state it is; unknown ones are none."""
+    def abort(self, request_id: str, reason: str = "abort", error: str | None = None) -> None:
+        """Ends a request, in whatever state it is; unknown ones are none. error: what went wrong."""
         record = self._records.pop(request_id, None)
         if record is not None:
             self.schedulers[record.rank].abort(request_id)
-            self._ended.append(self._update(record, reason))
+            self._ended.append(self._update(record, reason)._replace(error=error))
 
     def load(self, weights: Any, version: int) -> None:
         """Goes on with other weights; what was launched before is read first, and the prefix cache dropped."""
@@ -248,15 +248,20 @@ class Engine:
     def _masked(self, plan: Any, rows: list[tuple[int, Any]]) -> Any:
         """The plan with what the grammars of its rows allow."""
         constrained = [
-            (i, row.running.request.grammar)
+            (i, row.running.request)
             for i, row in rows
             if row.running.request.grammar is not None and getattr(row, "samples", True)
         ]
         if not constrained:
             return plan
         mask_rw = np.full(plan.mask_rw.shape, 2**32 - 1, np.uint32)
-        for i, grammar in constrained:
-            plan.masked_r[i], mask_rw[i] = True, grammar.mask()
+        for i, request in constrained:
+            try:
+                plan.masked_r[i], mask_rw[i] = True, request.grammar.mask()
+            except (
+                ValueError
+            ) as error:  # it leads nowhere: the request ends, and what its row draws is dropped
+                self.abort(request.id, "error", str(error))
         return plan._replace(mask_rw=mask_rw)
 
     def _flight(self, rows: list[tuple[int, Any]], drawn: Any, given: Any) -> Flight:

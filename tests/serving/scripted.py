@@ -16,7 +16,7 @@ class ScriptedEngine:
             ("cache_queries", "cache_hits", "preemptions", "drafts", "drafted", "accepted"), 0
         )
         self.engine = SimpleNamespace(schedulers=[], stats=SimpleNamespace(**counts))
-        self.failed = None
+        self.failed, self.closed = None, False
         self.requests, self.aborted, self._listeners = {}, [], {}
 
     def submit(self, request, on_update, on_refused=None):
@@ -35,6 +35,9 @@ class ScriptedEngine:
         if update.get("finish_reason"):
             del self.requests[request_id]
         on_update(Update(request_id, [Token(i, -1.0, -1.0) for i in tokens], **update))
+
+    def close(self):
+        self.closed = True
 
     def refuse(self, request_id, error):
         del self.requests[request_id]

@@ -1,15 +1,20 @@
 """`/v1/chat/completions`: the next turn of a conversation, with reasoning and tool calls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from starlette.requests import Request as HttpRequest
 
+from deepseek_jax.serving.asked import calls_spec
+from deepseek_jax.serving.dialects import Thinking
+from deepseek_jax.serving.grammar import Spec
+from deepseek_jax.serving.messages import prompt_of
 from deepseek_jax.serving.replies import Delta, Piece, Reply, ToolCall
+from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.server import prepare, schemas
 from deepseek_jax.serving.server.answer import Answer
 from deepseek_jax.serving.server.body import read_object, service_of
-from deepseek_jax.serving.server.errors import refused
+from deepseek_jax.serving.server.errors import bad, refused
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Sample
 from deepseek_jax.serving.server.schemas import ChatAsked, Conversation
@@ -31,8 +36,16 @@ async def chat_completions(http: HttpRequest) -> Answer:
     asked = schemas.chat(await read_object(http))
     service.check_model(asked.options.model)
     prompt = await prompt_of_messages(served, asked.conversation)
+    thinking = served.dialect.thinking(prompt.text)
+    grammar = await prepare.constraint(served, _spec(served, asked), thinking)
     id = f"chatcmpl-{new_id()}"
-    form = ChatForm(id, served, service.settings.name, asked, _samples(id, served, asked, prompt))
+    samples = [
+        Sample(request, _reply(served, asked, request, thinking), counts_prompt=i == 0)
+        for i, request in enumerate(
+            prepare.requests(id, served, asked.options, prompt.ids, "messages", None, grammar)
+        )
+    ]
+    form = ChatForm(id, served, service.settings.name, asked, samples)
     return service.answer(form, asked.options.stream)
 
 
@@ -40,35 +53,48 @@ async def prompt_of_messages(served: Served, conversation: Conversation) -> Prom
     """Raises ApiError for what the chat template refuses, or if there is none."""
 
     def prompt() -> Prompt:
-        with refused("messages"):
-            tools = list(conversation.tools) if conversation.tool_choice != "none" else []
-            template = served.tokenizer.chat_template
-            text = template.render(conversation.messages, tools=tools or None, **conversation.switches)
-            return Prompt(text, served.tokenizer.encode(text, allow_special=True))
-
-    size = sum(len(message.get("content") or "") for message in conversation.messages)
-    return await prepare.off_loop(size, prompt)
-
-
-def _samples(id: str, served: Served, asked: ChatAsked, prompt: Prompt) -> list[Sample]:
-    options, dialect = asked.options, served.dialect
-    speller = served.speller if options.token_ids or options.logprobs is not None else None
-    return [
-        Sample(
-            request,
-            Reply(
-                served.tokenizer,
-                options.stop,
-                dialect=dialect,
-                thinking=dialect.thinking(prompt.text),
-                tools=asked.conversation.tool_choice != "none",
-                speller=speller,
-                silent=request.stop_ids,
-            ),
-            counts_prompt=i == 0,
+        text = prompt_of(
+            served.tokenizer.chat_template,
+            conversation.messages,
+            served.dialect,
+            conversation.tools,
+            continue_final_message=conversation.goes_on,
+            **conversation.switches,
         )
-        for i, request in enumerate(prepare.requests(id, served, options, prompt.ids, "messages", None))
-    ]
+        return Prompt(text, served.tokenizer.encode(text, allow_special=True))
+
+    size = sum(len(str(message.get("content"))) for message in conversation.messages)
+    with refused("messages"):
+        return await prepare.off_loop(size, prompt)
+
+
+def _spec(served: Served, asked: ChatAsked) -> Callable[[], Spec] | None:
+    """Makes what the answer must match: what was asked for, or calls of tools; None: anything."""
+    conversation, spec = asked.conversation, asked.options.spec
+    if not conversation.must_call:
+        return None if spec is None else lambda: spec
+    if spec is not None:
+        raise bad("tool_choice asks for a call, response_format for another form: give one", "tool_choice")
+
+    def calls() -> Spec:
+        with refused("tool_choice"):
+            functions, many = conversation.callable, conversation.many
+            return calls_spec(functions, served.dialect, served.tokenizer, served.grammars, many)
+
+    return calls
+
+
+def _reply(served: Served, asked: ChatAsked, request: Request, thinking: Thinking) -> Reply:
+    options = asked.options
+    return Reply(
+        served.tokenizer,
+        options.stop,
+        dialect=served.dialect,
+        thinking=thinking,
+        tools=bool(asked.conversation.callable),
+        speller=served.speller if options.token_ids or options.logprobs is not None else None,
+        silent=request.stop_ids,
+    )
 
 
 def _call(call: ToolCall, indexed: bool) -> Json:

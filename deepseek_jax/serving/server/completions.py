@@ -30,7 +30,9 @@ async def completions(http: HttpRequest) -> Answer:
     size = sum(map(len, asked.prompts))
     ids = await prepare.off_loop(size, lambda: [_ids(served, asked, prompt) for prompt in asked.prompts])
     id = f"cmpl-{new_id()}"
-    many = [_samples(f"{id}-{i}", served, asked, prompt) for i, prompt in enumerate(ids)]
+    spec = asked.options.spec
+    grammar = await prepare.constraint(served, None if spec is None else lambda: spec)
+    many = [_samples(f"{id}-{i}", served, asked, prompt, grammar) for i, prompt in enumerate(ids)]
     form = CompletionForm(
         id, served, service.settings.name, asked, [sample for few in many for sample in few]
     )
@@ -48,7 +50,9 @@ def _ids(served: Served, asked: CompletionAsked, prompt: Prompt) -> list[int]:
     return served.tokenizer.encode(prompt, allow_special=True)
 
 
-def _samples(id: str, served: Served, asked: CompletionAsked, prompt: list[int]) -> list[Sample]:
+def _samples(
+    id: str, served: Served, asked: CompletionAsked, prompt: list[int], grammar: prepare.NewGrammar
+) -> list[Sample]:
     options = _with_prompt(asked)
     speller = served.speller if options.token_ids or options.logprobs is not None else None
     before = prompt if isinstance(asked.prompts[0], str) and asked.suffix is None else ()
@@ -59,7 +63,7 @@ def _samples(id: str, served: Served, asked: CompletionAsked, prompt: list[int])
             counts_prompt=i == 0,
             discards=options.max_tokens == 0,
         )
-        for i, request in enumerate(prepare.requests(id, served, options, prompt, "prompt", _TOKENS))
+        for i, request in enumerate(prepare.requests(id, served, options, prompt, "prompt", _TOKENS, grammar))
     ]
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.serving.asked import check_tools, spec_of, tool_choice
+from deepseek_jax.serving.grammar import Spec
 from deepseek_jax.serving.request import TOP
 from deepseek_jax.serving.server.errors import bad, refused
 from deepseek_jax.serving.server.fields import Fields, is_ids
@@ -14,7 +16,9 @@ Prompt = str | list[int]
 _SAMPLES = 128  # of a prompt
 _STOPS, _STOP, _STOP_IDS = 32, 1000, 256  # stop strings, characters of one, and stop ids
 _HUGE = 1 << 31
-_TAKEN = frozenset(("tools", "messages", "documents", "add_generation_prompt"))
+_TAKEN = frozenset(
+    ("template", "messages", "dialect", "tools", "add_generation_prompt", "continue_final_message")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Options:
         stop: strings that end the text and are left out.
         ignore_eos: the checkpoint's own stop ids do not end it.
         stream: as server-sent events; with usage at their end, or in each.
-        response_format: as it came, or {}.
+        spec: what the answer must match; None: anything.
         token_ids: give the ids of the tokens, too.
     """
 
@@ -50,7 +54,7 @@ class Options:
     stream: bool
     usage: bool
     usage_always: bool
-    response_format: Mapping[str, Any]
+    spec: Spec | None
     token_ids: bool
 
 
@@ -68,11 +72,22 @@ class CompletionAsked:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """tool_choice: "none", "auto", "required", or "=" and a function's name. switches: of the chat template."""
+    """A prompt in turns.
+
+    Attributes:
+        messages, tools: as they came.
+        callable: the functions that may be called, as `check_tools` gives them.
+        must_call, many: a call must come; more than one may.
+        goes_on: with the last message, which is not ended.
+        switches: of the chat template.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]]
-    tool_choice: str
+    callable: Sequence[Mapping[str, Any]]
+    must_call: bool
+    many: bool
+    goes_on: bool
     switches: Mapping[str, Any]
 
 
@@ -109,13 +124,34 @@ def chat(values: Mapping[str, Any]) -> ChatAsked:
 
 def conversation(fields: Fields) -> Conversation:
     fields.needed("messages")
-    messages, tools = fields.objects("messages"), _tools(fields)
+    messages = fields.objects("messages")
     fields.check(bool(messages), "messages", "at least one message")
+    with refused("tools"):
+        functions = check_tools(fields.get("tools"))
+    with refused("tool_choice"):
+        choice, names = tool_choice(fields.get("tool_choice"), functions)
+    one = choice == "required" and isinstance(fields.get("tool_choice"), dict)
+    return Conversation(
+        messages=messages,
+        tools=fields.get("tools") if choice != "none" and functions else (),
+        callable=[functions[name] for name in names],
+        must_call=choice == "required",
+        many=fields.flag("parallel_tool_calls", True) and not one,
+        goes_on=fields.flag("continue_final_message"),
+        switches=_switches(fields),
+    )
+
+
+def _switches(fields: Fields) -> dict[str, Any]:
     switches = {**fields.mapping("chat_template_kwargs")}
-    for name in _TAKEN & switches.keys():
+    for name in sorted(_TAKEN & switches.keys()):
         raise bad(f"chat_template_kwargs has {name!r}: that has a field of its own", "chat_template_kwargs")
-    switches["add_generation_prompt"] = fields.flag("add_generation_prompt", True)
-    return Conversation(_messages(messages), tools, _tool_choice(fields, tools), switches)
+    return switches | {"add_generation_prompt": fields.flag("add_generation_prompt", True)}
+
+
+def _spec(fields: Fields) -> Spec | None:
+    with refused("response_format" if fields.get("response_format") is not None else None):
+        return spec_of(fields.values)
 
 
 def _prompts(fields: Fields) -> tuple[Prompt, ...]:
@@ -168,7 +204,7 @@ def _options(fields: Fields, max_tokens: int | None, logprobs: int | None) -> Op
         stream=stream,
         usage=extra.flag("include_usage") or always,
         usage_always=always,
-        response_format=fields.mapping("response_format"),
+        spec=_spec(fields),
         token_ids=fields.flag("return_token_ids"),
     )
 
@@ -194,57 +230,3 @@ def _logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
     good = all(key.isascii() and key.isdigit() and len(key) < 10 for key in given)
     fields.check(good, "logit_bias", "an object with token ids as its keys")
     return tuple((int(key), bias.number(key, 0.0, -100, 100)) for key in given)
-
-
-# --- chat -----------------------------------------------------------------------------------------------------------
-
-
-def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """With content as one text, and OpenAI's "developer" under the name that templates know."""
-    return [_message(f"messages.{i}", message) for i, message in enumerate(messages)]
-
-
-def _message(path: str, message: Mapping[str, Any]) -> dict[str, Any]:
-    fields = Fields(message, f"{path}.")
-    role = fields.needed("role")
-    fields.check(isinstance(role, str), "role", "a string")
-    content = fields.get("content")
-    read = dict(message) | {"role": "system" if role == "developer" else role}
-    return read if content is None else read | {"content": _content(fields)}
-
-
-def _content(fields: Fields) -> str:
-    content = fields.get("content")
-    if isinstance(content, str):
-        return content
-    words = "a string, or a list of parts of type text: this model reads text alone"
-    fields.check(isinstance(content, list), "content", words)
-    for part in content:
-        text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        fields.check(text, "content", words)
-    return "".join(part["text"] for part in content)
-
-
-def _tools(fields: Fields) -> list[dict[str, Any]]:
-    tools = fields.objects("tools")
-    for i, tool in enumerate(tools):
-        function = Fields(tool, f"tools.{i}.").section("function")
-        function.check(isinstance(function.needed("name"), str), "name", "a string")
-        function.mapping("parameters")
-    return tools
-
-
-def _tool_choice(fields: Fields, tools: Sequence[Mapping[str, Any]]) -> str:
-    choice = fields.get("tool_choice")
-    if choice is None:
-        return "auto" if tools else "none"
-    if isinstance(choice, dict):
-        names = [tool["function"]["name"] for tool in tools]
-        name = Fields(choice, "tool_choice.").section("function").get("name")
-        fields.check(name in names, "tool_choice", f"the name of one of the tools: {names}")
-        return f"={name}"
-    fields.check(
-        choice in ("none", "auto", "required"), "tool_choice", '"none", "auto", "required" or a function'
-    )
-    fields.check(bool(tools) or choice != "required", "tool_choice", '"none" or "auto" without tools')
-    return choice

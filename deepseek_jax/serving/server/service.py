@@ -11,6 +11,7 @@ from typing import Any
 from deepseek_jax.checks import require, shown
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serving.dialects import Dialect, dialect_of
+from deepseek_jax.serving.grammar import Grammars
 from deepseek_jax.serving.replies import Speller
 from deepseek_jax.serving.server.admission import Admission
 from deepseek_jax.serving.server.answer import Answer
@@ -70,6 +71,11 @@ class Served:
     @functools.cached_property
     def dialect(self) -> Dialect:
         return dialect_of(self.tokenizer)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Takes a while when it is asked for first."""
+        return Grammars(self.tokenizer, self.vocab_size)
 
 
 def served(engine: EngineThread, tokenizer: Tokenizer) -> Served:
