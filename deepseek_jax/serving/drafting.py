@@ -110,16 +110,18 @@ def _guess(
 # --- when drafts pay ----------------------------------------------------------------------------------------------
 
 MEMORY = 256  # drafts over which the acceptance is averaged
-PROBE = 32  # steps without drafts, after which one with drafts tells what would be accepted
+PROBE = 32  # steps without drafts, in times that one with drafts takes, after which there is one to see what it would bring
 AT_FIRST = 0.85  # acceptance until it is known: the report's
+SLOWER, FASTER = 1 / 16, 1 / 2  # how much a step's time changes what is known of it
 
 
 class Economy:
     """Whether the next step drafts.
 
     Of n rows, a step without drafts brings n tokens in the time `one[n]`, with drafts n (1 + acceptance) in `two[n]`: drafts
-    pay if two / one < 1 + acceptance. The times are those that the programs took when they were warmed up; the acceptance is a
-    running average. Where no acceptance could pay, nothing is drafted; where another one could, a step in PROBE is a try.
+    pay if two / one < 1 + acceptance. The times are those of the programs when they were warmed up, then of the engine's turns;
+    since others' work on the machine only adds to them, a shorter one says more. The acceptance is a running average. Where
+    drafts do not pay, a step now and then has them nevertheless, at a cost of at most 1 / PROBE, to see whether they still do not.
 
     Few rows read the weights for one token about as fast as for two, but two tokens choose up to twice as many experts; and
     the module itself is one more layer, and its logits a second reading of the head. So drafts pay in deep models, and
@@ -129,7 +131,7 @@ class Economy:
     """
 
     def __init__(self, one: Mapping[int, float], two: Mapping[int, float], always: bool = False):
-        self._costs = {rows: two[rows] / one[rows] for rows in two}
+        self._seconds = {False: dict(one), True: dict(two)}
         self._always = always
         self._drafted, self._accepted = MEMORY / 16, AT_FIRST * MEMORY / 16
         self._without = 0
@@ -139,14 +141,16 @@ class Economy:
         """Of late."""
         return self._accepted / self._drafted
 
-    def pays(self, rows: int) -> bool:
-        """Whether drafts pay with so many rows, one of the programs' sizes."""
-        return self._always or self._costs[rows] < 1 + self.acceptance
+    def cost(self, rows: int) -> float:
+        """Of a step with drafts, in steps without."""
+        return self._seconds[True][rows] / self._seconds[False][rows]
 
     def drafts(self, rows: int) -> bool:
-        """Whether the next step, of so many rows, drafts."""
+        """Whether the next step drafts; rows: one of the programs' sizes."""
+        if self._always:
+            return True
         self._without += 1
-        if self.pays(rows) or (self._costs[rows] < 2 and self._without > PROBE):
+        if self.cost(rows) < 1 + self.acceptance or self._without > PROBE * self.cost(rows):
             self._without = 0
             return True
         return False
@@ -156,6 +160,12 @@ class Economy:
         kept = math.exp(-drafted / MEMORY)
         self._drafted = kept * self._drafted + drafted
         self._accepted = kept * self._accepted + accepted
+
+    def took(self, rows: int, drafts: bool, seconds: float) -> None:
+        """How long a turn of decode rows alone took."""
+        known = self._seconds[drafts][rows]
+        share = FASTER if seconds < known else SLOWER
+        self._seconds[drafts][rows] += share * (min(seconds, 2 * known) - known)
 
 
 def economy_of(seconds: Mapping[tuple[Any, ...], float], always: bool) -> Economy:
