@@ -10,7 +10,6 @@ for a sequence that had ended is dropped.
 
 import collections
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Iterable, Sequence
@@ -106,6 +105,7 @@ class Engine:
         self._economy = economy_of(device.seconds, options.drafts is True) if device.drafts else None
         self._records: dict[str, _Record] = {}
         self._flights: collections.deque[list[Flight]] = collections.deque()
+        self._read_at: float | None = None  # the turn before, if the device went on with the next one at once
         self._ended: list[Update] = []  # without a step: aborted
 
     # --- what is asked ---
@@ -142,14 +142,16 @@ class Engine:
         """One turn; returns what is new of each request that has something new."""
         updates, self._ended = self._ended, []
         drafts = self._drafts()
-        times = 1 if drafts else self._times()
+        times = self._times(drafts)
         steps = [scheduler.schedule(self._budget(scheduler), drafts, times) for scheduler in self.schedulers]
         launched = self._launch(steps, drafts, times)
         if launched:
             self._flights.append(launched)
             self.stats.steps += 1
         while len(self._flights) > bool(launched):
-            updates += self._read(self._flights.popleft())
+            flights = self._flights.popleft()
+            updates += self._read(flights)
+            self._clock(flights)
         return updates
 
     def _drafts(self) -> bool:
@@ -157,14 +159,27 @@ class Engine:
         rows = max(map(_decoding, self.schedulers))
         return bool(self._economy and rows and self._economy.drafts(self.device.sizes.rows_for(rows)))
 
-    def _times(self) -> int:
-        """How many tokens of each row one program brings (`programs.decode_times`), no more than take LOOK together."""
+    def _clock(self, flights: list[Flight]) -> None:
+        """Tells the economy of drafts how long a turn of decode rows alone took, from the end of the one before."""
+        began, self._read_at = self._read_at, time.perf_counter() if self._flights else None
+        _, row = flights[0].rows[0]
+        if self._economy and began and self._read_at and len(flights) == 1 and isinstance(row, Row):
+            drawn = flights[0].drawn
+            drafts = isinstance(drawn, Pair)
+            rows = (drawn.one if drafts else drawn).token_b.shape[1] // self.device.ranks
+            self._economy.took(rows, drafts, (self._read_at - began) / row.times)
+
+    def _times(self, drafts: bool) -> int:
+        """How often one program runs the rows (`programs.decode_times`), no more than takes LOOK."""
         rows = max(map(_decoding, self.schedulers))
         if not on_cpu() or not rows:
             return 1
-        took = self.device.seconds.get(("decode", self.device.sizes.rows_for(rows)), 0.0)
+        took = self.device.seconds.get(
+            ("drafts" if drafts else "decode", self.device.sizes.rows_for(rows)), 0.0
+        )
         few = AT_ONCE if took == 0 else max(1, int(LOOK / took))
-        return min(AT_ONCE, few, *(scheduler.at_once() for scheduler in self.schedulers))
+        tokens = min(scheduler.at_once() for scheduler in self.schedulers)
+        return min(AT_ONCE, few, max(1, tokens // (1 + drafts)))
 
     def _budget(self, scheduler: Scheduler) -> int | None:
         """Tokens of chunks in this turn: as many as do not hold the decode rows up for long. None: no bound."""
@@ -213,8 +228,8 @@ class Engine:
                     plan.page_r[i], plan.index_r[i] = running.pages[record.paged], record.paged
                     record.paged += 1
                 rows.append((i, row))
-        run = self.device.decode_pairs if drafts else functools.partial(self.device.decode, times=times)
-        return self._flight(rows, run(self._masked(plan, rows), _most(rows)), None)
+        run = self.device.decode_pairs if drafts else self.device.decode
+        return self._flight(rows, run(self._masked(plan, rows), _most(rows), times), None)
 
     def _launch_chunks(self, ranks: list[list[Chunk]]) -> Flight:
         """The longest chunks that are left, as many as go into one program; takes them out of `ranks`."""
@@ -312,13 +327,20 @@ class Engine:
             return [_token(request, drawn, i, version)]
         if not isinstance(drawn, Pair):
             return [_token(request, drawn, (n, i), version) for n in range(row.times)]
-        drafted, accepted = int(drawn.drafted_r[i]), int(drawn.accepted_r[i])
-        self.stats.drafts += drafted
-        self.stats.drafted += drafted
-        self.stats.accepted += accepted
-        assert self._economy is not None
-        self._economy.heard(drafted, accepted)
-        return [_token(request, one, i, version) for one in (drawn.one, drawn.two)[: 1 + accepted]]
+        tokens: list[Token] = []
+        for n in range(row.times):
+            if any(token.id in request.stop_ids for token in tokens):
+                break
+            drafted, accepted = int(drawn.drafted_r[n, i]), int(drawn.accepted_r[n, i])
+            self.stats.drafts += drafted
+            self.stats.drafted += drafted
+            self.stats.accepted += accepted
+            assert self._economy is not None
+            self._economy.heard(drafted, accepted)
+            tokens += [
+                _token(request, one, (n, i), version) for one in (drawn.one, drawn.two)[: 1 + accepted]
+            ]
+        return tokens
 
     def _update(self, record: _Record, reason: str | None = None) -> Update:
         """What is new of a request since the last time."""

@@ -23,6 +23,7 @@ from deepseek_jax.serving.programs import (
     Weights,
     chunk_plan,
     decode_plan,
+    decode_rows,
     decode_times,
     empty_state,
     prefill_chunks,
@@ -32,16 +33,17 @@ from deepseek_jax.serving.sampler import Drawn, Row, of_request, put
 from deepseek_jax.serving.sizes import Sizes
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("program", "cfg", "most"), donate_argnames=("state",))
 def _decode(
-    weights: Weights, cfg: ModelConfig, state: Any, rows: DecodeRows, times: Any, most: int | None
+    program: Callable[..., Any],
+    weights: Weights,
+    cfg: ModelConfig,
+    state: Any,
+    rows: DecodeRows,
+    times: Any,
+    most: int | None,
 ) -> Any:
-    return decode_times(weights, cfg, ONE_DEVICE, state, rows, times, most)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames=("state",))
-def _decode_pairs(weights: Weights, cfg: ModelConfig, state: Any, rows: DecodeRows, most: int | None) -> Any:
-    return decode_pairs(weights, cfg, ONE_DEVICE, state, rows, most)
+    return decode_times(program, weights, cfg, ONE_DEVICE, state, rows, times, most)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "most"), donate_argnames=("state",))
@@ -89,14 +91,16 @@ class OneDevice:
 
     def decode(self, rows: DecodeRows, most: int | None, times: int = 1) -> Drawn:
         """What each of so many `times` drew. most: what the rows ask for (`sampler.most_of`)."""
-        several = np.int32(times) if on_cpu() else None
-        self._state, drawn = _decode(self.weights, self.cfg, self._state, rows, several, most)
-        return drawn
+        return self._run_rows(decode_rows, rows, most, times)  # type: ignore[no-any-return]
 
-    def decode_pairs(self, rows: DecodeRows, most: int | None) -> Pair:
+    def decode_pairs(self, rows: DecodeRows, most: int | None, times: int = 1) -> Pair:
         """`decode` with drafts."""
-        self._state, pair = _decode_pairs(self.weights, self.cfg, self._state, rows, most)
-        return pair
+        return self._run_rows(decode_pairs, rows, most, times)  # type: ignore[no-any-return]
+
+    def _run_rows(self, program: Callable[..., Any], rows: DecodeRows, most: int | None, times: int) -> Any:
+        several = np.int32(times) if on_cpu() else None
+        self._state, drawn = _decode(program, self.weights, self.cfg, self._state, rows, several, most)
+        return drawn
 
     def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
         self._state, drawn, given = _prefill(self.weights, self.cfg, self._state, chunks, most)

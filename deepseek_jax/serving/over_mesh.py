@@ -41,7 +41,7 @@ from deepseek_jax.parallel.prepared import (
     ready_specs,
 )
 from deepseek_jax.precision.policy import Policy
-from deepseek_jax.serving.drafting import Pair, decode_pairs
+from deepseek_jax.serving.drafting import decode_pairs
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.programs import (
     Chunks,
@@ -49,6 +49,7 @@ from deepseek_jax.serving.programs import (
     Given,
     State,
     Weights,
+    decode_rows,
     decode_times,
     empty_state,
     prefill_chunks,
@@ -66,7 +67,7 @@ class Programs(NamedTuple):
     """Jitted, over global arrays; all but `empty` consume the state.
 
     empty: (sizes, pages, fp8, drafts) -> state; admit: (state, rank, slot, row) -> state; decode, decode_pairs: (weights, state,
-    rows, most), prefill: (weights, state, chunks, most) -> (state, what they give).
+    rows, times, most), prefill: (weights, state, chunks, most) -> (state, what they give).
     """
 
     empty: Callable[..., State]
@@ -112,26 +113,18 @@ def programs(
         here = jnp.where(lax.axis_index(TOKEN_AXES) == rank, slot, nowhere)
         return state._replace(slots=put(state.slots, here, row))
 
-    @functools.partial(consuming, static_argnames="most")
-    def with_drafts(weights: Weights, state: State, rows: DecodeRows, most: int | None) -> Any:
-        layout = few_tokens(cfg, mesh, devices, wire)
+    def decoding(program: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.partial(consuming, static_argnames="most")
+        def decode(weights: Weights, state: State, rows: DecodeRows, times: Any, most: int | None) -> Any:
+            layout = few_tokens(cfg, mesh, devices, wire)
 
-        def run(weights: Weights, state: State, rows: DecodeRows) -> Any:
-            return decode_pairs(weights, cfg, layout, state, rows, most)
+            def run(weights: Weights, state: State, rows: DecodeRows, times: Any) -> Any:
+                return decode_times(program, weights, cfg, layout, state, rows, times, most)
 
-        return over_devices(run, in_specs=(weights_specs, STATE, ROWS), out_specs=(STATE, ROWS))(
-            weights, state, rows
-        )
+            specs = (weights_specs, STATE, ROWS, WHOLE)
+            return over_devices(run, in_specs=specs, out_specs=(STATE, BY_LAYER))(weights, state, rows, times)
 
-    @functools.partial(consuming, static_argnames="most")
-    def decode(weights: Weights, state: State, rows: DecodeRows, times: Any, most: int | None) -> Any:
-        layout = few_tokens(cfg, mesh, devices, wire)
-
-        def run(weights: Weights, state: State, rows: DecodeRows, times: Any) -> Any:
-            return decode_times(weights, cfg, layout, state, rows, times, most)
-
-        specs = (weights_specs, STATE, ROWS, WHOLE)
-        return over_devices(run, in_specs=specs, out_specs=(STATE, BY_LAYER))(weights, state, rows, times)
+        return decode
 
     @functools.partial(consuming, static_argnames="most")
     def prefill(weights: Weights, state: State, chunks: Chunks, most: int | None) -> Any:
@@ -145,7 +138,7 @@ def programs(
             weights, state, chunks
         )
 
-    return Programs(empty, admit, decode, with_drafts, prefill)
+    return Programs(empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill)
 
 
 class OverMesh(OneDevice):
@@ -199,14 +192,11 @@ class OverMesh(OneDevice):
             new = Weights(new.ready, bias_le, num_ids)
         self._weights = new
 
-    def decode(self, rows: DecodeRows, most: int | None, times: int = 1) -> Drawn:
+    def _run_rows(self, program: Callable[..., Any], rows: DecodeRows, most: int | None, times: int) -> Any:
+        run = self._run.decode_pairs if program is decode_pairs else self._run.decode
         several = np.int32(times) if on_cpu() else None
-        self._state, drawn = self._run.decode(self.weights, self._state, self._placed(rows), several, most)
-        return self._readable(drawn)  # type: ignore[no-any-return]
-
-    def decode_pairs(self, rows: DecodeRows, most: int | None) -> Pair:
-        self._state, pair = self._run.decode_pairs(self.weights, self._state, self._placed(rows), most)
-        return self._readable(pair)  # type: ignore[no-any-return]
+        self._state, drawn = run(self.weights, self._state, self._placed(rows), several, most)
+        return self._readable(drawn)
 
     def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
         self._state, drawn, given = self._run.prefill(self.weights, self._state, self._placed(chunks), most)

@@ -28,9 +28,9 @@ class Leading(OverMesh):
         self._leader.tell(("decode", (_sendable(rows), most, times)))
         return super().decode(rows, most, times)
 
-    def decode_pairs(self, rows: Any, most: int | None) -> Any:
-        self._leader.tell(("decode_pairs", (_sendable(rows), most)))
-        return super().decode_pairs(rows, most)
+    def decode_pairs(self, rows: Any, most: int | None, times: int = 1) -> Any:
+        self._leader.tell(("decode_pairs", (_sendable(rows), most, times)))
+        return super().decode_pairs(rows, most, times)
 
     def prefill(self, chunks: Any, most: int | None) -> Any:
         self._leader.tell(("prefill", (_sendable(chunks), most)))

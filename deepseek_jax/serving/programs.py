@@ -177,6 +177,7 @@ def drawn_by(weights: Weights, part: Part, most: int | None) -> Callable[..., tu
 
 
 def decode_times(
+    program: Callable[..., Any],
     weights: Weights,
     cfg: ModelConfig,
     layout: Layout,
@@ -184,19 +185,20 @@ def decode_times(
     rows: DecodeRows,
     times: jax.Array | None,
     most: int | None,
-) -> tuple[State, Drawn]:
-    """`decode_rows` so many times, up to AT_ONCE; what was drawn has a leading axis of the times.
+) -> tuple[State, Any]:
+    """A program of decode rows, `decode_rows` or `drafting.decode_pairs`, so many times, up to AT_ONCE; what was drawn has a
+    leading axis of the times.
 
     None: once. On a CPU, whose host works on the cores that the model needs, several tokens at once take it less time; on
     GPUs the host would have to wait for such a loop.
     """
-    one = functools.partial(decode_rows, weights, cfg, layout, rows=rows, most=most)
+    one = functools.partial(program, weights, cfg, layout, rows=rows, most=most)
     if times is None:
         state, drawn = one(state)
         return state, jax.tree.map(lambda x: x[None], drawn)
     room = jax.tree.map(lambda x: jnp.zeros((AT_ONCE, *x.shape), x.dtype), jax.eval_shape(one, state)[1])
 
-    def again(i: jax.Array, carry: tuple[State, Drawn]) -> tuple[State, Drawn]:
+    def again(i: jax.Array, carry: tuple[State, Any]) -> tuple[State, Any]:
         state, drawn = one(carry[0])
         return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), carry[1], drawn)
 

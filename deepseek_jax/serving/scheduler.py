@@ -132,7 +132,7 @@ class Scheduler:
 
     def schedule(self, budget: int | None = None, drafts: bool = True, times: int = 1) -> Step:
         """The next step. budget: tokens of chunks at most, in this step; decode rows always go on. drafts: whether they have
-        the drafts that the limits allow. times: how often they run without drafts, `at_once` at most."""
+        the drafts that the limits allow. times: how often they run, one after the other; all tokens at most `at_once`."""
         step = Step([], [], [], [])
         self._add_rows(step, self.limits.drafts if drafts else 0, times)
         left = self.limits.budget - len(step.rows) * self.limits.row_tokens
@@ -163,12 +163,12 @@ class Scheduler:
                 break  # it was preempted, as all behind it
             if not running.wants_row():
                 continue
-            if not self._grow(running, step, max(times, self.limits.row_tokens)):
+            if not self._grow(running, step, max(times * (1 + drafts), self.limits.row_tokens)):
                 break
             running.computed += times
-            running.unsure += drafts
+            running.unsure += times * drafts
             running.pending += times
-            running.launched.append((times, drafts, times))
+            running.launched.append((times, times * drafts, times))
             step.rows.append(Row(running, running.epoch, times))
 
     def _grow(self, running: Running, step: Step, tokens: int) -> bool:

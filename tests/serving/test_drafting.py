@@ -63,7 +63,7 @@ class Scripted(Economy):
     """Drafts in the steps of a list, which comes again and again."""
 
     def __init__(self, script):
-        super().__init__({}, {})
+        super().__init__({4: 1.0}, {4: 1.0})
         self.script, self.step = script, 0
 
     def drafts(self, rows):
@@ -252,9 +252,9 @@ def p_value_of_texts() -> float:
 def test_texts_follow_the_models_distribution_and_a_broken_rule_is_seen(monkeypatch):
     assert p_value_of_texts() > 1e-3
     monkeypatch.setattr(drafting, "agrees", lambda guess_r, token_r: jnp.ones(guess_r.shape, bool))
-    one_device._decode_pairs.clear_cache()
+    one_device._decode.clear_cache()
     assert p_value_of_texts() < 1e-5
-    one_device._decode_pairs.clear_cache()
+    one_device._decode.clear_cache()
 
 
 # --- when drafts pay ---------------------------------------------------------------------------------------------
