@@ -65,7 +65,7 @@ class Device:
         self.memory = np.random.default_rng(0).integers(0, 1 << 63, shape, dtype=np.uint64)
         self.length, self.last = [0] * rows, [0] * rows
 
-    def run(self, step: Step):
+    def run(self, step: Step, drafts: bool):
         """-> [((running, epoch, tokens, computed), whether it is a row)], of chunks and rows."""
         before, self.memory = self.memory, self.memory.copy()
         results = []
@@ -73,7 +73,7 @@ class Device:
             first = chunk.running in step.admitted
             results.append(((chunk.running, chunk.epoch, *self._chunk(before, chunk, first)), False))
         for row in step.rows:
-            results.append(((row.running, row.epoch, *self._row(before, row.running)), True))
+            results.append(((row.running, row.epoch, *self._row(before, row, drafts)), True))
         return results
 
     def _read(self, memory, pages, length):
@@ -109,20 +109,21 @@ class Device:
         self.length[running.slot], self.last[running.slot] = end, drawn(total)
         return [drawn(total)], len(chunk.tokens)
 
-    def _row(self, before, running: Running):
-        length, tokens = self.length[running.slot], [self.last[running.slot]]
-        seen = self._read(before, running.pages, length)
+    def _row(self, before, row, drafts: bool):
+        """One token, and the draft behind it if it is accepted; or `times` tokens, one after the other."""
+        slot, pages = row.running.slot, row.running.pages
+        length, tokens = self.length[slot], [self.last[slot]]
+        seen = self._read(before, pages, length)
         latents, heads, total = self._compute(seen, tokens)
-        if self.drafts:
-            before_it = int(seen[1, :-1].sum(dtype=np.uint64)) + heads[0]
-            if accepts(before_it & MASK):
-                tokens.append(drawn(total))
-                latents, heads, total = self._compute(seen, tokens)
-        wasted = [GARBAGE] * (1 + self.drafts - len(tokens))
-        self._write(0, running.pages, length, latents + wasted)
-        self._write(1, running.pages, length - 1, heads + wasted)
+        before_it = int(seen[1, :-1].sum(dtype=np.uint64)) + heads[0]
+        while len(tokens) < (1 + accepts(before_it & MASK) if drafts else row.times):
+            tokens.append(drawn(total))
+            latents, heads, total = self._compute(seen, tokens)
+        wasted = [GARBAGE] * (1 + drafts - len(tokens))
+        self._write(0, pages, length, latents + wasted)
+        self._write(1, pages, length - 1, heads + wasted)
         tokens = [*tokens[1:], drawn(total)]
-        self.length[running.slot], self.last[running.slot] = length + len(tokens), tokens[-1]
+        self.length[slot], self.last[slot] = length + len(tokens), tokens[-1]
         return tokens, len(tokens)
 
 
@@ -175,19 +176,20 @@ class Engine:
             self.receive()
         return step
 
-    def launch(self, budget: int | None = None) -> Step:
+    def launch(self, budget: int | None = None, drafts: bool = True, times: int = 1) -> Step:
         may = [r for r in self.scheduler.running if self._wants_row(r)]
-        step = self.scheduler.schedule(budget)
-        self._check_step(step, may, budget)
-        results = self.device.run(step)
+        step = self.scheduler.schedule(budget, drafts, times)
+        self._check_step(step, may, budget, times)
+        drafts = drafts and self.device.drafts > 0
+        results = self.device.run(step, drafts)
         for (running, _, tokens, _), is_row in results:
-            self._check_draws(running, tokens, is_row)
-        self.flight.append(results)
+            self._check_draws(running, tokens, is_row and drafts)
+        self.flight.append((results, drafts))
         self.steps.append(step)
         return step
 
     def receive(self) -> None:
-        for (running, epoch, tokens, computed), _ in self.flight.pop(0):
+        for (running, epoch, tokens, computed), _ in self.flight.pop(0)[0]:
             if not self.scheduler.received(running, epoch, tokens, computed):
                 self.stale += 1
                 continue
@@ -216,20 +218,21 @@ class Engine:
     def _wants_row(self, r: Running) -> bool:
         """Its prompt is computed, and one more token is wanted whatever drafts in flight become."""
         flying = [
-            is_row
-            for step in self.flight
-            for (of, epoch, tokens, _), is_row in step
+            2 if is_row and drafts else len(tokens)
+            for results, drafts in self.flight
+            for (of, epoch, tokens, _), is_row in results
             if of is r and epoch == r.epoch and tokens
         ]
         if r.request.grammar is not None and flying:
             return False
-        most = len(r.tokens) + len(flying) + sum(flying) * self.device.drafts
+        most = len(r.tokens) + sum(flying)
         return r.slot >= 0 and r.computed >= r.goal and most < len(r.request.prompt) + r.request.max_tokens
 
-    def _check_step(self, step: Step, may: list[Running], budget: int | None) -> None:
+    def _check_step(self, step: Step, may: list[Running], budget: int | None, times: int) -> None:
         limits = self.scheduler.limits
         rows = [row.running for row in step.rows]
         assert rows == [r for r in may if r not in step.preempted], "a decode row starves"
+        assert times == 1 or not step.chunks, "rows hold a prompt up"
         used = sum(len(chunk.tokens) for chunk in step.chunks)
         assert used + len(rows) * limits.row_tokens <= limits.budget
         assert all(0 < len(chunk.tokens) <= limits.chunk for chunk in step.chunks)
@@ -248,7 +251,7 @@ class Engine:
         order = [(r.request.priority, r.arrival) for r in self.scheduler.running]
         assert order == sorted(order)
 
-    def _check_draws(self, running: Running, tokens: list[int], is_row: bool) -> None:
+    def _check_draws(self, running: Running, tokens: list[int], drafted: bool) -> None:
         """Of a sequence that has seen one version of the weights, each draw is the model's own."""
         watched = self.all[running.request.id]
         if tokens and not watched.mixed:
@@ -257,7 +260,7 @@ class Engine:
                 "latents of others were read"
             )
             at = end - len(tokens)
-            if is_row and self.device.drafts:
+            if drafted:
                 assert (len(tokens) == 2) == watched.alone.accepted[at], (
                     "the draft head read latents of others"
                 )
