@@ -166,6 +166,8 @@ def run(seconds: float) -> int:
     on_gpu, failed = jax.default_backend() == "gpu", 0
     steps = STEPS if on_gpu else CPU_STEPS
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; one batch, nothing autotuned", flush=True)
+    if not on_gpu:
+        print("no GPU: a few steps on this CPU, whose speeds say nothing of a GPU's", flush=True)
     cpus = {label: on_cpu(ON_CPU, p, steps) for label, p in PRECISIONS.items() if on_gpu}
     losses: dict[str, list[float]] = {}
     for what, name, label in _cases(on_gpu):

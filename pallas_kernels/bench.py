@@ -157,6 +157,11 @@ class Report:
             (self.out / f"{name}.new").replace(self.out / name)
 
 
+def _tell(line: str) -> None:
+    """To whoever waits; the report is printed at the end."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def run_measured(shapes: list[Workload], report: Report, until: float, log: pathlib.Path) -> None:
     def record(found: Record) -> None:
         row = None if "error" in found else [column(found) for column in MEASURED.values()]
@@ -179,6 +184,8 @@ def run_compiled(shapes: list[Workload], report: Report, until: float) -> None:
         if time.monotonic() >= until:
             report.notes.append(f"time is up, {op} is left")
             continue
+        if reason is None:
+            _tell(f"{op}: compiling {len(of_op)} shapes for an H100, some seconds each")
         for w, found in zip(of_op, [None] * len(of_op) if reason else compile_for_h100(of_op), strict=True):
             kernels = [] if found is None else [dataclasses.asdict(k) for k in found.kernels]
             record = {"op": op, "name": w.name, "kernels": kernels, "bound_seconds": w.bound_seconds}
@@ -203,8 +210,11 @@ class Model:
             )
         self._until = until + GRACE_S
 
-    def wait(self) -> list[str]:
+    def wait(self, tell: Callable[[str], None] = lambda _: None) -> list[str]:
         """Its lines, when it is done or the time is up; the last says how it ended."""
+        left = max(0.0, self._until - time.monotonic())
+        if self._process.poll() is None:
+            tell(f"waiting for the model, at most {left:.0f} s; its lines so far are in {self._path}")
         try:
             status = self._process.wait(max(0.0, self._until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -258,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         run_measured(shapes, report, until, out or pathlib.Path(tempfile.mkdtemp()))
     else:
         run_compiled(shapes, report, until)
-    report.model = model.wait() if model else []
+    report.model = model.wait(_tell) if model else []
     report.write()
     print(report.text(short=True))
     fine = (None, why_unavailable())

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.testing.metrics import calc_diff_on_device
-from pallas_kernels.testing.timing import each, input_sets, median_seconds, num_sets, seconds_per_call
+from pallas_kernels.testing.timing import each, num_sets, seconds_per_call
 from pallas_kernels.testing.workloads import Workload
 
 # Share of float8 bytes that may differ: quotients on a rounding boundary, see quantize/kernel.py.
 MAX_MISMATCHES = 1e-4
+SEED = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,53 +36,90 @@ class Measurement:
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
-    """The op compiled: `once` for one set of operands, `each` for a list of `sets` of them."""
+class Once:
+    """The op compiled, with what checks it. make: seed -> sources; operands: of sources; op: of operands; apart: what came out,
+    sources, operands -> (diff, whether scales agree, if there are some)."""
 
-    once: Callable
+    make: Callable
+    operands: Callable
+    op: Callable
+    apart: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What `measure` runs of an op, compiled. each: the op for a list of `sets` of operands."""
+
+    once: Once
     each: Callable
     sets: int
 
 
-def compile_op(workload: Workload, implementation: str) -> Programs:
-    """Compiles what `measure` runs of `implementation`; needs no operands, and of a GPU only its presence."""
-    shapes = jax.eval_shape(lambda: workload.operands(*workload.make(0)))
-
-    def run(*operands):
-        return workload.run(*operands, implementation)
-
-    sets = num_sets(shapes)
-    return Programs(jax.jit(run).lower(*shapes).compile(), each(run).lower([shapes] * sets).compile(), sets)
+def _compiled(fn: Callable, *shapes: Any) -> Callable:
+    """No product of XLA's is tried out, which would use the GPU beside what another process measures."""
+    return jax.jit(fn).lower(*shapes).compile(compiler_options={"xla_gpu_autotune_level": "0"})
 
 
-def check(workload: Workload, implementation: str, once: Callable | None = None) -> tuple[float, bool]:
-    """Returns (diff, whether it lies in its band) on fresh inputs. `once`: the op, where it is compiled already."""
-    sources = workload.make(0)
-    operands = jax.jit(workload.operands)(*sources)
-    once = once or jax.jit(lambda *xs: workload.run(*xs, implementation))
-    out = once(*operands)
+def _shapes(workload: Workload) -> tuple[Any, Any]:
+    """Of sources and of operands."""
+    sources = jax.eval_shape(workload.make, SEED)
+    return sources, jax.eval_shape(workload.operands, *sources)
+
+
+def _apart(workload: Workload, out: Any, sources: Any, operands: Any) -> tuple[jax.Array, Any]:
+    """How far a result is from what is right; from that of the XLA path by the share of bytes that differ."""
     if workload.exact is not None:
-        diff = float(calc_diff_on_device(out, jax.jit(workload.exact)(*sources)))
-        low, high = workload.band
-        return diff, low <= diff <= high
-    expected = jax.jit(lambda *xs: workload.run(*xs, "xla"))(*operands)
-    diff = float(jnp.mean(out[0].astype(jnp.float32) != expected[0].astype(jnp.float32)))
-    scales_agree = bool(jnp.allclose(out[1], expected[1], rtol=1e-6, atol=0))
-    return diff, diff <= MAX_MISMATCHES and scales_agree
+        return calc_diff_on_device(out, workload.exact(*sources)), True
+    (q, scale), right = out, workload.run(*operands, "xla")
+    same = jnp.allclose(scale, right[1], rtol=1e-6, atol=0)
+    return jnp.mean(q.astype(jnp.float32) != right[0].astype(jnp.float32)), same
+
+
+def compile_once(workload: Workload, implementation: str) -> Once:
+    """Compiles what `check` runs; needs no operands, and of a GPU only its presence."""
+    sources, operands = _shapes(workload)
+    run = lambda *xs: workload.run(*xs, implementation)  # noqa: E731
+    out = jax.eval_shape(run, *operands)
+    return Once(
+        make=_compiled(workload.make, SEED),
+        operands=_compiled(workload.operands, *sources),
+        op=_compiled(run, *operands),
+        apart=_compiled(functools.partial(_apart, workload), out, sources, operands),
+    )
+
+
+def compile_op(workload: Workload, implementation: str) -> Programs:
+    """Compiles what `measure` runs, but for the peer, whose products XLA tries out."""
+    _, operands = _shapes(workload)
+    sets = num_sets(operands)
+    return Programs(
+        once=compile_once(workload, implementation),
+        each=_compiled(each(lambda *xs: workload.run(*xs, implementation)), [operands] * sets),
+        sets=sets,
+    )
+
+
+def check(workload: Workload, once: Once) -> tuple[float, bool]:
+    """Returns (diff, whether it lies in its band) on fresh inputs."""
+    sources = once.make(jnp.int32(0))
+    operands = once.operands(*sources)
+    diff, scales_agree = once.apart(once.op(*operands), sources, operands)
+    low, high = (0.0, MAX_MISMATCHES) if workload.exact is None else workload.band
+    return float(diff), bool(low <= float(diff) <= high and scales_agree)
 
 
 def measure(
     workload: Workload, implementation: str, torch_peer: bool, programs: Programs | None = None, **timing
 ) -> Measurement:
-    """Checks and times `workload`; `programs`: of `compile_op`, if made before; `timing` goes to `median_seconds`."""
+    """Checks and times `workload`; `programs`: of `compile_op`, if made before; `timing` goes to `seconds_per_call`."""
     programs = programs or compile_op(workload, implementation)
-    diff, correct = check(workload, implementation, programs.once)
-    operands = jax.jit(workload.operands)
-    sets = [operands(*workload.make(seed)) for seed in range(programs.sets)]
+    diff, correct = check(workload, programs.once)
+    make, operands = programs.once.make, programs.once.operands
+    sets = [operands(*make(jnp.int32(seed))) for seed in range(programs.sets)]
     seconds = seconds_per_call(programs.each, sets, **timing)
     del sets
-    peer_sets = input_sets(workload.make)
-    peer_seconds = median_seconds(workload.peer, peer_sets, **timing)
+    peer_sets = [make(jnp.int32(seed)) for seed in range(num_sets(_shapes(workload)[0]))]
+    peer_seconds = seconds_per_call(each(workload.peer), peer_sets, **timing)
     del peer_sets
     torch_seconds = torch_seconds_of(workload) if torch_peer else None
     return Measurement(

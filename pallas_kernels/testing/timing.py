@@ -24,21 +24,10 @@ def num_sets(operands: Any, memory_bytes: int = 16 * 2**30) -> int:
     return min(MAX_SETS, -(-2 * CACHE_BYTES // size) + 1, max(1, memory_bytes // size))
 
 
-def input_sets(make: Callable[[int], tuple], memory_bytes: int = 16 * 2**30) -> list[tuple]:
-    """Makes operands from seeds 0, 1, ...: `num_sets` of them."""
-    first = make(0)
-    return [first, *(make(seed) for seed in range(1, num_sets(first, memory_bytes)))]
-
-
 def each(fn: Callable) -> Any:
     """Returns a program: sets -> the results of all of them."""
     fn = jax.jit(fn)  # lowered once, however many sets
     return jax.jit(lambda sets: [fn(*operands) for operands in sets])
-
-
-def median_seconds(fn: Callable, sets: list[tuple], repeats: int = REPEATS) -> float:
-    """Returns the median seconds per call of `fn`."""
-    return seconds_per_call(each(fn), sets, repeats)
 
 
 def seconds_per_call(run: Callable, sets: list[tuple], repeats: int = REPEATS) -> float:

@@ -23,7 +23,7 @@ from pallas_kernels.testing.gpu_lock import GPU_LOCK, LOCK, exclusive
 
 Item = Mapping[
     str, Any
-]  # op, shape (fields), options, implementation, and `timing`, arguments of `median_seconds`
+]  # op, shape (fields), options, implementation, and `timing`, arguments of `seconds_per_call`
 COMMAND = [sys.executable, "-m", "pallas_kernels.testing.worker"]
 CUBLAS_ALONE = (
     "--xla_gpu_enable_triton_gemm=false"  # XLA would compile and try its own products as peers, too

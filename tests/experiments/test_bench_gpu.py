@@ -73,6 +73,7 @@ def test_what_fails_or_is_left_is_said(monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", "")
     assert bench_gpu.run(100.0) == 1
     lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "no GPU: a few steps on this CPU, whose speeds say nothing of a GPU's"
     assert "tiny FP8: train failed: RuntimeError: out of memory" in lines
     assert "tiny BF16: decode, batch 8: 80 tokens/s" in lines
     assert bench_gpu.run(-1.0) == 1

@@ -17,9 +17,9 @@ from pallas_kernels.mla_decode.shapes import DecodeShape
 from pallas_kernels.quantize.shapes import QuantizeShape
 from pallas_kernels.testing import day, worker
 from pallas_kernels.testing.aot import KernelReport
-from pallas_kernels.testing.measure import check, measure
+from pallas_kernels.testing.measure import check, compile_once, measure
 from pallas_kernels.testing.metrics import calc_diff, calc_diff_on_device
-from pallas_kernels.testing.timing import each, input_sets
+from pallas_kernels.testing.timing import each, num_sets
 from pallas_kernels.testing.workloads import workload, workloads
 
 SMALL = {
@@ -46,7 +46,7 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_workloads_are_correct(name):
-    diff, correct = check(SMALL[name], "xla")
+    diff, correct = check(SMALL[name], compile_once(SMALL[name], "xla"))
     assert correct, diff
 
 
@@ -54,8 +54,8 @@ def test_check_notices_a_wrong_result():
     right = workload("fp8_gemm", GemmShape("small", 128, 128, 256))
     off = dataclasses.replace(right, run=lambda *xs: right.run(*xs) * 1.1)
     exact = dataclasses.replace(right, run=lambda *xs: right.exact(*right.make(0)))
-    assert not check(off, "xla")[1]
-    assert not check(exact, "xla")[1]  # not quantised at all
+    assert not check(off, compile_once(off, "xla"))[1]
+    assert not check(exact, compile_once(exact, "xla"))[1]  # not quantised at all
 
 
 def test_measure_reports_consistent_figures():
@@ -77,8 +77,8 @@ def test_what_is_timed_calls_every_set():
     assert [float(y[0, 0]) for y in run(sets)] == [0, 8, 32]
     calls = re.findall(r" = f32\[8,8\]\S* (?:dot|call|custom-call)\(", run.lower(sets).compile().as_text())
     assert len(calls) == 3
-    assert len(input_sets(lambda seed: (jnp.zeros(2**20),))) == 16
-    assert len(input_sets(lambda seed: (jnp.zeros(2**20),), memory_bytes=2**23)) == 2
+    assert num_sets(jnp.zeros(2**20)) == 16
+    assert num_sets(jnp.zeros(2**20), memory_bytes=2**23) == 2
 
 
 def test_roofline_bounds():
@@ -218,5 +218,6 @@ def test_the_model_part_is_stopped_when_the_time_is_up(tmp_path, monkeypatch):
     program = "import time; print('first line', flush=True); time.sleep(60)"
     monkeypatch.setattr(bench, "MODEL", ("json", [sys.executable, "-c", program]))
     monkeypatch.setattr(bench, "GRACE_S", 1.0)
-    model = bench.Model(tmp_path, time.monotonic())
-    assert model.wait() == ["first line", "ended with status -9; see model.log"]
+    model, told = bench.Model(tmp_path, time.monotonic()), []
+    assert model.wait(told.append) == ["first line", "ended with status -9; see model.log"]
+    assert re.fullmatch(r"waiting for the model, at most [01] s; its lines so far are in .*model.md", told[0])
