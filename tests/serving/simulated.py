@@ -110,21 +110,23 @@ class Device:
         return [drawn(total)], len(chunk.tokens)
 
     def _row(self, before, row, drafts: bool):
-        """One token, and the draft behind it if it is accepted; or `times` tokens, one after the other."""
+        """`times` times one after the other: one token, and the one behind its draft if that is accepted."""
         slot, pages = row.running.slot, row.running.pages
         length, tokens = self.length[slot], [self.last[slot]]
         seen = self._read(before, pages, length)
-        latents, heads, total = self._compute(seen, tokens)
-        before_it = int(seen[1, :-1].sum(dtype=np.uint64)) + heads[0]
-        while len(tokens) < (1 + accepts(before_it & MASK) if drafts else row.times):
+        sum_before = int(seen[1, :-1].sum(dtype=np.uint64))
+        for _ in range(row.times):
+            _, heads, total = self._compute(seen, tokens)
             tokens.append(drawn(total))
-            latents, heads, total = self._compute(seen, tokens)
-        wasted = [GARBAGE] * (1 + drafts - len(tokens))
+            if drafts and accepts((sum_before + sum(heads)) & MASK):
+                _, _, total = self._compute(seen, tokens)
+                tokens.append(drawn(total))
+        latents, heads, _ = self._compute(seen, tokens[:-1])
+        wasted = [GARBAGE] * (row.times * (1 + drafts) - len(latents))
         self._write(0, pages, length, latents + wasted)
         self._write(1, pages, length - 1, heads + wasted)
-        tokens = [*tokens[1:], drawn(total)]
-        self.length[slot], self.last[slot] = length + len(tokens), tokens[-1]
-        return tokens, len(tokens)
+        self.length[slot], self.last[slot] = length + len(latents), tokens[-1]
+        return tokens[1:], len(latents)
 
 
 @dataclasses.dataclass
@@ -183,8 +185,8 @@ class Engine:
         drafts = drafts and self.device.drafts > 0
         results = self.device.run(step, drafts)
         for (running, _, tokens, _), is_row in results:
-            self._check_draws(running, tokens, is_row and drafts)
-        self.flight.append((results, drafts))
+            self._check_draws(running, tokens, times if is_row and drafts else 0)
+        self.flight.append((results, drafts, times))
         self.steps.append(step)
         return step
 
@@ -218,8 +220,8 @@ class Engine:
     def _wants_row(self, r: Running) -> bool:
         """Its prompt is computed, and one more token is wanted whatever drafts in flight become."""
         flying = [
-            2 if is_row and drafts else len(tokens)
-            for results, drafts in self.flight
+            2 * times if is_row and drafts else len(tokens)
+            for results, drafts, times in self.flight
             for (of, epoch, tokens, _), is_row in results
             if of is r and epoch == r.epoch and tokens
         ]
@@ -251,8 +253,8 @@ class Engine:
         order = [(r.request.priority, r.arrival) for r in self.scheduler.running]
         assert order == sorted(order)
 
-    def _check_draws(self, running: Running, tokens: list[int], drafted: bool) -> None:
-        """Of a sequence that has seen one version of the weights, each draw is the model's own."""
+    def _check_draws(self, running: Running, tokens: list[int], pairs: int) -> None:
+        """Of a sequence that has seen one version of the weights, each draw is the model's own, and each draft accepted as by it."""
         watched = self.all[running.request.id]
         if tokens and not watched.mixed:
             end = self.device.length[running.slot]
@@ -260,10 +262,9 @@ class Engine:
                 "latents of others were read"
             )
             at = end - len(tokens)
-            if drafted:
-                assert (len(tokens) == 2) == watched.alone.accepted[at], (
-                    "the draft head read latents of others"
-                )
+            for _ in range(pairs):
+                at += 1 + watched.alone.accepted[at]
+            assert not pairs or at == end, "the draft head read latents of others"
 
     def check_pages(self) -> None:
         """Each page is free, cached or held, and as often held as a sequence has it; nobody else has one."""

@@ -74,7 +74,7 @@ def random_operations(rng: random.Random, engine: Engine, aborts=0.05, loads=0.0
             engine.abort(str(rng.randrange(len(engine.all) + 1)))
         elif x < 0.6:
             drafts, most = rng.random() < 0.7, engine.scheduler.at_once()
-            times = 1 if drafts else rng.randint(1, most)
+            times = rng.randint(1, max(1, most // (1 + drafts * engine.device.drafts)))
             engine.launch(rng.choice((None, None, 3, 9)), drafts, times)
         elif x < 0.6 + loads:
             engine.load(rng.randrange(3))
