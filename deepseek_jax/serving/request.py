@@ -45,6 +45,7 @@ class Request:
         salt: prompts share pages only if theirs is the same.
         priority: smaller ones run first.
         routes: give the experts of each token, of prompt and answer.
+        kept: give the ids that each token of the answer was drawn from.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Request:
     salt: str = ""
     priority: int = 0
     routes: bool = False
+    kept: bool = False
 
     def check(self, vocab_size: int, max_model_len: int) -> None:
         """Raises ValueError for what can never run."""
@@ -93,7 +95,8 @@ class Token(NamedTuple):
 
     logprob: nats, in the model's own distribution, before temperature, penalties, bias and masks; sampled_logprob: in the
     distribution that it was drawn from, 0 where that is greedy. top: the likeliest (id, logprob), of the model's own.
-    version: of the weights. routes: int [MoE layers, k], where asked for. kept: whether an id could be drawn, where asked for.
+    version: of the weights. routes: int [MoE layers, k], where asked for. kept: a bit for each id that could be drawn, where
+    asked for: uint32 [ceil(vocab_size / 32)], bit i % 32 of word i // 32.
     """
 
     id: int
@@ -102,6 +105,7 @@ class Token(NamedTuple):
     version: int = 0
     top: Sequence[tuple[int, float]] = ()
     routes: Any = None
+    kept: np.ndarray | None = None
 
 
 class PromptToken(NamedTuple):

@@ -41,7 +41,17 @@ from deepseek_jax.inference.sampling import (
     sample,
 )
 from deepseek_jax.serving.request import TOP
-from deepseek_jax.serving.slots import Row, Slots, empty_slots, most_of, of_request, packed, put, unpacked
+from deepseek_jax.serving.slots import (
+    Row,
+    Slots,
+    empty_slots,
+    most_of,
+    of_request,
+    packed,
+    put,
+    unpacked,
+    words,
+)
 
 __all__ = [
     "Drawn",
@@ -54,7 +64,6 @@ __all__ = [
     "each_row",
     "empty_slots",
     "given",
-    "kept",
     "most_of",
     "of_request",
     "put",
@@ -192,7 +201,7 @@ class Drawn(NamedTuple):
 
     token_b int32. logprob_b: nats, in the model's own distribution; sampled_b: in the one that it was drawn from, 0 where that
     is greedy. top_ids_bk, top_logprobs_bk: the TOP likeliest of the model's own for rows that ask, else zeros; of fewer ids,
-    the last have -inf.
+    the last have -inf. kept_bw uint32: a bit for each id that could be drawn, for rows that ask, else zeros.
     """
 
     token_b: jax.Array
@@ -200,6 +209,7 @@ class Drawn(NamedTuple):
     sampled_b: jax.Array
     top_ids_bk: jax.Array
     top_logprobs_bk: jax.Array
+    kept_bw: Any
 
 
 def draw(
@@ -227,19 +237,25 @@ def _as_asked(slots: Slots, rows: Rows, logits_bv: jax.Array) -> tuple[Any, ...]
     settings = row_settings(slots, rows)
     x_bv = adjusted(slots, rows, settings, logits_bv)
     token_b, sampled_b = sample(keys_at(settings, rows.position_b), x_bv, settings)
-    return token_b, sampled_b, *alternatives(slots, rows, logits_bv)
+    some_b = slots.kept_s[rows.slot_b]
+    kept_bw = either(rows.change(some_b), functools.partial(_kept, settings), _none_kept, x_bv)
+    return token_b, sampled_b, *alternatives(slots, rows, logits_bv), kept_bw
 
 
 def _greedily(rows: Rows, logits_bv: jax.Array) -> tuple[Any, ...]:
     """The same where no row asks for more."""
     token_b = jnp.argmax(allowed(rows, logits_bv), axis=-1).astype(jnp.int32)
-    return token_b, jnp.zeros(len(token_b), jnp.float32), *_no_alternatives(logits_bv)
+    zero_b = jnp.zeros(len(token_b), jnp.float32)
+    return token_b, zero_b, *_no_alternatives(logits_bv), _none_kept(logits_bv)
 
 
-def kept(slots: Slots, rows: Rows, logits_bv: jax.Array) -> jax.Array:
-    """Which ids a token could be, of each row a bit for each: uint32 [b, w]."""
-    settings = row_settings(slots, rows)
-    return packed(filtered_logits(adjusted(slots, rows, settings, logits_bv), settings) > -jnp.inf)
+def _kept(settings: RowSampling, adjusted_bv: jax.Array) -> jax.Array:
+    return packed(filtered_logits(adjusted_bv, settings) > -jnp.inf)
+
+
+def _none_kept(logits_bv: jax.Array) -> jax.Array:
+    b, v = logits_bv.shape
+    return jnp.zeros((b, words(v)), jnp.uint32)
 
 
 def count(slots: Slots, rows: Rows, token_b: jax.Array) -> Slots:

@@ -22,8 +22,8 @@ Array = Any  # jax.Array in programs, NumPy's on the host
 class Slots(NamedTuple):
     """Settings [s] of the requests, and what they have said so far.
 
-    most_s: GREEDY to ALL, the most that the request asks for. seed_s uint32. top_s: alternatives of each token. bias_id_sm,
-    bias_sm: filled up with the id v. free_from_s: from this position on the ids of stop_sw, one bit each, may be drawn.
+    most_s: GREEDY to ALL, the most that the request asks for. seed_s uint32. top_s: alternatives of each token. kept_s:
+    whether to say what could be drawn. bias_id_sm, bias_sm: filled up with the id v. free_from_s: from this position on the ids of stop_sw, one bit each, may be drawn.
     seen_sv bool: tokens of the prompt; count_sv int32: how often the answer has each token.
     """
 
@@ -37,6 +37,7 @@ class Slots(NamedTuple):
     most_s: Array
     seed_s: Array
     top_s: Array
+    kept_s: Array
     free_from_s: Array
     bias_id_sm: Array
     bias_sm: Array
@@ -84,6 +85,7 @@ def empty_slots(slots: int, vocab: int) -> Slots:
         most_s=of_all(GREEDY, jnp.int32),
         seed_s=of_all(0, jnp.uint32),
         top_s=of_all(0, jnp.int32),
+        kept_s=of_all(False, bool),
         free_from_s=of_all(0, jnp.int32),
         bias_id_sm=of_all(vocab, jnp.int32, min(vocab, MOST_BIASES)),
         bias_sm=of_all(0, jnp.float32, min(vocab, MOST_BIASES)),
@@ -114,6 +116,7 @@ def of_request(request: Request, answer: Sequence[int], vocab: int) -> Row:
         most_s=np.int32(_most_of(request)),
         seed_s=np.uint32(int(request.seed) % 2**32),
         top_s=np.int32(request.logprobs or 0),
+        kept_s=np.bool_(request.kept),
         free_from_s=np.int32(len(request.prompt) + request.min_tokens),
         bias_id_sm=bias_id,
         bias_sm=bias,
@@ -153,5 +156,5 @@ def most_of(requests: Iterable[Request]) -> int | None:
 
 def _most_of(request: Request) -> int:
     more = _looks_back(request) or request.sampling.logit_bias or request.grammar
-    tops = request.logprobs or request.prompt_logprobs is not None
-    return ALL if more or tops else asked_for(request.sampling)
+    told = request.logprobs or request.prompt_logprobs is not None or request.kept
+    return ALL if more or told else asked_for(request.sampling)

@@ -76,7 +76,7 @@ STOPS = (1, 2, 4, 5, 7, 8, 10)
 PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.7}
 SETTINGS = [
     ({"temperature": 1.0}, {}),
-    ({"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01}, {"logprobs": 2}),
+    ({"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01}, {"logprobs": 2, "kept": True}),
     ({"temperature": 1.2, **PENALTIES, "logit_bias": {5: 2, 40: -100}}, {}),
     (PENALTIES, {"min_tokens": 15, "stop_ids": STOPS}),
     (
@@ -111,6 +111,11 @@ def test_each_request_is_drawn_by_its_own_settings():
         for i, token in enumerate(tokens):
             prob = distribution(logits[i], Case(request, tuple(answer[:i]), allowed))
             np.testing.assert_allclose(token.sampled_logprob, np.log(prob[token.id]), atol=4e-4)
+            could = (
+                None if token.kept is None else np.unpackbits(token.kept.view(np.uint8), bitorder="little")
+            )
+            assert (could is not None) == request.kept
+            assert could is None or (could[: CFG.vocab_size] == (prob > 0)).all()
     assert [len(tokens) for tokens in together.values()][:3] == [64] * 3
     assert 15 < len(together["3"]) <= 64 and 5 < len(together["4"]) <= 64
 

@@ -3,6 +3,7 @@
 `python -m tests.serving.draws` is the long form: random combinations of all settings, in the programs of CPUs too.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -28,7 +29,6 @@ from deepseek_jax.serving.sampler import (
     each_row,
     empty_slots,
     given,
-    kept,
     of_request,
     row_settings,
 )
@@ -60,31 +60,25 @@ NAMES = list(CASES)
 
 @functools.partial(jax.jit, static_argnames="by_row")
 def _distribution(slots, rows, logits_bv, by_row=False):
-    """(log-probabilities of the distribution that is drawn from, which ids can be drawn)"""
+    """Log-probabilities of the distribution that is drawn from."""
 
     def of(rows, logits_bv):
         settings = row_settings(slots, rows)
-        return filtered_logits(adjusted(slots, rows, settings, logits_bv), settings), kept(
-            slots, rows, logits_bv
-        )
+        return filtered_logits(adjusted(slots, rows, settings, logits_bv), settings)
 
-    logits, could = each_row(of, rows._replace(most=None if by_row else ALL), logits_bv)
-    return jax.nn.log_softmax(logits, axis=-1), could
+    logits = each_row(of, rows._replace(most=None if by_row else ALL), logits_bv)
+    return jax.nn.log_softmax(logits, axis=-1)
 
 
 # --- the distribution ------------------------------------------------------------------------------------------------
 
 
-def check(distribution, logits_bv, cases):
+def check(log_p_bv, logits_bv, cases):
     """In float32, with a handful of roundings of logits up to 100 (a bias) over a temperature of 0.5: 4 * 200 * 2^-24."""
-    log_p_bv, could_bw = distribution
-    could_bv = np.asarray(unpacked(could_bw, logits_bv.shape[1]))
-    for log_p, could, logits, one in zip(np.asarray(log_p_bv), could_bv, logits_bv, cases, strict=True):
+    for log_p, logits, one in zip(np.asarray(log_p_bv), logits_bv, cases, strict=True):
         want = oracle.distribution(logits, one)
         there = want > 0
-        assert ((log_p > -np.inf) == there).all() and (could == there).all() and not np.isnan(log_p).any(), (
-            one
-        )
+        assert ((log_p > -np.inf) == there).all() and not np.isnan(log_p).any(), one
         np.testing.assert_allclose(log_p[there], np.log(want[there]), atol=5e-5, rtol=0, err_msg=str(one))
 
 
@@ -342,7 +336,7 @@ def test_top_k_of_one_keeps_what_ties_with_it():
 def test_a_grammar_that_allows_only_what_is_not_known_is_not_heard():
     one = case(HOT, allowed=frozenset({14, 15}), num_ids=14)
     got = _distribution(slots_of([one]), rows_of([one], np.int32(14)), LOGITS[None])
-    assert (np.isfinite(got[0])[0] == (np.arange(V) < 14)).all()
+    assert (np.isfinite(got)[0] == (np.arange(V) < 14)).all()
     check(got, LOGITS[None], [one])
 
 
@@ -394,6 +388,19 @@ def test_alternatives_are_of_the_models_own(most):
         assert not np.asarray(out.top_ids_bk)[1:].any() and not np.asarray(out.top_logprobs_bk)[1:].any()
 
 
+@pytest.mark.parametrize("most", [None, ALL])
+def test_what_could_be_drawn(most):
+    """Of rows that ask, each of all cases in one batch; others have zeros where the program branches."""
+    cases = [one._replace(request=dataclasses.replace(one.request, kept=True)) for one in CASES.values()]
+    cases.append(CASES["hot"])
+    rows, logits = rows_of(cases), np.tile(LOGITS, (len(cases), 1))
+    _, out = jit_draw(slots_of(cases), rows.slot_b, logits, *rows[1:4], most=most)
+    got = np.asarray(unpacked(out.kept_bw, V))
+    for could, token, one in zip(got[:-1], np.asarray(out.token_b), cases[:-1], strict=False):
+        assert (could == (oracle.distribution(LOGITS, one) > 0)).all() and could[token]
+    assert got[-1].any() == (most is not None)
+
+
 def test_masks_are_bits():
     rng = np.random.default_rng(3)
     for vocab in (1, 31, 32, 33, 100):
@@ -422,7 +429,11 @@ def test_the_programs_of_gpus_have_what_is_asked_for():
     programs = {most: primitives(most) for most in (GREEDY, DRAWN, FILTERED, ALL)}
     for most, found in programs.items():
         assert not {"cond", "while", "scan"} & set(found)
-        assert found.count("top_k") == (most >= FILTERED) + (most >= ALL) and "sort" not in found
+        sorts = {
+            FILTERED: 1,
+            ALL: 3,
+        }  # of ALL the compiler makes two: what is drawn, and what could be, are cut alike
+        assert found.count("top_k") == sorts.get(most, 0) and "sort" not in found
         assert ("random_bits" in found) == (most >= DRAWN)
     assert len(programs[GREEDY]) < len(programs[DRAWN]) < len(programs[FILTERED]) < len(programs[ALL])
 
