@@ -66,11 +66,13 @@ class Grammars:
 
     Args:
         vocab_size: of the model, at least the tokenizer's.
+        largest: items of a row of llguidance's parser. It bounds what a mask costs under an ambiguous grammar, which is
+            quadratic in it.
 
     Raises ValueError: the tokenizer has no id that ends an answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, largest: int = 1000):
         require(bool(tokenizer.stop_ids), "the tokenizer has no id that ends an answer: constraints need one")
         vocabulary = _Vocabulary(tokenizer, vocab_size)
         self._vocabulary = llguidance.LLTokenizer(
@@ -81,6 +83,7 @@ class Grammars:
         self._ids = Ids(tokenizer, vocabulary.tokens)
         self._compiled: collections.OrderedDict[Spec, llguidance.LLMatcher] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._limits = llguidance.LLParserLimits(max_items_in_row=largest, verbose_errors=False)
 
     def constraint(self, spec: Spec, thinking: Thinking = "none") -> "Constraint":
         """A new answer's; it begins after the reasoning. Raises ValueError for what cannot be compiled."""
@@ -106,8 +109,9 @@ class Grammars:
                     if spec.kind == "regex"
                     else make.grammar_from_lark(spec.text)
                 )
-            matcher = make(self._vocabulary, text, log_level=0)
-            error = matcher.get_error()
+            matcher = make(self._vocabulary, text, log_level=0, limits=self._limits)
+            fits = matcher.is_error() or any(matcher.compute_bitmask())
+            error = matcher.get_error() or ("" if fits else "nothing matches it")
         except ValueError as refused:
             error = str(refused)
         require(not error, f"{spec.kind} cannot be used: {_line(error)}")
@@ -168,9 +172,10 @@ class Constraint:
         self._matcher, self._ids = matcher, ids
         self._thinking, self._tail, self._ended = thinking, b"", False
         self._history: list[_Before] = []
+        self.error: str | None = None
 
     def mask(self) -> np.ndarray:
-        """See `serving.request.Grammar`. Raises ValueError: the grammar got too large, or leads nowhere.
+        """See `serving.request.Grammar`. A grammar that gets too large, or that no token fits, ends the answer.
 
         Where the text that comes next is certain, of the ways to write it in tokens the tokenizer's own alone is allowed;
         `accept` takes the others, too.
@@ -186,10 +191,10 @@ class Constraint:
             words |= self._ids.ends
         if self._may_open():
             words |= self._ids.think
-        error = self._matcher.get_error()
-        require(
-            not error and bool(words.any()), f"the grammar cannot go on: {_line(error) or 'no token fits'}"
-        )
+        failed = _line(self._matcher.get_error()) or ("" if words.any() else "no token fits")
+        if failed:
+            self.error = f"the answer cannot keep to the form that was asked for: {failed}"
+            return self._ids.ends
         return words
 
     def accept(self, token: int) -> bool:
@@ -203,7 +208,7 @@ class Constraint:
                 return False
             self._think(token)
         elif token in self._ids.end_ids:
-            if not (self._ended or self._matcher.is_accepting()):
+            if not (self._ended or self.error or self._matcher.is_accepting()):
                 return False
             self._ended = True
         elif self._ended or not self._matcher.try_consume_tokens([token]):
@@ -221,6 +226,7 @@ class Constraint:
         if undone:
             del self._history[-tokens:]
             self._thinking, self._tail, self._ended, _ = undone[0]
+            self.error = None
             matched = sum(before.matched for before in undone)
             if matched:
                 self._matcher.rollback(matched)

@@ -13,7 +13,12 @@ TOP = 20  # alternatives of a token, at most
 
 
 class Grammar(Protocol):
-    """What a constrained answer may go on with. The engine calls it on the host, in the order of the tokens."""
+    """What a constrained answer may go on with. The engine calls it on the host, in the order of the tokens.
+
+    error: why the answer had to end before it was one; None: it did not.
+    """
+
+    error: str | None
 
     def mask(self) -> np.ndarray:
         """Which ids may come next, one bit each: uint32 [ceil(vocab_size / 32)], bit i % 32 of word i // 32."""

@@ -117,7 +117,7 @@ def draw(constraint: Constraint, own: Tokenizer, rng: np.random.Generator, draft
     """Random allowed tokens up to one that ends; after 150, what closes soonest comes first."""
     ids: list[int] = []
     raw = own.bytes_inside(range(own.vocab_size))
-    closing = {i: '"}],:0'.index(x.decode()) for i, x in enumerate(raw) if len(x) == 1 and x in b'"}],:0'}
+    closing = {i: '"}],:'.index(x.decode()) for i, x in enumerate(raw) if len(x) == 1 and x in b'"}],:'}
     while True:
         if rng.random() < drafts:
             advanced_and_back(constraint, rng)

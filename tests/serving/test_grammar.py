@@ -160,6 +160,20 @@ def test_other_kinds_of_tokenizers(kind, tmp_path):
     assert own.text_after(before, ids) == "the 日本 é"
 
 
+def test_a_grammar_that_gets_too_large_ends_the_answer():
+    """Ambiguous, so that its parser has more to remember with every token."""
+    constraint = Grammars(OWN, SIZE, largest=40).constraint(
+        Spec("lark", 'start: a\na: a a | "x" | "x" a "x"')
+    )
+    for _ in range(100):
+        mask = constraint.mask()
+        if constraint.error:
+            break
+        constraint.accept(OWN.encode("x")[0])
+    assert "cannot keep to the form" in constraint.error and "\n" not in constraint.error
+    assert set(allowed(mask)) == set(OWN.stop_ids) and constraint.accept(OWN.eos_id)
+
+
 # --- what is asked --------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +227,7 @@ def test_any_form(body):
         (schema_format({"type": "integer", "minimum": 5, "maximum": 3}), "Unsatisfiable"),
         (schema_format({"$ref": "#/nope"}), "does not exist"),
         (schema_format(False), "json_schema cannot be used"),
+        ({"guided_regex": "[x&&y]"}, "regex cannot be used"),
     ],
 )
 def test_what_cannot_be_asked_is_one_clear_line(grammars, body, error):

@@ -104,7 +104,9 @@ class Sample:
         if update.finish_reason is not None and self.reason is None:
             said = f"the engine ended the request: {update.error or update.finish_reason}"
             wrong = update.finish_reason in ("abort", "error")
-            self._end(update.finish_reason, when, ApiError(500, said) if wrong else None)
+            grammar = self.request.grammar
+            unkept = None if grammar is None or grammar.error is None else ApiError(400, grammar.error)
+            self._end(update.finish_reason, when, ApiError(500, said) if wrong else unkept)
         self.generation.notify()
 
     def _read(self, tokens: Sequence[Token], when: float) -> None:
