@@ -1,7 +1,7 @@
 """Lists what makes a host wait for its GPUs, in programs compiled for H100s; needs no GPU.
 
-    python -m experiments.plan waits                  # a decoding step, a prefill and a layer's training on 8 hosts of 8
-    python -m experiments.plan waits decoding --nodes=2
+    python -m experiments.plan waits                  # of generation, of the engine, of a layer's training on 8 hosts of 8
+    python -m experiments.plan waits decoding engine --nodes=2
 
 Compiles layers of DeepSeek-V3's widths with the weights of its checkpoint, in FP8, and the overlapped training of such layers
 (`planning/overlap.py`). What is listed stands in the program once; in a loop over layers it happens in each.
@@ -29,14 +29,19 @@ from deepseek_jax.model import decoding
 from deepseek_jax.model.decoding import UNROLL_LAYERS
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
+from deepseek_jax.parallel.prepared import preparing
 from deepseek_jax.precision import preset
+from deepseek_jax.serving.over_mesh import programs as engine_programs
+from deepseek_jax.serving.programs import Weights, chunk_plan, decode_plan
+from deepseek_jax.serving.sizes import Sizes
 from experiments import command_line
 from experiments.planning import overlap, xla
 from experiments.study.host_waits import host_waits, summary
 
 POLICY = "deepseek_fp8"
-PROGRAMS = ("decoding", "prefill", "training")
+PROGRAMS = ("decoding", "prefill", "engine", "drafts", "chunks", "training")
 TOKENS, SLOTS = 64, 256  # of a prompt, and of the cache
+LONGEST, CHUNK = 8192, 2048  # tokens of a sequence of the engine, and of a chunk
 
 
 def layers_of_v3(vocab_size: int) -> ModelConfig:
@@ -97,6 +102,27 @@ def generation(cfg: ModelConfig, mesh: MeshConfig, sequences: int) -> dict[str, 
         }
 
 
+def engine(cfg: ModelConfig, mesh: MeshConfig, rows: int) -> dict[str, jax.stages.Lowered]:
+    """The engine's programs over pages, with `rows` sequences on each GPU, whose tokens are drawn."""
+    devices = tuple(xla.h100s(mesh.node * mesh.local, mesh.local))
+    sizes, words = Sizes(rows, LONGEST, CHUNK), -(-cfg.vocab_size // 32)
+    with contextlib.ExitStack() as stack:
+        for file in (decoding, sampling):
+            stack.enter_context(mock.patch.object(file, "on_cpu", return_value=False))
+        jitted: Any = engine_programs(cfg, mesh, preset(POLICY), devices)
+        state = jitted.empty.eval_shape(sizes, rows * sizes.pages_each, False, True)
+        ready = preparing(cfg, mesh, devices).eval_shape(stored_params(cfg))
+        bias = jax.ShapeDtypeStruct((cfg.num_moe_layers + 1, cfg.n_routed_experts), jnp.float32)
+        weights = Weights(ready, bias, jax.ShapeDtypeStruct((), jnp.int32))
+        plan = decode_plan(rows * len(devices), words)
+        chunks = chunk_plan(len(devices), CHUNK, sizes.pages_each, words)
+        return {
+            "engine": jitted.decode.lower(weights, state, plan, most=FILTERED),
+            "drafts": jitted.decode_pairs.lower(weights, state, plan, most=FILTERED),
+            "chunks": jitted.prefill.lower(weights, state, chunks, most=FILTERED),
+        }
+
+
 def main(argv: Sequence[str]) -> int:
     parser = command_line.Parser(prog="plan waits", description="What makes a host wait for its GPUs.")
     parser.add_argument("programs", nargs="*", choices=(*PROGRAMS, "all"), default="all")
@@ -111,7 +137,9 @@ def main(argv: Sequence[str]) -> int:
     xla.check_compiler()
     xla.prepare()
     mesh = MeshConfig(data=1, node=args.nodes, local=args.local)
-    lowered = generation(layers_of_v3(args.vocab), mesh, args.sequences)
+    cfg = layers_of_v3(args.vocab)
+    drafting = dataclasses.replace(cfg, num_nextn_predict_layers=1)
+    lowered = generation(cfg, mesh, args.sequences) | engine(drafting, mesh, args.sequences)
     training = overlap.layer_config(args.nodes, args.local, POLICY, args.receive, True, "deepseek")
     for name in PROGRAMS if "all" in args.programs else args.programs:
         compiled = lowered[name].compile() if name in lowered else overlap.compile_stack(training, 1024)
