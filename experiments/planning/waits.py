@@ -111,13 +111,13 @@ def engine(cfg: ModelConfig, mesh: MeshConfig, rows: int) -> dict[str, jax.stage
             stack.enter_context(mock.patch.object(file, "on_cpu", return_value=False))
         jitted: Any = engine_programs(cfg, mesh, preset(POLICY), devices)
         state = jitted.empty.eval_shape(sizes, rows * sizes.pages_each, False, True)
-        ready = preparing(cfg, mesh, devices).eval_shape(stored_params(cfg))
+        ready = jax.eval_shape(preparing(cfg, mesh, devices), stored_params(cfg))
         bias = jax.ShapeDtypeStruct((cfg.num_moe_layers + 1, cfg.n_routed_experts), jnp.float32)
         weights = Weights(ready, bias, jax.ShapeDtypeStruct((), jnp.int32))
         plan = decode_plan(rows * len(devices), words)
         chunks = chunk_plan(len(devices), CHUNK, sizes.pages_each, words)
         return {
-            "engine": jitted.decode.lower(weights, state, plan, most=FILTERED),
+            "engine": jitted.decode.lower(weights, state, plan, None, most=FILTERED),
             "drafts": jitted.decode_pairs.lower(weights, state, plan, most=FILTERED),
             "chunks": jitted.prefill.lower(weights, state, chunks, most=FILTERED),
         }

@@ -13,7 +13,7 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.model import decoding
 from deepseek_jax.model.cache import empty_pages, paged_view
 from deepseek_jax.model.decoding import ONE_DEVICE, decode, mtp_decode, prepare
-from deepseek_jax.parallel.layout import few_tokens, many_tokens
+from deepseek_jax.parallel.layout import many_tokens
 from deepseek_jax.parallel.mesh import TOKEN_AXES, make_mesh
 from deepseek_jax.parallel.prepared import (
     generation_mesh,
@@ -31,15 +31,12 @@ from tests.tiny_run import tiny
 
 # A MoE layer and an MTP module, 8 experts.
 CFG = dataclasses.replace(tiny().model, num_hidden_layers=1, first_k_dense_replace=0)
-PAGE, EACH, DEVICES, B = 8, 5, 8, 2  # EACH: pages of a device, of B rows; the last is nobody's
+PAGE, T, EACH, DEVICES, B = 8, 16, 5, 8, 2  # EACH: pages of a device, of B rows; the last is nobody's
 TABLE = np.tile(np.array([[3, 0], [2, 1]], np.int32), (DEVICES, 1))
 RNG = np.random.default_rng(3)
-# Tokens of each row in a chunk of 16, then in one of 4: of all lengths, none among them, and no row at all on two devices.
-FIRST = np.where(np.arange(16) // B % 4 == 3, 0, np.resize([12, 0, 5, 1, 9, 7], 16)).astype(np.int32)
-SECOND = np.where(FIRST == 0, 0, np.resize([4, 1, 0, 2, 3], 16)).astype(np.int32)
-CHUNKS = [
-    (RNG.integers(0, CFG.vocab_size, (16, t + 1)).astype(np.int32), n) for t, n in ((16, FIRST), (4, SECOND))
-]
+# Tokens of each row in a chunk of 16: of all lengths, none among them, and no row at all on two devices.
+NEW = np.where(np.arange(16) // B % 4 == 3, 0, np.resize([12, 0, 5, 1, 9, 7], 16)).astype(np.int32)
+TOKENS = RNG.integers(0, CFG.vocab_size, (16, T + 1)).astype(np.int32)
 ROWS, PAGES = P(TOKEN_AXES), P(None, TOKEN_AXES)
 MESH = MeshConfig(data=1, node=2, local=2, tensor=2)
 
@@ -61,14 +58,10 @@ def chunk(ready, bias, pages, table, lengths, tokens, new, layout):
 
 
 def run(step, pages, table):
-    """Both chunks -> states [b, 2, t, d] where a token is, and pages."""
-    lengths, states = np.zeros(len(table), np.int32), []
-    for tokens, new in CHUNKS:
-        t, lengths = tokens.shape[1] - 1, np.where(new > 0, lengths + new, lengths)
-        h, pages = step(pages, table, np.where(new > 0, lengths, 0).astype(np.int32), tokens, new)
-        there = np.arange(t)[None] >= t - new[:, None]
-        states.append(np.moveaxis(np.asarray(h), 1, 2)[there])
-    return np.concatenate(states), [np.asarray(x) for x in pages]
+    """States [b, 2, t, d] where a token is, and pages."""
+    h, pages = step(pages, table, NEW, TOKENS, NEW)
+    there = np.arange(T)[None] >= T - NEW[:, None]
+    return np.moveaxis(np.asarray(h), 1, 2)[there], [np.asarray(x) for x in pages]
 
 
 @functools.cache
@@ -86,15 +79,13 @@ def alone():
 
 
 def over_mesh():
-    """The first chunk is of many tokens, the second of few."""
     (params, bias), devices = model(), generation_mesh(CFG, MESH)
     ready = preparing(CFG, MESH)(jax.device_put(params, parameter_shardings(CFG, MESH)))
     of_ready = ready_specs(CFG, parameter_specs(CFG, MESH, devices))
 
     def step(ready, pages, table, lengths, tokens, new):
         t = tokens.shape[1] - 1
-        layout = many_tokens(CFG, MESH, devices, t) if t == 16 else few_tokens(CFG, MESH, devices)
-        return chunk(ready, bias, pages, table, lengths, tokens, new, layout)
+        return chunk(ready, bias, pages, table, lengths, tokens, new, many_tokens(CFG, MESH, devices, t))
 
     specs = dict(
         in_specs=(of_ready, (PAGES, PAGES), ROWS, ROWS, ROWS, ROWS), out_specs=(ROWS, (PAGES, PAGES))
@@ -104,9 +95,8 @@ def over_mesh():
 
 
 def test_chunks_over_pages_are_those_of_one_device(monkeypatch):
-    """By the exchange for many tokens, heads and tokens divided over two devices; then by that for few. The pages are one
-    device's, and what was not written stays as it was. By FLOPs alone, the first chunk is attended to in the expanded form, the
-    second in the absorbed one."""
+    """By the exchange for many tokens, heads and tokens divided over two devices, in the expanded form, which costs fewer FLOPs.
+    The pages are one device's, and what was not written stays as it was."""
     monkeypatch.setattr(decoding, "CPU", 0)
     got, pages = over_mesh()
     want, one = alone()

@@ -23,7 +23,6 @@ CFG = dataclasses.replace(
     tiny().model,
     num_hidden_layers=1,
     first_k_dense_replace=0,
-    num_nextn_predict_layers=0,
     max_position_embeddings=512,
     initializer_range=0.2,
 )
@@ -64,10 +63,11 @@ def put(device: OverMesh, mesh: MeshConfig) -> OverMesh:
     return device
 
 
-def engine(name: str, pages: int = 4) -> Engine:
+def engine(name: str, drafts: bool = False, pages: int = 4) -> Engine:
     """Of so few pages that two sequences do not always fit."""
     mesh = MESHES[name]
-    return Engine(put(OverMesh(decoding_config(CFG), SIZES, pages, mesh=mesh), mesh), OPTIONS)
+    device = put(OverMesh(decoding_config(CFG), SIZES, pages, drafts=drafts, mesh=mesh), mesh)
+    return Engine(device, dataclasses.replace(OPTIONS, drafts=drafts))
 
 
 def trace(seed: int, n: int) -> list[Request]:
@@ -82,10 +82,21 @@ def trace(seed: int, n: int) -> list[Request]:
     return [Request(str(i), p, int(m)) for i, (p, m) in enumerate(zip(prompts, new, strict=True))]
 
 
+def tight() -> list[Request]:
+    """Two on each device, whose third pages do not fit beside each other; then some that find a page, and short ones."""
+    rng = np.random.default_rng(1)
+    begin = rng.integers(0, CFG.vocab_size, 64).tolist()
+    more = [58 + i % 6 for i in range(16)] + [5, 20]
+    prompts = [begin + rng.integers(0, CFG.vocab_size, n).tolist() for n in more]
+    prompts += [rng.integers(0, CFG.vocab_size, n).tolist() for n in (3, 16, 40)]
+    return [Request(str(i), prompt, 8) for i, prompt in enumerate(prompts)]
+
+
 def run(made: Engine, requests: list[Request], seed: int = 0) -> dict[str, list[int]]:
     """Tokens of requests that come while others run."""
     rng = np.random.default_rng(seed)
-    left, out = list(requests), {request.id: [] for request in requests}
+    left: list[Request] = list(requests)
+    out: dict[str, list[int]] = {request.id: [] for request in requests}
     while left or made.has_work:
         for _ in range(rng.integers(0, 6)):
             if left:

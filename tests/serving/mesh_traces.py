@@ -1,5 +1,5 @@
 """200 traces of requests over meshes of eight devices, each beside one device: greedy tokens, preempted, in chunks, from the
-prefix cache; some with weights in FP8 whose heads are divided.
+prefix cache, with and without drafts.
 
     python -m tests.serving.mesh_traces [--traces=200]
 """
@@ -21,8 +21,9 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     counts: collections.Counter = collections.Counter()
-    for seed, name in zip(range(args.traces), itertools.cycle(MESHES), strict=False):
-        made = engine(name)
+    kinds = itertools.cycle(itertools.product(MESHES, (False, True)))
+    for seed, (name, drafts) in zip(range(args.traces), kinds, strict=False):
+        made = engine(name, drafts)
         requests = trace(seed, EACH)
         got, want = run(made, requests, seed), alone(requests)
         assert got == want, (seed, name, [i for i in got if got[i] != want[i]])

@@ -1,5 +1,8 @@
 """DeepSeek-V3's decode step over the devices of its deployments, lowered for GPUs without any: 40 nodes of the report (section
-3.4.2), one expert and no other on each GPU; and 18 nodes, as online, two of 288 on each."""
+3.4.2), one expert and no other on each GPU; and 18 nodes, as online, two of 288 on each.
+
+    python -m tests.serving.deployment
+"""
 
 import dataclasses
 import re
@@ -93,13 +96,8 @@ def check(nodes, experts):
     assert len(re.findall(r"stablehlo\.while\b", text)) <= 4
 
 
-def test_two_experts_on_each_of_144(monkeypatch):
-    for file in (decoding, sampling):
-        monkeypatch.setattr(file, "on_cpu", lambda: False)
-    check(18, 288)
-
-
-if __name__ == "__main__":  # one expert on each of 320: `python -m tests.serving.test_deployment`
+if __name__ == "__main__":
     decoding.on_cpu = sampling.on_cpu = lambda: False
-    check(40, 320)
-    print("40 nodes, 320 experts: as expected")
+    for nodes, experts in ((18, 288), (40, 320)):
+        check(nodes, experts)
+        print(f"{nodes} nodes, {experts} experts: as expected")
