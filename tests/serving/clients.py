@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--peers", help="interpreter with litellm and lm-eval")
     parser.add_argument("--guidellm", help="the program")
     args = parser.parse_args()
-    with running() as (server, checkpoint):
+    with running(rows=8) as (server, checkpoint):
         parts = [functools.partial(check_openai, server)]
         if args.peers:
             parts.append(functools.partial(check_litellm, server, args.peers))

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     args = parser.parse_args()
     for _ in range(args.times):
-        with running(rows=4) as (server, _checkpoint):
+        with running(rows=8) as (server, _checkpoint):
             answers, later = asyncio.run(drain(server, args.requests))
             status = server.process.wait(30)
             said = server.log.read_text()

@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--many", type=int, default=32, help="at a time")
     args = parser.parse_args()
-    with running(rows=16, waiting=1000) as (server, _):
+    with running(rows=8, waiting=1000) as (server, _):
         before = server.resident()
         counts = asyncio.run(fuzz(server, args.requests, args.seed, args.many))
         quiet(server)

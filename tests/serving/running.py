@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import tokenizers
+
 from deepseek_jax import hf
 from deepseek_jax.data.tokenizer import Tokenizer
 from experiments.served import Server
@@ -20,7 +22,7 @@ from tests.oracle.tiny import weights
 from tests.serving import answers
 
 MODEL = "tiny"
-CFG = dataclasses.replace(SMALL, vocab_size=448, max_position_embeddings=512)
+CFG = dataclasses.replace(SMALL, vocab_size=448, max_position_embeddings=2048)
 # V3.1's turns, shortened: tools in the system's turn, calls and their results between turns.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% endfor %}"
@@ -36,18 +38,18 @@ TEMPLATE = (
 )
 
 
-def tokenizer(template: bool = True) -> Tokenizer:
-    """With the markers of tools and reasoning, and V3.1's turns unless `template` is False."""
+def tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
+    """With the markers of tools and reasoning. None: without a chat template."""
     plain = answers.tokenizer()
-    if not template:
-        return plain
+    if template is None:  # nor with tokens that mark turns, for which there is one
+        return Tokenizer(tokenizers.Tokenizer.from_str(plain._full.to_str().replace("<｜User｜>", "<other>")))
     with tempfile.TemporaryDirectory() as folder:
         plain.save(folder)
-        (Path(folder) / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+        (Path(folder) / "chat_template.jinja").write_text(template, encoding="utf-8")
         return Tokenizer.load(folder)
 
 
-def save_checkpoint(path: Path, template: bool = True, seed: int = 0) -> Path:
+def save_checkpoint(path: Path, template: str | None = TEMPLATE, seed: int = 0) -> Path:
     """Random weights in float32."""
     hf.save(path, CFG, *weights(CFG, seed), format="f32", tokenizer=tokenizer(template))
     return path
@@ -64,7 +66,7 @@ def command(checkpoint: Path, **options: object) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(template: bool = True, **options: object) -> Iterator[tuple[Server, Path]]:
+def running(template: str | None = TEMPLATE, **options: object) -> Iterator[tuple[Server, Path]]:
     """A server over a new tiny checkpoint, with `options` of experiments.serve; its log is shown where it ends badly."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save_checkpoint(Path(folder) / "checkpoint", template)
