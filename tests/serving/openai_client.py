@@ -62,14 +62,14 @@ def completion(client):
 
 
 def completion_stream(client):
-    whole = _complete(client)
-    events = list(_complete(client, stream=True, stream_options={"include_usage": True}))
+    whole = _complete(client, max_tokens=100)
+    events = list(_complete(client, max_tokens=100, stream=True, stream_options={"include_usage": True}))
     assert len({event.id for event in events}) == 1 and len({event.created for event in events}) == 1
     *parts, last = events
     assert "".join(event.choices[0].text for event in parts) == whole.choices[0].text
     assert [e.choices[0].finish_reason for e in parts][-1] == "length" and last.choices == []
-    assert last.usage.completion_tokens == 12 and all(event.usage is None for event in parts)
-    assert len(parts) > 3  # it came in pieces
+    assert last.usage.completion_tokens == 100 and all(event.usage is None for event in parts)
+    assert len(parts) > 2  # it came in pieces
 
 
 def many_prompts(client):

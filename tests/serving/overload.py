@@ -23,7 +23,7 @@ from tests.serving.crowd import Outcome, at_most, client, post
 from tests.serving.running import quiet, running
 
 ROWS, WAITING, TIMES = 8, 24, 10
-TOKENS = 48
+TOKENS = 400  # so many that ten times the server's pace is one that a client can ask at
 
 
 def _body(i: int) -> dict[str, Any]:
@@ -82,8 +82,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()
     with running(rows=ROWS, waiting=WAITING) as (server, _):
-        asyncio.run(capacity(server, 50))  # warm
-        can, slowest = asyncio.run(capacity(server, 200))
+        asyncio.run(capacity(server, 32))  # warm
+        can, slowest = asyncio.run(capacity(server, 96))
         outcomes, memory = asyncio.run(flood(server, TIMES * can, args.seconds))
         quiet(server)
         counts = check(outcomes, slowest)

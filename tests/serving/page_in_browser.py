@@ -18,6 +18,15 @@ WATCH = """() => { window.lengths = []; new MutationObserver(() => {
   if (all.length) window.lengths.push(all[all.length - 1].textContent.length);
 }).observe(document.getElementById("log"), {childList: true, subtree: true, characterData: true}); }"""
 
+# Stops the next answer in the moment in which its first text is there.
+STOP = """(how) => { const shown = document.querySelectorAll("article.assistant").length; new MutationObserver((_, own) => {
+  const all = document.querySelectorAll("article.assistant .text");
+  if (all.length <= shown || !all[shown].textContent) return;
+  own.disconnect();
+  if (how == "button") document.getElementById("stop").click();
+  else document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true}));
+}).observe(document.getElementById("log"), {childList: true, subtree: true}); }"""
+
 
 def say(page: Page, text: str) -> None:
     """As with a keyboard alone: the page has put the cursor where one writes."""
@@ -55,13 +64,10 @@ def chat(page: Page, url: str, folder: str) -> None:
     figures = page.locator("article.assistant .figures").first.text_content() or ""
     assert re.search(r"first token after \d+\.\d\d s · [\d.]+ tokens/s · \d+ tokens", figures), figures
     page.screenshot(path=f"{folder}/chat-light.png")
-    for stop, count in (
-        (lambda: page.locator("#stop").click(), 2),
-        (lambda: page.keyboard.press("Escape"), 3),
-    ):
+    for how, count in (("button", 2), ("key", 3)):
+        page.locator("#max_tokens").evaluate("field => field.value = 2000")  # as many as there is room for
+        page.evaluate(STOP, how)
         say(page, "go on")
-        expect(page.locator("article.assistant .text").nth(count - 1)).not_to_be_empty(timeout=30_000)
-        stop()
         expect(page.locator("article.assistant .figures").nth(count - 1)).to_contain_text("stopped")
         before = page.locator("article.assistant .text").nth(count - 1).text_content()
         page.wait_for_timeout(500)

@@ -21,7 +21,7 @@ from tests.inference.checkpoint import CFG as SMALL
 from tests.oracle.tiny import weights
 from tests.serving import answers
 
-MODEL = "tiny"
+MODEL, EOS = "tiny", 1
 CFG = dataclasses.replace(SMALL, vocab_size=448, max_position_embeddings=2048)
 # V3.1's turns, shortened: tools in the system's turn, calls and their results between turns.
 TEMPLATE = (
@@ -50,8 +50,10 @@ def tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
 
 
 def save_checkpoint(path: Path, template: str | None = TEMPLATE, seed: int = 0) -> Path:
-    """Random weights in float32."""
-    hf.save(path, CFG, *weights(CFG, seed), format="f32", tokenizer=tokenizer(template))
+    """Random weights in float32. The logit of eos is 0 always: a greedy answer never ends by itself."""
+    params, bias = weights(CFG, seed)
+    params["head"]["w_head_dv"][:, EOS] = 0
+    hf.save(path, CFG, params, bias, format="f32", tokenizer=tokenizer(template))
     return path
 
 

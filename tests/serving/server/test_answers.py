@@ -16,6 +16,7 @@ from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.server import running
 from experiments import command_line, serve
+from tests.serving import openai_client
 from tests.serving.server.kit import CFG, TOKENIZER, Serving, closing, directly, folder, real, until
 
 TEXT = "the keys and the values"
@@ -197,7 +198,7 @@ def test_usage_in_every_event(server):
 def test_metrics_are_what_the_client_counts(server):
     before = server.metrics()
     answers = [server.complete(TEXT, max_tokens=i, n=1 + i % 2, stop="e") for i in range(1, 8)]
-    made = {name: value - before[name] for name, value in server.metrics().items()}
+    made = {name: value - before.get(name, 0) for name, value in server.metrics().items()}
     for name, field in (("prompt_tokens", "prompt_tokens"), ("generation_tokens", "completion_tokens")):
         assert made[f"vllm:{name}_total"] == sum(answer["usage"][field] for answer in answers)
     choices = sum(len(answer["choices"]) for answer in answers)
@@ -361,3 +362,12 @@ def test_mistakes_on_the_command_line(command, flags, message, capsys):
     assert command(*flags) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
+
+
+# The others, and other clients: python -m tests.serving.clients
+@pytest.mark.parametrize(
+    "name", ("models", "completion_stream", "seeds_and_n", "stop", "chat_logprobs", "errors")
+)
+def test_an_openai_client_that_knows_nothing_of_this_server(server, name):
+    with openai_client.client_of(f"http://127.0.0.1:{server.port}") as client:
+        openai_client.CHECKS[name](client)
