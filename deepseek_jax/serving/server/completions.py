@@ -90,7 +90,8 @@ class CompletionForm(Form):
     def parts(self, index: int, sample: Sample, new: Delta, reason: str | None) -> list[Json]:
         first = index not in self._begun
         pieces = self._held.pop(index, ()) + new.pieces
-        shows = new.content or reason or (first and self._asked.echo and sample.first)
+        at_once = self.options.token_ids and not self.options.stop  # ids do not wait for whole characters
+        shows = new.content or reason or (at_once and pieces) or (first and self._asked.echo and sample.first)
         if not shows:
             self._held[index] = pieces
             return []

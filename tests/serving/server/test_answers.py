@@ -17,7 +17,7 @@ from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.server import running
 from experiments import command_line, serve
 from tests.serving import openai_client
-from tests.serving.server.kit import CFG, TOKENIZER, Serving, closing, directly, folder, real, until
+from tests.serving.server.kit import CFG, TOKENIZER, Serving, closing, directly, folder, real, scripted, until
 
 TEXT = "the keys and the values"
 
@@ -193,6 +193,27 @@ def test_usage_in_every_event(server):
     *events, usage, _ = server.events("/v1/completions", body)
     counts = [event["usage"]["completion_tokens"] for event in events]
     assert counts == sorted(counts) and counts[-1] == usage["usage"]["completion_tokens"] == 6
+
+
+def test_ids_do_not_wait_for_whole_characters():
+    first, *rest = TOKENIZER.encode("木")
+    body = {"prompt": TEXT, "max_tokens": 3, "stream": True, "return_token_ids": True}
+    with Serving(scripted()) as server:
+
+        def begin():
+            (id,) = until(lambda: list(server.engine.requests))
+            server.engine.say(id, [first])
+
+        thread = threading.Thread(target=begin)
+        thread.start()
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            events = (json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {"))
+            (choice,) = next(events)["choices"]
+            assert (choice["token_ids"], choice["text"]) == ([first], "")
+            server.engine.say(next(iter(server.engine.requests)), rest, finish_reason="length")
+            (choice,) = next(events)["choices"]
+            assert (choice["token_ids"], choice["text"], choice["finish_reason"]) == (rest, "木", "length")
+        thread.join()
 
 
 def test_metrics_are_what_the_client_counts(server):
