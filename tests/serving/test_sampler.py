@@ -255,12 +255,13 @@ def test_uses_of_a_position_are_apart():
     slots = slots_of([CASES["hot"]])
     many = np.zeros(64, np.int32)
     rows = Rows(many, np.arange(64, dtype=np.int32), many == 0, most=ALL)
-    settings = row_settings(slots, rows)
-    draws = [
-        sample(keys_at(settings, rows.position_b, use), jnp.zeros((64, V)), settings)[0].tolist()
-        for use in range(4)
-    ]
-    assert len(set(map(tuple, draws))) == 4
+
+    @jax.jit
+    def tokens(use):
+        settings = row_settings(slots, rows)
+        return sample(keys_at(settings, rows.position_b, use), jnp.zeros((64, V)), settings)[0]
+
+    assert len({tuple(tokens(use).tolist()) for use in range(4)}) == 4
 
 
 # --- extremes ------------------------------------------------------------------------------------------------------
@@ -403,7 +404,7 @@ def test_what_could_be_drawn(most):
 
 def test_masks_are_bits():
     rng = np.random.default_rng(3)
-    for vocab in (1, 31, 32, 33, 100):
+    for vocab in (1, 64, 100):
         mask = rng.random((4, vocab)) < 0.5
         got = np.asarray(packed(mask))
         assert got.shape == (4, words(vocab)) and got.dtype == np.uint32
