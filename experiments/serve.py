@@ -37,6 +37,7 @@ from experiments import command_line
 from experiments.devices import cpu_devices
 from experiments.mesh_flag import parse_mesh
 
+_TURN = 1e-3  # seconds that the engine's thread keeps Python to itself while an answer waits to go out
 FLAGS = flags.FlagValues()  # its own, so that other commands may have flags of these names
 _text: Any = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _whole: Any = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
@@ -190,6 +191,7 @@ def main(argv: Sequence[str]) -> int:
     events = None if _EVENTS.value is None else KvEvents(_EVENTS.value)
     url = _url(_HOST.value, listener.getsockname()[1])
     logs.to_stream(sys.stderr)
+    sys.setswitchinterval(_TURN)
     context = contextvars.copy_context()  # in which the screen shows what is done
     running.run(
         Service(settings),

@@ -47,6 +47,7 @@ class KvEvents:
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
+            self._socket.close()
             raise ValueError(f"KV events cannot go to {shown(endpoint)}: {error}") from error
         self._events: queue.SimpleQueue[tuple[int, Event] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kv events", daemon=True)

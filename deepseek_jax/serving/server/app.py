@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from deepseek_jax.serving.server.body import service_of
 from deepseek_jax.serving.server.chat import chat_completions
 from deepseek_jax.serving.server.completions import completions
-from deepseek_jax.serving.server.errors import ApiError
+from deepseek_jax.serving.server.errors import ApiError, internal
 from deepseek_jax.serving.server.gate import Gate
 from deepseek_jax.serving.server.service import Service
 from deepseek_jax.serving.server.tokenizing import detokenize, tokenize, tokenizer_info
@@ -43,7 +43,11 @@ def application(service: Service) -> ASGIApp:
             Route("/version", _version),
             Route("/", _page),
         ],
-        exception_handlers={ApiError: _error, HTTPException: _no_endpoint},  # type: ignore[dict-item]
+        exception_handlers={  # type: ignore[arg-type]
+            ApiError: _error,
+            HTTPException: _no_endpoint,
+            Exception: _unexpected,
+        },
     )
     app.state.service = service
     return Gate(app, service)
@@ -52,6 +56,11 @@ def application(service: Service) -> ASGIApp:
 async def _error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
+
+
+async def _unexpected(http: HttpRequest, error: Exception) -> Response:
+    """It is raised again after this, and logged (gate.py)."""
+    return internal(error).response()
 
 
 async def _no_endpoint(http: HttpRequest, error: Exception) -> Response:

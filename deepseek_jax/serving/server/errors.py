@@ -74,6 +74,11 @@ def answer_to(error: Exception) -> ApiError:
     if isinstance(error, ValueError):
         named = _FIELD.match(str(error))
         return bad(str(error), named[1] if named else None)
+    return internal(error)
+
+
+def internal(error: Exception) -> ApiError:
+    """For what nobody expected."""
     return ApiError(500, f"internal error: {type(error).__name__}")
 
 

@@ -1,6 +1,7 @@
 """The fields of a request's JSON object, read one by one; what is wrong is answered 400 with the field and its value."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class Fields:
         value = self.get(name)
         if value is None:
             return default
-        good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        good = number and low <= value <= high and abs(value) <= sys.float_info.max
         self.check(good, name, f"a number{_between(low, high)}")
         return float(value)
 

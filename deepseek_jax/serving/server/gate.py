@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deepseek_jax.serving.server.errors import ApiError
+from deepseek_jax.serving.server.errors import ApiError, internal
 from deepseek_jax.serving.server.service import Service, new_id
 
 LOGGER = logging.getLogger("deepseek_jax.serving")
@@ -40,7 +40,7 @@ class Gate:
             await call.answer(error, scope, receive)
         except Exception as error:
             LOGGER.exception("a request failed", extra={"fields": call.fields()})
-            await call.answer(ApiError(500, f"internal error: {type(error).__name__}"), scope, receive)
+            await call.answer(internal(error), scope, receive)
         finally:
             self._service.requests -= counted
             LOGGER.log(call.level, "request", extra={"fields": call.fields()})

@@ -157,8 +157,12 @@ class Generation:
         """Submits all; those that the engine refuses end with an error. Raises ApiError where the queue is full."""
         with refused():
             self.listener.enter(self.samples)
-        for sample in self.samples:
-            self._submit(sample)
+        try:
+            for sample in self.samples:
+                self._submit(sample)
+        except BaseException:
+            self.cancel()
+            raise
         return self
 
     def _submit(self, sample: Sample) -> None:

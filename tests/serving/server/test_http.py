@@ -79,6 +79,7 @@ def error_of(response) -> dict:
         ({"prompt": "a", "prompt_logprobs": -1}, "prompt_logprobs", "prompt_logprobs=-1"),
         ({"prompt": "a", "temperature": -0.1}, "temperature", "temperature=-0.1"),
         ({"prompt": "a", "temperature": "hot"}, "temperature", "temperature='hot'"),
+        ({"prompt": "a", "temperature": 10**400}, "temperature", "must be a number >= 0"),
         ({"prompt": "a", "top_p": 0}, "top_p", "top_p=0.0 must lie in (0, 1]"),
         ({"prompt": "a", "top_k": -2}, "top_k", "top_k=-2"),
         ({"prompt": "a", "min_p": 2}, "min_p", "min_p=2.0"),
@@ -248,6 +249,19 @@ def test_what_the_engine_refuses_has_its_status(asking, server):
             assert response.status_code == status and word in error_of(response)["message"]
 
 
+def test_what_nobody_expected_is_said_and_logged(server, caplog, monkeypatch):
+    def submit(*_):
+        raise TypeError("a mistake of ours")
+
+    monkeypatch.setattr(server.engine, "submit", submit)
+    monkeypatch.setattr(logging.getLogger("deepseek_jax.serving"), "propagate", True)
+    response = server.post(COMPLETIONS, {"prompt": "a"})
+    assert response.status_code == 500 and error_of(response)["message"] == "internal error: TypeError"
+    trace = json.loads(JsonLines().format(until(lambda: caplog.records)[0]))["trace"]
+    assert "TypeError: a mistake of ours" in trace
+    assert server.service.admission.waiting == 0 and not server.service.running
+
+
 # --- streams --------------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +354,6 @@ def test_a_failed_engine():
 
 
 def test_ids_of_requests_and_the_log(server, asking, caplog):
-    logging.getLogger("deepseek_jax.serving").propagate = True
     with caplog.at_level(logging.INFO, "deepseek_jax.serving"):
         (id,), found = asking(COMPLETIONS, {"prompt": "the keys"}, headers={"x-request-id": "mine-1"})
         server.engine.say(id, [70, 71], finish_reason="length")
