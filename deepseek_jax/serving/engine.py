@@ -10,7 +10,6 @@ for a sequence that had ended is dropped.
 
 import collections
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +26,8 @@ from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.pages import PagePool
 from deepseek_jax.serving.programs import AT_ONCE, chunk_plan, decode_plan
 from deepseek_jax.serving.request import PromptToken, Request, Token, Update
-from deepseek_jax.serving.sampler import Drawn, most_of
+from deepseek_jax.serving.results import prompt_tokens, token_of, up_to_the_end, without_kept
+from deepseek_jax.serving.sampler import most_of
 from deepseek_jax.serving.scheduler import Scheduler
 from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
 
@@ -281,7 +281,7 @@ class Engine:
 
     def _flight(self, rows: list[tuple[int, Any]], drawn: Any, given: Any) -> Flight:
         if not any(row.running.request.kept for _, row in rows):
-            drawn = jax.tree.map(_without_kept, drawn, is_leaf=lambda x: isinstance(x, Drawn))
+            drawn = without_kept(drawn)
         for x in jax.tree.leaves((drawn, given)):
             x.copy_to_host_async()
         return Flight(rows, drawn, given, self.version)
@@ -302,10 +302,10 @@ class Engine:
                 if record is None or record.running is not running or running.epoch != row.epoch:
                     continue
                 if given is not None and request.prompt_logprobs is not None:
-                    _keep(record, row, given, i)
+                    record.given.update(prompt_tokens(row, given, i))
                 if not getattr(row, "samples", True):
                     continue
-                tokens, reason = _up_to_the_end(running, self._tokens(row, drawn, i, flight.version))
+                tokens, reason = up_to_the_end(running, self._tokens(row, drawn, i, flight.version))
                 ids = [token.id for token in tokens]
                 computed = len(row.tokens) if isinstance(row, Chunk) else max(row.times, len(ids))
                 self.schedulers[record.rank].received(running, row.epoch, ids, computed)
@@ -326,9 +326,9 @@ class Engine:
         """What row i of a program got."""
         request = row.running.request
         if isinstance(row, Chunk):
-            return [_token(request, drawn, i, version)]
+            return [token_of(request, drawn, i, version)]
         if not isinstance(drawn, Pair):
-            return [_token(request, drawn, (n, i), version) for n in range(row.times)]
+            return [token_of(request, drawn, (n, i), version) for n in range(row.times)]
         tokens: list[Token] = []
         for n in range(row.times):
             if any(token.id in request.stop_ids for token in tokens):
@@ -340,7 +340,7 @@ class Engine:
             assert self._economy is not None
             self._economy.heard(drafted, accepted)
             tokens += [
-                _token(request, one, (n, i), version) for one in (drawn.one, drawn.two)[: 1 + accepted]
+                token_of(request, one, (n, i), version) for one in (drawn.one, drawn.two)[: 1 + accepted]
             ]
         return tokens
 
@@ -367,45 +367,3 @@ def _most(rows: list[tuple[int, Any]]) -> int | None:
 def _decoding(scheduler: Scheduler) -> int:
     """Sequences whose prompt is computed."""
     return sum(running.computed >= running.goal for running in scheduler.running)
-
-
-def _up_to_the_end(running: Running, tokens: list[Token]) -> tuple[list[Token], str | None]:
-    """Those of the tokens that belong to the sequence; and why it ends with the last one, None if it goes on."""
-    request = running.request
-    answered = len(running.tokens) - len(request.prompt)
-    for n, token in enumerate(tokens, 1):
-        if token.id in request.stop_ids:
-            return tokens[:n], "stop"
-        if answered + n >= request.max_tokens:
-            return tokens[:n], "length"
-    return tokens, None
-
-
-def _token(request: Request, drawn: Any, i: Any, version: int) -> Token:
-    """That of row i."""
-    top = _top(request.logprobs, drawn.top_ids_bk, drawn.top_logprobs_bk, i)
-    kept = drawn.kept_bw[i] if request.kept else None
-    logprob, sampled = float(drawn.logprob_b[i]), float(drawn.sampled_b[i])
-    return Token(int(drawn.token_b[i]), logprob, sampled, version, top, kept=kept)
-
-
-def _without_kept(drawn: Any) -> Any:
-    """So that what nobody asked for, 16 KB of each row of DeepSeek-V3, does not come to the host."""
-    return drawn._replace(kept_bw=None) if isinstance(drawn, Drawn) else drawn
-
-
-def _top(asked: int | None, ids: np.ndarray, logprobs: np.ndarray, at: Any) -> list[tuple[int, float]]:
-    if not asked:
-        return []
-    return list(zip(ids[at][:asked].tolist(), logprobs[at][:asked].tolist(), strict=True))
-
-
-def _keep(record: _Record, chunk: Chunk, given: Any, i: int) -> None:
-    """The log-probabilities of the tokens of a prompt that follow those of a chunk."""
-    request, n = chunk.running.request, len(chunk.tokens)
-    pad = given.logprob_rt.shape[1] - n
-    for t in itertools.takewhile(lambda t: chunk.start + t + 1 < len(request.prompt), range(n)):
-        at = (i, pad + t)
-        place = chunk.start + t + 1
-        top = _top(request.prompt_logprobs, given.top_ids_rtk, given.top_logprobs_rtk, at)
-        record.given[place] = PromptToken(request.prompt[place], float(given.logprob_rt[at]), top)
