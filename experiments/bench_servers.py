@@ -46,7 +46,7 @@ def _started(args: argparse.Namespace, folder: Path, checkpoint: Path) -> dict[s
     rows = max(args.limits)
     ours = our_server(checkpoint, rows)
     servers: dict[str, Callable[[], Server]] = {}
-    servers[OURS] = functools.partial(Server, ours, folder / "ours.log", {"JAX_PLATFORMS": "cpu"})
+    servers[OURS] = functools.partial(Server, ours, folder / "ours.log", {"JAX_PLATFORMS": "cpu"}, "/readyz")
     for threads in args.vllm_threads if args.vllm_python else ():
         command, log = vllm_server(args.vllm_python, checkpoint, rows), folder / f"vllm{threads}.log"
         servers[vllm_name(threads)] = functools.partial(Server, command, log, environment(threads, False))

@@ -38,7 +38,8 @@ class Outcome(NamedTuple):
 
 
 def client(url: str, many: int = 1000) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=many, max_keepalive_connections=many)
+    """Each request has a connection of its own: one that is kept may be closed by the server as the next request is sent."""
+    limits = httpx.Limits(max_connections=many, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits)
 
 

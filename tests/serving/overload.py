@@ -23,7 +23,7 @@ from tests.serving.crowd import Outcome, at_most, client, post
 from tests.serving.running import quiet, running
 
 ROWS, WAITING, TIMES = 8, 24, 10
-TOKENS = 400  # so many that ten times the server's pace is one that a client can ask at
+TOKENS = 1600  # so many that the client asks at ten times the server's pace with a small part of a core
 
 
 def _body(i: int) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     with running(rows=ROWS, waiting=WAITING) as (server, _):
         asyncio.run(capacity(server, 32))  # warm
-        can, slowest = asyncio.run(capacity(server, 96))
+        can, slowest = asyncio.run(capacity(server, 64))
         outcomes, memory = asyncio.run(flood(server, TIMES * can, args.seconds))
         quiet(server)
         counts = check(outcomes, slowest)
