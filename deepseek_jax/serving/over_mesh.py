@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.checks import require
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.model.layout import Layout
@@ -188,6 +189,10 @@ class OverMesh(OneDevice):
     @weights.setter
     def weights(self, new: Weights | None) -> None:
         if new is not None:
+            require(
+                self._weights is None or self._rows.is_fully_addressable,
+                "an engine over several processes keeps its weights: start the processes again for others",
+            )
             bias_le, num_ids = jax.tree.map(lambda x: self._put(np.asarray(x), self._whole), new[1:])
             new = Weights(new.ready, bias_le, num_ids)
         self._weights = new
