@@ -181,6 +181,8 @@ class OverMesh(OneDevice):
     def _admit(self, rank: int, slot: int, row: Row) -> None:
         self._state = self._run.admit(self._state, np.int32(rank), np.int32(slot), row)
 
+    _weights: Weights | None = None
+
     @property
     def weights(self) -> Weights | None:
         """Bias and number of ids are brought to all devices when they are set, not in each step."""

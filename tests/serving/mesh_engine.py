@@ -82,7 +82,9 @@ def trace(seed: int, n: int) -> list[Request]:
         kept = int(rng.choice([0, 0, 64, 70, 130]))
         prompts.append(begin[:kept] + rng.integers(0, CFG.vocab_size, rng.integers(1, 100)).tolist())
     new = rng.integers(1, 40, n)
-    return [Request(str(i), p, int(m)) for i, (p, m) in enumerate(zip(prompts, new, strict=True))]
+    room = [SIZES.max_model_len - len(p) for p in prompts]
+    pairs = zip(prompts, np.minimum(new, room), strict=True)
+    return [Request(str(i), p, int(m)) for i, (p, m) in enumerate(pairs)]
 
 
 def tight() -> list[Request]:
