@@ -34,6 +34,7 @@ from pathlib import Path
 from experiments import bench_servers, command_line
 from experiments.bench_engines import Engines
 from experiments.devices import cores
+from experiments.served import end_servers_at_sigterm
 from experiments.serving_load import Bounds, trace
 
 # vLLM's MLA kernel takes a latent of 512 + 64 channels alone.
@@ -122,6 +123,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
+    end_servers_at_sigterm()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = folder / "checkpoint"

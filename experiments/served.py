@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,6 +124,11 @@ class Server:
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 if int(fields[3]) == self.process.pid:
                     yield fields
+
+
+def end_servers_at_sigterm() -> None:
+    """Has SIGTERM end this process by an exception, so that `with Server(...)` ends its server."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _free_port() -> int:

@@ -16,7 +16,7 @@ import tokenizers
 
 from deepseek_jax import hf
 from deepseek_jax.data.tokenizer import Tokenizer
-from experiments.served import Server
+from experiments.served import Server, end_servers_at_sigterm
 from tests.inference.checkpoint import CFG as SMALL
 from tests.oracle.tiny import weights
 from tests.serving import answers
@@ -70,6 +70,7 @@ def command(checkpoint: Path, **options: object) -> list[str]:
 @contextlib.contextmanager
 def running(template: str | None = TEMPLATE, **options: object) -> Iterator[tuple[Server, Path]]:
     """A server over a new tiny checkpoint, with `options` of experiments.serve; its log is shown where it ends badly."""
+    end_servers_at_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save_checkpoint(Path(folder) / "checkpoint", template)
         server = Server(
