@@ -1,4 +1,4 @@
-"""200 traces of requests over meshes of eight devices, each beside one device: greedy tokens, preempted, in chunks, from the
+"""200 traces of requests over meshes of eight devices, each beside one device: greedy tokens, in chunks, from the
 prefix cache, with and without drafts.
 
     python -m tests.serving.mesh_traces [--traces=200]
