@@ -3,6 +3,7 @@
 The long form, and what a mask costs at DeepSeek-V3's vocabulary: python -m tests.serving.schemas [schemas]
 """
 
+import functools
 import importlib.util
 import json
 import sys
@@ -116,8 +117,7 @@ def advanced_and_back(constraint: Constraint, rng: np.random.Generator) -> None:
 def draw(constraint: Constraint, own: Tokenizer, rng: np.random.Generator, drafts: float = 0.3) -> list[int]:
     """Random allowed tokens up to one that ends; after 150, what closes soonest comes first."""
     ids: list[int] = []
-    raw = own.bytes_inside(range(own.vocab_size))
-    closing = {i: '"}],:'.index(x.decode()) for i, x in enumerate(raw) if len(x) == 1 and x in b'"}],:'}
+    closing = _closing(own)
     while True:
         if rng.random() < drafts:
             advanced_and_back(constraint, rng)
@@ -129,6 +129,13 @@ def draw(constraint: Constraint, own: Tokenizer, rng: np.random.Generator, draft
         if token in own.stop_ids:
             return ids
         ids.append(token)
+
+
+@functools.cache
+def _closing(own: Tokenizer) -> dict[int, int]:
+    """Ids of what closes strings, objects, lists, in this order."""
+    raw = own.bytes_inside(range(own.vocab_size))
+    return {i: '"}],:'.index(x.decode()) for i, x in enumerate(raw) if len(x) == 1 and x in b'"}],:'}
 
 
 def check(
