@@ -7,10 +7,8 @@ ModelConfig                            any model of the family; counts of parame
 
 from deepseek_jax import hf
 from deepseek_jax.config import Config, MeshConfig, ModelConfig, from_config_dict
-from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.loading import load
 from deepseek_jax.inference.model import Model
-from deepseek_jax.inference.over_mesh import generate_over_mesh
 from deepseek_jax.model.modules import DeepSeekV3
 
 __all__ = [
@@ -20,8 +18,6 @@ __all__ = [
     "Model",
     "ModelConfig",
     "from_config_dict",
-    "generate",
-    "generate_over_mesh",
     "hf",
     "load",
 ]

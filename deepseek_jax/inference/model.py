@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,18 +13,31 @@ from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.streaming import check_stop
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference import scoring
-from deepseek_jax.inference.batch import Completion, Request, completions
 from deepseek_jax.inference.description import describe
-from deepseek_jax.inference.driver import Method, stream
-from deepseek_jax.inference.generate import plain
-from deepseek_jax.inference.over_mesh import over_mesh
+from deepseek_jax.inference.offline import Completion, Offline, Rows, seeds_of
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.inference.speculative import Stats, check_speculative, speculative, stats
-from deepseek_jax.inference.text import Texts
 from deepseek_jax.model.decoding import decoding_config, prepare
 from deepseek_jax.parallel.prepared import preparing
+from deepseek_jax.serving.request import Request
 
 Text = str | Sequence[int]
+
+
+class Stats(NamedTuple):
+    """drafted: one token per row and forward pass of the main model; accepted: how many of them."""
+
+    drafted: int
+    accepted: int
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafts that were accepted (the report: 85-90%)."""
+        return self.accepted / max(1, self.drafted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Of each row; a row's last step may keep one token fewer (stop token, max_new_tokens)."""
+        return 1.0 + self.acceptance
 
 
 class Model:
@@ -53,6 +66,7 @@ class Model:
         own = () if tokenizer is None else tokenizer.stop_ids
         self.stop_ids = own if stop_ids is None else tuple(stop_ids)
         self.last_stats: Stats | None = None
+        self._offline = Offline(self)
         self._prepared: tuple[Any, Any] | None = None  # parameters, and the same as decoding reads them
 
     def __repr__(self) -> str:
@@ -124,8 +138,8 @@ class Model:
         prompts = _as_lists(prompts)
         single = _is_single(prompts) and len(prompts) > 0
         many: Sequence[Any] = [prompts] if single else prompts
-        request = self._request(many, max_new_tokens, _sampling(sampling), stop_ids, seed)
-        outs: list[Any] = _result(self._generation(many, request, stop, speculative, show=False))
+        requests = self._requests(many, max_new_tokens, _sampling(sampling), stop_ids, seed)
+        outs: list[Any] = _result(self._generation(many, requests, stop, speculative, show=False))
         if not logprobs:
             outs = [x.text if isinstance(p, str) else x.tokens for p, x in zip(many, outs, strict=True)]
         return outs[0] if single else outs
@@ -142,9 +156,9 @@ class Model:
         **sampling: Any,
     ) -> Iterator[str]:
         """The text of `generate` for one prompt, in pieces, while it is generated. `sampling`: as there."""
-        request = self._request([prompt], max_new_tokens, _sampling(sampling), stop_ids, seed)
+        requests = self._requests([prompt], max_new_tokens, _sampling(sampling), stop_ids, seed)
         yield from map(
-            operator.itemgetter(0), self._generation([prompt], request, stop, speculative, show=True)
+            operator.itemgetter(0), self._generation([prompt], requests, stop, speculative, show=True)
         )
 
     def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 512, **kwargs: Any) -> str:
@@ -173,57 +187,62 @@ class Model:
 
     # --- the parts of `generate` and `stream` ---
 
-    def _request(
-        self, prompts: Sequence[Text], max_new_tokens: int, sampling: Sampling, stop_ids: Any, seed: Any
-    ) -> Request:
-        stops = self.stop_ids if stop_ids is None else stop_ids
-        known = None if self.tokenizer is None else min(self.tokenizer.vocab_size, self.config.vocab_size)
-        return Request([self._ids(p) for p in prompts], max_new_tokens, sampling, stops, seed, known)
-
     def ready(self) -> Any:
         """The parameters as decoding reads them, made once for `self.params`."""
         if self._prepared is None or self._prepared[0] is not self.params:
             if self.mesh is None:
-                ready = prepare(self.params, decoding_config(self.config))
+                made = prepare(self.params, decoding_config(self.config))
             else:
-                ready = preparing(self.config, self.mesh)(self.params)
-            self._prepared = self.params, ready
+                made = preparing(self.config, self.mesh)(self.params)
+            self._prepared = self.params, made
         return self._prepared[1]
 
-    def _method(self, request: Request, drafts: bool) -> Method:
-        if drafts and self.mesh is not None:
-            raise ValueError(
-                "speculative decoding runs on one device: leave out speculative=True or the mesh"
-            )
-        if drafts:
-            check_speculative(self.config)
-        model = self.params, self.config, self.balance_bias, self.ready()
-        if self.mesh is not None:
-            return over_mesh(*model, mesh=self.mesh)
-        return speculative(*model) if drafts else plain(*model)
+    def _requests(
+        self, prompts: Sequence[Text], max_new_tokens: int, sampling: Sampling, stop_ids: Any, seed: Any
+    ) -> list[Request]:
+        asked = f"max_new_tokens={shown(max_new_tokens)} must be an integer >= 1"
+        require(is_integer(max_new_tokens) and max_new_tokens >= 1, asked)
+        stops = self.stop_ids if stop_ids is None else stop_ids
+        require(isinstance(stops, Iterable), f"stop_ids={shown(stops)} must be token ids")
+        rows = [self._ids(prompt) for prompt in prompts]
+        require(
+            bool(rows) and all(rows),
+            "generation needs at least one prompt, and each needs at least one token",
+        )
+        longest, positions = max(map(len, rows)), self.config.max_position_embeddings
+        require(
+            longest + max_new_tokens <= positions,
+            f"prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds max_position_embeddings={positions}",
+        )
+        return [
+            Request(str(i), ids, max_new_tokens, sampling, seed=seed, stop_ids=tuple(stops))
+            for i, (ids, seed) in enumerate(zip(rows, seeds_of(seed, len(rows)), strict=True))
+        ]
 
     def _generation(
-        self, prompts: Sequence[Text], request: Request, stop: str | Sequence[str], drafts: bool, show: bool
+        self,
+        prompts: Sequence[Text],
+        requests: list[Request],
+        stop: str | Sequence[str],
+        drafts: bool,
+        show: bool,
     ) -> Generator[list[str], None, list[Completion]]:
         """Yields the text that each row has got, if it is to be shown; returns what came out."""
         stops = check_stop(stop)
         if show or stops:
             self._tokenizer()
-        method = self._method(request, drafts)
+        engine = self._offline.engine(requests, drafts)
         # A continuation of text goes on from it; one of ids is a text of its own.
-        before = [ids if isinstance(p, str) else () for p, ids in zip(prompts, request.prompts, strict=True)]
-        texts = Texts(self.tokenizer, stops, before)
-        for state in stream(method, self.config, request, 1 if show else 8, texts.ended):
-            if show or stops:
-                new = texts.push(completions(state.out, request))
+        before = [r.prompt if isinstance(p, str) else () for p, r in zip(prompts, requests, strict=True)]
+        rows = Rows(requests, self.tokenizer, stops, before)
+        for updates in self._offline.answers(engine):
+            for request_id in rows.push(updates):
+                engine.abort(request_id, "stop")
             if show:
-                yield new
+                yield rows.new_text()
         if drafts:
-            self.last_stats = stats(state)
-        last, rows = texts.close(completions(state.out, request))
-        if show:
-            yield last
-        return rows
+            self.last_stats = Stats(engine.stats.drafted, engine.stats.accepted)
+        return rows.completions()
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:

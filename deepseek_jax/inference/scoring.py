@@ -11,10 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.batch import size_for
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Inputs, single_device
 from deepseek_jax.model.transformer import forward
+
+SMALLEST = 64  # tokens of a padded row
+
+
+def size_for(n: int) -> int:
+    """Tokens to which n are padded: the smallest 64, 96, 128, 192, 256, 384, ... (2^i and 3 * 2^i) >= n."""
+    power = max(SMALLEST, 1 << (n - 1).bit_length())
+    smaller = power * 3 // 4
+    return smaller if n <= smaller and smaller > SMALLEST else power
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

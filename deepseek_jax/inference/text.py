@@ -1,13 +1,9 @@
-"""The text of rows while they are generated, up to the first stop string."""
+"""The text of a row while it is generated, up to the first stop string."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-
-import numpy as np
 
 from deepseek_jax.data.streaming import StopStrings, StreamDecoder
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.batch import Completion
 
 
 class TextRow:
@@ -51,36 +47,3 @@ class TextRow:
         last = self._stop.push(self._decoder.flush()) + self._stop.flush()
         self.text += last
         return last
-
-
-class Texts:
-    """The texts of a batch; of none without a tokenizer.
-
-    Args:
-        before: the ids that the text of each row goes on from.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], before: Sequence[Sequence[int]]):
-        self._rows = [] if tokenizer is None else [TextRow(tokenizer, stop, ids) for ids in before]
-
-    def push(self, rows: Sequence[Completion]) -> list[str]:
-        """What each row shows since the last time."""
-        return [text.push(row.tokens[text.count :]) for text, row in zip(self._rows, rows, strict=False)]
-
-    def ended(self) -> np.ndarray:
-        """bool [rows]: where a stop string came."""
-        return np.array([text.ended for text in self._rows], bool)
-
-    def close(self, rows: Sequence[Completion]) -> tuple[list[str], list[Completion]]:
-        """What each row shows at its end; and all of it, cut off where a stop string came."""
-        last = [a + text.close() for a, text in zip(self.push(rows), self._rows, strict=True)]
-        return last, [_cut(row, text) for row, text in zip(rows, self._rows, strict=True)] if last else list(
-            rows
-        )
-
-
-def _cut(row: Completion, text: TextRow) -> Completion:
-    if not text.ended:
-        return dataclasses.replace(row, text=text.text)
-    n = text.count
-    return Completion(row.tokens[:n], "stop", row.logprobs[:n], row.sampled_logprobs[:n], text.text)

@@ -25,8 +25,11 @@ def weights_of(model: Any, ready: Any) -> Weights:
     return Weights(ready, model.balance_bias, min(known, model.config.vocab_size))
 
 
-def _device(model: Any, options: Options, say: Callable[[str], None]) -> Any:
-    """The devices that `model` is for, with its weights."""
+def _silent(text: str) -> None: ...
+
+
+def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> Any:
+    """The devices that `model` is for, with its weights; nothing is compiled yet. Raises ValueError as `build`."""
     cfg = decoding_config(model.config)
     drafts = check_drafts(cfg, options.drafts, options.invariant)
     pages = lowest(options.pages_for(cfg, layers_in_pages(cfg, drafts)))
@@ -44,9 +47,6 @@ def _device(model: Any, options: Options, say: Callable[[str], None]) -> Any:
     return device
 
 
-def _silent(text: str) -> None: ...
-
-
 def build(
     model: Any,
     options: Options = DEFAULT,
@@ -59,7 +59,7 @@ def build(
     said: hears what is compiled next. say: hears which process died, before this one ends. Raises ValueError for options that
     do not go with the model.
     """
-    device = _device(model, options, say)
+    device = cold(model, options, say)
     for name in device.warm_up():
         said(name)
     return Engine(device, options)
@@ -68,4 +68,4 @@ def build(
 def follow(model: Any, options: Options = DEFAULT, say: Callable[[str], None] = _silent) -> None:
     """What processes but the first do instead of `build`, with the same model and options: they launch what its engine does,
     until it is closed."""
-    _device(model, options, say).follow()
+    cold(model, options, say).follow()

@@ -163,7 +163,7 @@ class Economy:
 
     def took(self, rows: int, drafts: bool, seconds: float) -> None:
         """How long a turn of decode rows alone took."""
-        known = self._seconds[drafts][rows]
+        known = self._seconds[drafts].setdefault(rows, seconds)
         share = FASTER if seconds < known else SLOWER
         self._seconds[drafts][rows] += share * (min(seconds, 2 * known) - known)
 

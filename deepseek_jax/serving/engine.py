@@ -106,6 +106,7 @@ class Engine:
         self._records: dict[str, _Record] = {}
         self._flights: collections.deque[list[Flight]] = collections.deque()
         self._read_at: float | None = None  # the turn before, if the device went on with the next one at once
+        self._pace: dict[tuple[bool, int], float] = {}  # seconds that decode rows took, by drafts and number
         self._ended: list[Update] = []  # without a step: aborted
 
     # --- what is asked ---
@@ -160,24 +161,26 @@ class Engine:
         return bool(self._economy and rows and self._economy.drafts(self.device.sizes.rows_for(rows)))
 
     def _clock(self, flights: list[Flight]) -> None:
-        """Tells the economy of drafts how long a turn of decode rows alone took, from the end of the one before."""
+        """Keeps how long a turn of decode rows alone took, from the end of the one before."""
         began, self._read_at = self._read_at, time.perf_counter() if self._flights else None
         _, row = flights[0].rows[0]
-        if self._economy and began and self._read_at and len(flights) == 1 and isinstance(row, Row):
-            drawn = flights[0].drawn
-            drafts = isinstance(drawn, Pair)
-            rows = (drawn.one if drafts else drawn).token_b.shape[1] // self.device.ranks
-            self._economy.took(rows, drafts, (self._read_at - began) / row.times)
+        if not (began and self._read_at and len(flights) == 1 and isinstance(row, Row)):
+            return
+        drawn, took = flights[0].drawn, (self._read_at - began) / row.times
+        drafts = isinstance(drawn, Pair)
+        rows = (drawn.one if drafts else drawn).token_b.shape[1] // self.device.ranks
+        self._pace[drafts, rows] = min(took, self._pace.get((drafts, rows), took))
+        if self._economy:
+            self._economy.took(rows, drafts, took)
 
     def _times(self, drafts: bool) -> int:
         """How often one program runs the rows (`programs.decode_times`), no more than takes LOOK."""
         rows = max(map(_decoding, self.schedulers))
         if not on_cpu() or not rows:
             return 1
-        took = self.device.seconds.get(
-            ("drafts" if drafts else "decode", self.device.sizes.rows_for(rows)), 0.0
-        )
-        few = AT_ONCE if took == 0 else max(1, int(LOOK / took))
+        size = self.device.sizes.rows_for(rows)
+        warm = self.device.seconds.get(("drafts" if drafts else "decode", size), LOOK)
+        few = max(1, int(LOOK / max(1e-6, self._pace.get((drafts, size), warm))))
         tokens = min(scheduler.at_once() for scheduler in self.schedulers)
         return min(AT_ONCE, few, max(1, tokens // (1 + drafts)))
 

@@ -12,13 +12,13 @@ import pytest
 import deepseek_jax
 from deepseek_jax import hf
 from deepseek_jax.hf.names import leaves
-from deepseek_jax.inference import generate
-from deepseek_jax.inference.over_mesh import check_fp8
 from deepseek_jax.model import experts
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
+from deepseek_jax.parallel.prepared import check_fp8
 from deepseek_jax.precision import PRESETS
 from deepseek_jax.precision.product import product
+from deepseek_jax.serving import one_device
 from tests.inference.checkpoint import save_run
 from tests.oracle.tiny import V3, weights
 
@@ -155,13 +155,15 @@ def test_generation_over_a_mesh(folder, models, monkeypatch):
     are rounded inside and between nodes, by 2^-9 / sqrt(3) on average, in each layer: log-probabilities differ by three
     times that, of logits of a spread below 1.5. One device quantises likewise where it sorts rows, as on a GPU."""
     monkeypatch.setattr(experts, "FEW_ROWS", 0)
-    generate._advance.clear_cache()
+    for program in (one_device._decode, one_device._prefill):
+        program.clear_cache()
     mesh = deepseek_jax.MeshConfig(data=1, node=2, local=2)
     over = deepseek_jax.load(folder, dtype="float32", keep_fp8=True, mesh=mesh)
     q = of(over.params, "moe_layers.ffn.experts.w_up_edf").fprop_operand.q
     assert {shard.data.shape[1] for shard in q.addressable_shards} == {CFG.n_routed_experts // 4}
     got, want = (m.generate(PROMPTS, NEW, stop_ids=(), logprobs=True) for m in (over, models[0]))
-    generate._advance.clear_cache()
+    for program in (one_device._decode, one_device._prefill):
+        program.clear_cache()
     atol = 3 * 1.5 * 1.28 * 2**-9 * math.sqrt(2 / 3 * CFG.num_hidden_layers)
     for x, y in zip(got, want, strict=True):
         assert x.tokens == y.tokens

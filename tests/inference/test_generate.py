@@ -8,18 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.inference import generate as plain_file
-from deepseek_jax.inference.batch import SMALLEST, Request, pad_prompts, size_for, slots_for
-from deepseek_jax.inference.driver import complete, stream
-from deepseek_jax.inference.generate import generate, plain
+from deepseek_jax import Model
+from deepseek_jax.inference.offline import options_for, seeds_of
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import decoding
 from deepseek_jax.model.layout import Inputs, single_device
 from deepseek_jax.model.modules import DeepSeekV3
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import forward, model_params
+from deepseek_jax.serving import one_device
+from deepseek_jax.serving.request import Request
 from tests.oracle.tiny import V2, V3, weights
-from tests.parallel.comparison import BOUND, difference
 
 RNG = np.random.default_rng(11)
 PROMPTS = [RNG.integers(0, V3.vocab_size, n).tolist() for n in (5, 1, 12)]
@@ -44,9 +43,13 @@ def by_full_forward(name, prompt, new, allowed=None):
     return tokens[0, len(prompt) : len(prompt) + new].tolist()
 
 
+@functools.cache
+def model(name):
+    return Model(*case(name)[:3])
+
+
 def run(name, prompts=PROMPTS, new=NEW, **options):
-    cfg, params, bias, _ = case(name)
-    return generate(params, cfg, prompts, new, balance_bias=bias, **options)
+    return model(name).generate(prompts, new, **options)
 
 
 @pytest.mark.parametrize("name", ["v3", "v2"])
@@ -73,25 +76,36 @@ def test_stop_token_ends_its_row_only():
 
 
 def test_ids_the_tokenizer_lacks_are_never_chosen():
-    free = run("v3")
-    limit = max(max(row) for row in free)  # at least one choice changes
-    limited = run("v3", num_ids=limit)
-    assert max(max(row) for row in limited) < limit and limited != free
-    assert limited[0] == by_full_forward("v3", PROMPTS[0], NEW, limit)
+    class Knows:
+        vocab_size = max(map(max, run("v3")))  # at least one choice changes
+        stop_ids = ()
+
+    cfg, params, bias, _ = case("v3")
+    limited = Model(cfg, params, bias)
+    limited.tokenizer = Knows()
+    made = limited.ready()
+    rows = {}
+    engine = limited._offline.engine([Request("0", PROMPTS[0], NEW)], False)
+    for updates in limited._offline.answers(engine):
+        for update in updates:
+            rows.setdefault(update.id, []).extend(token.id for token in update.tokens)
+    assert made is limited.ready()
+    assert rows["0"] == by_full_forward("v3", PROMPTS[0], NEW, Knows.vocab_size)
+    assert max(rows["0"]) < Knows.vocab_size
 
 
-NUCLEUS = Sampling(temperature=1.0, top_p=0.5)
+NUCLEUS = {"temperature": 1.0, "top_p": 0.5}
 
 
 def test_sampling_is_a_function_of_the_seed():
-    assert run("v3", sampling=NUCLEUS, seed=1) == run("v3", sampling=NUCLEUS, seed=1)
-    assert run("v3", sampling=NUCLEUS, seed=1) != run("v3", sampling=NUCLEUS, seed=2)
+    assert run("v3", seed=1, **NUCLEUS) == run("v3", seed=1, **NUCLEUS)
+    assert run("v3", seed=1, **NUCLEUS) != run("v3", seed=2, **NUCLEUS)
 
 
 def test_sampled_tokens_stay_in_the_nucleus():
     """Each token of a row lies in the nucleus of the full forward's distribution at its position."""
     _, _, _, logits = case("v3")
-    for prompt, row in zip(PROMPTS, run("v3", sampling=NUCLEUS, seed=3), strict=True):
+    for prompt, row in zip(PROMPTS, run("v3", seed=3, **NUCLEUS), strict=True):
         tokens = np.zeros((1, 32), np.int32)
         tokens[0, : len(prompt) + NEW] = prompt + row
         all_logits = logits(tokens)[0].astype(np.float64)
@@ -99,26 +113,27 @@ def test_sampled_tokens_stay_in_the_nucleus():
             x = all_logits[position - 1]
             prob = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
             # Rounding of the cache's logits, 1e-5 of them, may swap near equals.
-            assert prob[prob > prob[token] * (1 + 1e-4)].sum() < NUCLEUS.top_p
+            assert prob[prob > prob[token] * (1 + 1e-4)].sum() < NUCLEUS["top_p"]
 
 
-def test_padding_is_on_the_left_to_a_size():
-    padded = pad_prompts([[7, 8, 9], [5]], 10)
-    assert padded.tokens_bt.shape == (2, SMALLEST)
-    assert padded.tokens_bt[:, -3:].tolist() == [[7, 8, 9], [0, 0, 5]]
-    assert padded.pad_b.tolist() == [SMALLEST - 3, SMALLEST - 1]
-    assert [np.flatnonzero(row).tolist() for row in padded.seen_bv] == [[7, 8, 9], [5]]
-    assert pad_prompts([[1] * (SMALLEST + 1)], 10, divides=5).tokens_bt.shape == (1, 100)
+def test_seeds_of_rows():
+    """The first row's is that of the call; one that is given for a row is the row's own."""
+    assert seeds_of(7, 1) == [7] and len(set(seeds_of(7, 1000))) == 1000
+    rows = run("v3", seed=9, **NUCLEUS)
+    assert run("v3", [PROMPTS[0]], seed=9, **NUCLEUS) == rows[:1]
+    given = run("v3", seed=seeds_of(9, 3), **NUCLEUS)
+    assert given == rows
+    assert seeds_of([-1, 2**40], 2) == [2**32 - 1, 0]
 
 
-def test_sizes_are_few_and_not_much_larger_than_asked():
-    assert [size_for(n) for n in (1, 64, 65, 96, 97, 128, 129, 4096, 4097)] == [
-        *(64, 64, 96, 96, 128, 128, 192, 4096, 6144)
-    ]
-    sizes = [size_for(n) for n in range(1, 16385)]
-    assert len(set(sizes)) == 17 and sizes == sorted(sizes)
-    assert all(n <= size <= max(64, 1.5 * n) for n, size in enumerate(sizes, start=1))
-    assert [slots_for(n) for n in (1, 256, 257, 512, 5000)] == [256, 256, 512, 512, 8192]
+def test_sizes_are_few():
+    def options(lengths, new, ranks=1):
+        return options_for([Request("", [0] * n, new) for n in lengths], 5000, ranks, False)
+
+    assert (options([3], 5).rows, options([3], 5).max_model_len) == (1, 256)
+    assert (options([3] * 5, 300).rows, options([3] * 5, 300).max_model_len) == (8, 512)
+    assert (options([4000] * 200, 500).rows, options([4000] * 200, 500).max_model_len) == (64, 5000)
+    assert options([3] * 9, 5, ranks=8).rows == 2
 
 
 def test_cache_holds_latents_and_nothing_per_head():
@@ -131,71 +146,24 @@ def test_cache_holds_latents_and_nothing_per_head():
     assert sum(x.size for x in jax.tree.leaves(cache)) == 3 * 2 * 5 * (V3.kv_lora_rank + V3.qk_rope_head_dim)
 
 
-def test_a_prompt_in_pieces_is_the_prompt_whole(monkeypatch):
-    """Of rows that begin behind whole pieces of padding, too: states and latents of their tokens."""
-    cfg, params, bias, _ = case("v3")
-    rows = [RNG.integers(0, cfg.vocab_size, n).tolist() for n in (SMALLEST, 33, 7)]
-    prompts = pad_prompts(rows, cfg.vocab_size)
-    real = np.arange(SMALLEST)[None] >= prompts.pad_b[:, None]
-
-    def run(piece):
-        monkeypatch.setattr(plain_file, "PIECE", piece)
-        program = jax.jit(lambda p: plain_file.prompt_forward(params, cfg, p, bias, single_device())[:2])
-        h, cache = program(prompts)
-        return np.asarray(h)[real], *(np.asarray(x)[:, real] for x in cache)
-
-    for got, want in zip(run(16), run(SMALLEST), strict=True):
-        assert difference(got, want) < BOUND
-
-
-def test_a_long_prompt_has_the_fewest_pieces():
-    assert [plain_file._pieces(t, 1) for t in (64, 2048, 3072, 4096, 6144)] == [1, 1, 2, 2, 3]
-    assert plain_file._pieces(2304, 4) == 2 and plain_file._pieces(2052, 4) == 3
-    for parts in (1, 2, 3, 5, 6, 7, 12, 16):
-        for n in (1500, 4096, 8192, 131072):
-            t = size_for(n, parts)
-            assert t % parts == 0 and n <= t <= 1.5 * n
-            assert plain_file._pieces(t, parts) <= 2 * -(-t // plain_file.PIECE)
-
-
 def test_what_changes_from_call_to_call_compiles_nothing():
-    """Settings, seeds, stops, lengths up to a size, and where the loop is cut are all arrays."""
-    programs = (plain_file._prefill, plain_file._grow, plain_file._advance)
-    for program in programs:
-        program.clear_cache()
+    """Settings, seeds, stops, and lengths up to a size are all arrays."""
     run("v3")
-    assert [program._cache_size() for program in programs] == [1, 1, 1]
+    sizes = [program._cache_size() for program in (one_device._prefill, one_device._decode)]
     run("v3", new=1)
-    run("v3", prompts=[[1] * 30, [2], [3]], new=34)
-    run("v3", sampling=Sampling(0.7, 0.9, 5, 0.01, 1.1), seed=[4, 5, 2**33], stop_ids=range(3), num_ids=60)
-    assert [program._cache_size() for program in programs] == [1, 1, 1]
+    run("v3", prompts=[[1] * 16, [2], [3]], new=34)
+    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.01, "repetition_penalty": 1.1}
+    run("v3", seed=[4, 5, 2**33], stop_ids=range(3), **settings)
+    assert [program._cache_size() for program in (one_device._prefill, one_device._decode)] == sizes
 
 
-def test_the_loop_may_be_cut_anywhere():
-    """Bitwise the same tokens and log-probabilities, whatever the number of steps between two looks."""
-    cfg, params, bias, _ = case("v3")
-    request = Request(PROMPTS, NEW, Sampling(1.0, top_k=20, repetition_penalty=1.2), seed=3)
-    method = plain(params, cfg, bias)
-
-    def cut(size: int):
-        pieces = method._replace(advance=lambda batch, state, n: method.advance(batch, state, n and size))
-        states = [jax.tree.map(np.asarray, state.out) for state in stream(pieces, cfg, request)]
-        return len(states), states[-1]
-
-    (looks, want), *others = cut(100), cut(1), cut(7)
-    assert looks == 2 and [n for n, _ in others] == [NEW, 4]
-    for _, got in others:
-        jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-def test_rows_end_where_the_caller_says():
-    cfg, params, bias, _ = case("v3")
-    request = Request(PROMPTS, NEW)
-    counts = []
-    ended = lambda: np.array([True, len(counts) > 1, len(counts) > 2])  # noqa: E731
-    for state in stream(plain(params, cfg, bias), cfg, request, ended=ended):
-        counts.append(np.asarray(state.out.count_b).tolist())
-    assert counts[-1][0] == 1 and counts[-1][0] < counts[-1][1] < counts[-1][2] < NEW
+def test_a_call_that_is_left_off_harms_no_other():
+    made = model("v3")
+    requests = made._requests(PROMPTS, NEW, Sampling(), None, 0)
+    for n, _ in enumerate(made._offline.answers(made._offline.engine(requests, False))):
+        if n == 2:
+            break
+    assert run("v3") == [by_full_forward("v3", prompt, NEW) for prompt in PROMPTS]
 
 
 def log_softmax(x_nv):
@@ -206,9 +174,9 @@ def log_softmax(x_nv):
 def test_log_probabilities_are_the_models_and_the_samplers():
     """The model's own before any setting; the sampler's after penalty, temperature and top-k: in float64, from the logits
     of the full forward pass, which differ from the cache's by float32 rounding (1e-5 of them)."""
-    cfg, params, bias, logits = case("v3")
-    request = Request(PROMPTS, NEW, Sampling(0.6, top_k=4, repetition_penalty=1.5), seed=1)
-    for prompt, row in zip(PROMPTS, complete(plain(params, cfg, bias), cfg, request)[0], strict=True):
+    _, _, _, logits = case("v3")
+    rows = run("v3", temperature=0.6, top_k=4, repetition_penalty=1.5, seed=1, logprobs=True)
+    for prompt, row in zip(PROMPTS, rows, strict=True):
         text = np.zeros((1, 32), np.int32)
         text[0, : len(prompt) + NEW] = prompt + row.tokens
         x_nv = logits(text)[0, len(prompt) - 1 : len(prompt) + NEW - 1].astype(np.float64)
@@ -226,7 +194,7 @@ def test_log_probabilities_are_the_models_and_the_samplers():
 def test_greedy_with_a_penalty_by_the_full_forward():
     """As `transformers`: tokens of the prompt count, and greedy choices are penalised, too."""
     _, _, _, logits = case("v3")
-    got = run("v3", sampling=Sampling(repetition_penalty=3.0))
+    got = run("v3", repetition_penalty=3.0)
     for prompt, row in zip(PROMPTS, got, strict=True):
         tokens = list(prompt)
         for token in row:
@@ -240,10 +208,9 @@ def test_greedy_with_a_penalty_by_the_full_forward():
 
 
 def test_finish_reasons():
-    cfg, params, bias, _ = case("v3")
     first = run("v3")
     stop = next(t for t in first[0] if any(t not in row for row in first[1:]))
-    rows, _ = complete(plain(params, cfg, bias), cfg, Request(PROMPTS, NEW, stop_ids=[stop]))
+    rows = run("v3", stop_ids=[stop], logprobs=True)
     assert [row.finish_reason for row in rows] == ["stop" if stop in row else "length" for row in first]
     assert [len(row.logprobs) for row in rows] == [len(row.tokens) for row in rows]
 
@@ -255,7 +222,7 @@ def test_deep_models_scan_or_unroll_alike(monkeypatch):
     want = run("v3")
     monkeypatch.setattr(decoding, "unrolled", lambda cfg: False)
     jax.clear_caches()
-    got = generate(params, cfg, PROMPTS, NEW, balance_bias=bias)
+    got = Model(cfg, params, bias).generate(PROMPTS, NEW)
     jax.clear_caches()
     assert got == want
 
@@ -273,15 +240,14 @@ def test_layers_apart_are_the_same_memory():
 
 
 def test_a_bfloat16_model_decodes_in_float32_on_cpu():
-    """Its weights' values, without a conversion at each call; the prefill keeps the compute dtype."""
+    """Its weights' values, without a conversion at each call."""
     cfg, params, bias, _ = case("v3")
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     ready = decoding.prepare(half, decoding.decoding_config(dataclasses.replace(cfg, dtype="bfloat16")))
     assert {x.dtype.name for x in jax.tree.leaves(ready["moe_layers"][0]["ffn"])} == {"float32"}
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), half)
-    low = generate(half, dataclasses.replace(cfg, dtype="bfloat16"), PROMPTS, 3, balance_bias=bias)
-    high = generate(exact, cfg, PROMPTS, 3, balance_bias=bias)
-    assert sum(x == y for x, y in zip(low, high, strict=True)) >= 2  # a prompt's latents are rounded
+    low = Model(dataclasses.replace(cfg, dtype="bfloat16"), half, bias).generate(PROMPTS, NEW)
+    assert low == Model(cfg, exact, bias).generate(PROMPTS, NEW)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +255,7 @@ def test_a_bfloat16_model_decodes_in_float32_on_cpu():
     [
         ([], 4, "at least one prompt"),
         ([[1], []], 4, "each needs at least one token"),
-        ([[1]], 0, "max_new_tokens=0 must be at least 1"),
+        ([[1]], 0, "max_new_tokens=0 must be an integer >= 1"),
         ([[1] * 60], 5, r"prompt of 60 tokens \+ max_new_tokens=5 exceeds max_position_embeddings=64"),
         ([[1, 67]], 4, r"token id 67 lies outside \[0, vocab_size=67\)"),
         ([[-1]], 4, "token id -1 lies outside"),

@@ -14,9 +14,7 @@ from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference import model as model_file
 from deepseek_jax.inference import scoring
-from deepseek_jax.inference.batch import SMALLEST
-from deepseek_jax.inference.generate import generate
-from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inference.scoring import SMALLEST
 from deepseek_jax.model.decoding import prepare
 from deepseek_jax.model.modules import DeepSeekV3
 from tests.data.family import make
@@ -157,15 +155,8 @@ def test_text_is_what_the_tokenizer_makes_of_it(model):
 
 def test_generate_gives_back_the_kind_it_was_given(model):
     text, ids = "the keys", tokenizer().encode("the rest of it")
-    rows = generate(
-        model.params,
-        CFG,
-        [tokenizer().encode(text), ids],
-        NEW,
-        balance_bias=model.balance_bias,
-        stop_ids=[tokenizer().eos_id],
-        num_ids=tokenizer().vocab_size,
-    )
+    rows = model.generate([tokenizer().encode(text), ids], NEW)
+    assert all(isinstance(token, int) for row in rows for token in row)
     words = tokenizer().decode(rows[0], skip_special=True)
     assert model.generate([text, ids], NEW) == [words, rows[1]]
     assert model.generate([text], NEW) == [words] and model.generate(text, NEW) == words
@@ -216,7 +207,7 @@ def test_parameters_are_prepared_once(folder, monkeypatch):
 
 
 def test_settings_reach_the_sampler(model):
-    """Each changes the text of a seed as `generate` over ids does."""
+    """Each changes the text of a seed, and is refused where it makes no sense."""
     hot = {"temperature": 3.0}
     choices = [
         hot,
@@ -224,19 +215,11 @@ def test_settings_reach_the_sampler(model):
         hot | {"top_p": 0.3},
         hot | {"min_p": 0.9},
         {"repetition_penalty": 5.0},
+        {"frequency_penalty": -2.0},
+        {"logit_bias": {7: 100.0}},
     ]
-    for options in choices:
-        rows = generate(
-            *(model.params, CFG, [IDS[:3]], 12),
-            balance_bias=model.balance_bias,
-            sampling=Sampling(**options),
-            stop_ids=model.stop_ids,
-            num_ids=tokenizer().vocab_size,
-            seed=4,
-        )
-        assert model.generate(IDS[:3], 12, seed=4, **options) == rows[0]
-        choices[choices.index(options)] = tuple(rows[0])
-    assert len(set(choices)) == len(choices)
+    rows = [tuple(model.generate(IDS[:3], 12, seed=4, stop_ids=(), **options)) for options in choices]
+    assert len(set(rows)) == len(choices) and set(rows[-1]) == {7}
 
 
 def test_completions_with_log_probabilities(model):

@@ -1,14 +1,14 @@
-"""The engine against generation of each prompt alone, with the same weights."""
+"""The engine against the whole forward pass over each prompt alone, with the same weights."""
 
 import queue
 
 import numpy as np
 
-from deepseek_jax.inference.generate import generate
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.thread import EngineThread
 from tests.oracle.sampling import Case, distribution
+from tests.serving.greedy import greedy
 from tests.serving.tiny_engine import CFG, engine, model, run
 
 RNG = np.random.default_rng(0)
@@ -22,7 +22,7 @@ def requests(prompts=PROMPTS, new=NEW, **options):
 
 def alone(prompts=PROMPTS, new=NEW):
     m = model()
-    return generate(m.params, m.config, prompts, new, balance_bias=m.balance_bias)
+    return greedy(m.params, m.config, m.balance_bias, prompts, new)
 
 
 def ids(out):
