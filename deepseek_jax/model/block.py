@@ -47,12 +47,12 @@ def attention_in(p: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Context) ->
     remat = ctx.layout.remat
     low = after_norm(down, cfg, remat)(p["attn"], p["attn_norm_d"], x_btd)
     low = ctx.layout.sequence.gathered(low)
-    return expanded(p["attn"], cfg, low, ctx.rope, remat == "deepseek", ctx.earlier)
+    return expanded(p["attn"], cfg, low, ctx.rope, remat == "deepseek")
 
 
 def attention_out(p: Params, cfg: ModelConfig, x_btd: jax.Array, inputs: Expanded, ctx: Context) -> jax.Array:
     """x plus core and output projection for this device's tokens."""
-    y_btd = attend(p["attn"], cfg, inputs, ctx.rope, ctx.segments_bt, ctx.earlier)
+    y_btd = attend(p["attn"], cfg, inputs, ctx.rope, ctx.segments_bt)
     return x_btd + ctx.layout.sequence.scattered(y_btd)
 
 
@@ -96,17 +96,13 @@ def unroll(p: Params) -> int:
 def stack(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_le: jax.Array | None, ctx: Context
 ) -> tuple[jax.Array, BalanceStats, LatentCache | None]:
-    """Layers of one kind, stacked on a leading axis, as what they have of `ctx.earlier`. Statistics and latents come back
-    stacked likewise; with earlier tokens, latents of all sequences, which the next piece needs."""
-    earlier = ctx.earlier
+    """Layers of one kind, stacked on a leading axis. Statistics and latents come back stacked likewise."""
 
     def body(x, layer):
-        p_layer, bias_e, cache = layer
-        here = ctx if earlier is None else ctx._replace(earlier=earlier._replace(cache=cache))
-        y, stats, latent = block(p_layer, cfg, x, bias_e, here)
-        kept = ctx.layout.sequence.cached(latent) if earlier is None else latent
-        return y, (stats, kept if ctx.with_cache else None)
+        p_layer, bias_e = layer
+        y, stats, latent = block(p_layer, cfg, x, bias_e, ctx)
+        return y, (stats, ctx.layout.sequence.cached(latent) if ctx.with_cache else None)
 
-    layers = (p, bias_le, None if earlier is None else earlier.cache)
-    y_btd, (stats, latent) = lax.scan(recompute(body, ctx.layout.remat), x_btd, layers, unroll=unroll(p))
+    step = recompute(body, ctx.layout.remat)
+    y_btd, (stats, latent) = lax.scan(step, x_btd, (p, bias_le), unroll=unroll(p))
     return y_btd, stats, latent

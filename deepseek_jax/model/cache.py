@@ -42,32 +42,6 @@ def _write(x: jax.Array, new_btv: jax.Array, slot: jax.Array, lead: tuple[Any, .
     return jax.vmap(put, in_axes=(len(lead), 0, 0), out_axes=len(lead))(x, new_btv, slot)
 
 
-class Earlier(NamedTuple):
-    """What a prefill in pieces has of the pieces before: latents [b, s, ...] of one layer, or [l, b, s, ...] of all.
-
-    slot: int32 [], where the new tokens go; pad_b: how many slots hold padding, the first of each sequence.
-    """
-
-    cache: LatentCache
-    slot: jax.Array
-    pad_b: jax.Array
-
-    def append(self, new: LatentCache) -> LatentCache:
-        """One layer's latents, the new tokens' [b, t, ...] among them."""
-        return LatentCache(*(_write(x, n, self.slot) for x, n in zip(self.cache, new, strict=True)))
-
-    def without_padding(self, latents: LatentCache) -> LatentCache:
-        """Each sequence's first token first, what is no token behind the last."""
-        slot_bs = jnp.arange(latents.c_bsc.shape[1])[None] + self.pad_b[:, None]
-        slot_bs = slot_bs % latents.c_bsc.shape[1]
-        return jax.tree.map(lambda x: jnp.take_along_axis(x, slot_bs[..., None], axis=1), latents)
-
-    @property
-    def q_offset(self) -> jax.Array:
-        """[b]: the first new token's position, negative in padding."""
-        return self.slot - self.pad_b
-
-
 class Apart(NamedTuple):
     """Each layer's latents in arrays of their own [b, s, ...]: layers are known when the program is traced."""
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from deepseek_jax.model.cache import Earlier
 from deepseek_jax.model.dispatch import Dispatcher, Local
 from deepseek_jax.model.mla import Rope
 from deepseek_jax.model.sequence import WHOLE, Whole
@@ -60,26 +59,23 @@ def _named(axes: Iterable[tuple[str, int]]) -> str:
 
 
 class Inputs(NamedTuple):
-    """What a pass reads, int32 [b, t] but the last two.
+    """What a pass reads, int32 [b, t] but the last.
 
     positions_bt: 0..t-1 by default. segments_bt: tokens of different segments do not see each other; None: all do.
     counted_bt: bool, False for padding, which goes to no routed expert and counts in no load or balance loss; None: all
     tokens count.
-    earlier: latents [l, b, s, ...] of the tokens from which a prefill in pieces goes on; without segments.
     """
 
     tokens_bt: jax.Array
     positions_bt: jax.Array | None = None
     segments_bt: jax.Array | None = None
     counted_bt: jax.Array | None = None
-    earlier: Earlier | None = None
 
 
 class Context(NamedTuple):
     """What all blocks of one pass share; rope and segments are those of all tokens of a sequence.
 
     counted_bt: which of this device's tokens are routed, and count in loads and balance losses; None for all.
-    earlier: the latents of all layers that the tokens attend to beside their own, in a prefill in pieces.
     """
 
     rope: Rope
@@ -87,4 +83,3 @@ class Context(NamedTuple):
     segments_bt: jax.Array | None = None
     with_cache: bool = False
     counted_bt: jax.Array | None = None
-    earlier: Earlier | None = None

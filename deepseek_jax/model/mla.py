@@ -26,7 +26,7 @@ from deepseek_jax.model.attention import (
     core_output_backward,
     core_output_forward,
 )
-from deepseek_jax.model.cache import Earlier, LatentCache
+from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.layers import Params, linear, rms_norm
 from deepseek_jax.model.params import Param
 from deepseek_jax.model.rope import apply_rope, softmax_scale
@@ -94,20 +94,13 @@ def _queries(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> tuple[jax.Arr
     return q_nope, apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
 
 
-def expand(
-    p: Params, cfg: ModelConfig, low: Low, rope: Rope, earlier: Earlier | None = None
-) -> tuple[CoreInputs, LatentCache]:
-    """What the attention core reads, for the heads whose weights `p` holds, and the latents; those of `earlier` tokens
-    among them, where there are some."""
+def expand(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> tuple[CoreInputs, LatentCache]:
+    """What the attention core reads, for the heads whose weights `p` holds, and the latents."""
     latent = latents(p, cfg, low, rope)
     q_nope, q_rope = _queries(p, cfg, low, rope)
-    seen = latent
-    if earlier is not None:
-        latent = earlier.append(latent)
-        seen = earlier.without_padding(latent)
-    k_nope, v_bshv = jnp.split(linear(seen.c_bsc, p["wkv_b_chm"]), [cfg.qk_nope_head_dim], axis=-1)
+    k_nope, v_bshv = jnp.split(linear(latent.c_bsc, p["wkv_b_chm"]), [cfg.qk_nope_head_dim], axis=-1)
     q_bthk = jnp.concatenate([q_nope, q_rope], axis=-1)
-    return core_inputs(q_bthk, _keys(k_nope, seen.r_bsr), v_bshv, softmax_scale(cfg)), latent
+    return core_inputs(q_bthk, _keys(k_nope, latent.r_bsr), v_bshv, softmax_scale(cfg)), latent
 
 
 def _keys(k_nope: jax.Array, r_bsr: jax.Array) -> jax.Array:
@@ -152,29 +145,21 @@ class Expanded(NamedTuple):
 
 
 def expanded(
-    p: Params, cfg: ModelConfig, low: Low, rope: Rope, recompute: bool, earlier: Earlier | None = None
+    p: Params, cfg: ModelConfig, low: Low, rope: Rope, recompute: bool
 ) -> tuple[Expanded, LatentCache]:
     """`expand`, whose results the backward pass gets from `low` again if it is to `recompute` (section 3.2.3); the
-    latents then carry no gradient. With `earlier` tokens there is no backward pass."""
-    if not recompute or earlier is not None:
-        qkv, latent = expand(p, cfg, low, rope, earlier)
+    latents then carry no gradient."""
+    if not recompute:
+        qkv, latent = expand(p, cfg, low, rope)
         return Expanded(qkv, None), latent
     qkv, latent = expand(lax.stop_gradient(p), cfg, lax.stop_gradient(low), rope)
     return Expanded(qkv, low), latent
 
 
 def attend(
-    p: Params,
-    cfg: ModelConfig,
-    inputs: Expanded,
-    rope: Rope,
-    segments_bt: jax.Array | None,
-    earlier: Earlier | None = None,
+    p: Params, cfg: ModelConfig, inputs: Expanded, rope: Rope, segments_bt: jax.Array | None
 ) -> jax.Array:
-    """`core_output` of what `expanded` gave; `rope` as there. With `earlier` tokens there is no gradient."""
-    if earlier is not None:
-        wo = product(p["wo_hvd"], n_in=2)
-        return core_output_forward(inputs.qkv, segments_bt, wo, earlier.q_offset)[0]
+    """`core_output` of what `expanded` gave; `rope` as there."""
     if inputs.low is None:
         return core_output(inputs.qkv, segments_bt, p["wo_hvd"])
     names = ("q_norm_q", "wq_b_qhk", "wq_dhk", "kv_norm_c", "wkv_b_chm")

@@ -48,7 +48,7 @@ def context(cfg: ModelConfig, inputs: Inputs, layout: Layout, with_cache: bool =
         positions = jnp.arange(inputs.tokens_bt.shape[1])[None]
     counted_bt = None if inputs.counted_bt is None else layout.sequence.own(inputs.counted_bt)
     rope = rope_table(cfg, positions)
-    return Context(rope, layout, inputs.segments_bt, with_cache, counted_bt, inputs.earlier)
+    return Context(rope, layout, inputs.segments_bt, with_cache, counted_bt)
 
 
 def embedded(params: Params, cfg: ModelConfig, inputs: Inputs, ctx: Context) -> jax.Array:
@@ -86,20 +86,12 @@ def layers(
         if stop - start < end - first:
             p = jax.tree.map(lambda w, start=start, stop=stop: w[start:stop], p)
         run = ctx.layout.moe_stack or stack if moe else stack
-        x_btd, stats, cache = run(p, cfg, x_btd, bias_le, _of_layers(ctx, first + start, first + stop))
+        x_btd, stats, cache = run(p, cfg, x_btd, bias_le, ctx)
         caches.append(cache)
         if moe:
             all_stats.append(stats)
     cache = jax.tree.map(lambda *x: jnp.concatenate(x), *caches) if ctx.with_cache else None
     return x_btd, Through(all_stats[-1], cache)
-
-
-def _of_layers(ctx: Context, start: int, stop: int) -> Context:
-    """The context with what those layers have of earlier tokens."""
-    if (earlier := ctx.earlier) is None:
-        return ctx
-    cache = jax.tree.map(lambda x: x[start:stop], earlier.cache)
-    return ctx._replace(earlier=earlier._replace(cache=cache))
 
 
 def final_norm(params: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
@@ -135,8 +127,7 @@ def forward(
     """Hidden states after the final norm [b, t, d] in the compute dtype, and `Aux`.
 
     balance_bias: float32 [layer, expert], or None for zeros. Where the layout's sequences are divided
-    (`parallel/tensor.py`), `inputs` are those of whole sequences, all results those of this device's tokens; but with
-    earlier tokens, the cache is theirs and the inputs', of all sequences. Raises ValueError for the layout of another
+    (`parallel/tensor.py`), `inputs` are those of whole sequences, all results those of this device's tokens. Raises ValueError for the layout of another
     mesh, and a bias of another shape.
     """
     if balance_bias is not None and jnp.shape(balance_bias) != cfg.balance_bias_shape:
