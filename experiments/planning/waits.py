@@ -15,23 +15,20 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from configs import v3_671b
 from deepseek_jax.config import MeshConfig, ModelConfig, from_config_dict
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.names import leaves, unflatten
-from deepseek_jax.inference import driver, sampling
-from deepseek_jax.inference.batch import Prompts, Request, make_batch
-from deepseek_jax.inference.over_mesh import programs
-from deepseek_jax.inference.sampling import FILTERED, Sampling
+from deepseek_jax.inference import sampling
+from deepseek_jax.inference.sampling import FILTERED
 from deepseek_jax.model import decoding
 from deepseek_jax.model.decoding import UNROLL_LAYERS
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
 from deepseek_jax.parallel.prepared import preparing
 from deepseek_jax.precision import preset
-from deepseek_jax.serving.over_mesh import programs as engine_programs
+from deepseek_jax.serving.over_mesh import programs
 from deepseek_jax.serving.programs import Weights, chunk_plan, decode_plan
 from deepseek_jax.serving.sizes import Sizes
 from experiments import command_line
@@ -39,8 +36,7 @@ from experiments.planning import overlap, xla
 from experiments.study.host_waits import host_waits, summary
 
 POLICY = "deepseek_fp8"
-PROGRAMS = ("decoding", "prefill", "engine", "drafts", "chunks", "training")
-TOKENS, SLOTS = 64, 256  # of a prompt, and of the cache
+PROGRAMS = ("decoding", "drafts", "chunks", "training")
 LONGEST, CHUNK = 8192, 2048  # tokens of a sequence of the engine, and of a chunk
 
 
@@ -72,36 +68,6 @@ def stored_params(cfg: ModelConfig) -> Any:
     return multiplied_as_stored(unflatten(flat), model_params(cfg), policy)
 
 
-def generation(cfg: ModelConfig, mesh: MeshConfig, sequences: int) -> dict[str, jax.stages.Lowered]:
-    """A prefill and a decoding step, with `sequences` on each GPU, whose tokens are drawn."""
-    devices = tuple(xla.h100s(mesh.node * mesh.local, mesh.local))
-    rows = sequences * len(devices)
-    with contextlib.ExitStack() as stack:
-        for file in (
-            decoding,
-            driver,
-            sampling,
-        ):  # what decoding asks of this process, it is told of the GPUs
-            stack.enter_context(mock.patch.object(file, "on_cpu", return_value=False))
-        jitted: Any = programs(cfg, mesh, preset(POLICY), devices)
-        prompts = Prompts(
-            jax.ShapeDtypeStruct((rows, TOKENS), jnp.int32),
-            np.zeros(rows, np.int32),
-            jax.ShapeDtypeStruct((rows, cfg.vocab_size), bool),
-        )
-        batch = make_batch(Request([[0]] * rows, TOKENS, Sampling(1.0, top_p=0.95)), cfg, prompts)
-        assert batch.sampling.most == FILTERED
-        bias = jax.ShapeDtypeStruct((cfg.num_moe_layers, cfg.n_routed_experts), jnp.float32)
-        params = stored_params(cfg)
-        prepare, prefill, grow, advance = jitted
-        state = grow.eval_shape(prefill.eval_shape(params, prompts, batch, bias), slots=SLOTS)
-        ready = prepare.eval_shape(params)
-        return {
-            "prefill": prefill.lower(params, prompts, batch, bias),
-            "decoding": advance.lower(ready, batch, bias, state, 1),
-        }
-
-
 def engine(cfg: ModelConfig, mesh: MeshConfig, rows: int) -> dict[str, jax.stages.Lowered]:
     """The engine's programs over pages, with `rows` sequences on each GPU, whose tokens are drawn."""
     devices = tuple(xla.h100s(mesh.node * mesh.local, mesh.local))
@@ -109,7 +75,7 @@ def engine(cfg: ModelConfig, mesh: MeshConfig, rows: int) -> dict[str, jax.stage
     with contextlib.ExitStack() as stack:
         for file in (decoding, sampling):
             stack.enter_context(mock.patch.object(file, "on_cpu", return_value=False))
-        jitted: Any = engine_programs(cfg, mesh, preset(POLICY), devices)
+        jitted: Any = programs(cfg, mesh, preset(POLICY), devices)
         state = jitted.empty.eval_shape(sizes, rows * sizes.pages_each, False, True)
         ready = jax.eval_shape(preparing(cfg, mesh, devices), stored_params(cfg))
         bias = jax.ShapeDtypeStruct((cfg.num_moe_layers + 1, cfg.n_routed_experts), jnp.float32)
@@ -117,8 +83,8 @@ def engine(cfg: ModelConfig, mesh: MeshConfig, rows: int) -> dict[str, jax.stage
         plan = decode_plan(rows * len(devices), words)
         chunks = chunk_plan(len(devices), CHUNK, sizes.pages_each, words)
         return {
-            "engine": jitted.decode.lower(weights, state, plan, None, most=FILTERED),
-            "drafts": jitted.decode_pairs.lower(weights, state, plan, most=FILTERED),
+            "decoding": jitted.decode.lower(weights, state, plan, None, most=FILTERED),
+            "drafts": jitted.decode_pairs.lower(weights, state, plan, None, most=FILTERED),
             "chunks": jitted.prefill.lower(weights, state, chunks, most=FILTERED),
         }
 
@@ -139,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     mesh = MeshConfig(data=1, node=args.nodes, local=args.local)
     cfg = layers_of_v3(args.vocab)
     drafting = dataclasses.replace(cfg, num_nextn_predict_layers=1)
-    lowered = generation(cfg, mesh, args.sequences) | engine(drafting, mesh, args.sequences)
+    lowered = engine(drafting, mesh, args.sequences)
     training = overlap.layer_config(args.nodes, args.local, POLICY, args.receive, True, "deepseek")
     for name in PROGRAMS if "all" in args.programs else args.programs:
         compiled = lowered[name].compile() if name in lowered else overlap.compile_stack(training, 1024)

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.inference.generate import generate
 from deepseek_jax.model.decoding import decoding_config
 from deepseek_jax.parallel.prepared import parameter_shardings, preparing
 from deepseek_jax.serving.engine import Engine
@@ -17,6 +16,7 @@ from deepseek_jax.serving.programs import Weights
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sizes import Sizes
 from tests.oracle.tiny import weights
+from tests.serving.greedy import greedy
 from tests.tiny_run import tiny
 
 CFG = dataclasses.replace(
@@ -112,8 +112,7 @@ def run(made: Engine, requests: list[Request], seed: int = 0) -> dict[str, list[
 
 
 def alone(requests: list[Request]) -> dict[str, list[int]]:
-    """Each by itself, on one device."""
-    params, bias = model()
-    most = max(request.max_tokens for request in requests)
-    rows = generate(params, CFG, [request.prompt for request in requests], most, balance_bias=bias)
-    return {request.id: row[: request.max_tokens] for request, row in zip(requests, rows, strict=True)}
+    """Each by itself, by the whole forward pass."""
+    prompts, new = [request.prompt for request in requests], [request.max_tokens for request in requests]
+    rows = greedy(model()[0], CFG, model()[1], prompts, new)
+    return {request.id: row for request, row in zip(requests, rows, strict=True)}
