@@ -25,8 +25,8 @@ FLOORS = (
     ("checkpoints",),
     ("hf",),
     ("training",),
-    ("inference",),
     ("serving",),
+    ("inference",),
     ("__init__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -15,10 +15,10 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference import scoring
 from deepseek_jax.inference.description import describe
 from deepseek_jax.inference.offline import Completion, Offline, Rows, seeds_of
-from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model.decoding import decoding_config, prepare
 from deepseek_jax.parallel.prepared import preparing
 from deepseek_jax.serving.request import Request
+from deepseek_jax.serving.sampling import Sampling
 
 Text = str | Sequence[int]
 

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.sampling import ALL, GREEDY
 from deepseek_jax.model.decoding import ONE_DEVICE, on_cpu
 from deepseek_jax.serving.drafting import Pair, decode_pairs
 from deepseek_jax.serving.programs import (
@@ -30,6 +29,7 @@ from deepseek_jax.serving.programs import (
 )
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampler import Drawn, Row, of_request, put
+from deepseek_jax.serving.sampling import ALL, GREEDY
 from deepseek_jax.serving.sizes import Sizes
 
 

@@ -20,13 +20,13 @@ import numpy as np
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.inference.sampling import ALL
 from deepseek_jax.model.cache import empty_pages, paged_view
 from deepseek_jax.model.decoding import decode, mtp_append
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.serving.request import TOP
 from deepseek_jax.serving.sampler import Drawn, Slots, draw, empty_slots, given
+from deepseek_jax.serving.sampling import ALL
 
 AT_ONCE = 8  # tokens of each row in one program, on a CPU
 GIVEN_AT_ONCE = 64  # tokens of a prompt whose logits exist at the same time

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from deepseek_jax.checks import is_integer, require, shown
-from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.serving.sampling import Sampling
 
 TOP = 20  # alternatives of a token, at most
 

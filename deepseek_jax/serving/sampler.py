@@ -5,7 +5,7 @@ What is done to a row's logits, in this order:
 1. `logit_bias` is added.
 2. -inf for ids that no tokenizer knows, for what a grammar's mask leaves out, and for stop ids before `min_tokens`.
 3. Repetition penalty (tokens of prompt and answer), then frequency and presence penalties (tokens of the answer).
-4. Temperature, top-k, top-p, min-p (`inference/sampling.py`). A greedy row takes the likeliest of what 3 leaves.
+4. Temperature, top-k, top-p, min-p (`serving/sampling.py`). A greedy row takes the likeliest of what 3 leaves.
 
 1 to 3 are vLLM's (which does 2 before 1: the same, since -inf stays), the penalties OpenAI's; 4 is that of `transformers` (vLLM
 cuts by min-p before top-k). Log-probabilities are of the model's own logits, before all this.
@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.inference.sampling import (
+from deepseek_jax.serving.request import TOP
+from deepseek_jax.serving.sampling import (
     ALL,
     DRAWN,
     RowSampling,
@@ -40,7 +41,6 @@ from deepseek_jax.inference.sampling import (
     penalised,
     sample,
 )
-from deepseek_jax.serving.request import TOP
 from deepseek_jax.serving.slots import (
     Row,
     Slots,

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.inference.sampling import ALL, GREEDY, MOST_BIASES, asked_for, plain_numbers
 from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.serving.request import Request
+from deepseek_jax.serving.sampling import ALL, GREEDY, MOST_BIASES, asked_for, plain_numbers
 
 Array = Any  # jax.Array in programs, NumPy's on the host
 

@@ -20,16 +20,16 @@ from configs import v3_671b
 from deepseek_jax.config import MeshConfig, ModelConfig, from_config_dict
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.names import leaves, unflatten
-from deepseek_jax.inference import sampling
-from deepseek_jax.inference.sampling import FILTERED
 from deepseek_jax.model import decoding
 from deepseek_jax.model.decoding import UNROLL_LAYERS
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
 from deepseek_jax.parallel.prepared import preparing
 from deepseek_jax.precision import preset
+from deepseek_jax.serving import sampling
 from deepseek_jax.serving.over_mesh import programs
 from deepseek_jax.serving.programs import Weights, chunk_plan, decode_plan
+from deepseek_jax.serving.sampling import FILTERED
 from deepseek_jax.serving.sizes import Sizes
 from experiments import command_line
 from experiments.planning import overlap, xla

@@ -10,7 +10,6 @@ import pytest
 
 from deepseek_jax import Model
 from deepseek_jax.inference.offline import options_for, seeds_of
-from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import decoding
 from deepseek_jax.model.layout import Inputs, single_device
 from deepseek_jax.model.modules import DeepSeekV3
@@ -18,6 +17,7 @@ from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import forward, model_params
 from deepseek_jax.serving import one_device
 from deepseek_jax.serving.request import Request
+from deepseek_jax.serving.sampling import Sampling
 from tests.oracle.tiny import V2, V3, weights
 
 RNG = np.random.default_rng(11)

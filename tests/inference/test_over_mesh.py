@@ -12,9 +12,8 @@ from jax.sharding import PartitionSpec as P
 import deepseek_jax
 from deepseek_jax import Model
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.inference import sampling
 from deepseek_jax.parallel.prepared import parameter_shardings
-from deepseek_jax.serving import engine, one_device, over_mesh, slots
+from deepseek_jax.serving import engine, one_device, over_mesh, sampling, slots
 from deepseek_jax.serving.build import cold
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.programs import decode_plan

@@ -13,8 +13,6 @@ import pytest
 
 from configs import v3_671b
 from deepseek_jax.config import MeshConfig, from_config_dict
-from deepseek_jax.inference import sampling
-from deepseek_jax.inference.sampling import FILTERED
 from deepseek_jax.model import decoding
 from deepseek_jax.model.decoding import prepare
 from deepseek_jax.parallel.exchange.placement import Placement
@@ -22,8 +20,10 @@ from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.parallel.layout import few_tokens
 from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.parallel.prepared import WHOLE, parameter_specs, ready_specs
+from deepseek_jax.serving import sampling
 from deepseek_jax.serving.over_mesh import ROWS, STATE
 from deepseek_jax.serving.programs import Weights, decode_plan, decode_rows, empty_state
+from deepseek_jax.serving.sampling import FILTERED
 from experiments.planning.waits import stored_params
 
 CFG = dataclasses.replace(

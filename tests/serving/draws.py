@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from deepseek_jax.inference.sampling import ALL
+from deepseek_jax.serving.sampling import ALL
 from tests.oracle import sampling as oracle
 from tests.serving.sampled import V, any_case, draws
 

@@ -10,7 +10,6 @@ import pytest
 from scipy import stats
 from scipy.special import softmax
 
-from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model.decoding import prepare
 from deepseek_jax.model.layers import embed
 from deepseek_jax.model.layout import Inputs, single_device
@@ -24,6 +23,7 @@ from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.programs import Weights
 from deepseek_jax.serving.request import Request
+from deepseek_jax.serving.sampling import Sampling
 from tests.oracle.tiny import V3, mostly_agreeing, rel
 from tests.serving.mesh_engine import FewSizes
 from tests.serving.tiny_engine import run

@@ -4,8 +4,8 @@ import queue
 
 import numpy as np
 
-from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.serving.request import Request
+from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.thread import EngineThread
 from tests.oracle.sampling import Case, distribution
 from tests.serving.greedy import greedy

@@ -11,16 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.inference.sampling import (
-    ALL,
-    DRAWN,
-    FILTERED,
-    GREEDY,
-    Sampling,
-    filtered_logits,
-    keys_at,
-    sample,
-)
 from deepseek_jax.serving.request import TOP, Request
 from deepseek_jax.serving.sampler import (
     Rows,
@@ -31,6 +21,16 @@ from deepseek_jax.serving.sampler import (
     given,
     of_request,
     row_settings,
+)
+from deepseek_jax.serving.sampling import (
+    ALL,
+    DRAWN,
+    FILTERED,
+    GREEDY,
+    Sampling,
+    filtered_logits,
+    keys_at,
+    sample,
 )
 from deepseek_jax.serving.slots import packed, unpacked, words
 from tests.oracle import sampling as oracle

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.serving.asked import check_tools, spec_of, tool_choice
 from deepseek_jax.serving.grammar import Spec
 from deepseek_jax.serving.request import TOP
+from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.server.errors import bad, refused
 from deepseek_jax.serving.server.fields import Fields, is_ids
 

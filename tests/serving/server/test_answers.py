@@ -12,8 +12,8 @@ import httpx
 import pytest
 from absl.testing import flagsaver
 
-from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.serving.request import Request
+from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.server import running
 from experiments import command_line, serve
 from tests.serving import openai_client

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from deepseek_jax.inference.sampling import (
+from deepseek_jax.serving.sampling import (
     RowSampling,
     Sampling,
     filtered_logits,
