@@ -84,7 +84,7 @@ def _ids(model: Any, record: Record) -> list[int]:
 def writing(path: str, logprobs: bool) -> Iterator[Callable[[Record, Any], None]]:
     """Gives a function that writes a completion as a line of JSON: the prompt's record with "completion",
     "finish_reason", and token by token, if asked for, "tokens", "logprobs" and "sampled_logprobs"
-    (`deepseek_jax.inference.batch.Completion`). Each is in the file as soon as it is written. Raises ValueError for a file
+    (`deepseek_jax.inference.offline.Completion`). Each is in the file as soon as it is written. Raises ValueError for a file
     that has something in it already."""
     if Path(path).is_file() and Path(path).stat().st_size:
         raise ValueError(f"{path} exists: name another file, or remove it")

@@ -41,7 +41,7 @@ def load(
         dtype, mtp, shardings: of the parameters of a Hugging Face checkpoint, see `deepseek_jax.hf.load`.
         keep_fp8: multiply its FP8 weights as they are instead of dequantising them, activations quantised with scales of
             the kind that its config.json names (`scale_fmt`).
-        mesh: generate over these devices, which hold the experts among them (`inference/over_mesh.py`); None: on one.
+        mesh: generate over these devices, which hold the experts among them (`serving/over_mesh.py`); None: on one.
 
     Raises:
         ValueError: neither of the two, an argument of another type, or a damaged checkpoint; names the file. Or a mesh

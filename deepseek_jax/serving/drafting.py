@@ -2,7 +2,7 @@
 
 A decode row with a draft computes two tokens, the last one and what the module guesses to come next, and gets one token, or
 two where the guess was right. Draft and token are drawn from the logits of module and model by the same settings and the same
-key, and the guess is right if they are the same (`inference/speculative.py` says why): whether, and where, anything was
+key, and the guess is right if they are the same : given these, both are the first of exponentials that share their randomness, and follow their own distributions; so whether, and where, anything was
 drafted changes no token, so it may be decided anew in each step.
 
 The module's latents are one more layer of the pages. What it keeps of a token needs the main model's state there and the next
