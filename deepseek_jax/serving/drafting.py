@@ -2,8 +2,12 @@
 
 A decode row with a draft computes two tokens, the last one and what the module guesses to come next, and gets one token, or
 two where the guess was right. Draft and token are drawn from the logits of module and model by the same settings and the same
-key, and the guess is right if they are the same : given these, both are the first of exponentials that share their randomness, and follow their own distributions; so whether, and where, anything was
-drafted changes no token, so it may be decided anew in each step.
+key, and the guess is right if they are the same: whether, and where, anything was drafted changes no token, bit for bit, greedy
+or sampled, so it may be decided anew in each step. A draft agrees as often as the module knows the model's distribution:
+`jax.random.categorical` adds the key's noise to the logits and takes the largest, and the same noise favours the same token
+(Gumbel coupling: Daliri, Musco and Suresh 2024). Where the distributions differ by the total variation D, at least
+(1 - D) / (1 + D) of the drafts are accepted; the rule that accepts most (Leviathan et al. 2023), 1 - D, has texts depend on
+where drafts were made.
 
 The module's latents are one more layer of the pages. What it keeps of a token needs the main model's state there and the next
 token; so a step begins with the latents of the row's last state, and those of a prompt's last token wait for the token that is
