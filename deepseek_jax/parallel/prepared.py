@@ -52,15 +52,6 @@ def parameter_shardings(cfg: ModelConfig, mesh: MeshConfig) -> Any:
     return jax.tree.map(put, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def check_fp8(mesh: MeshConfig) -> None:
-    """Raises ValueError for a mesh over which weights cannot stay in FP8."""
-    if mesh.tensor > 1:
-        raise ValueError(
-            f"mesh.tensor={mesh.tensor} divides heads, whose weights in FP8 have blocks across them: leave out tensor, or "
-            "keep_fp8"
-        )
-
-
 def policy_of(params: Any) -> Policy | None:
     """By which weights in FP8 are multiplied, if there are any."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantised))

@@ -37,7 +37,6 @@ from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.parallel.prepared import (
     WHOLE,
     Devices,
-    check_fp8,
     generation_mesh,
     parameter_specs,
     ready_specs,
@@ -96,8 +95,6 @@ def programs(
     """Of a model over a mesh. cfg: that decoding runs with. policy: of weights in FP8. Raises ValueError as
     `generation_mesh`."""
     devices = generation_mesh(cfg, mesh, at)
-    if policy is not None:
-        check_fp8(mesh)
     wire = AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
     of_ready = ready_specs(cfg, parameter_specs(cfg, mesh, devices))
     weights_specs = Weights(of_ready, WHOLE, WHOLE)
