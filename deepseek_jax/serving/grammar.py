@@ -5,6 +5,7 @@ A `Spec` says what the answer must match; serving/asked.py makes it of what clie
 
 import collections
 import json
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ _CACHED = 256  # compiled grammars
 _LONGEST = 300  # characters of an error
 # As much white space as pretty printing needs: a weak model would else write nothing but that.
 _JSON: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+_NEGATIVE = re.compile(r"-\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 Kind = Literal["json_schema", "regex", "lark"]
 
@@ -100,6 +102,7 @@ class Grammars:
 
     def _compile(self, spec: Spec) -> llguidance.LLMatcher:
         make = llguidance.LLMatcher
+        _check_numbers(spec)
         try:
             if spec.kind == "json_schema":
                 text = make.grammar_from_json_schema(spec.text, defaults=_JSON)
@@ -116,6 +119,16 @@ class Grammars:
             error = str(refused)
         require(not error, f"{spec.kind} cannot be used: {_line(error)}")
         return matcher
+
+
+def _check_numbers(spec: Spec) -> None:
+    """Raises ValueError for numbers of a schema at which llguidance (1.9.1) crashes, and the process with it: integers that
+    are, rounded to float64, the least of 64 bits, and whatever is below."""
+    for number in () if spec.kind == "regex" else _NEGATIVE.findall(spec.text):
+        require(
+            float(number) > -(2.0**63),
+            f"{spec.kind} cannot be used: {_line(number)} is -2^63 or below, once rounded",
+        )
 
 
 def _line(error: str) -> str:

@@ -228,6 +228,17 @@ def test_any_form(body):
         (schema_format({"$ref": "#/nope"}), "does not exist"),
         (schema_format(False), "json_schema cannot be used"),
         ({"guided_regex": "[x&&y]"}, "regex cannot be used"),
+        # the process would end: 64 bits overflow in llguidance
+        (schema_format({"enum": ["a", -(2**63)]}), "-9223372036854775808 is -2\\^63 or below"),
+        (
+            schema_format({"type": "object", "properties": {"a": {"const": -(2**63) + 512}}}),
+            "or below, once rounded",
+        ),
+        (schema_format({"type": "integer", "minimum": -1e19, "maximum": -1e19}), "-1e\\+19 is"),
+        (
+            {"guided_grammar": 'start: %json {"enum": [-9223372036854775807]}'},
+            "lark cannot be used: -9223372036854775807",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_one_clear_line(grammars, body, error):

@@ -7,6 +7,9 @@ from starlette.responses import Response
 
 Json = dict[str, Any]
 
+# Ends of lines to `str.splitlines`, by which httpx, and litellm on it, cut a stream in lines; JSON has them as they are.
+_ENDS = tuple((end, f"\\u{ord(end):04x}") for end in "\x85\u2028\u2029")
+
 
 def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -17,7 +20,9 @@ def json_bytes(value: Any) -> bytes:
 
 
 def utf8(text: str) -> bytes:
-    """A lone surrogate in JSON, which UTF-8 cannot hold, is written as JSON's escape."""
+    """A lone surrogate in JSON, which UTF-8 cannot hold, is written as JSON's escape, and so is the end of a line."""
+    for end, escape in _ENDS:
+        text = text.replace(end, escape)
     return text.encode("utf-8", "backslashreplace")
 
 

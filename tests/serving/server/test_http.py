@@ -11,6 +11,7 @@ import pytest
 from deepseek_jax.data.fim import fim_prompt
 from deepseek_jax.serving.request import QueueFullError
 from deepseek_jax.serving.server.admission import Admission
+from deepseek_jax.serving.server.answer import event
 from deepseek_jax.serving.server.logs import JsonLines
 from tests.serving.server.kit import TOKENIZER, Serving, parsed, scripted, until
 
@@ -402,3 +403,9 @@ def test_a_body_that_never_comes_whole(server):
         until(lambda: server.service.requests == 1)
     until(lambda: server.service.requests == 0)
     assert httpx.get(f"http://127.0.0.1:{server.port}/health").status_code == 200
+
+
+def test_an_event_is_one_line_however_a_client_cuts_lines():
+    text = "".join(map(chr, range(0x2100))) + "\ud800"  # every end of a line among them
+    line, empty = event({"text": text}).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text} and empty == ""
