@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 Json = dict[str, Any]
 
-# Ends of lines to `str.splitlines`, by which httpx, and litellm on it, cut a stream in lines; JSON has them as they are.
+# Ends of lines to `str.splitlines`, by which httpx cuts a stream in lines; JSON has them as they are.
 _ENDS = tuple((end, f"\\u{ord(end):04x}") for end in "\x85\u2028\u2029")
 
 
