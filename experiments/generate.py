@@ -2,25 +2,28 @@
 
     python -m experiments.generate --checkpoint=runs/tiny --prompt="import os"
     python -m experiments.generate --checkpoint=runs/tiny --prompt="import os" --temperature=0.8 --top_p=0.95 --stop="def "
-    python -m experiments.generate --checkpoint=runs/tiny --prompts_file=prompts.jsonl --out=completions.jsonl
+    python -m experiments.generate --checkpoint=runs/tiny --input=prompts.jsonl --output=completions.jsonl
     python -m experiments.generate --checkpoint=FOLDER --chat
     python -m experiments.generate --checkpoint=FP8_FOLDER --prompt="import os" --keep_fp8
     python -m experiments.generate --checkpoint=runs/tiny --prompt="import os" --mesh=node=2,local=4
 
 The text of a single prompt appears while it is generated. A file of prompts is text, one on each line, or JSON lines
-(.jsonl) with "prompt" or "messages"; `--out` writes JSON lines. Prompt i of several is drawn with the seed `--seed` + i,
-counted from 0, turn i of a chat likewise.
+(.jsonl) with "prompt" or "messages", or rows of an OpenAI batch file, which bring their own settings. All of them run
+together, as many as fit, and `--output` gets a JSON line for each as soon as it is whole; called again, the command goes on
+with those that are missing. Prompt i of several is drawn with the seed `--seed` + i, counted from 0, turn i of a chat likewise.
 
 `--mesh` spreads the experts over devices: sizes of the mesh axes data, node, local and tensor, and any other key of
 `config.mesh` that says how tokens travel (experts, dispatch, combine, receive). On CPU, as many devices are made.
 """
 
+import asyncio
 import contextlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import tqdm
 from absl import flags
 
 from experiments import command_line, prompts
@@ -29,9 +32,10 @@ from experiments.mesh_flag import parse_mesh
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run or of Hugging Face.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat for a batch.")
-_FILE = flags.DEFINE_string("prompts_file", None, "Prompts of a file: lines of text, or JSON lines (.jsonl).")
-_OUT = flags.DEFINE_string("out", None, "A new file for the completions, as JSON lines.")
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Prompts of a file that run together.", lower_bound=1)
+_FILE = flags.DEFINE_string("input", None, "Prompts of a file: lines of text, or JSON lines (.jsonl).")
+_OUT = flags.DEFINE_string(
+    "output", None, "File for the completions, as JSON lines; gone on with if it exists."
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default: the newest.")
 _TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
@@ -63,7 +67,7 @@ def _options() -> dict[str, Any]:
 def _records() -> list[prompts.Record]:
     if _CHAT.value:
         raise ValueError(
-            "--chat takes its turns from standard input: leave out --prompt, --prompts_file and --out"
+            "--chat takes its turns from standard input: leave out --prompt, --input and --output"
         )
     given = [{"prompt": text} for text in _PROMPT.value]
     return given + (prompts.read_prompts(_FILE.value) if _FILE.value is not None else [])
@@ -84,14 +88,11 @@ def _show(before: str, file: Any, pieces: Iterator[str], shown: list[str]) -> No
         print(flush=True)
 
 
-def _generated(model: Any, texts: list[Any]) -> Iterator[Any]:
-    """Yields the `Completion` of each prompt, batch by batch; fills up the last batch, whose size would be compiled."""
-    size = min(_BATCH.value, len(texts))
-    for start in range(0, len(texts), size):
-        part = texts[start : start + size]
-        filled = part + [part[-1]] * (size - len(part))
-        seeds = range(_SEED.value + start, _SEED.value + start + size)
-        yield from model.generate(filled, _TOKENS.value, seed=seeds, logprobs=True, **_options())[: len(part)]
+def _completions(model: Any, texts: list[Any], which: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Yields the number and the `Completion` of each of these texts as soon as it is whole."""
+    seeds = [_SEED.value + i for i in which]
+    for n, done in model.completions([texts[i] for i in which], _TOKENS.value, seed=seeds, **_options()):
+        yield which[n], done
 
 
 def _print(model: Any, record: prompts.Record, done: Any) -> None:
@@ -107,19 +108,72 @@ def _print(model: Any, record: prompts.Record, done: Any) -> None:
 
 
 def _complete(model: Any, records: list[prompts.Record]) -> None:
-    texts = prompts.for_model(model, records, _TOKENS.value)
     if _OUT.value is not None:
-        with prompts.writing(_OUT.value, _LOGPROBS.value) as write:
-            for record, done in zip(records, _generated(model, texts), strict=True):
-                write(record, done)
-        print(f"{len(texts)} completions in {_OUT.value}")
-    elif len(texts) == 1 and model.tokenizer is not None and not _LOGPROBS.value:
+        _to_file(model, records, _OUT.value)
+        return
+    if prompts.is_batch(records):
+        raise ValueError("rows of a batch file are answered in a file: give --output=FILE")
+    texts = prompts.for_model(model, records, _TOKENS.value)
+    if len(texts) == 1 and model.tokenizer is not None and not _LOGPROBS.value:
         pieces = model.stream(texts[0], _TOKENS.value, seed=_SEED.value, **_options())
         _show(_PROMPT.value[0] if _PROMPT.value else "", sys.stdout, pieces, [])
         print(LINE)
     else:
-        for record, done in zip(records, _generated(model, texts), strict=True):
-            _print(model, record, done)
+        found = dict(_completions(model, texts, range(len(texts))))
+        for i, record in enumerate(records):
+            _print(model, record, found[i])
+    _say_drafts(model)
+
+
+def _to_file(model: Any, records: list[prompts.Record], path: str) -> None:
+    """Answers those that have no answer yet."""
+    output, batch = prompts.Output(path, records), prompts.is_batch(records)
+    texts = [] if batch else prompts.for_model(model, records, _TOKENS.value)
+    left = [i for i in range(len(records)) if i not in output.done]
+    if len(left) < len(records):
+        print(f"{len(output.done)} of {len(records)} are in {path} already", file=sys.stderr)
+    bar = tqdm.tqdm(total=len(records), initial=len(output.done), unit=" answers", disable=None)
+    with output.writing(), bar:
+        if batch and left:
+            failed = asyncio.run(_answer_batch(model, [records[i] for i in left], left, output, bar))
+            if failed:
+                print(f"{failed} rows were refused: their lines say why", file=sys.stderr)
+        for i, done in _completions(model, texts, left) if left and not batch else ():
+            output.write(i, prompts.answer_of(i, records[i], done, _LOGPROBS.value))
+            bar.update()
+    print(f"{len(records)} completions in {path}")
+    _say_drafts(model)
+
+
+async def _answer_batch(
+    model: Any, rows: list[Any], which: list[int], output: prompts.Output, bar: Any
+) -> int:
+    """Answers rows of an OpenAI batch by the server's endpoints; returns how many of them were refused."""
+    from deepseek_jax.serving.build import cold
+    from deepseek_jax.serving.engine import Engine
+    from deepseek_jax.serving.options import Options
+    from deepseek_jax.serving.server.app import application
+    from deepseek_jax.serving.server.rows import answered
+    from deepseek_jax.serving.server.service import Service, Settings, served
+    from deepseek_jax.serving.thread import EngineThread
+
+    if model.tokenizer is None:
+        raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.json: rows of a batch need one")
+    options = Options(drafts=_SPECULATIVE.value, waiting=2**30)
+    service = Service(Settings("model", waiting=2**30, waiting_tokens=2**40))
+    service.begin(served(EngineThread(Engine(cold(model, options), options)), model.tokenizer))
+    failed = 0
+    try:
+        async for n, answer in answered(application(service), rows, 4 * options.rows):
+            output.write(which[n], answer)
+            failed += answer["response"]["status_code"] != 200
+            bar.update()
+    finally:
+        service.close()
+    return failed
+
+
+def _say_drafts(model: Any) -> None:
     if model.last_stats is not None:
         stats = model.last_stats
         print(f"drafts accepted: {stats.acceptance:.1%}, {stats.tokens_per_step:.2f} tokens per step")
@@ -166,7 +220,7 @@ def main(argv: Sequence[str]) -> int:
     asked = _PROMPT.value or _FILE.value is not None or _OUT.value is not None
     records = _records() if asked else []
     if not records and not _CHAT.value:
-        raise ValueError("give --prompt=TEXT, --prompts_file=FILE or --chat")
+        raise ValueError("give --prompt=TEXT, --input=FILE or --chat")
     mesh = parse_mesh(_MESH.value)
     if mesh is not None:
         cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor)

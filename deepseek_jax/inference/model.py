@@ -144,6 +144,25 @@ class Model:
             outs = [x.text if isinstance(p, str) else x.tokens for p, x in zip(many, outs, strict=True)]
         return outs[0] if single else outs
 
+    def completions(
+        self,
+        prompts: Sequence[Text],
+        max_new_tokens: int = 128,
+        *,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+        speculative: bool = False,
+        seed: int | Sequence[int] = 0,
+        **sampling: Any,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yields the number of a prompt and its `Completion` as soon as that is whole, of many prompts. The arguments are those
+        of `generate`."""
+        requests = self._requests(prompts, max_new_tokens, _sampling(sampling), stop_ids, seed)
+        whole = self._turns(prompts, requests, stop, speculative, show=False)
+        for rows in whole:
+            for i in rows.finished():
+                yield i, rows.completion(i)
+
     def stream(
         self,
         prompt: Text,
@@ -219,15 +238,15 @@ class Model:
             for i, (ids, seed) in enumerate(zip(rows, seeds_of(seed, len(rows)), strict=True))
         ]
 
-    def _generation(
+    def _turns(
         self,
         prompts: Sequence[Text],
         requests: list[Request],
         stop: str | Sequence[str],
         drafts: bool,
         show: bool,
-    ) -> Generator[list[str], None, list[Completion]]:
-        """Yields the text that each row has got, if it is to be shown; returns what came out."""
+    ) -> Iterator[Rows]:
+        """Yields what all rows have after each turn of the engine, the same object each time."""
         stops = check_stop(stop)
         if show or stops:
             self._tokenizer()
@@ -238,10 +257,22 @@ class Model:
         for updates in self._offline.answers(engine):
             for request_id in rows.push(updates):
                 engine.abort(request_id, "stop")
-            if show:
-                yield rows.new_text()
+            yield rows
         if drafts:
             self.last_stats = Stats(engine.stats.drafted, engine.stats.accepted)
+
+    def _generation(
+        self,
+        prompts: Sequence[Text],
+        requests: list[Request],
+        stop: str | Sequence[str],
+        drafts: bool,
+        show: bool,
+    ) -> Generator[list[str], None, list[Completion]]:
+        """Yields the text that each row has got, if it is to be shown; returns what came out."""
+        for rows in self._turns(prompts, requests, stop, drafts, show):
+            if show:
+                yield rows.new_text()
         return rows.completions()
 
 

@@ -51,6 +51,7 @@ class _Row:
         self.tokens: list[Token] = []
         self.reason: str | None = None
         self.shown = 0
+        self.told = False
 
     def push(self, update: Update) -> bool:
         """Whether a stop string came."""
@@ -98,6 +99,16 @@ class Rows:
     def push(self, updates: Sequence[Update]) -> list[str]:
         """Ids of requests that a stop string ended before the engine did."""
         return [update.id for update in updates if self._rows[update.id].push(update)]
+
+    def finished(self) -> list[int]:
+        """Numbers of answers that are whole, since the last time."""
+        whole = [i for i, row in enumerate(self._rows.values()) if row.reason is not None and not row.told]
+        for i in whole:
+            self._rows[str(i)].told = True
+        return whole
+
+    def completion(self, i: int) -> Completion:
+        return self._rows[str(i)].completion()
 
     def new_text(self) -> list[str]:
         """Of each answer, since the last time."""

@@ -55,6 +55,11 @@ def test_prompts_of_a_text_file(tmp_path):
         ("a.jsonl", b'{"text": "a"}', r"""line 1 needs one of "prompt" and "messages", and has \['text'\]"""),
         ("a.jsonl", b'{"prompt": "a", "messages": []}', "needs one of"),
         ("a.jsonl", b'{"prompt": [1, 2.5]}', "must be text or a list of token ids"),
+        (
+            "a.jsonl",
+            b'{"custom_id": "a", "url": "/v1/x", "body": {}}',
+            r"line 1: \"url\" is '/v1/x' and must be one of",
+        ),
         ("a.jsonl", b'{"messages": "hi"}', 'must be a list of objects with "role"'),
     ],
 )
@@ -65,7 +70,7 @@ def test_files_that_hold_no_prompts(tmp_path, name, raw, message):
 
 
 def test_a_file_of_prompts_and_a_file_of_completions(folder, model, tmp_path, capsys):
-    """Text, ids and a conversation in batches of two; each record comes back, its i-th with the seed + i."""
+    """Text, ids and a conversation; each record comes back, its i-th with the seed + i. Called again, the command goes on."""
     records = [
         {"prompt": "the keys", "id": 7},
         {"prompt": model.tokenizer.encode("the rest")},
@@ -73,10 +78,10 @@ def test_a_file_of_prompts_and_a_file_of_completions(folder, model, tmp_path, ca
     ]
     path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    more = ["--batch_size=2", "--logprobs", f"--prompts_file={path}", f"--out={out}"]
+    more = ["--logprobs", f"--input={path}", f"--output={out}"]
     assert run(folder, *HOT, *more) == 0
     assert "3 completions in" in capsys.readouterr().out
-    got = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    got = sorted(map(json.loads, out.read_text(encoding="utf-8").splitlines()), key=lambda row: row["index"])
     texts = prompts.for_model(model, records, 4)
     assert texts[:2] == [records[0]["prompt"], records[1]["prompt"]]
     for i, (record, new) in enumerate(zip(records, got, strict=True)):
@@ -84,13 +89,45 @@ def test_a_file_of_prompts_and_a_file_of_completions(folder, model, tmp_path, ca
         done = {"completion": want.text, "finish_reason": want.finish_reason, "tokens": want.tokens}
         assert {name: new[name] for name in (*record, *done)} == record | done
         assert new["logprobs"] == pytest.approx(want.logprobs, abs=1e-4) and len(new["sampled_logprobs"]) == 4
-    with pytest.raises(ValueError, match=r"out.jsonl exists: name another file"):
+    whole = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(whole[1] + whole[0][:-9])  # killed while it wrote a line
+    assert run(folder, *HOT, *more) == 0
+    again = sorted(map(json.loads, out.read_text(encoding="utf-8").splitlines()), key=lambda row: row["index"])
+    assert [row["tokens"] for row in again] == [row["tokens"] for row in got]
+    assert "1 of 3 are in" in capsys.readouterr().err
+    out.write_bytes(whole[0] * 2)
+    with pytest.raises(ValueError, match=r"out.jsonl, line 2 is no answer to these prompts"):
         run(folder, *HOT, *more)
     (tmp_path / "long.txt").write_text("a\n" + "long " * 100)
     with pytest.raises(
         ValueError, match=r"prompt 2 has \d+ tokens: with --max_new_tokens=4 that exceeds the model's 128"
     ):
-        run(folder, *HOT, f"--prompts_file={tmp_path / 'long.txt'}")
+        run(folder, *HOT, f"--input={tmp_path / 'long.txt'}")
+
+
+def test_rows_of_a_batch_file(folder, tmp_path, capsys):
+    """The server's own answers, whatever model the rows name; one that is refused says why in its line."""
+    body = {"model": "another", "prompt": "the keys", "max_tokens": 3, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": "the"}], "max_tokens": 2, "seed": 1, "n": 2}
+    rows = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body},
+        {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": body | {"max_tokens": -1}},
+    ]
+    path, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert run(folder, f"--input={path}", f"--output={out}") == 0
+    assert "1 rows were refused" in capsys.readouterr().err
+    got = {row["custom_id"]: row["response"] for row in map(json.loads, out.read_text().splitlines())}
+    assert {id: answer["status_code"] for id, answer in got.items()} == {"a": 200, "b": 200, "c": 400}
+    assert got["a"]["body"]["usage"]["completion_tokens"] == 3
+    assert [choice["index"] for choice in got["b"]["body"]["choices"]] == [0, 1]
+    assert got["c"]["body"]["error"]["param"] == "max_tokens"
+    with pytest.raises(ValueError, match=r"give --output=FILE"):
+        run(folder, f"--input={path}")
+    path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"prompt": "a"}))
+    with pytest.raises(ValueError, match=r'1 of 2 rows have a "custom_id"'):
+        run(folder, f"--input={path}", f"--output={out}")
 
 
 def test_one_prompt_and_several_on_the_terminal(folder, model, capsys):
@@ -110,7 +147,7 @@ def test_one_prompt_and_several_on_the_terminal(folder, model, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"give --prompt=TEXT, --prompts_file=FILE or --chat"),
+        ([], r"give --prompt=TEXT, --input=FILE or --chat"),
         (["--chat", "--prompt=a"], r"--chat takes its turns from standard input"),
         ([*HOT, "--prompt=a", "--prompt="], "prompt 2 is empty"),
         ([*HOT, "--prompt=a", "--top_k=-2"], "top_k=-2 must be"),
