@@ -92,7 +92,9 @@ def test_a_file_of_prompts_and_a_file_of_completions(folder, model, tmp_path, ca
     whole = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(whole[1] + whole[0][:-9])  # killed while it wrote a line
     assert run(folder, *HOT, *more) == 0
-    again = sorted(map(json.loads, out.read_text(encoding="utf-8").splitlines()), key=lambda row: row["index"])
+    again = sorted(
+        map(json.loads, out.read_text(encoding="utf-8").splitlines()), key=lambda row: row["index"]
+    )
     assert [row["tokens"] for row in again] == [row["tokens"] for row in got]
     assert "1 of 3 are in" in capsys.readouterr().err
     out.write_bytes(whole[0] * 2)
