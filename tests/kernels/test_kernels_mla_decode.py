@@ -10,7 +10,7 @@ import pytest
 from decode_oracle import SCALE, assert_decoded, expected, make, passes_flash_mla, stored
 from op_suite import NO_INTERPRETER, run
 
-from pallas_kernels.mla_decode import kernel
+from pallas_kernels.mla_decode import fallback, kernel
 from pallas_kernels.mla_decode.kernel_plan import plan
 from pallas_kernels.mla_decode.ops import dequantize_cache, mla_decode, quantize_cache, token_bytes
 from tests.kernels.interpreter import HAS_INTERPRETER
@@ -67,6 +67,15 @@ def test_model_widths_pass_flash_mla(kind):
     for got in both(*problem.operands, 512):
         assert passes_flash_mla(got, right)
         assert_decoded(got, problem, right)
+
+
+@pytest.mark.parametrize(("lengths", "kind"), [([4000, 1, 0, 140, 900], "fp8"), ([300, 2], "f32")])
+def test_in_blocks_as_where_there_is_no_cpu(lengths, kind, monkeypatch):
+    """Other platforms' form of the fallback, with and without a loop."""
+    monkeypatch.setattr(fallback.lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+    problem = make(3, lengths, 2, 4, 8 if kind == "f32" else 64, kind=kind)
+    got = fallback.mla_decode(*problem.operands, scale=SCALE, latent=problem.latent)
+    assert_decoded(got, problem, expected(problem))
 
 
 def test_nothing_to_attend():
