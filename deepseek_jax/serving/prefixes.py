@@ -26,7 +26,7 @@ class Prefixes:
         if running.awaits is not None and self._is_coming(running, running.awaits):
             return None
         self._hash(running)
-        if running.request.prompt_logprobs is not None or running.request.routes:
+        if running.request.prompt_logprobs is not None:
             return []
         keys = running.keys[: (len(running.tokens) - 1) // self.pool.page]
         found = self.pool.lookup(keys)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -49,7 +49,6 @@ class Request:
         grammar: restricts what is drawn.
         salt: prompts share pages only if theirs is the same.
         priority: smaller ones run first.
-        routes: give the experts of each token, of prompt and answer.
         kept: give the ids that each token of the answer was drawn from.
     """
 
@@ -65,7 +64,6 @@ class Request:
     grammar: Grammar | None = None
     salt: str = ""
     priority: int = 0
-    routes: bool = False
     kept: bool = False
 
     def check(self, vocab_size: int, max_model_len: int) -> None:
@@ -100,7 +98,7 @@ class Token(NamedTuple):
 
     logprob: nats, in the model's own distribution, before temperature, penalties, bias and masks; sampled_logprob: in the
     distribution that it was drawn from, 0 where that is greedy. top: the likeliest (id, logprob), of the model's own.
-    version: of the weights. routes: int [MoE layers, k], where asked for. kept: a bit for each id that could be drawn, where
+    version: of the weights. kept: a bit for each id that could be drawn, where
     asked for: uint32 [ceil(vocab_size / 32)], bit i % 32 of word i // 32.
     """
 
@@ -109,7 +107,6 @@ class Token(NamedTuple):
     sampled_logprob: float
     version: int = 0
     top: Sequence[tuple[int, float]] = ()
-    routes: Any = None
     kept: np.ndarray | None = None
 
 

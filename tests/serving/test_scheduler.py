@@ -56,7 +56,7 @@ KINDS = {
 def random_request(rng: random.Random, name, beginnings) -> Request:
     tail = [rng.randrange(VOCAB) for _ in range(rng.randrange(5))]
     options = {"stop_ids": (5,), "priority": rng.choice((0, 0, 1)), "salt": rng.choice("aab")}
-    options |= rng.choice(({}, {}, {}, {}, {"prompt_logprobs": 1}, {"routes": True}, {"grammar": object()}))
+    options |= rng.choice(({}, {}, {}, {}, {"prompt_logprobs": 1}, {"grammar": object()}))
     prompt = rng.choice(beginnings)[: rng.randrange(1, 25)] + tail
     return request(name, prompt, rng.randrange(1, 30), **options)
 
@@ -479,7 +479,7 @@ def test_in_invariant_mode_no_page_that_rows_wrote_to_is_found():
         assert next_turn.cached_tokens == 4
 
 
-@pytest.mark.parametrize("asked", [{"prompt_logprobs": 0}, {"routes": True}])
+@pytest.mark.parametrize("asked", [{"prompt_logprobs": 0}])
 def test_what_is_asked_of_all_tokens_of_a_prompt_is_found_in_no_page(asked):
     engine = engine_of()
     answers(engine, request("a", prompt_of(14)), request("b", prompt_of(14), **asked))
