@@ -133,7 +133,7 @@ class Model:
                 `sampling.Sampling`.
 
         Raises:
-            ValueError: see `batch.Request`; speculative over a mesh.
+            ValueError: what `serving.request.Request.check` refuses; speculative without an MTP module.
         """
         prompts = _as_lists(prompts)
         single = _is_single(prompts) and len(prompts) > 0
@@ -221,6 +221,7 @@ class Model:
     ) -> list[Request]:
         asked = f"max_new_tokens={shown(max_new_tokens)} must be an integer >= 1"
         require(is_integer(max_new_tokens) and max_new_tokens >= 1, asked)
+        max_new_tokens = int(max_new_tokens)  # NumPy's and JAX's count, too
         stops = self.stop_ids if stop_ids is None else stop_ids
         require(isinstance(stops, Iterable), f"stop_ids={shown(stops)} must be token ids")
         rows = [self._ids(prompt) for prompt in prompts]
@@ -250,16 +251,16 @@ class Model:
         stops = check_stop(stop)
         if show or stops:
             self._tokenizer()
-        engine = self._offline.engine(requests, drafts)
+        call = self._offline.call(requests, drafts)
         # A continuation of text goes on from it; one of ids is a text of its own.
         before = [r.prompt if isinstance(p, str) else () for p, r in zip(prompts, requests, strict=True)]
         rows = Rows(requests, self.tokenizer, stops, before)
-        for updates in self._offline.answers(engine):
+        for updates in self._offline.answers(call):
             for request_id in rows.push(updates):
-                engine.abort(request_id, "stop")
+                call.engine.abort(request_id, "stop")
             yield rows
         if drafts:
-            self.last_stats = Stats(engine.stats.drafted, engine.stats.accepted)
+            self.last_stats = Stats(call.engine.stats.drafted, call.engine.stats.accepted)
 
     def _generation(
         self,

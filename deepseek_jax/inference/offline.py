@@ -4,8 +4,9 @@ Programs are compiled when they are first launched; sizes are rounded up, so tha
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -148,36 +149,48 @@ def seeds_of(seed: int | Sequence[int], rows: int) -> list[int]:
     return [(int(s) + one * i * GOLDEN) % 2**32 for i, s in enumerate(seeds)]
 
 
+class Call(NamedTuple):
+    """Requests in an engine of their own. made_for: what its devices were made for: options, and parts of the model."""
+
+    engine: Engine
+    made_for: tuple[Any, ...]
+
+
 class Offline:
     """Answers requests over one model, call by call; what a call compiled, and its cache's memory, serve the next one.
 
-    Nothing of a call's texts is found by the next: the same call has the same result.
+    Nothing of a call's texts is found by the next: the same call has the same result. A call that begins before another has
+    ended, as between two pieces of a stream, has devices' state of its own.
     """
 
     def __init__(self, model: Any):
         self._model = model
-        self._last: tuple[Options, Any, Any] | None = None  # options, parameters, devices
+        self._idle: tuple[tuple[Any, ...], Any] | None = None  # what devices were made for, and they
 
-    def engine(self, requests: Sequence[Request], drafts: bool) -> Engine:
-        """An engine that has them all. Raises ValueError as `Request.check`, and for drafts of a model without an MTP
-        module."""
+    def call(self, requests: Sequence[Request], drafts: bool) -> Call:
+        """Raises ValueError as `Request.check`, and for drafts of a model without an MTP module."""
         model = self._model
         ranks = 1 if model.mesh is None else generation_mesh(model.config, model.mesh).size
         options = options_for(requests, model.config.max_position_embeddings, ranks, drafts)
-        if self._last is None or self._last[0] != options or self._last[1] is not model.params:
-            self._last = None  # its memory is free before more is taken
-            self._last = options, model.params, cold(model, options)
-        made = Engine(self._last[2], options)
+        made_for = options, model.params, model.balance_bias, model.tokenizer
+        device = self._taken(made_for) or cold(model, options)
+        made = Engine(device, options)
         for request in requests:
             made.submit(request)
-        return made
+        return Call(made, made_for)
 
-    def answers(self, made: Engine) -> Iterator[list[Update]]:
+    def _taken(self, made_for: tuple[Any, ...]) -> Any:
+        """The idle devices, if they were made for the same; their memory is free if not."""
+        idle, self._idle = self._idle, None
+        if idle is None:
+            return None
+        (options, *parts), device = idle
+        same = options == made_for[0] and all(map(operator.is_, parts, made_for[1:]))
+        return device if same else None
+
+    def answers(self, call: Call) -> Iterator[list[Update]]:
         """What each turn brought, until all requests are answered. Where the caller leaves off, or is interrupted, the rest of
-        the work is dropped."""
-        try:
-            while made.has_work:
-                yield made.step()
-        except BaseException:
-            self._last = None  # a program may have taken its state without giving it back
-            raise
+        the work is dropped, and the devices' state with it: a program may have taken it without giving it back."""
+        while call.engine.has_work:
+            yield call.engine.step()
+        self._idle = call.made_for, call.engine.device

@@ -32,7 +32,9 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
     """The devices that `model` is for, with its weights; nothing is compiled yet. Raises ValueError as `build`."""
     cfg = decoding_config(model.config)
     drafts = check_drafts(cfg, options.drafts, options.invariant)
-    pages = lowest(options.pages_for(cfg, layers_in_pages(cfg, drafts)))
+    pages = options.pages_for(cfg, layers_in_pages(cfg, drafts))
+    if model.mesh is not None:  # of one device, the other processes know nothing
+        pages = lowest(pages)
     cache = cfg, options.sizes(cfg), pages, options.cache == "fp8", drafts
     device: Any
     if model.mesh is None:

@@ -118,7 +118,9 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Raises ValueError for what can never run, QueueFullError where the queue is full."""
         request.check(self.device.cfg.vocab_size, self.device.sizes.max_model_len)
-        require(request.id not in self._records, f"request id {request.id!r} is in use: give another")
+        untold = (update.id for update in self._ended)
+        free = request.id not in self._records and request.id not in untold
+        require(free, f"request id {request.id!r} is in use: give another")
         rank = choose_rank(self.schedulers, request)
         self._records[request.id] = _Record(self.schedulers[rank].add(request), rank)
 
@@ -211,11 +213,9 @@ class Engine:
         request = running.request
         record = self._records[request.id]
         record.paged = 0
-        if record.queued is None:
+        self.device.admit(rank, running.slot, request, running.tokens[len(request.prompt) :])
+        if record.queued is None:  # for the first time
             record.queued = time.monotonic() - record.asked
-        answer = running.tokens[len(request.prompt) :]
-        self.device.admit(rank, running.slot, request, answer)
-        if not answer:
             self.stats.cache_queries += len(request.prompt)
             self.stats.cache_hits += running.cached_tokens
 

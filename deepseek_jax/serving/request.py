@@ -83,6 +83,8 @@ class Request:
             f"{max_model_len} tokens that a sequence may have",
         )
         require(is_integer(self.seed), f"seed={shown(self.seed)} must be an integer")
+        stops = f"stop_ids={shown(self.stop_ids)} must be token ids"
+        require(all(map(is_integer, self.stop_ids)), stops)
         biased = max(dict(self.sampling.logit_bias), default=0)
         require(
             biased < vocab_size, f"logit_bias has token id {biased}, outside [0, vocab_size={vocab_size})"

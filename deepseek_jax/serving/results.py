@@ -26,7 +26,7 @@ def up_to_the_end(running: Running, tokens: list[Token]) -> tuple[list[Token], s
 def token_of(request: Request, drawn: Any, i: Any, version: int) -> Token:
     """That of row i."""
     top = _top(request.logprobs, drawn.top_ids_bk, drawn.top_logprobs_bk, i)
-    kept = drawn.kept_bw[i] if request.kept else None
+    kept = drawn.kept_bw[i].copy() if request.kept else None  # a view would keep those of all rows
     logprob, sampled = float(drawn.logprob_b[i]), float(drawn.sampled_b[i])
     return Token(int(drawn.token_b[i]), logprob, sampled, version, top, kept=kept)
 

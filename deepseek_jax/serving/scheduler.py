@@ -150,12 +150,12 @@ class Scheduler:
 
     def at_once(self) -> int:
         """How many tokens all decode rows may compute one after the other: 1 where a prompt has its turn, or a grammar must see
-        each token."""
+        each token; as many as one likes where nobody goes on, for the sake of other ranks."""
         if any(running.computed < running.goal for running in self.running) or (self.waiting and self._slots):
             return 1
         constrained = any(running.request.grammar is not None for running in self.running)
         lefts = (running.left for running in self.running if running.left > 0)
-        return 1 if constrained else min(lefts, default=1)
+        return 1 if constrained else min(lefts, default=self.limits.max_model_len)
 
     def _add_rows(self, step: Step, drafts: int, times: int) -> None:
         for running in list(self.running):

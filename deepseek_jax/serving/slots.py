@@ -117,7 +117,7 @@ def of_request(request: Request, answer: Sequence[int], vocab: int) -> Row:
         seed_s=np.uint32(int(request.seed) % 2**32),
         top_s=np.int32(request.logprobs or 0),
         kept_s=np.bool_(request.kept),
-        free_from_s=np.int32(len(request.prompt) + request.min_tokens),
+        free_from_s=np.int32(len(request.prompt) + min(request.min_tokens, request.max_tokens)),
         bias_id_sm=bias_id,
         bias_sm=bias,
         stop_sw=stop,

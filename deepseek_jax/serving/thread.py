@@ -103,7 +103,8 @@ class EngineThread:
             self.failed, reason = failure, "error"
             error = f"the engine failed: {type(failure).__name__}: {failure}"
         for request_id in list(self._listeners):
-            self._tell([Update(request_id, finish_reason=reason, error=error)])
+            with contextlib.suppress(Exception):  # of one that hears; the others hear nevertheless
+                self._tell([Update(request_id, finish_reason=reason, error=error)])
         self._over = True
         self._answer_the_rest()
 

@@ -15,7 +15,7 @@ from deepseek_jax.model.layout import Inputs, single_device
 from deepseek_jax.model.modules import DeepSeekV3
 from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import forward, model_params
-from deepseek_jax.serving import one_device
+from deepseek_jax.serving import build, one_device
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
 from tests.oracle.tiny import V2, V3, weights
@@ -85,8 +85,8 @@ def test_ids_the_tokenizer_lacks_are_never_chosen():
     limited.tokenizer = Knows()
     made = limited.ready()
     rows = {}
-    engine = limited._offline.engine([Request("0", PROMPTS[0], NEW)], False)
-    for updates in limited._offline.answers(engine):
+    call = limited._offline.call([Request("0", PROMPTS[0], NEW)], False)
+    for updates in limited._offline.answers(call):
         for update in updates:
             rows.setdefault(update.id, []).extend(token.id for token in update.tokens)
     assert made is limited.ready()
@@ -160,10 +160,38 @@ def test_what_changes_from_call_to_call_compiles_nothing():
 def test_a_call_that_is_left_off_harms_no_other():
     made = model("v3")
     requests = made._requests(PROMPTS, NEW, Sampling(), None, 0)
-    for n, _ in enumerate(made._offline.answers(made._offline.engine(requests, False))):
+    for n, _ in enumerate(made._offline.answers(made._offline.call(requests, False))):
         if n == 2:
             break
     assert run("v3") == [by_full_forward("v3", prompt, NEW) for prompt in PROMPTS]
+
+
+def test_calls_between_two_turns_of_another_harm_it_not():
+    """As where a stream's pieces are read, and another text is asked for between them."""
+    made, tokens = model("v3"), []
+    want = [by_full_forward("v3", prompt, NEW) for prompt in PROMPTS]
+    for updates in made._offline.answers(made._offline.call([Request("0", PROMPTS[2], NEW)], False)):
+        tokens += [token.id for update in updates for token in update.tokens]
+        if len(tokens) < 3:
+            assert run("v3", PROMPTS[:1]) == want[:1]
+    assert tokens == want[2]
+
+
+def test_the_bias_and_the_number_of_tokens_are_those_of_the_call():
+    """Another bias is heard though the parameters are the same; a number of tokens may be NumPy's."""
+    cfg, params, bias, _ = case("v3")
+    made = Model(cfg, params, bias)
+    before = made.generate(PROMPTS, np.int64(NEW))
+    made.balance_bias = -3 * bias
+    assert made.generate(PROMPTS, NEW) == Model(cfg, params, -3 * bias).generate(PROMPTS, NEW) != before
+    with pytest.raises(ValueError, match=r"stop_ids=\('a', 'b'\) must be token ids"):
+        run("v3", stop_ids="ab")
+
+
+def test_a_process_may_generate_alone(monkeypatch):
+    """As the first of several does at the end of training: without a mesh, it asks the others nothing."""
+    monkeypatch.setattr(build, "lowest", lambda number: pytest.fail("the others are not there"))
+    assert Model(*case("v3")[:3]).generate(PROMPTS, NEW) == run("v3")
 
 
 def log_softmax(x_nv):

@@ -114,7 +114,7 @@ def test_a_checkpoint_is_loaded_onto_its_mesh(kind, folders):
     assert {shard.data.shape[1] for shard in w.addressable_shards} == {1}
     one = deepseek_jax.load(folders[kind])
     assert loaded.generate([[1, 2]], 3) == one.generate([[1, 2]], 3)
-    assert loaded._offline._last[2].ranks == 8
+    assert loaded._offline._idle[1].ranks == 8
     with pytest.raises(ValueError, match=r"give one of mesh and shardings"):
         deepseek_jax.load(folders[kind], mesh=mesh, shardings=parameter_shardings(loaded.config, mesh))
 

@@ -1,15 +1,18 @@
 """The engine against the whole forward pass over each prompt alone, with the same weights."""
 
+import dataclasses
 import queue
 
 import numpy as np
+import pytest
 
+from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.thread import EngineThread
 from tests.oracle.sampling import Case, distribution
 from tests.serving.greedy import greedy
-from tests.serving.tiny_engine import CFG, engine, model, run
+from tests.serving.tiny_engine import CFG, OPTIONS, device, engine, model, run
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, CFG.vocab_size, n).tolist() for n in (5, 1, 12, 100, 130, 64, 200, 70)]
@@ -118,6 +121,32 @@ def test_each_request_is_drawn_by_its_own_settings():
             assert could is None or (could[: CFG.vocab_size] == (prob > 0)).all()
     assert [len(tokens) for tokens in together.values()][:3] == [64] * 3
     assert 15 < len(together["3"]) <= 64 and 5 < len(together["4"]) <= 64
+
+
+def test_a_prompt_that_is_preempted_before_its_first_token_is_counted_once():
+    """Two sequences grow while the prompt of a third one, whose pages they take, is computed."""
+    slowly = dataclasses.replace(OPTIONS, stall=1e-9)  # beside decode rows, the smallest chunk
+    made, lengths = Engine(device(), slowly), (36, 35, 500)
+    assert made.schedulers[0].pool.allocate(5)
+    prompts = [RNG.integers(0, CFG.vocab_size, n).tolist() for n in lengths]
+    run(made, [Request(str(i), p, min(40, 512 - len(p))) for i, p in enumerate(prompts)])
+    assert made.stats.preemptions > 0
+    assert made.stats.cache_queries == made.stats.prompt == sum(lengths)
+
+
+def test_an_id_is_in_use_until_its_end_was_told():
+    """Else the next request of that id would hear the end of the one before."""
+    made = engine()
+    made.submit(Request("a", PROMPTS[0], 5))
+    made.abort("a")
+    with pytest.raises(ValueError, match="request id 'a' is in use"):
+        made.submit(Request("a", PROMPTS[1], 5))
+    assert [(update.id, update.finish_reason) for update in made.step()] == [("a", "abort")]
+    made.submit(Request("a", PROMPTS[1], 2, min_tokens=2**40, stop_ids=range(CFG.vocab_size - 1)))
+    tokens = []
+    while made.has_work:
+        tokens += [token.id for update in made.step() for token in update.tokens]
+    assert tokens == [CFG.vocab_size - 1] * 2  # of min_tokens, as many as max_tokens allows
 
 
 def test_a_thread_answers_several_callers_and_aborts():

@@ -235,6 +235,7 @@ def test_rows_take_several_tokens_at_once_only_where_nobody_is_held_up():
     """As many as the sequence that ends first wants; one, where a prompt has its turn or finds a slot, or a grammar reads."""
     engine = engine_of(rows=2, budget=8)
     at_once = engine.scheduler.at_once
+    assert at_once() > 8  # nobody is here: it holds up no other rank
     engine.add(request("a", prompt_of(3), 9))
     assert at_once() == 1  # it finds a slot
     engine.turn(budget=2)

@@ -63,6 +63,23 @@ def test_a_failure_reaches_all_that_wait_and_all_that_come_later():
     assert isinstance(asked(thread, "late"), RuntimeError)
 
 
+def test_a_listener_that_fails_keeps_nobody_from_hearing():
+    thread, heard = EngineThread(Shell()), queue.SimpleQueue()
+
+    def fails(update):
+        raise KeyError(update.id)
+
+    def both():
+        for name, listener in (("a", fails), ("b", heard.put)):
+            thread.engine.submit(Request(name, [1], 1))
+            thread._listeners[name] = listener
+
+    thread._listeners["c"] = fails  # is told at the end
+    thread.call(both)
+    assert "the engine failed: KeyError" in heard.get(timeout=10).error
+    assert isinstance(asked(thread, "late"), RuntimeError)
+
+
 def test_requests_that_race_with_its_end_are_answered():
     for _ in range(50):
         thread = EngineThread(Shell())
