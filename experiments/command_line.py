@@ -8,6 +8,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
 import signal
@@ -155,7 +156,17 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, mor
         print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\nflags:\n" + "\n".join(map(_flag, own)))
         print(more_help, end="")
         sys.exit(0)
-    rest = values([sys.argv[0], *argv])[1:]
+    try:
+        rest = values([sys.argv[0], *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0.5)
+        hint = f"did you mean --{near[0]}? " if near else ""
+        raise ValueError(f"there is no flag --{error.flagname}; {hint}(see --help)") from error
+    except flags.IllegalFlagValueError as error:
+        missing = [name for name in values if values[name].value is None and f"--{name}=None" in str(error)]
+        if not missing:
+            raise
+        raise ValueError(f"give --{missing[0]}={missing[0].upper()} (see --help)") from error
     if rest:
         raise ValueError(f"unexpected arguments {rest}: settings are --NAME=VALUE (see --help)")
     _quieten_failed_writes()

@@ -203,8 +203,17 @@ def _chat(model: Any) -> None:
     messages = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
     for turn, line in enumerate(_turns()):
         messages.append({"role": "user", "content": line})
-        ids = model.tokenizer.encode_chat(messages)
-        room = max(1, min(_TOKENS.value, model.config.max_position_embeddings - len(ids)))
+        ids, positions = model.tokenizer.encode_chat(messages), model.config.max_position_embeddings
+        if len(ids) >= positions:
+            messages.pop()
+            print(
+                f"with this turn the chat has {len(ids)} tokens, and the model has {positions} positions: shorten the turn, or "
+                "end the chat with an empty line and begin anew",
+                file=sys.stderr,
+                flush=True,
+            )
+            continue
+        room = min(_TOKENS.value, positions - len(ids))
         reply: list[str] = []
         with contextlib.suppress(KeyboardInterrupt):
             pieces = model.stream(ids, room, seed=_SEED.value + turn, **_options())

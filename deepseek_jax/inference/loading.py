@@ -61,6 +61,10 @@ def load(
         return shardings if mesh is None else parameter_shardings(cfg, mesh)
 
     folder = path_of(path, "path")
+    require(
+        folder.exists(),
+        f"{folder} does not exist: give the folder of a run or of Hugging Face; nothing is downloaded",
+    )
     with now.doing(f"loading {path}"):
         if (folder / "config.json").is_file():
             config = read_object(folder / "config.json")

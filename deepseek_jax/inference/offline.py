@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepseek_jax import now
 from deepseek_jax.checks import is_integer, require, shown
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.text import TextRow
@@ -191,6 +192,11 @@ class Offline:
     def answers(self, call: Call) -> Iterator[list[Update]]:
         """What each turn brought, until all requests are answered. Where the caller leaves off, or is interrupted, the rest of
         the work is dropped, and the devices' state with it: a program may have taken it without giving it back."""
-        while call.engine.has_work:
-            yield call.engine.step()
-        self._idle = call.made_for, call.engine.device
+        engine, updates = call.engine, list[Update]()
+        with now.doing("reading the prompt"):  # and, where sizes are new, compiling
+            while engine.has_work and not any(update.tokens for update in updates):
+                updates += engine.step()
+        yield updates
+        while engine.has_work:
+            yield engine.step()
+        self._idle = call.made_for, engine.device

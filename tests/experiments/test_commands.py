@@ -25,7 +25,7 @@ def run(module, *arguments):
     ("module", "arguments", "message"),
     [
         ("train", ["--config.train.stesp=3"], "unknown config key train.stesp; did you mean train.steps?"),
-        ("train", ["--from_stp=3"], "Unknown command line flag 'from_stp'"),
+        ("train", ["--from_stp=3"], "there is no flag --from_stp; did you mean --from_step?"),
         ("generate", ["--checkpoint=/nonexistent", "--prompt=\udcff"], "is not UTF-8 text"),
         ("convert", ["--from=hf", "--to=orbax", "--input=/nonexistent", "--output=/x"], "/nonexistent"),
         ("fp8_study", ["--seeds=1"], "seeds"),

@@ -26,7 +26,8 @@ class Admission:
         """All sequences of a request, or none. Raises QueueFullError; ValueError for more than there is room for ever."""
         require(
             sequences <= self.sequences,
-            f"n={sequences} sequences of one request are more than the {self.sequences} that may wait",
+            f"{sequences} sequences of one request, its prompts times n, are more than the {self.sequences} that may run and "
+            "wait: send fewer at once",
         )
         full = self.waiting + sequences > self.sequences
         # one prompt alone always fits: the engine says what it can hold

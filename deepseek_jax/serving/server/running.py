@@ -36,7 +36,9 @@ def listening(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
         except (OSError, OverflowError) as error:
-            raise ValueError(f"cannot listen at {host}:{port}: {error}") from error
+            raise ValueError(
+                f"cannot listen at {host}:{port}: {error}; choose another port, or 0 for any that is free"
+            ) from error
         undone.pop_all()
     return listener
 

@@ -369,7 +369,7 @@ def status_of(client) -> int:
     ("flags", "message"),
     [
         ((), "--checkpoint"),
-        (("--checkpoint=/nonexistent", "--port=0"), "/nonexistent holds neither config.json"),
+        (("--checkpoint=/nonexistent", "--port=0"), "/nonexistent does not exist"),
         (("--checkpoint=/nonexistent", "--port=0", "--rows=0"), "rows"),
         (("--checkpoint=/nonexistent", "--port=0", "--served_model_name="), "name is empty"),
         (
