@@ -30,7 +30,10 @@ SLOWEST_FIRST = (
     "test_step.py",
     "test_overlap.py",
     "test_experts_step.py",
-    "test_speculative.py",
+    "test_drafting.py",
+    "test_fp8_weights.py",
+    "test_over_mesh.py",
+    "test_generation_over_mesh.py",
     "test_zero.py",
     "test_golden.py",
 )

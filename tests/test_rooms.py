@@ -168,3 +168,9 @@ def test_the_model_asks_no_type_what_to_do():
         if not re.search(r", (Param|jax\.Array|jax\.core\.Tracer)\)", what)
     }
     assert not asks
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by these."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}

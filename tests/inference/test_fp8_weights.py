@@ -108,7 +108,6 @@ def test_greedy_tokens(models):
         assert (logits_tv.max(-1) - chosen < 3 * BOUND * logits_tv.std(-1)).all()
         same += (logits_tv.argmax(-1) == row).sum()
     assert same > 0.7 * 3 * NEW
-    assert kept.generate(PROMPTS, NEW, stop_ids=(), speculative=True) == rows
 
 
 def test_decoding_reads_the_bytes_of_the_checkpoint(models):
