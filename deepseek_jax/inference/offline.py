@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from deepseek_jax import now
@@ -171,6 +172,11 @@ class Offline:
     def call(self, requests: Sequence[Request], drafts: bool) -> Call:
         """Raises ValueError as `Request.check`, and for drafts of a model without an MTP module."""
         model = self._model
+        require(
+            model.mesh is None or jax.process_count() == 1,
+            f"generate over a mesh of {jax.process_count()} processes is not done: serve it (experiments.serve), or load the model "
+            "without a mesh",
+        )
         ranks = 1 if model.mesh is None else generation_mesh(model.config, model.mesh).size
         options = options_for(requests, model.config.max_position_embeddings, ranks, drafts)
         made_for = options, model.params, model.balance_bias, model.tokenizer

@@ -28,6 +28,7 @@ from deepseek_jax.serving.programs import AT_ONCE, chunk_plan, decode_plan
 from deepseek_jax.serving.request import PromptToken, Request, Token, Update
 from deepseek_jax.serving.results import prompt_tokens, token_of, up_to_the_end, without_kept
 from deepseek_jax.serving.sampler import most_of
+from deepseek_jax.serving.sampling import ALL
 from deepseek_jax.serving.scheduler import Scheduler
 from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
 
@@ -232,7 +233,7 @@ class Engine:
                     record.paged += 1
                 rows.append((i, row))
         run = self.device.decode_pairs if drafts else self.device.decode
-        return self._flight(rows, run(self._masked(plan, rows), _most(rows), times), None)
+        return self._flight(rows, run(self._masked(plan, rows), self._most(rows), times), None)
 
     def _launch_chunks(self, ranks: list[list[Chunk]]) -> Flight:
         """The longest chunks that are left, as many as go into one program; takes them out of `ranks`."""
@@ -247,7 +248,7 @@ class Engine:
                 self._put(plan, i, chunk)
                 rows.append((i, chunk))
             del chunks[:each]
-        drawn, given = self.device.prefill(self._masked(plan, rows), _most(rows))
+        drawn, given = self.device.prefill(self._masked(plan, rows), self._most(rows))
         return self._flight(rows, drawn, given if plan.asks_r.any() else None)
 
     def _put(self, plan: Any, i: int, chunk: Chunk) -> None:
@@ -281,6 +282,12 @@ class Engine:
             ) as error:  # it leads nowhere: the request ends, and what its row draws is dropped
                 self.abort(request.id, "error", str(error))
         return plan._replace(mask_rw=mask_rw)
+
+    def _most(self, rows: list[tuple[int, Any]]) -> int | None:
+        """What the rows ask for at most; where their bits must not depend on others, all that there is."""
+        if self.options.invariant and not on_cpu():
+            return ALL
+        return most_of(row.running.request for _, row in rows)
 
     def _flight(self, rows: list[tuple[int, Any]], drawn: Any, given: Any) -> Flight:
         if not any(row.running.request.kept for _, row in rows):
@@ -361,10 +368,6 @@ class Engine:
             self.stats.ended[reason] += 1
         waited = record.queued or 0.0
         return Update(running.request.id, new, reason, running.cached_tokens, prompt, queued=waited)
-
-
-def _most(rows: list[tuple[int, Any]]) -> int | None:
-    return most_of(row.running.request for _, row in rows)
 
 
 def _decoding(scheduler: Scheduler) -> int:

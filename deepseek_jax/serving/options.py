@@ -84,6 +84,8 @@ class Options:
         stats = None if on_cpu() else (device or jax.local_devices()[0]).memory_stats()
         free = CPU_CACHE if stats is None else GPU_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"])
         pages = min(sizes.slots * sizes.pages_each, int(free) // one)
+        if stats is None:  # a CPU has what one whole sequence needs
+            pages = max(pages, sizes.pages_each)
         require(
             pages >= sizes.pages_each,
             f"a sequence of max_model_len={sizes.max_model_len} takes {sizes.pages_each} pages of {one / 2**20:.2f} MiB, and "
