@@ -1,6 +1,6 @@
 """A transformer block as a chain of phases: attention in, attention out, then a dense FFN or the phases of `moe.py`.
 
-    attention_in    norm, down-projections, up-projections -> queries, keys, values; latents for the cache
+    attention_in    norm, down-projections, up-projections -> queries, keys, values
     attention_out   attention core and output projection, added to the stream
     gate            norm, affinities, the routing, where each token's rows go
     dispatch        tokens to the devices of their experts
@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.ffn import mlp, mlp_params
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.layout import Context
@@ -42,8 +41,8 @@ def block_params(cfg: ModelConfig, is_moe: bool) -> dict[str, Any]:
     }
 
 
-def attention_in(p: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Context) -> tuple[Expanded, LatentCache]:
-    """Norm and projections of this device's tokens -> what its heads' core reads of all tokens, and the latents."""
+def attention_in(p: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Context) -> Expanded:
+    """Norm and projections of this device's tokens -> what its heads' core reads of all tokens."""
     remat = ctx.layout.remat
     low = after_norm(down, cfg, remat)(p["attn"], p["attn_norm_d"], x_btd)
     low = ctx.layout.sequence.gathered(low)
@@ -73,12 +72,10 @@ def no_stats(cfg: ModelConfig) -> BalanceStats:
 
 def block(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None, ctx: Context
-) -> tuple[jax.Array, BalanceStats, LatentCache]:
+) -> tuple[jax.Array, BalanceStats]:
     """One transformer block: attention, then dense or MoE FFN, each with a pre-norm and a residual."""
-    inputs, latent = attention_in(p, cfg, x_btd, ctx)
-    x_btd = attention_out(p, cfg, x_btd, inputs, ctx)
-    x_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx)
-    return x_btd, stats, latent
+    x_btd = attention_out(p, cfg, x_btd, attention_in(p, cfg, x_btd, ctx), ctx)
+    return ffn(p, cfg, x_btd, bias_e, ctx)
 
 
 # --- layers of one kind -------------------------------------------------------------------------------------------
@@ -95,14 +92,11 @@ def unroll(p: Params) -> int:
 
 def stack(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_le: jax.Array | None, ctx: Context
-) -> tuple[jax.Array, BalanceStats, LatentCache | None]:
-    """Layers of one kind, stacked on a leading axis. Statistics and latents come back stacked likewise."""
+) -> tuple[jax.Array, BalanceStats]:
+    """Layers of one kind, stacked on a leading axis. Statistics come back stacked likewise."""
 
     def body(x, layer):
         p_layer, bias_e = layer
-        y, stats, latent = block(p_layer, cfg, x, bias_e, ctx)
-        return y, (stats, ctx.layout.sequence.cached(latent) if ctx.with_cache else None)
+        return block(p_layer, cfg, x, bias_e, ctx)
 
-    step = recompute(body, ctx.layout.remat)
-    y_btd, (stats, latent) = lax.scan(step, x_btd, (p, bias_le), unroll=unroll(p))
-    return y_btd, stats, latent
+    return lax.scan(recompute(body, ctx.layout.remat), x_btd, (p, bias_le), unroll=unroll(p))

@@ -3,9 +3,8 @@
 Of each token and layer the cache holds the normalised latent (kv_lora_rank) and the rotated shared key
 (qk_rope_head_dim); nothing per head. A view knows where the new tokens of a pass go and what each of them sees. The model
 asks it for `positions_bt`, and in layer i for `append(i, latents)` and `attend(i, queries)`; it does not know how tokens
-are stored.
-`View` is over contiguous slots, `PagedView` over pages that sequences of any lengths share; of the latter, latents can also
-be read, to be expanded (`over_pages.py`).
+are stored. `PagedView` is over pages that sequences of any lengths share; their latents can also be read, to be expanded
+(`over_pages.py`).
 
 Dims: l layer, b sequence, t new token, s slot, c latent, r rotary key, p page, w width of a token in a page.
 """
@@ -17,129 +16,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.precision.sums import precision
 from pallas_kernels.mla_decode.ops import dequantize_cache, mla_decode, quantize_cache, token_bytes
 
 PAGE = 64  # tokens
 
 
 class LatentCache(NamedTuple):
-    """c_bsc: normalised latents; r_bsr: rotated shared keys. A prefill stacks them on a leading layer axis."""
+    """c_bsc: normalised latents; r_bsr: rotated shared keys."""
 
     c_bsc: jax.Array
     r_bsr: jax.Array
-
-
-def _write(x: jax.Array, new_btv: jax.Array, slot: jax.Array, lead: tuple[Any, ...] = ()) -> jax.Array:
-    """`new` into slots slot .. slot + t - 1 of `x` [lead dims, b, s, v] at the indices `lead`; `slot` is [] or [b]."""
-
-    def put(x: jax.Array, new: jax.Array, *at: Any) -> jax.Array:
-        return lax.dynamic_update_slice(x, new.reshape(*[1] * len(lead), *new.shape), (*lead, *at, 0))
-
-    new_btv = new_btv.astype(x.dtype)
-    if jnp.ndim(slot) == 0:
-        return put(x, new_btv, 0, slot)
-    return jax.vmap(put, in_axes=(len(lead), 0, 0), out_axes=len(lead))(x, new_btv, slot)
-
-
-class Apart(NamedTuple):
-    """Each layer's latents in arrays of their own [b, s, ...]: layers are known when the program is traced."""
-
-    layers: tuple[LatentCache, ...]
-
-    def read(self, i: int) -> LatentCache:
-        return self.layers[i]
-
-    def append(self, i: int, new: LatentCache, slot: jax.Array) -> "Apart":
-        one = LatentCache(*(_write(x, n, slot) for x, n in zip(self.layers[i], new, strict=True)))
-        return Apart((*self.layers[:i], one, *self.layers[i + 1 :]))
-
-    @property
-    def slots(self) -> int:
-        return self.layers[0].c_bsc.shape[1]
-
-
-class Stacked(NamedTuple):
-    """The latents of all layers in one array [l, b, s, ...]: layers are scanned."""
-
-    latents: LatentCache
-
-    def read(self, i: jax.Array) -> LatentCache:
-        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), self.latents)
-
-    def append(self, i: jax.Array, new: LatentCache, slot: jax.Array) -> "Stacked":
-        parts = zip(self.latents, new, strict=True)
-        return Stacked(LatentCache(*(_write(x, n, slot, (i,)) for x, n in parts)))
-
-    @property
-    def slots(self) -> int:
-        return self.latents.c_bsc.shape[2]
-
-
-Cache = Apart | Stacked
-
-
-def with_room(latents: LatentCache, slots: int, dtype: Any) -> LatentCache:
-    """Latents [..., s, v] with empty slots behind them, `slots` in all."""
-
-    def padded(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.astype(dtype), (*[(0, 0)] * (x.ndim - 2), (0, slots - x.shape[-2]), (0, 0)))
-
-    return LatentCache(*map(padded, latents))
-
-
-def apart(latents: LatentCache) -> Apart:
-    """Latents stacked on a leading layer axis, layer by layer."""
-    return Apart(tuple(LatentCache(*one) for one in zip(*latents, strict=True)))
-
-
-class View(NamedTuple):
-    """New tokens at slots slot .. slot + t - 1 of a contiguous cache.
-
-    slot: int32 [] or [b]; mask_bts: which slots each token sees, itself included.
-    """
-
-    cache: Cache
-    slot: jax.Array
-    positions_bt: jax.Array
-    mask_bts: jax.Array
-
-    @property
-    def paged(self) -> bool:
-        return False
-
-    @property
-    def counted_bt(self) -> None:
-        """All new tokens count."""
-
-    def append(self, i: Any, new: LatentCache) -> "View":
-        """The view after the new tokens' latents of layer i [b, t, ...] are written."""
-        return self._replace(cache=self.cache.append(i, new, self.slot))
-
-    def attend(self, i: Any, q_bthc: jax.Array, q_bthr: jax.Array, scale: float) -> jax.Array:
-        """Attention of the new tokens over the latents of layer i, for absorbed queries -> [b, h, t, c]. Scores and softmax
-        are in float32."""
-        cache, dtype, exact = self.cache.read(i), q_bthc.dtype, precision(q_bthc.dtype)
-        score_as: Any = {"precision": exact, "preferred_element_type": jnp.float32}
-        score = jnp.einsum("bthc,bsc->bhts", q_bthc, cache.c_bsc, **score_as)
-        score += jnp.einsum("bthr,bsr->bhts", q_bthr, cache.r_bsr, **score_as)
-        score = jnp.where(self.mask_bts[:, None], score * scale, -jnp.inf)
-        prob = jax.nn.softmax(score, axis=-1).astype(dtype)
-        # Heads before tokens: in the other order, XLA's product on CPU is a plain loop, six times as slow.
-        return jnp.einsum("bhts,bsc->bhtc", prob, cache.c_bsc, precision=exact)
-
-
-def view_after_padding(cache: Cache, slot: jax.Array, t: int, pad_b: jax.Array) -> View:
-    """The view of t tokens from `slot` on ([] or [b]) of sequences whose first pad_b slots hold padding."""
-    slot_bt = (
-        jnp.reshape(slot, (-1, 1)) + jnp.arange(t)[None]
-    )  # [1, t] where all sequences write the same slots
-    slots = jnp.arange(cache.slots)[None, None]
-    mask_bts = (slots <= slot_bt[..., None]) & (slots >= pad_b[:, None, None])
-    return View(cache, slot, slot_bt - pad_b[:, None], mask_bts)
-
-
-# --- pages ------------------------------------------------------------------------------------------------------------
 
 
 def empty_pages(cfg: ModelConfig, layers: int, pages: int, fp8: bool = False, page: int = PAGE) -> jax.Array:
@@ -163,11 +49,6 @@ class PagedView(NamedTuple):
     block_table: jax.Array
     lengths: jax.Array
     positions_bt: jax.Array
-
-    @property
-    def paged(self) -> bool:
-        """Whether there is `read`, so that cached tokens can be expanded."""
-        return True
 
     @property
     def counted_bt(self) -> jax.Array:
@@ -211,7 +92,7 @@ class PagedView(NamedTuple):
         return LatentCache(x_bsw[..., :c], x_bsw[..., c:])
 
     def attend(self, i: Any, q_bthc: jax.Array, q_bthr: jax.Array, scale: float) -> jax.Array:
-        """As that of `View`, by the op `mla_decode`. The pages of layer i are found in those of all layers."""
+        """Attention of the new tokens over the latents of layer i, for absorbed queries -> [b, h, t, c], by the op `mla_decode`. The pages of layer i are found in those of all layers."""
         layers, pages, *token = self.pages_lpsw.shape
         o_bthc, _ = mla_decode(
             jnp.concatenate([q_bthc, q_bthr], axis=-1),

@@ -18,7 +18,6 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import ffn
-from deepseek_jax.model.cache import Cache, LatentCache, Stacked, apart, with_room
 from deepseek_jax.model.dispatch import Local
 from deepseek_jax.model.experts import decode_experts, experts_apart
 from deepseek_jax.model.layers import Params, embed, rms_norm
@@ -104,16 +103,10 @@ def prepare(params: Params, cfg: ModelConfig, whole: bool = True) -> Params:
     return ready
 
 
-def room(latents: LatentCache, cfg: ModelConfig, slots: int) -> Cache:
-    """The cache that goes with `prepare`, of `slots` slots, which begins with the latents of a prefill [l, b, t, ...]."""
-    latents = with_room(latents, slots, cfg.dtype)
-    return apart(latents) if unrolled(cfg) else Stacked(latents)
-
-
 def _attention(p: Params, cfg: ModelConfig, low: Low, rope: Rope, view: Any, i: Any) -> jax.Array:
     """Of the new tokens over those that the view holds: absorbed, but where many come and expanding these takes less time."""
     t = low.q_btq.shape[1]
-    if view.paged and expands(cfg, t, view.slots, CPU if on_cpu() else H100):
+    if expands(cfg, t, view.slots, CPU if on_cpu() else H100):
         return mla_over_pages(p, cfg, low, rope, view, i)
     return mla_decode(p, cfg, low, rope, functools.partial(view.attend, i))
 
@@ -160,7 +153,7 @@ def decode(
 ) -> tuple[jax.Array, Any]:
     """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], the view with their latents).
 
-    ready: from `prepare` with this config. view: of the cache, see `cache.View`. layout: `ONE_DEVICE`, or that of a mesh
+    ready: from `prepare` with this config. view: of the cache, see `cache.PagedView`. layout: `ONE_DEVICE`, or that of a mesh
     (`parallel/layout.py`): `few_tokens`, or `many_tokens` for prompts, where devices that divide sequences run the rows of
     all of them together, over pages.
     """

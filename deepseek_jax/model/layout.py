@@ -81,5 +81,4 @@ class Context(NamedTuple):
     rope: Rope
     layout: Layout
     segments_bt: jax.Array | None = None
-    with_cache: bool = False
     counted_bt: jax.Array | None = None

@@ -144,16 +144,11 @@ class Expanded(NamedTuple):
     low: Low | None
 
 
-def expanded(
-    p: Params, cfg: ModelConfig, low: Low, rope: Rope, recompute: bool
-) -> tuple[Expanded, LatentCache]:
-    """`expand`, whose results the backward pass gets from `low` again if it is to `recompute` (section 3.2.3); the
-    latents then carry no gradient."""
+def expanded(p: Params, cfg: ModelConfig, low: Low, rope: Rope, recompute: bool) -> Expanded:
+    """`expand`, whose results the backward pass gets from `low` again if it is to `recompute` (section 3.2.3)."""
     if not recompute:
-        qkv, latent = expand(p, cfg, low, rope)
-        return Expanded(qkv, None), latent
-    qkv, latent = expand(lax.stop_gradient(p), cfg, lax.stop_gradient(low), rope)
-    return Expanded(qkv, low), latent
+        return Expanded(expand(p, cfg, low, rope)[0], None)
+    return Expanded(expand(lax.stop_gradient(p), cfg, lax.stop_gradient(low), rope)[0], low)
 
 
 def attend(
@@ -177,8 +172,8 @@ def mla(
 ) -> tuple[jax.Array, LatentCache]:
     """Expanded form: causal self-attention over the t tokens. Returns (output [b, t, d], latents). `block.py` has the
     same with norm, residual and recomputation."""
-    inputs, latent = expanded(p, cfg, down(p, cfg, x_btd), rope, recompute=False)
-    return attend(p, cfg, inputs, rope, segments_bt), latent
+    qkv, latent = expand(p, cfg, down(p, cfg, x_btd), rope)
+    return attend(p, cfg, Expanded(qkv, None), rope, segments_bt), latent
 
 
 # Which dim of the weights of `mla_decode` is the heads.

@@ -56,11 +56,11 @@ def mtp_latents(p: Params, cfg: ModelConfig, h_btd: jax.Array, e_btd: jax.Array,
 
 def mtp_module(
     p: Params, cfg: ModelConfig, h_btd: jax.Array, e_btd: jax.Array, bias_e: jax.Array | None, ctx: Context
-) -> tuple[jax.Array, jax.Array, BalanceStats, LatentCache]:
-    """One MTP module: (hidden state for the next depth, the same after its norm, statistics, latents)."""
+) -> tuple[jax.Array, jax.Array, BalanceStats]:
+    """One MTP module: (hidden state for the next depth, the same after its norm, statistics)."""
     x_btd = mtp_input(p, cfg, h_btd, e_btd, ctx.layout.remat)
-    y_btd, stats, latent = block(p["block"], cfg, x_btd, bias_e, ctx)
-    return y_btd, rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), stats, latent
+    y_btd, stats = block(p["block"], cfg, x_btd, bias_e, ctx)
+    return y_btd, rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps), stats
 
 
 def _read_ahead(inputs: Inputs, ahead: int) -> jax.Array:
@@ -94,7 +94,7 @@ def mtp_hidden(
         counted_bt = sequence.own(_read_ahead(inputs, k + 1))
 
         def module(p, h, e, bias_e, counted_bt=counted_bt):
-            return mtp_module(p, cfg, h, e, bias_e, ctx._replace(counted_bt=counted_bt))[:3]
+            return mtp_module(p, cfg, h, e, bias_e, ctx._replace(counted_bt=counted_bt))
 
         h_btd, out, s = recompute(module, ctx.layout.remat)(p, h_btd, e_btd, bias_e)
         outs.append(out)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.mla import Low
 
 
@@ -29,18 +28,6 @@ class Whole:
     def total(self, x: Any) -> Any:
         """Sum over the devices that share a sequence. Not to be differentiated."""
         return x
-
-    def cached(self, latent: LatentCache) -> LatentCache:
-        """The latents of the sequences that this device goes on to decode, from those of all."""
-        return latent
-
-    def own_heads(self, params: Any, declared: Any) -> Any:
-        """This device's heads of weights that it holds whole; `declared`: the tree of `Param` that they come from."""
-        return params
-
-    def last(self, h_btd: jax.Array) -> jax.Array:
-        """States [b, d] of the last tokens of the sequences that this device goes on to decode; `h_btd` of its tokens."""
-        return h_btd[:, -1]
 
     def gathered(self, low: Low) -> Low:
         """All tokens of the sequences, projected down, from this device's."""

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import block_params, no_stats, stack
-from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.layers import Params, embed, embed_params, head_params, rms_norm
 from deepseek_jax.model.layout import Context, Inputs, Layout
 from deepseek_jax.model.mtp import mtp_hidden, mtp_params
@@ -40,7 +39,7 @@ def model_params(cfg: ModelConfig) -> dict[str, Any]:
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def context(cfg: ModelConfig, inputs: Inputs, layout: Layout, with_cache: bool = False) -> Context:
+def context(cfg: ModelConfig, inputs: Inputs, layout: Layout) -> Context:
     """What all blocks of a pass share. Raises ValueError for the layout of another mesh."""
     layout.check()
     positions = inputs.positions_bt
@@ -48,20 +47,12 @@ def context(cfg: ModelConfig, inputs: Inputs, layout: Layout, with_cache: bool =
         positions = jnp.arange(inputs.tokens_bt.shape[1])[None]
     counted_bt = None if inputs.counted_bt is None else layout.sequence.own(inputs.counted_bt)
     rope = rope_table(cfg, positions)
-    return Context(rope, layout, inputs.segments_bt, with_cache, counted_bt)
+    return Context(rope, layout, inputs.segments_bt, counted_bt)
 
 
 def embedded(params: Params, cfg: ModelConfig, inputs: Inputs, ctx: Context) -> jax.Array:
     """The first part: embeddings [b, t, d] of this device's tokens."""
     return embed(params["embed"], cfg, ctx.layout.sequence.own(inputs.tokens_bt))
-
-
-class Through(NamedTuple):
-    """What layers give beside the stream: statistics of the MoE layers among them, stacked [l, ...], and the latents of
-    all, if asked for."""
-
-    stats: BalanceStats
-    cache: LatentCache | None
 
 
 def layers(
@@ -71,12 +62,13 @@ def layers(
     balance_bias: jax.Array | None,
     ctx: Context,
     which: range | None = None,
-) -> tuple[jax.Array, Through]:
-    """Layers of the main model, all or `which` (consecutive numbers from 0); `params` and bias are those of all."""
+) -> tuple[jax.Array, BalanceStats]:
+    """Layers of the main model, all or `which` (consecutive numbers from 0); `params` and bias are those of all. Returns the
+    stream and statistics of the MoE layers among them, stacked [l, ...]."""
     dense, which = cfg.first_k_dense_replace, range(cfg.num_hidden_layers) if which is None else which
     empty = jax.tree.map(lambda x: x[None][:0], no_stats(cfg))
     parts = (("dense_layers", 0, dense), ("moe_layers", dense, cfg.num_hidden_layers))
-    all_stats, caches = [empty], []
+    all_stats = [empty]
     for name, first, end in parts:
         start, stop = max(which.start, first) - first, min(which.stop, end) - first
         if start >= stop:
@@ -86,12 +78,10 @@ def layers(
         if stop - start < end - first:
             p = jax.tree.map(lambda w, start=start, stop=stop: w[start:stop], p)
         run = ctx.layout.moe_stack or stack if moe else stack
-        x_btd, stats, cache = run(p, cfg, x_btd, bias_le, ctx)
-        caches.append(cache)
+        x_btd, stats = run(p, cfg, x_btd, bias_le, ctx)
         if moe:
             all_stats.append(stats)
-    cache = jax.tree.map(lambda *x: jnp.concatenate(x), *caches) if ctx.with_cache else None
-    return x_btd, Through(all_stats[-1], cache)
+    return x_btd, all_stats[-1]
 
 
 def final_norm(params: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
@@ -105,14 +95,12 @@ def final_norm(params: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
 class Aux(NamedTuple):
     """expert_counts_le int32: tokens per MoE layer (main model, then MTP modules) and expert.
     seq_loss, classic_loss: float32, summed over those layers, weights excluded.
-    mtp: hidden states [depth, b, t, d] of the MTP modules (inside) or their logits (from the module).
-    cache: latents of the main model, stacked [l, b, t, ...], if asked for."""
+    mtp: hidden states [depth, b, t, d] of the MTP modules (inside) or their logits (from the module)."""
 
     expert_counts_le: jax.Array
     seq_loss: jax.Array
     classic_loss: jax.Array
     mtp: jax.Array | None
-    cache: LatentCache | None
 
 
 def forward(
@@ -122,7 +110,6 @@ def forward(
     balance_bias: jax.Array | None,
     layout: Layout,
     mtp: bool = True,
-    with_cache: bool = False,
 ) -> tuple[jax.Array, Aux]:
     """Hidden states after the final norm [b, t, d] in the compute dtype, and `Aux`.
 
@@ -135,12 +122,12 @@ def forward(
             f"balance_bias has shape {list(jnp.shape(balance_bias))}; this model's is {list(cfg.balance_bias_shape)}: "
             "MoE layers, MTP modules last, by routed experts"
         )
-    ctx = context(cfg, inputs, layout, with_cache)
+    ctx = context(cfg, inputs, layout)
     x_btd = embedded(params, cfg, inputs, ctx)
-    x_btd, (stats, cache) = layers(params, cfg, x_btd, balance_bias, ctx)
+    x_btd, stats = layers(params, cfg, x_btd, balance_bias, ctx)
     h_btd, hidden = final_norm(params, cfg, x_btd), None
     if mtp and cfg.num_nextn_predict_layers:
         bias = None if balance_bias is None else balance_bias[cfg.num_moe_layers :]
         hidden, of_mtp = mtp_hidden(params, cfg, h_btd, inputs, bias, ctx)
         stats = jax.tree.map(lambda *x: jnp.concatenate(x), stats, of_mtp)
-    return h_btd, Aux(stats.counts_e, stats.seq_loss.sum(), stats.classic_loss.sum(), hidden, cache)
+    return h_btd, Aux(stats.counts_e, stats.seq_loss.sum(), stats.classic_loss.sum(), hidden)

@@ -26,7 +26,6 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import attention_in, attention_out, unroll
-from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.layers import Params
 from deepseek_jax.model.layout import Context
 from deepseek_jax.model.moe import AtExperts, Routed, experts, gate, shared
@@ -73,16 +72,16 @@ def _contexts(ctx: Context) -> tuple[Context, Context]:
 
 
 def attention(cfg: ModelConfig, ctx: Context) -> Work:
-    """Inputs (x [b, t, d], rope, segments) -> (x plus its attention, latents); in between, what the core reads."""
+    """Inputs (x [b, t, d], rope, segments) -> x plus its attention; in between, what the core reads."""
 
     def first(p: Params, inputs: Any) -> Any:
         x_btd, rope, segments_bt = inputs
         return attention_in(p, cfg, x_btd, ctx._replace(rope=rope, segments_bt=segments_bt))
 
-    def second(p: Params, inputs: Any, between: Any) -> tuple[jax.Array, LatentCache]:
-        (x_btd, rope, segments_bt), (read, latent) = inputs, between
+    def second(p: Params, inputs: Any, read: Any) -> jax.Array:
+        x_btd, rope, segments_bt = inputs
         here = ctx._replace(rope=rope, segments_bt=segments_bt)
-        return attention_out(p, cfg, x_btd, read, here), latent
+        return attention_out(p, cfg, x_btd, read, here)
 
     return Work(first, second)
 
@@ -133,15 +132,15 @@ def layer(
     done_b: Done,
     bias_e: jax.Array | None,
     contexts: tuple[Context, Context],
-) -> tuple[tuple[jax.Array, Done], BalanceStats, LatentCache]:
+) -> tuple[tuple[jax.Array, Done], BalanceStats]:
     """One block for both halves; half b comes from the layer before, and leaves, with its combine to be done."""
     (ctx_a, ctx_b), (rest_a, rest_b) = contexts, ((c.rope, c.segments_bt) for c in contexts)
     attend = attention(cfg, ctx_a)
     routed_first, shared_first = (expert_work(cfg, ctx_a, first) for first in (False, True))
     attn, ffn = ({name: p[name] for name in (f"{part}_norm_d", part)} for part in ("attn", "ffn"))
-    x_b, (x_a, latent_a) = _combined(attn, done_b, attend, (x_a, *rest_a))
+    x_b, x_a = _combined(attn, done_b, attend, (x_a, *rest_a))
     to_a = gate(p, cfg, x_a, bias_e, ctx_a)
-    at_a, (x_b, latent_b) = _dispatched(attn, to_a, x_a, attend, (x_b, *rest_b))
+    at_a, x_b = _dispatched(attn, to_a, x_a, attend, (x_b, *rest_b))
     to_b = gate(p, cfg, x_b, bias_e, ctx_b)
     at_b, (out_a, y_a) = _dispatched(ffn, to_b, x_b, routed_first, at_a)
     x_a, (out_b, y_b) = _combined(ffn, Done(out_a, y_a, to_a.plan), shared_first, at_b)
@@ -149,7 +148,7 @@ def layer(
         (to_a.s_bte, to_a.routing, ctx_a.counted_bt), (to_b.s_bte, to_b.routing, ctx_b.counted_bt)
     )
     stats = balance_stats(cfg, s_bte, routing, ctx_a.layout.sequence, counted_bt)
-    return (x_a, Done(out_b, y_b, to_b.plan)), stats, joined(latent_a, latent_b)
+    return (x_a, Done(out_b, y_b, to_b.plan)), stats
 
 
 # --- the stack ----------------------------------------------------------------------------------------------------
@@ -166,17 +165,16 @@ def _before_the_first(p: Params, cfg: ModelConfig, x_btd: jax.Array, ctx: Contex
 
 def overlapped(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_le: jax.Array | None, ctx: Context
-) -> tuple[jax.Array, BalanceStats, LatentCache | None]:
+) -> tuple[jax.Array, BalanceStats]:
     """`block.stack` of MoE layers with a local batch in two halves, for the dispatcher `Ragged`."""
-    (x_a, x_b), contexts, layout = halves(x_btd), _contexts(ctx), ctx.layout
+    (x_a, x_b), contexts = halves(x_btd), _contexts(ctx)
 
     def body(carry, xs):  # type: ignore[no-untyped-def]
         (x, done), (p_layer, bias_e) = carry, xs
-        carry, stats, latent = layer(p_layer, cfg, x, done, bias_e, contexts)
-        return carry, (stats, layout.sequence.cached(latent) if ctx.with_cache else None)
+        return layer(p_layer, cfg, x, done, bias_e, contexts)
 
     start = (x_a, _before_the_first(p, cfg, x_b, contexts[1]))
-    end, (stats, latent) = lax.scan(recompute(body, layout.remat), start, (p, bias_le), unroll=unroll(p))
+    end, stats = lax.scan(recompute(body, ctx.layout.remat), start, (p, bias_le), unroll=unroll(p))
     x_a, done_b = end
     x_b, _ = _combined((), done_b, NOTHING, ())
-    return joined(x_a, x_b), stats, latent
+    return joined(x_a, x_b), stats

@@ -32,7 +32,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.model.cache import LatentCache, PagedView
 from deepseek_jax.model.mla import HEADS, Low
-from deepseek_jax.model.params import Param, tree_map
 from deepseek_jax.model.sequence import WHOLE, Whole
 from deepseek_jax.precision.product import Quantised
 from pallas_kernels.blocks import BLOCK
@@ -87,17 +86,6 @@ class Divided(Whole):
     def cached(self, latent: LatentCache) -> LatentCache:
         """Latents are gathered anyway: each device keeps whole sequences, an equal part of them."""
         return jax.tree.map(lambda x: self._part(x, 0), latent)
-
-    def last(self, h_btd: jax.Array) -> jax.Array:
-        """The last device has the last tokens; each gets those of the sequences that it keeps."""
-        here = lax.axis_index(self.axis) == self.parts - 1
-        return self._part(lax.psum(jnp.where(here, h_btd[:, -1], 0), self.axis), 0)
-
-    def own_heads(self, params: Any, declared: Any) -> Any:
-        def one(p: Param, w: jax.Array) -> jax.Array:
-            return self._part(w, p.axes.index("heads")) if "heads" in p.axes else w
-
-        return tree_map(one, declared, params)
 
     def gathered(self, low: Low) -> Low:
         with jax.named_scope("gather_latents"):

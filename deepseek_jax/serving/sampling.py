@@ -1,8 +1,8 @@
 """Choosing the next token: repetition penalty, temperature, top-k, top-p, min-p, in this order (`transformers`' order).
 
-Settings are arrays, one value per row of a batch, so that one compiled program serves them all; on GPUs three do, of which
-the host picks one (`RowSampling.most`). A greedy row is a distribution at one point. A row draws its n-th token with a key made of its own seed and n: what it draws depends
-neither on the other rows nor on where a loop was cut.
+Settings are arrays, one value per row of a batch, so that one compiled program serves them all; on GPUs four do, of which the
+host picks one (`RowSampling.most`). A greedy row is a distribution at one point. A row draws with a key made of its own seed
+and the place of the token: what it draws depends neither on the other rows nor on the step in which it is drawn.
 
 Dims: b batch row, v vocabulary.
 """
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -21,7 +21,6 @@ import numpy as np
 from jax import lax
 
 from deepseek_jax.checks import is_integer, require, shown
-from deepseek_jax.model.decoding import on_cpu
 
 Array = Any  # jax.Array in programs, NumPy's on the host
 
@@ -137,44 +136,6 @@ def either(asked: Any, then: Callable[..., Any], otherwise: Callable[..., Any], 
     if isinstance(asked, bool):
         return then(x) if asked else otherwise(x)
     return lax.cond(asked, then, otherwise, x)
-
-
-@jax.jit
-def _keys(seed_b: jax.Array, row_b: jax.Array) -> jax.Array:
-    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seed_b, row_b)
-
-
-def row_sampling(sampling: Sampling, seed: int | Sequence[int], rows: int) -> RowSampling:
-    """The same settings for all rows.
-
-    `seed` is one for all, of which each row has a stream of its own, the first row the first; or one per row, which
-    then draws what it would draw as the first row under that seed. Raises ValueError for another number of seeds, and for
-    settings that these rows do not keep.
-    """
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
-        value = getattr(sampling, name)
-        require(not value, f"{name}={shown(value)} is for the serving engine (`serving/`): leave it out here")
-    one = np.ndim(seed) == 0
-    seeds: list[Any] = [seed] * rows if one else list(seed)  # type: ignore[arg-type]
-    require(all(map(is_integer, seeds)), f"seed={shown(seed)} must be an integer, or one for each prompt")
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} prompts: give one seed, or one for each")
-    seed_b = np.array([int(s) % 2**32 for s in seeds], np.uint32)
-    row_b = np.arange(rows, dtype=np.uint32) * one
-
-    def of_all(value: float, dtype: type = np.float32) -> np.ndarray:
-        return np.full(rows, value, dtype)
-
-    temperature, top_p, top_k, min_p, penalty = plain_numbers(sampling)
-    return RowSampling(
-        temperature_b=of_all(temperature),
-        top_p_b=of_all(top_p),
-        top_k_b=of_all(top_k, np.int32),
-        min_p_b=of_all(min_p),
-        penalty_b=of_all(penalty),
-        key_b=_keys(seed_b, row_b),
-        most=None if on_cpu() else asked_for(sampling),
-    )
 
 
 def plain_numbers(sampling: Sampling) -> tuple[float, float, int, float, float]:

@@ -1,13 +1,12 @@
 """Lists what makes a host wait for its GPUs, in programs compiled for H100s; needs no GPU.
 
-    python -m experiments.plan waits                  # of generation, of the engine, of a layer's training on 8 hosts of 8
-    python -m experiments.plan waits decoding engine --nodes=2
+    python -m experiments.plan waits                  # of the engine, and of a layer's training, on 8 hosts of 8
+    python -m experiments.plan waits decoding drafts --nodes=2
 
 Compiles layers of DeepSeek-V3's widths with the weights of its checkpoint, in FP8, and the overlapped training of such layers
 (`planning/overlap.py`). What is listed stands in the program once; in a loop over layers it happens in each.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +25,6 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
 from deepseek_jax.parallel.prepared import preparing
 from deepseek_jax.precision import preset
-from deepseek_jax.serving import sampling
 from deepseek_jax.serving.over_mesh import programs
 from deepseek_jax.serving.programs import Weights, chunk_plan, decode_plan
 from deepseek_jax.serving.sampling import FILTERED
@@ -72,9 +70,7 @@ def engine(cfg: ModelConfig, mesh: MeshConfig, rows: int) -> dict[str, jax.stage
     """The engine's programs over pages, with `rows` sequences on each GPU, whose tokens are drawn."""
     devices = tuple(xla.h100s(mesh.node * mesh.local, mesh.local))
     sizes, words = Sizes(rows, LONGEST, CHUNK), -(-cfg.vocab_size // 32)
-    with contextlib.ExitStack() as stack:
-        for file in (decoding, sampling):
-            stack.enter_context(mock.patch.object(file, "on_cpu", return_value=False))
+    with mock.patch.object(decoding, "on_cpu", return_value=False):
         jitted: Any = programs(cfg, mesh, preset(POLICY), devices)
         state = jitted.empty.eval_shape(sizes, rows * sizes.pages_each, False, True)
         ready = jax.eval_shape(preparing(cfg, mesh, devices), stored_params(cfg))

@@ -11,10 +11,8 @@ import pytest
 from deepseek_jax import Model
 from deepseek_jax.inference.offline import options_for, seeds_of
 from deepseek_jax.model import decoding
-from deepseek_jax.model.layout import Inputs, single_device
+from deepseek_jax.model.cache import PAGE, empty_pages
 from deepseek_jax.model.modules import DeepSeekV3
-from deepseek_jax.model.params import abstract
-from deepseek_jax.model.transformer import forward, model_params
 from deepseek_jax.serving import build, one_device
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
@@ -137,13 +135,10 @@ def test_sizes_are_few():
 
 
 def test_cache_holds_latents_and_nothing_per_head():
-    params, tokens = abstract(model_params(V3)), jax.ShapeDtypeStruct((2, 5), jnp.int32)
-    _, aux = jax.eval_shape(
-        lambda p, t: forward(p, V3, Inputs(t), None, single_device(), False, True), params, tokens
-    )
-    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux.cache)
-    assert cache.c_bsc.shape == (3, 2, 5, V3.kv_lora_rank) and cache.c_bsc.dtype == V3.dtype
-    assert sum(x.size for x in jax.tree.leaves(cache)) == 3 * 2 * 5 * (V3.kv_lora_rank + V3.qk_rope_head_dim)
+    cfg = case("v3")[0]
+    pages = empty_pages(cfg, cfg.num_hidden_layers, 7)
+    assert pages.nbytes == 7 * PAGE * cfg.kv_cache_bytes_per_token("float32")
+    assert pages.shape[-1] == cfg.kv_lora_rank + cfg.qk_rope_head_dim
 
 
 def test_what_changes_from_call_to_call_compiles_nothing():

@@ -10,7 +10,7 @@ import pytest
 from configs.v3_671b import get_config
 from deepseek_jax.config import MeshConfig, from_config_dict
 from deepseek_jax.model import decoding
-from deepseek_jax.model.cache import LatentCache, view_after_padding
+from deepseek_jax.model.cache import empty_pages, paged_view
 from deepseek_jax.model.params import abstract, tree_map
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import as_matrices, multiplied_as_stored
@@ -93,15 +93,15 @@ def decoded(rows):
     """A step with the weights of an FP8 checkpoint."""
     declared = model_params(MODEL)
 
-    def run(params, latents, tokens):
+    def run(params, tokens):
         ready = decoding.prepare(multiplied_as_stored(params, declared, preset("deepseek_fp8")), MODEL)
-        view = view_after_padding(decoding.room(latents, MODEL, 256), 200, 1, jnp.zeros((rows,), jnp.int32))
+        pages = empty_pages(MODEL, MODEL.num_hidden_layers, 4 * rows)
+        table = jnp.arange(4 * rows, dtype=jnp.int32).reshape(rows, 4)
+        view = paged_view(pages, table, jnp.full(rows, 200, jnp.int32), 1)
         return decoding.decode(ready, MODEL, tokens, view, None, decoding.ONE_DEVICE)[0]
 
-    widths = (MODEL.kv_lora_rank, MODEL.qk_rope_head_dim)
-    latents = LatentCache(*(jax.ShapeDtypeStruct((2, rows, 128, n), jnp.bfloat16) for n in widths))
     params = tree_map(stored, declared, abstract(declared))
-    jax.eval_shape(run, params, latents, jax.ShapeDtypeStruct((rows, 1), jnp.int32))
+    jax.eval_shape(run, params, jax.ShapeDtypeStruct((rows, 1), jnp.int32))
 
 
 def named(op):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.cache import Apart, LatentCache, View
+from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.model.mla import absorb, down, mla, mla_decode
 from deepseek_jax.model.rope import rope_table
 from tests.oracle import model as oracle
+from tests.oracle.slots import Apart, View
 from tests.oracle.tiny import V2, V3, checkpoint, rel, weights
 
 B, T = 2, 70  # more than one chunk of the attention core

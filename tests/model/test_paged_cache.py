@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.cache import LatentCache, View, empty_pages, paged_view, view_after_padding
-from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare, room
+from deepseek_jax.model.cache import LatentCache, empty_pages, paged_view
+from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare
 from deepseek_jax.model.mla import absorb, down, mla, mla_decode
 from deepseek_jax.model.rope import rope_table
 from pallas_kernels.mla_decode.ops import dequantize_cache, quantize_cache
+from tests.oracle.slots import View, empty, view_after_padding
 from tests.oracle.tiny import V2, rel, weights
 
 CFG = dataclasses.replace(V2, num_hidden_layers=2)  # with YaRN
@@ -52,9 +53,7 @@ def test_pages_equal_slots(fp8):
     params, bias = weights(CFG)
     model = prepare(params, CFG), bias
     tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (B, FULL + 2 * T)).astype(np.int32)
-    c, r = CFG.kv_lora_rank, CFG.qk_rope_head_dim
-    empty = LatentCache(*(np.zeros((CFG.num_hidden_layers, B, 0, n), np.float32) for n in (c, r)))
-    cache = room(empty, CFG, 64)
+    cache = empty(CFG, B, 64)
     pages = empty_pages(CFG, CFG.num_hidden_layers, PAGES, fp8, PAGE)
     pages = jnp.full_like(pages, 0xFF if fp8 else jnp.nan)  # what was not written must not be looked at
     table = jnp.asarray(TABLE)

@@ -74,16 +74,13 @@ def test_parameters(cfg):
 @MODELS
 def test_what_a_pass_gives(cfg):
     def run(params, tokens):
-        hidden_btd, aux = forward(params, cfg, Inputs(tokens), None, single_device(), True, True)
+        hidden_btd, aux = forward(params, cfg, Inputs(tokens), None, single_device())
         return hidden_btd, logits(params, hidden_btd), aux
 
     params, tokens = abstract(model_params(cfg)), jax.ShapeDtypeStruct((B, T), jnp.int32)
     hidden_btd, logits_btv, aux = jax.eval_shape(run, params, tokens)
-    assert_named(
-        {"hidden_btd": hidden_btd, "expert_counts_le": aux.expert_counts_le} | aux.cache._asdict(), cfg
-    )
+    assert_named({"hidden_btd": hidden_btd, "expert_counts_le": aux.expert_counts_le}, cfg)
     chex.assert_shape(logits_btv, (B, T, cfg.vocab_size))
-    chex.assert_tree_shape_prefix(aux.cache, (cfg.num_hidden_layers, B, T))
     chex.assert_tree_shape_prefix(aux.mtp, (cfg.num_nextn_predict_layers, B, T))
     chex.assert_rank((aux.seq_loss, aux.classic_loss), 0)
     chex.assert_type((logits_btv, aux.seq_loss, aux.expert_counts_le), (jnp.float32, jnp.float32, jnp.int32))

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.model import decoding
-from deepseek_jax.model.cache import Apart, LatentCache, view_after_padding
+from deepseek_jax.model.cache import empty_pages, paged_view
 from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare
 from deepseek_jax.model.layout import Inputs, single_device
 from deepseek_jax.model.params import abstract
@@ -85,11 +85,10 @@ def test_the_meshs_own_layout_and_axes_of_one_device():
 def decoded(layout, mesh):
     cfg = config(MeshConfig()).model
     ready = jax.eval_shape(functools.partial(prepare, cfg=cfg), abstract(model_params(cfg)))
-    cache = LatentCache(jnp.zeros((2, 8, cfg.kv_lora_rank)), jnp.zeros((2, 8, cfg.qk_rope_head_dim)))
+    pages, table = empty_pages(cfg, cfg.num_hidden_layers, 2), jnp.arange(2, dtype=jnp.int32)[:, None]
 
     def run(ready, tokens):
-        layers = Apart((cache,) * cfg.num_hidden_layers)
-        view = view_after_padding(layers, jnp.int32(0), 1, jnp.zeros(2, jnp.int32))
+        view = paged_view(pages, table, jnp.ones(2, jnp.int32), 1)
         return decode(ready, cfg, tokens, view, None, layout)[0]
 
     run = jax.shard_map(run, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)

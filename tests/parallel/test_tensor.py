@@ -77,7 +77,7 @@ def attention(sequence, policy=None, cfg=WIDE, tokens=T):
 
         def product(p, x_btd):
             p = attach(p, quantised, policy)
-            inputs, _ = expanded(p, cfg, sequence.gathered(down(p, cfg, x_btd)), rope, False)
+            inputs = expanded(p, cfg, sequence.gathered(down(p, cfg, x_btd)), rope, False)
             y_btd = sequence.scattered(attend(p, cfg, inputs, rope, None))
             return (y_btd * g_btd).sum(), y_btd
 

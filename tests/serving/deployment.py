@@ -20,7 +20,6 @@ from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.parallel.layout import few_tokens
 from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.parallel.prepared import WHOLE, parameter_specs, ready_specs
-from deepseek_jax.serving import sampling
 from deepseek_jax.serving.over_mesh import ROWS, STATE
 from deepseek_jax.serving.programs import Weights, decode_plan, decode_rows, empty_state
 from deepseek_jax.serving.sampling import FILTERED
@@ -97,7 +96,7 @@ def check(nodes, experts):
 
 
 if __name__ == "__main__":
-    decoding.on_cpu = sampling.on_cpu = lambda: False
+    decoding.on_cpu = lambda: False
     for nodes, experts in ((18, 288), (40, 320)):
         check(nodes, experts)
         print(f"{nodes} nodes, {experts} experts: as expected")

@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from deepseek_jax.inference.offline import seeds_of
 from deepseek_jax.serving.sampling import (
     RowSampling,
     Sampling,
@@ -23,7 +24,7 @@ from deepseek_jax.serving.sampling import (
     keys_at,
     log_prob,
     penalised,
-    row_sampling,
+    plain_numbers,
     sample,
 )
 
@@ -40,6 +41,13 @@ def distribution(prob, sampling):
     out = np.zeros_like(scaled)
     out[kept] = scaled[kept] / scaled[kept].sum()
     return out
+
+
+def row_sampling(sampling, seed, rows) -> RowSampling:
+    """The same settings for all rows, each with a stream of its own, or with the seed that is given for it."""
+    temperature, top_p, top_k, min_p, penalty = (jnp.full(rows, x) for x in plain_numbers(sampling))
+    key_b = jax.vmap(jax.random.key)(jnp.array(seeds_of(seed, rows), jnp.uint32))
+    return RowSampling(temperature, top_p, top_k, min_p, penalty, key_b)
 
 
 def filtered(logits, sampling):
@@ -261,14 +269,6 @@ def test_a_bias_is_a_mapping_that_does_not_change():
     assert dict(sampling.logit_bias) == {3: 0.5, 7: -100.0}
     assert sampling == dataclasses.replace(sampling) == Sampling(1.0, logit_bias={3: 0.5, 7: -100})
     assert len({sampling, Sampling(1.0), Sampling(1.0, logit_bias={})}) == 2
-
-
-@pytest.mark.parametrize(
-    "setting", [{"presence_penalty": 1}, {"frequency_penalty": -1}, {"logit_bias": {3: 1}}]
-)
-def test_what_only_the_engine_keeps_is_refused_elsewhere(setting):
-    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is for the serving engine"):
-        row_sampling(Sampling(**setting), 0, 1)
 
 
 @pytest.mark.parametrize("penalty", [1e300, 1e-300])

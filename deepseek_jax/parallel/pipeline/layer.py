@@ -113,8 +113,8 @@ class Whole:
 
     def __init__(self, cfg: ModelConfig, layout: Layout, policy: Policy | None):
         def run(p: Any, hand: Hand, x_btd: jax.Array) -> tuple[jax.Array, BalanceStats]:
-            ctx = Context(hand.rope, layout, hand.segments_bt, False, hand.counted_bt)
-            return block(p, cfg, x_btd, hand.bias_e, ctx)[:2]
+            ctx = Context(hand.rope, layout, hand.segments_bt, hand.counted_bt)
+            return block(p, cfg, x_btd, hand.bias_e, ctx)
 
         self._again = layout.remat == "full"
         self._phase = Phase(run, True, policy)
@@ -174,10 +174,10 @@ class Travelling:
 
     def __init__(self, cfg: ModelConfig, layout: Layout, n_local: int, policy: Policy | None):
         def ctx(hand: Hand) -> Context:
-            return Context(hand.rope, layout, hand.segments_bt, False, hand.counted_bt)
+            return Context(hand.rope, layout, hand.segments_bt, hand.counted_bt)
 
         def enter(p: Any, hand: Hand, x_btd: jax.Array) -> Any:
-            return attention_in(p, cfg, x_btd, ctx(hand))[0]
+            return attention_in(p, cfg, x_btd, ctx(hand))
 
         def leave(p: Any, hand: Hand, x: Any) -> jax.Array:
             x_btd, read = x

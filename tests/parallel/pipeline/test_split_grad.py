@@ -100,9 +100,9 @@ def layer(kind, remat="none", precision="bf16"):
 
     def one(p, x, bias_e, ctx):
         if kind == "mtp":
-            h_btd, out_btd, stats, _ = mtp_module(p, CFG, *x, bias_e, ctx)
+            h_btd, out_btd, stats = mtp_module(p, CFG, *x, bias_e, ctx)
             return (h_btd, out_btd), stats
-        y_btd, stats, _ = block(p, CFG, x[0], bias_e if kind == "moe" else None, ctx)
+        y_btd, stats = block(p, CFG, x[0], bias_e if kind == "moe" else None, ctx)
         return y_btd, stats
 
     quantised = jax.eval_shape(lambda p: quantise_weights(p, declared, policy), p)
