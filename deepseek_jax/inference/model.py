@@ -1,8 +1,7 @@
 """`Model`: a checkpoint ready to generate, to score and to look into; `deepseek_jax.load` makes one of a folder."""
 
 import dataclasses
-import operator
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,7 +138,8 @@ class Model:
         single = _is_single(prompts) and len(prompts) > 0
         many: Sequence[Any] = [prompts] if single else prompts
         requests = self._requests(many, max_new_tokens, _sampling(sampling), stop_ids, seed)
-        outs: list[Any] = _result(self._generation(many, requests, stop, speculative, show=False))
+        *_, rows = self._turns(many, requests, stop, speculative)
+        outs: list[Any] = rows.completions()
         if not logprobs:
             outs = [x.text if isinstance(p, str) else x.tokens for p, x in zip(many, outs, strict=True)]
         return outs[0] if single else outs
@@ -158,10 +158,8 @@ class Model:
         """Yields the number of a prompt and its `Completion` as soon as that is whole, of many prompts. The arguments are those
         of `generate`."""
         requests = self._requests(prompts, max_new_tokens, _sampling(sampling), stop_ids, seed)
-        whole = self._turns(prompts, requests, stop, speculative, show=False)
-        for rows in whole:
-            for i in rows.finished():
-                yield i, rows.completion(i)
+        for rows in self._turns(prompts, requests, stop, speculative):
+            yield from rows.finished()
 
     def stream(
         self,
@@ -176,9 +174,9 @@ class Model:
     ) -> Iterator[str]:
         """The text of `generate` for one prompt, in pieces, while it is generated. `sampling`: as there."""
         requests = self._requests([prompt], max_new_tokens, _sampling(sampling), stop_ids, seed)
-        yield from map(
-            operator.itemgetter(0), self._generation([prompt], requests, stop, speculative, show=True)
-        )
+        self._tokenizer()
+        for rows in self._turns([prompt], requests, stop, speculative):
+            yield rows.new_text()
 
     def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 512, **kwargs: Any) -> str:
         """The assistant's next turn; append it to `messages` as {"role": "assistant"} to go on. For the other arguments
@@ -245,11 +243,10 @@ class Model:
         requests: list[Request],
         stop: str | Sequence[str],
         drafts: bool,
-        show: bool,
     ) -> Iterator[Rows]:
         """Yields what all rows have after each turn of the engine, the same object each time."""
         stops = check_stop(stop)
-        if show or stops:
+        if stops:
             self._tokenizer()
         call = self._offline.call(requests, drafts)
         # A continuation of text goes on from it; one of ids is a text of its own.
@@ -261,20 +258,6 @@ class Model:
             yield rows
         if drafts:
             self.last_stats = Stats(call.engine.stats.drafted, call.engine.stats.accepted)
-
-    def _generation(
-        self,
-        prompts: Sequence[Text],
-        requests: list[Request],
-        stop: str | Sequence[str],
-        drafts: bool,
-        show: bool,
-    ) -> Generator[list[str], None, list[Completion]]:
-        """Yields the text that each row has got, if it is to be shown; returns what came out."""
-        for rows in self._turns(prompts, requests, stop, drafts, show):
-            if show:
-                yield rows.new_text()
-        return rows.completions()
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
@@ -293,11 +276,3 @@ def _as_lists(prompts: Any) -> Any:
 def _is_single(prompts: Any) -> bool:
     """Whether this is one text or one list of ids, and not a list of such."""
     return isinstance(prompts, str) or len(prompts) == 0 or isinstance(prompts[0], int | np.integer)
-
-
-def _result(generation: Generator[list[str], None, list[Completion]]) -> list[Completion]:
-    while True:
-        try:
-            next(generation)
-        except StopIteration as end:
-            return end.value

@@ -54,7 +54,6 @@ class _Row:
         self.tokens: list[Token] = []
         self.reason: str | None = None
         self.shown = 0
-        self.told = False
 
     def push(self, update: Update) -> bool:
         """Whether a stop string came."""
@@ -98,28 +97,31 @@ class Rows:
     ):
         texts = [None if tokenizer is None else TextRow(tokenizer, stop, ids) for ids in before]
         self._rows = {r.id: _Row(r, text) for r, text in zip(requests, texts, strict=True)}
+        self._new: list[str] = []  # ids of answers that became whole
 
     def push(self, updates: Sequence[Update]) -> list[str]:
         """Ids of requests that a stop string ended before the engine did."""
-        return [update.id for update in updates if self._rows[update.id].push(update)]
+        stopped = []
+        for update in updates:
+            row = self._rows[update.id]
+            before = row.reason
+            if row.push(update):
+                stopped.append(update.id)
+            if before is None and row.reason is not None:
+                self._new.append(update.id)
+        return stopped
 
-    def finished(self) -> list[int]:
-        """Numbers of answers that are whole, since the last time."""
-        whole = [i for i, row in enumerate(self._rows.values()) if row.reason is not None and not row.told]
-        for i in whole:
-            self._rows[str(i)].told = True
-        return whole
+    def finished(self) -> Iterator[tuple[int, Completion]]:
+        """Numbers of answers that are whole, and these, each once."""
+        new, self._new = self._new, []
+        for request_id in new:
+            yield int(request_id), self._rows[request_id].completion()
 
-    def completion(self, i: int) -> Completion:
-        return self._rows[str(i)].completion()
-
-    def new_text(self) -> list[str]:
-        """Of each answer, since the last time."""
-        new = []
-        for row in self._rows.values():
-            text = "" if row.text is None else row.text.text
-            new.append(text[row.shown :])
-            row.shown = len(text)
+    def new_text(self) -> str:
+        """Of the first answer, since the last time."""
+        row = next(iter(self._rows.values()))
+        text = "" if row.text is None else row.text.text
+        new, row.shown = text[row.shown :], len(text)
         return new
 
     def completions(self) -> list[Completion]:

@@ -3,6 +3,7 @@
 What is constant in the events of a stream is written once.
 """
 
+import abc
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from deepseek_jax.serving.server.schemas import Options
 from deepseek_jax.serving.server.wire import Json, json_text, utf8
 
 
-class Form:
+class Form(abc.ABC):
     """Writes what comes of samples, of which number i is the choice with index i.
 
     Args:
@@ -29,14 +30,14 @@ class Form:
 
     # --- for the endpoints ---
 
+    @abc.abstractmethod
     def choice(self, index: int, sample: Sample, pieces: Sequence[Piece]) -> Json:
         """Of a whole answer. pieces: its tokens, if the reply spells them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def parts(self, index: int, sample: Sample, new: Delta, reason: str | None) -> list[Json]:
         """Of a stream: what else its events hold of the choice, besides index and finish_reason; the last goes with the
         reason, if there is one."""
-        raise NotImplementedError
 
     # --- `answer.Form` ---
 

@@ -5,6 +5,7 @@ requests.add(1, "stop")
 text(("model_name", "tiny"), [requests])
 """
 
+import abc
 import bisect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ Labels = Sequence[tuple[str, str]]
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)  # fmt: skip
 
 
-class Metric:
+class Metric(abc.ABC):
     """A name with its help; `samples` gives (suffix of the name, labels, value)."""
 
     kind = ""
@@ -22,8 +23,8 @@ class Metric:
     def __init__(self, name: str, help: str, labels: Sequence[str] = ()):
         self.name, self.help, self.labels = name, help, tuple(labels)
 
-    def samples(self) -> Iterable[tuple[str, Labels, float]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def samples(self) -> Iterable[tuple[str, Labels, float]]: ...
 
     def lines(self, common: Labels) -> Iterable[str]:
         yield f"# HELP {self.name} {self.help}"
