@@ -20,7 +20,6 @@ Dims: r row of a program, v vocabulary, d hidden.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +31,7 @@ from deepseek_jax.model.cache import paged_view
 from deepseek_jax.model.decoding import decode, mtp_append, mtp_decode
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Layout
+from deepseek_jax.serving.pace import Pace
 from deepseek_jax.serving.programs import DecodeRows, Part, State, Weights, drawn_by, taking_part
 from deepseek_jax.serving.sampler import Drawn
 
@@ -116,27 +116,23 @@ def _guess(
 MEMORY = 256  # drafts over which the acceptance is averaged
 PROBE = 32  # steps without drafts, in times that one with drafts takes, after which there is one to see what it would bring
 AT_FIRST = 0.85  # acceptance until it is known: the report's
-SLOWER, FASTER = 1 / 16, 1 / 2  # how much a step's time changes what is known of it
 
 
 class Economy:
     """Whether the next step drafts.
 
-    Of n rows, a step without drafts brings n tokens in the time `one[n]`, with drafts n (1 + acceptance) in `two[n]`: drafts
-    pay if two / one < 1 + acceptance. The times are those of the programs when they were warmed up, then of the engine's turns;
-    since others' work on the machine only adds to them, a shorter one says more. The acceptance is a running average. Where
-    drafts do not pay, a step now and then has them nevertheless, at a cost of at most 1 / PROBE, to see whether they still do not.
+    Of n rows, a step without drafts brings n tokens, with drafts n (1 + acceptance): drafts pay if it takes less than
+    1 + acceptance times as long (`pace.py`). The acceptance is a running average. Where drafts do not pay, a step now and then has them nevertheless, at a cost of at most 1 / PROBE, to see whether they still do not.
 
     Few rows read the weights for one token about as fast as for two, but two tokens choose up to twice as many experts; and
     the module itself is one more layer, and its logits a second reading of the head. So drafts pay in deep models, and
     there as long as a step's time is that of reading weights; with many rows, or few layers, they do not.
 
-    one, two: seconds by rows. always: do not ask whether it pays.
+    always: do not ask whether it pays.
     """
 
-    def __init__(self, one: Mapping[int, float], two: Mapping[int, float], always: bool = False):
-        self._seconds = {False: dict(one), True: dict(two)}
-        self._always = always
+    def __init__(self, pace: Pace, always: bool = False):
+        self._pace, self._always = pace, always
         self._drafted, self._accepted = MEMORY / 16, AT_FIRST * MEMORY / 16
         self._without = 0
 
@@ -146,8 +142,9 @@ class Economy:
         return self._accepted / self._drafted
 
     def cost(self, rows: int) -> float:
-        """Of a step with drafts, in steps without."""
-        return self._seconds[True][rows] / self._seconds[False][rows]
+        """Of a step with drafts, in steps without; 1 until both have run."""
+        one, two = self._pace.of("decode", rows), self._pace.of("drafts", rows)
+        return 1.0 if one is None or two is None else two / one
 
     def drafts(self, rows: int) -> bool:
         """Whether the next step drafts; rows: one of the programs' sizes."""
@@ -164,18 +161,6 @@ class Economy:
         kept = math.exp(-drafted / MEMORY)
         self._drafted = kept * self._drafted + drafted
         self._accepted = kept * self._accepted + accepted
-
-    def took(self, rows: int, drafts: bool, seconds: float) -> None:
-        """How long a turn of decode rows alone took."""
-        known = self._seconds[drafts].setdefault(rows, seconds)
-        share = FASTER if seconds < known else SLOWER
-        self._seconds[drafts][rows] += share * (min(seconds, 2 * known) - known)
-
-
-def economy_of(seconds: Mapping[tuple[Any, ...], float], always: bool) -> Economy:
-    """By the seconds of ("decode", rows) and ("drafts", rows)."""
-    one, two = ({key[1]: s for key, s in seconds.items() if key[0] == name} for name in ("decode", "drafts"))
-    return Economy(one, two, always)
 
 
 def check_drafts(cfg: ModelConfig, drafts: bool | str, invariant: bool) -> bool:

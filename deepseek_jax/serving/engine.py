@@ -20,7 +20,7 @@ import numpy as np
 from deepseek_jax.checks import require
 from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.serving.assign import choose_rank
-from deepseek_jax.serving.drafting import Pair, economy_of
+from deepseek_jax.serving.drafting import Economy, Pair
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.pages import PagePool
@@ -36,9 +36,11 @@ LOOK = 0.02  # seconds that the engine lets pass, on a CPU, before it looks for 
 
 
 class Flight(NamedTuple):
-    """A program that was launched: whose rows it has, by (row, chunk or decode row), and its results on the device: what was
+    """A program that was launched, so many times one after the other (`pace.py` has the names): whose rows it has, by (row, chunk or decode row), and its results on the device: what was
     drawn, one token of each row or a pair."""
 
+    program: tuple[Any, ...]
+    times: int
     rows: Sequence[tuple[int, Any]]
     drawn: Any
     given: Any
@@ -103,11 +105,10 @@ class Engine:
         )
         self.schedulers = [Scheduler(limits, PagePool(device.pages), version) for _ in range(device.ranks)]
         self.stats = Stats()
-        self._economy = economy_of(device.seconds, options.drafts is True) if device.drafts else None
+        self._economy = Economy(device.pace, options.drafts is True) if device.drafts else None
         self._records: dict[str, _Record] = {}
         self._flights: collections.deque[list[Flight]] = collections.deque()
         self._read_at: float | None = None  # the turn before, if the device went on with the next one at once
-        self._pace: dict[tuple[bool, int], float] = {}  # seconds that decode rows took, by drafts and number
         self._ended: list[Update] = []  # without a step: aborted
 
     # --- what is asked ---
@@ -164,26 +165,18 @@ class Engine:
         return bool(self._economy and rows and self._economy.drafts(self.device.sizes.rows_for(rows)))
 
     def _clock(self, flights: list[Flight]) -> None:
-        """Keeps how long a turn of decode rows alone took, from the end of the one before."""
+        """Keeps how long a turn of one program took, from the end of the one before."""
         began, self._read_at = self._read_at, time.perf_counter() if self._flights else None
-        _, row = flights[0].rows[0]
-        if not (began and self._read_at and len(flights) == 1 and isinstance(row, Row)):
-            return
-        drawn, took = flights[0].drawn, (self._read_at - began) / row.times
-        drafts = isinstance(drawn, Pair)
-        rows = (drawn.one if drafts else drawn).token_b.shape[1] // self.device.ranks
-        self._pace[drafts, rows] = min(took, self._pace.get((drafts, rows), took))
-        if self._economy:
-            self._economy.took(rows, drafts, took)
+        if began and self._read_at and len(flights) == 1:
+            self.device.pace.took(flights[0].program, (self._read_at - began) / flights[0].times)
 
     def _times(self, drafts: bool) -> int:
-        """How often one program runs the rows (`programs.decode_times`), no more than takes LOOK."""
+        """How often one program runs the rows (`programs.decode_times`), no more than takes LOOK; once until it has run."""
         rows = max(map(_decoding, self.schedulers))
         if not on_cpu() or not rows:
             return 1
-        size = self.device.sizes.rows_for(rows)
-        warm = self.device.seconds.get(("drafts" if drafts else "decode", size), LOOK)
-        few = max(1, int(LOOK / max(1e-6, self._pace.get((drafts, size), warm))))
+        took = self.device.pace.of("drafts" if drafts else "decode", self.device.sizes.rows_for(rows))
+        few = 1 if took is None else max(1, int(LOOK / max(1e-6, took)))
         tokens = min(scheduler.at_once() for scheduler in self.schedulers)
         return min(AT_ONCE, few, max(1, tokens // (1 + drafts)))
 
@@ -192,9 +185,9 @@ class Engine:
         rows = _decoding(scheduler)
         if not rows or self.options.invariant:
             return None
-        sizes, seconds = self.device.sizes, self.device.seconds
-        allowed = self.options.stall * seconds.get(("decode", sizes.rows_for(rows)), 0.0)
-        fitting = [r * t for r, t in sizes.chunks if seconds.get(("prefill", r, t), 0.0) <= allowed]
+        sizes, pace = self.device.sizes, self.device.pace
+        allowed = self.options.stall * (pace.of("decode", sizes.rows_for(rows)) or 0.0)
+        fitting = [r * t for r, t in sizes.chunks if (pace.of("prefill", r, t) or 0.0) <= allowed]
         return max(fitting, default=sizes.chunks[0][1])
 
     def _launch(self, steps: list[Step], drafts: bool, times: int) -> list[Flight]:
@@ -232,8 +225,9 @@ class Engine:
                     plan.page_r[i], plan.index_r[i] = running.pages[record.paged], record.paged
                     record.paged += 1
                 rows.append((i, row))
-        run = self.device.decode_pairs if drafts else self.device.decode
-        return self._flight(rows, run(self._masked(plan, rows), self._most(rows), times), None)
+        name, run = ("drafts", self.device.decode_pairs) if drafts else ("decode", self.device.decode)
+        drawn = run(self._masked(plan, rows), self._most(rows), times)
+        return self._flight((name, each), times, rows, drawn, None)
 
     def _launch_chunks(self, ranks: list[list[Chunk]]) -> Flight:
         """The longest chunks that are left, as many as go into one program; takes them out of `ranks`."""
@@ -249,7 +243,7 @@ class Engine:
                 rows.append((i, chunk))
             del chunks[:each]
         drawn, given = self.device.prefill(self._masked(plan, rows), self._most(rows))
-        return self._flight(rows, drawn, given if plan.asks_r.any() else None)
+        return self._flight(("prefill", each, tokens), 1, rows, drawn, given if plan.asks_r.any() else None)
 
     def _put(self, plan: Any, i: int, chunk: Chunk) -> None:
         """Row i of a program is this chunk."""
@@ -289,12 +283,14 @@ class Engine:
             return ALL
         return most_of(row.running.request for _, row in rows)
 
-    def _flight(self, rows: list[tuple[int, Any]], drawn: Any, given: Any) -> Flight:
+    def _flight(
+        self, program: tuple[Any, ...], times: int, rows: list[tuple[int, Any]], drawn: Any, given: Any
+    ) -> Flight:
         if not any(row.running.request.kept for _, row in rows):
             drawn = without_kept(drawn)
         for x in jax.tree.leaves((drawn, given)):
             x.copy_to_host_async()
-        return Flight(rows, drawn, given, self.version)
+        return Flight(program, times, rows, drawn, given, self.version)
 
     # --- results ---
 

@@ -14,6 +14,7 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoding import ONE_DEVICE, on_cpu
 from deepseek_jax.serving.drafting import Pair, decode_pairs
+from deepseek_jax.serving.pace import Pace
 from deepseek_jax.serving.programs import (
     Chunks,
     DecodeRows,
@@ -66,7 +67,7 @@ class OneDevice:
 
     Attributes:
         ranks: 1.
-        seconds: how long each program took when it was warmed up, by ("decode", rows), ("drafts", rows) and ("prefill", rows, tokens).
+        pace: how long each program takes.
     """
 
     ranks = 1
@@ -76,7 +77,7 @@ class OneDevice:
         self.cfg, self.sizes, self.pages, self.drafts = cfg, sizes, pages, drafts
         self.words = -(-cfg.vocab_size // 32)
         self.weights = None
-        self.seconds: dict[tuple[Any, ...], float] = {}
+        self.pace = Pace()
         self._state = self._empty(fp8)
 
     def _empty(self, fp8: bool) -> State:
@@ -123,7 +124,7 @@ class OneDevice:
                 began = time.perf_counter()
                 jax.block_until_ready(run(most=None if on_cpu() else GREEDY))
                 took.append(time.perf_counter() - began)
-            self.seconds[name] = min(took)
+            self.pace[name] = min(took)
 
     def close(self) -> None:
         """Ends what goes on beside: nothing here; over several processes, the others."""

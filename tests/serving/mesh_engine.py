@@ -12,6 +12,7 @@ from deepseek_jax.parallel.prepared import parameter_shardings, preparing
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.over_mesh import OverMesh
+from deepseek_jax.serving.pace import Pace
 from deepseek_jax.serving.programs import Weights
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sizes import Sizes
@@ -68,8 +69,8 @@ def engine(name: str, drafts: bool = False, pages: int = 4) -> Engine:
     mesh = MESHES[name]
     device = put(OverMesh(decoding_config(CFG), SIZES, pages, drafts=drafts, mesh=mesh), mesh)
     if drafts:  # always: what a warm-up would have measured matters to nothing
-        device.seconds = {(kind, SIZES.slots): 0.01 for kind in ("decode", "drafts")}
-        device.seconds |= {("prefill", *size): 0.01 for size in SIZES.chunks}
+        decoding = {(kind, SIZES.slots): 0.01 for kind in ("decode", "drafts")}
+        device.pace = Pace(decoding | {("prefill", *size): 0.01 for size in SIZES.chunks})
     return Engine(device, dataclasses.replace(OPTIONS, drafts=drafts))
 
 

@@ -21,6 +21,7 @@ from deepseek_jax.serving.drafting import MEMORY, PROBE, Economy, check_drafts
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
+from deepseek_jax.serving.pace import Pace
 from deepseek_jax.serving.programs import Weights
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
@@ -63,7 +64,7 @@ class Scripted(Economy):
     """Drafts in the steps of a list, which comes again and again."""
 
     def __init__(self, script):
-        super().__init__({4: 1.0}, {4: 1.0})
+        super().__init__(Pace())
         self.script, self.step = script, 0
 
     def drafts(self, rows):
@@ -260,9 +261,17 @@ def test_texts_follow_the_models_distribution_and_a_broken_rule_is_seen(monkeypa
 # --- when drafts pay ---------------------------------------------------------------------------------------------
 
 
+def economy(one, two, always=False):
+    """Seconds of steps without and with drafts, by rows."""
+    seconds = {("decode", rows): s for rows, s in one.items()} | {
+        ("drafts", rows): s for rows, s in two.items()
+    }
+    return Economy(Pace(seconds), always)
+
+
 def test_drafts_where_they_pay():
     """1.6 tokens in 1.5 times the time pay, in 1.7 times not; then a step now and then tries."""
-    made = Economy({1: 1.0, 4: 1.0}, {1: 1.5, 4: 1.7})
+    made = economy({1: 1.0, 4: 1.0}, {1: 1.5, 4: 1.7})
     assert made.drafts(4)  # until the acceptance is known
     for _ in range(40):
         made.heard(20, 12)
@@ -274,17 +283,18 @@ def test_drafts_where_they_pay():
     for _ in range(3 * MEMORY):
         made.heard(1, 1)
     assert made.drafts(4)
-    assert Economy({8: 1.0}, {8: 9.0}, always=True).drafts(8)
+    assert economy({8: 1.0}, {8: 9.0}, always=True).drafts(8)
 
 
 def test_times_of_turns_correct_those_of_a_busy_start():
     """A program whose start was disturbed is found out by few tries; turns that are disturbed later change little."""
-    made = Economy({1: 1.0}, {1: 8.0})
+    pace = Pace({("decode", 1): 1.0, ("drafts", 1): 8.0})
+    made = Economy(pace)
     for _ in range(8):
-        made.took(1, True, 1.5)
+        pace.took(("drafts", 1), 1.5)
     assert made.cost(1) == pytest.approx(1.5, abs=0.1) and made.drafts(1)
     for seconds in (1.0, 50.0, 1.0, 50.0, 1.0, 1.0):
-        made.took(1, False, seconds)
+        pace.took(("decode", 1), seconds)
     assert made.cost(1) == pytest.approx(1.5, abs=0.1)
 
 
