@@ -70,7 +70,7 @@ def compile_stack(cfg: Config, tokens: int) -> jax.stages.Compiled:
         ctx = Context(rope_table(model, jnp.arange(t)[None]), layout)
 
         def value(params, x_btd):
-            y_btd, stats, _ = moe_stack(attach(params, quantised, policy), model, x_btd, None, ctx)
+            y_btd, stats = moe_stack(attach(params, quantised, policy), model, x_btd, None, ctx)
             return jnp.square(y_btd.astype(jnp.float32)).sum() + stats.seq_loss.sum()
 
         return jax.grad(value, (0, 1))(params, x_btd)

@@ -135,7 +135,7 @@ class Stages:
         """(scalar, metrics) of the objective on states of zeros, as a function of the balance losses alone."""
         h_btd = jnp.zeros(self.stream.shape, self.stream.dtype)
         mtp = jnp.zeros((self.cfg.num_nextn_predict_layers, *h_btd.shape), h_btd.dtype)
-        aux = Aux(_NO_LOADS, seq_loss, classic_loss, mtp, None)
+        aux = Aux(_NO_LOADS, seq_loss, classic_loss, mtp)
         return self.batch.objective(part, h_btd, head_weight(self._end), aux)
 
     def _rates_of(self, part: Any) -> tuple[Any, Any]:
@@ -282,7 +282,7 @@ class Stages:
         if cfg.num_nextn_predict_layers:
             ctx, bias_ke = context(cfg, given, self.layout), self.gathered.bias_le[cfg.num_moe_layers :]
             mtp, stats = mtp_hidden(p, cfg, h_btd, given, bias_ke, ctx)
-        aux = Aux(_NO_LOADS, stats.seq_loss.sum(), stats.classic_loss.sum(), mtp, None)
+        aux = Aux(_NO_LOADS, stats.seq_loss.sum(), stats.classic_loss.sum(), mtp)
         return *self.batch.objective(part, h_btd, head_weight(p), aux), stats.counts_e
 
     def end(self, part: Any, x_btd: jax.Array, scale: float) -> tuple[jax.Array, Any, Done]:

@@ -15,7 +15,7 @@ from deepseek_jax.serving.grammar import Grammars
 from deepseek_jax.serving.replies import Speller
 from deepseek_jax.serving.server.admission import Admission
 from deepseek_jax.serving.server.answer import Answer
-from deepseek_jax.serving.server.errors import ApiError
+from deepseek_jax.serving.server.errors import ApiError, bad
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Generation, Mailbox, Sample
 from deepseek_jax.serving.server.instruments import Instruments
@@ -174,7 +174,12 @@ class Service:
         return Answer(Generation(self, self._mailbox, form.samples), form, stream, self.settings.keep_alive)
 
     def enter(self, samples: Sequence[Sample]) -> None:
-        self.admission.enter(len(samples), sum(len(sample.request.prompt) for sample in samples))
+        tokens = sum(len(sample.request.prompt) for sample in samples)
+        try:
+            self.admission.enter(len(samples), tokens)
+        except ValueError as error:
+            prompts = sum(sample.counts_prompt for sample in samples)
+            raise bad(str(error), "prompt" if prompts > 1 else "n") from error
         self.running.add(samples[0].generation)
 
     def came(self, sample: Sample, tokens: int, when: float) -> None:
