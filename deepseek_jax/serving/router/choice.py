@@ -38,6 +38,9 @@ class Load(NamedTuple):
     rows: int = 0
 
 
+NOTHING = Load()
+
+
 class Ask(NamedTuple):
     """What a choice knows of a request. keys: one for each whole block that its prompt begins with, each a name for all tokens
     up to there. tokens: of the prompt. block: tokens of a block."""
@@ -69,7 +72,7 @@ class Server:
 
     name: str
     role: str
-    load: Load = Load()
+    load: Load = NOTHING
     alive: bool = True
     when: float = 0.0
     life: int = 0
@@ -88,7 +91,7 @@ class Server:
 
     def lose(self) -> None:
         """It is gone, and all that it had computed."""
-        self.alive, self.load, self.life = False, Load(), self.life + 1
+        self.alive, self.load, self.life = False, NOTHING, self.life + 1
         self.requests = self.queued = self.held = 0
         self._blocks.clear()
 

@@ -90,14 +90,20 @@ def test_a_lost_server_gets_nothing_until_it_is_heard_again():
     choice.ended(first)  # of its former life: not counted now
     assert choice.servers["p0"].requests == 0 and choice.servers["p0"].queued == 0
     sent = choice.send(ask(640))
-    assert sent.prefill == "p0" and sent.uncached == 640  # p1 would have 641 to do: p0 has computed nothing in this life
+    assert (
+        sent.prefill == "p0" and sent.uncached == 640
+    )  # p1 would have 641 to do: p0 has computed nothing in this life
 
 
 def test_silence_loses_a_server():
     choice = fleet()
     for name, role in (("p0", "prefill"), ("d1", "decode")):
         choice.heard(name, role, None, now=7)
-    assert choice.silent(now=10) == [] and choice.silent(now=10.5) == ["p1", "d0"] and choice.silent(now=11) == []
+    assert (
+        choice.silent(now=10) == []
+        and choice.silent(now=10.5) == ["p1", "d0"]
+        and choice.silent(now=11) == []
+    )
     assert pair(choice, ask(64)) == ("p0", "d1")
 
 
@@ -122,7 +128,7 @@ def test_memory_of_prefixes_is_bounded_and_keeps_their_beginnings():
 
 
 def test_wrong_values():
-    with pytest.raises(ValueError, match="role='decoder' is not one of .*did you mean 'decode'"):
+    with pytest.raises(ValueError, match=r"role='decoder' is not one of .*did you mean 'decode'"):
         Choice().heard("a", "decoder", None, now=0)
     with pytest.raises(ValueError, match="silence=0 must be positive"):
         Choice(silence=0)
@@ -157,6 +163,8 @@ def test_beginnings_of_texts_and_turns():
     assert common(first, ask_of({"messages": turns, "tools": [{"type": "function"}]})) == 0
 
 
-@pytest.mark.parametrize("prompt", [None, 3, [], {}, [None], [1.5], [1 << 70], ["a", 3], [[], "x"], "\ud800" * 300])
+@pytest.mark.parametrize(
+    "prompt", [None, 3, [], {}, [None], [1.5], [1 << 70], ["a", 3], [[], "x"], "\ud800" * 300]
+)
 def test_a_prompt_of_any_kind_has_an_ask(prompt):
     assert ask_of({"prompt": prompt}).tokens >= 0
