@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("pallas_kernels",),
     ("checks", "now"),
-    ("json_files", "model_config", "precision"),
+    ("balancing", "json_files", "model_config", "precision"),
     ("config",),
     ("data",),
     ("model",),
