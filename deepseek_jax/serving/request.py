@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,6 +33,22 @@ class Grammar(Protocol):
         ...
 
 
+class Export(Protocol):
+    """Takes the pages of a prompt that is computed for another server.
+
+    end: tokens of the prompt that are computed; the token behind them is known. sent: pages that were taken, or that the
+    other server has; the engine counts it up.
+    """
+
+    end: int
+    sent: int
+
+    def take(self, first: int, count: int, block: Any) -> None:
+        """Pages first, first + 1, ... of the prompt, of which `block` holds so many (`one_device.py: OneDevice.export`). Is
+        called on the engine's thread."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One sequence to go on with; of n samples of a prompt each is a request of its own, and they share its pages.
@@ -50,6 +66,8 @@ class Request:
         salt: prompts share pages only if theirs is the same.
         priority: smaller ones run first.
         kept: give the ids that each token of the answer was drawn from.
+        prefill: "host:port" of the server that is to compute the prompt (`transfer/`), where one was chosen.
+        export: the prompt is computed for another server, which is sent its pages; nothing is drawn.
     """
 
     id: str
@@ -65,6 +83,8 @@ class Request:
     salt: str = ""
     priority: int = 0
     kept: bool = False
+    prefill: str | None = None
+    export: Export | None = None
 
     def check(self, vocab_size: int, max_model_len: int) -> None:
         """Raises ValueError for what can never run."""
@@ -125,7 +145,8 @@ class Update(NamedTuple):
 
     finish_reason: None while it goes on; "stop" (a stop id, or the caller's own end), "length", "abort" or "error".
     cached_tokens: of the prompt, found in the prefix cache. prompt: all of it, once, where log-probabilities are asked for.
-    error: what went wrong, in one line. queued: seconds that it waited to run for the first time.
+    error: what went wrong, in one line; code: its kind, where a router may send the request again (`transfer/errors.py`).
+    queued: seconds that it waited to run for the first time.
     """
 
     id: str
@@ -135,6 +156,7 @@ class Update(NamedTuple):
     prompt: Sequence[PromptToken] | None = None
     error: str | None = None
     queued: float = 0.0
+    code: str | None = None
 
 
 class QueueFullError(Exception):

@@ -106,7 +106,8 @@ class Sample:
             wrong = update.finish_reason in ("abort", "error")
             grammar = self.request.grammar
             unkept = None if grammar is None or grammar.error is None else ApiError(400, grammar.error)
-            self._end(update.finish_reason, when, ApiError(500, said) if wrong else unkept)
+            failed = ApiError(503 if update.code else 500, said, code=update.code)
+            self._end(update.finish_reason, when, failed if wrong else unkept)
         self.generation.notify()
 
     def _read(self, tokens: Sequence[Token], when: float) -> None:
