@@ -3,8 +3,8 @@
 What is reached are inputs of a prediction: none is set so that a predicted step comes out right. Where no measurement is
 public, the number says what it was carried over from. Short names of sources: "trace": the profile that DeepSeek published
 of two chunks of four MoE layers on H800s (profile-data, train.json); "ISCA": DeepSeek, "Insights into DeepSeek-V3" (arXiv
-2505.09343); "bench": `pallas_kernels/README.md`, this project's kernels on one H100; "DeepGEMM", "DeepEP": figures of the
-projects of that name, on H800.
+2505.09343); "bench": `pallas_kernels/README.md`, this project's kernels on one H100; "DeepGEMM", "DeepEP", "FlashMLA": figures of
+the projects of that name, on H800.
 """
 
 import dataclasses
@@ -43,6 +43,8 @@ class Hardware:
         linear, grouped: of "fp8", "bf16" and "float32", products of one weight and of many experts.
         core_forward, core_backward: causal attention, FLOP/s, masked half not counted; backward counts 2.5 forwards.
         sms, sms_measured: all, and those that the rates above were measured on.
+        few_rows: bytes/s of weights that products of 64 rows read. latent_core, latent_reads: of attention over a latent cache
+            while decoding, FLOP/s and bytes/s, of which one or the other bounds it.
         nvlink, nic: within a node and between nodes. exchange_start: seconds that an exchange takes beside its bytes.
         node: GPUs of a node, each with a NIC of its own.
     """
@@ -58,6 +60,9 @@ class Hardware:
     grouped: dict[str, Gemm]
     core_forward: float
     core_backward: float
+    few_rows: float
+    latent_core: float
+    latent_reads: float
     nvlink: Link
     nic: Link
     sms_measured: int
@@ -100,6 +105,8 @@ _GROUPED_H100 = {
     "float32": _FLOAT32,
 }
 _ON_112 = 112 / 132
+# FlashMLA on H800: 660 TFLOPS where products bound it, 3,000 GB/s where memory does
+_LATENT_CORE, _LATENT_READS = 660 * TERA, 3.0 * TERA
 
 H800 = Hardware(
     name="h800",
@@ -124,6 +131,10 @@ H800 = Hardware(
     },
     core_forward=556 * TERA,  # trace
     core_backward=455 * TERA,  # trace
+    # DeepGEMM's first figures at 64 rows: the 187.1 MB of an attention's four products in 9.4 + 16.7 + 9.8 + 44.7 us
+    few_rows=2.32 * TERA,
+    latent_core=_LATENT_CORE,
+    latent_reads=_LATENT_READS,
     nvlink=Link(
         200 * GIGA, 160 * GIGA
     ),  # ISCA section 4: 400 GB/s both ways, about 160 effective; DeepEP: 153-158
@@ -147,6 +158,9 @@ H100 = Hardware(
     / _ON_112
     * TERA,  # carried over from the H800: this project has no attention kernel of its own
     core_backward=455 / _ON_112 * TERA,
+    few_rows=1.72 * TERA,  # bench: the same four products in 19.8 + 20.6 + 13.0 + 55.2 us
+    latent_core=_LATENT_CORE,  # carried over from the H800: this project's kernel is not measured yet
+    latent_reads=_LATENT_READS,
     nvlink=Link(450 * GIGA, 360 * GIGA),  # data sheet: 900 GB/s both ways; 80% of it, as on the H800
     nic=Link(50 * GIGA, 40 * GIGA),  # a ConnectX-7 per GPU (DGX H100), as on the H800
     sms_measured=132,
@@ -157,7 +171,9 @@ H200 = dataclasses.replace(
     name="h200",
     memory=141 * 10**9,  # data sheet
     hbm=4.8 * TERA,  # data sheet
-    passes=H100.passes * 4.8 / 3.35,  # carried over from the H800 by the memory's speed
+    passes=H100.passes * 4.8 / 3.35,  # carried over from the H800 by the memory's speed, as what follows
+    few_rows=H100.few_rows * 4.8 / 3.35,
+    latent_reads=H100.latent_reads * 4.8 / 3.35,
 )
 
 PRESETS = {h.name: h for h in (H800, H100, H200)}
