@@ -17,6 +17,7 @@ _GUIDED = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
+FORMS = ("response_format", "structured_outputs", *_GUIDED)  # the fields that `spec_of` reads
 _NAME = re.compile(r"[\w.:/-]{1,128}")
 ANY_OBJECT = {"type": "object"}
 

@@ -1,13 +1,17 @@
 """Reading a request: whose service it is for, and its body."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from deepseek_jax.json_files import parse_object
+from deepseek_jax.serving.server import leftover
 from deepseek_jax.serving.server.errors import ApiError, bad
+from deepseek_jax.serving.server.fields import Fields
 from deepseek_jax.serving.server.prepare import off_loop
 from deepseek_jax.serving.server.service import Service
 
@@ -16,6 +20,15 @@ _SECONDS = 60.0  # in which a body has to come
 
 def service_of(http: HttpRequest) -> Service:
     return cast(Service, http.app.state.service)
+
+
+@contextlib.asynccontextmanager
+async def read_fields(http: HttpRequest) -> AsyncIterator[Fields]:
+    """The object that a request holds; after the block, which reads its fields, what is left over of it is looked at.
+    Raises ApiError as `read_object` and `leftover.ignored`."""
+    fields = Fields(await read_object(http))
+    yield fields
+    http.state.ignored = leftover.ignored(fields)
 
 
 async def read_object(http: HttpRequest) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from deepseek_jax.serving.replies import Delta, Piece, Reply, ToolCall
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.server import prepare, schemas
 from deepseek_jax.serving.server.answer import Answer
-from deepseek_jax.serving.server.body import read_object, service_of
+from deepseek_jax.serving.server.body import read_fields, service_of
 from deepseek_jax.serving.server.errors import bad, refused
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Sample
@@ -33,7 +33,8 @@ class Prompt(NamedTuple):
 async def chat_completions(http: HttpRequest) -> Answer:
     service = service_of(http)
     served = service.served
-    asked = schemas.chat(await read_object(http))
+    async with read_fields(http) as fields:
+        asked = schemas.chat(fields)
     service.check_model(asked.options.model)
     prompt = await prompt_of_messages(served, asked.conversation)
     thinking = served.dialect.thinking(prompt.text)

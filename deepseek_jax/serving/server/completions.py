@@ -10,7 +10,7 @@ from deepseek_jax.data.streaming import StreamDecoder
 from deepseek_jax.serving.replies import Delta, Piece, Reply
 from deepseek_jax.serving.server import prepare, schemas
 from deepseek_jax.serving.server.answer import Answer
-from deepseek_jax.serving.server.body import read_object, service_of
+from deepseek_jax.serving.server.body import read_fields, service_of
 from deepseek_jax.serving.server.errors import refused
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Sample
@@ -25,7 +25,8 @@ _TOKENS = 16  # of an answer, where the request does not say; OpenAI's
 async def completions(http: HttpRequest) -> Answer:
     service = service_of(http)
     served = service.served
-    asked = schemas.completion(await read_object(http))
+    async with read_fields(http) as fields:
+        asked = schemas.completion(fields)
     service.check_model(asked.options.model)
     size = sum(map(len, asked.prompts))
     ids = await prepare.off_loop(size, lambda: [_ids(served, asked, prompt) for prompt in asked.prompts])

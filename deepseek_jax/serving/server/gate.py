@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deepseek_jax.serving.server import leftover
 from deepseek_jax.serving.server.errors import ApiError, internal
 from deepseek_jax.serving.server.service import Service, new_id
 
@@ -68,12 +69,20 @@ class _Call:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id.encode())]
+            own = [(b"x-request-id", self.id.encode())]
+            if self._ignored:
+                own.append((leftover.HEADER.encode(), leftover.in_header(self._ignored).encode()))
+            message["headers"] = [*message.get("headers", ()), *own]
         await self._send(message)
 
     async def answer(self, error: ApiError, scope: Scope, receive: Receive) -> None:
         if not self.status:
             await error.response()(scope, receive, self.send)
+
+    @property
+    def _ignored(self) -> tuple[str, ...]:
+        """Fields of its body."""
+        return self._scope.get("state", {}).get("ignored", ())  # type: ignore[no-any-return]
 
     @property
     def level(self) -> int:
@@ -88,4 +97,6 @@ class _Call:
             "status": self.status,
             "ms": round(1000 * (time.monotonic() - self._began), 1),
         }
+        if self._ignored:
+            own["ignored_fields"] = leftover.in_header(self._ignored)
         return own | self._scope.get("state", {}).get("figures", {})

@@ -37,6 +37,8 @@ class Listener(Protocol):
 
     def ended(self, sample: "Sample", when: float) -> None: ...
 
+    def refused(self, sample: "Sample") -> None: ...
+
 
 class Mailbox:
     """Brings updates from the engine's thread to the event loop's, all that came in the meantime in one go."""
@@ -121,21 +123,32 @@ class Sample:
             self._end("stop", when)
 
     def _end(self, reason: str, when: float, error: ApiError | None = None) -> None:
+        self._close(reason, error)
+        self.generation.listener.ended(self, when)
+
+    def _close(self, reason: str, error: ApiError | None) -> None:
         self.new.append(self.reply.close(reason))
         self.reason, self.error = reason, error
-        self.generation.listener.ended(self, when)
 
     def refuse(self, error: Exception, when: float) -> None:
         """The engine does not take it."""
         if self.reason is None:
-            self._end("error", when, answer_to(error))
+            self.generation.refused = True
+            self._refused("error", answer_to(error))
             self.generation.notify()
+
+    def _refused(self, reason: str, error: ApiError | None) -> None:
+        self._close(reason, error)
+        self.generation.listener.refused(self)
 
     def cancel(self, error: ApiError | None = None) -> None:
         """Nobody wants it any more, or, with an error, the server does not go on with it."""
         if self.reason is None:
             self.generation.listener.engine.abort(self.request.id)
-            self._end("abort", time.monotonic(), error)
+            if self.generation.refused and self.first is None:  # as another one of its request
+                self._refused("abort", error)
+            else:
+                self._end("abort", time.monotonic(), error)
             self.generation.notify()
 
     def take(self) -> Delta:
@@ -150,6 +163,7 @@ class Generation:
     def __init__(self, listener: Listener, mailbox: Mailbox, samples: Iterable[Sample]):
         self.listener, self._mailbox, self.samples = listener, mailbox, tuple(samples)
         self.gone = False  # the client
+        self.refused = False  # the engine did not take one of them
         self._news, self._waiter = False, None  # type: bool, asyncio.Future[None] | None
         for sample in self.samples:
             sample.generation = self

@@ -33,7 +33,11 @@ class Instruments:
         self._labels: Labels = (("model_name", name), ("engine", "0"))
         self.prompt = Counter("vllm:prompt_tokens_total", "Tokens of prompts, computed or found.")
         self.generated = Counter("vllm:generation_tokens_total", "Tokens of answers.")
-        self.success = Counter("vllm:request_success_total", "Sequences that ended.", ("finished_reason",))
+        self.success = Counter(
+            "vllm:request_success_total",
+            "Sequences that the engine took and that ended.",
+            ("finished_reason",),
+        )
         self.first = Histogram("vllm:time_to_first_token_seconds", "From a request to its first token.")
         self.between = Histogram("vllm:inter_token_latency_seconds", "From a token to the next.", _BETWEEN)
         self.whole = Histogram("vllm:e2e_request_latency_seconds", "From a request to its end.")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.serving.asked import check_tools, spec_of, tool_choice
+from deepseek_jax.serving.asked import FORMS, check_tools, spec_of, tool_choice
 from deepseek_jax.serving.grammar import Spec
 from deepseek_jax.serving.request import TOP
 from deepseek_jax.serving.sampling import Sampling
@@ -99,8 +99,7 @@ class ChatAsked:
     conversation: Conversation
 
 
-def completion(values: Mapping[str, Any]) -> CompletionAsked:
-    fields = Fields(values)
+def completion(fields: Fields) -> CompletionAsked:
     options = _options(fields, fields.integer("max_tokens", None, 0, _HUGE), _completion_logprobs(fields))
     best_of = fields.integer("best_of", options.n)
     fields.check(
@@ -116,8 +115,7 @@ def completion(values: Mapping[str, Any]) -> CompletionAsked:
     return CompletionAsked(options, prompts, echo, suffix, special, as_ids)
 
 
-def chat(values: Mapping[str, Any]) -> ChatAsked:
-    fields = Fields(values)
+def chat(fields: Fields) -> ChatAsked:
     most = fields.integer("max_completion_tokens", fields.integer("max_tokens", None, 1, _HUGE), 1, _HUGE)
     return ChatAsked(_options(fields, most, _chat_logprobs(fields)), conversation(fields))
 
@@ -150,8 +148,9 @@ def _switches(fields: Fields) -> dict[str, Any]:
 
 
 def _spec(fields: Fields) -> Spec | None:
-    with refused("response_format" if fields.get("response_format") is not None else None):
-        return spec_of(fields.values)
+    asked = {name: fields.get(name) for name in FORMS}
+    with refused("response_format" if asked["response_format"] is not None else None):
+        return spec_of(asked)
 
 
 def _prompts(fields: Fields) -> tuple[Prompt, ...]:

@@ -188,9 +188,13 @@ class Service:
         self.instruments.came(sample, tokens, when)
 
     def ended(self, sample: Sample, when: float) -> None:
+        self.instruments.ended(sample, when)
+        self.refused(sample)
+
+    def refused(self, sample: Sample) -> None:
+        """The engine did not take it: it is counted nowhere, as what is wrong at first sight."""
         if sample.first is None:
             self.admission.leave(len(sample.request.prompt), started=False)
-        self.instruments.ended(sample, when)
         if sample.generation.ended:
             self.running.discard(sample.generation)
 

@@ -7,11 +7,16 @@ import threading
 
 import httpx
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 
 from deepseek_jax.data.fim import fim_prompt
 from deepseek_jax.serving.request import QueueFullError
+from deepseek_jax.serving.server import leftover, schemas
 from deepseek_jax.serving.server.admission import Admission
 from deepseek_jax.serving.server.answer import event
+from deepseek_jax.serving.server.errors import ApiError
+from deepseek_jax.serving.server.fields import Fields
 from deepseek_jax.serving.server.logs import JsonLines
 from tests.serving.server.kit import TOKENIZER, Serving, parsed, scripted, until
 
@@ -180,10 +185,94 @@ def test_the_middle_of_a_text_is_asked_for_by_its_ends(asking, server):
     assert until(lambda: found)[0].json()["choices"][0]["text"] == "and the "
 
 
-def test_a_field_that_nobody_knows_is_ignored(asking, server):
-    (id,), found = asking(COMPLETIONS, {"prompt": "a", "user": "me", "metadata": {"x": [1]}, "stop": None})
-    server.engine.say(id, [70, 71], finish_reason="length")
-    assert until(lambda: found)[0].status_code == 200
+# --- fields that are not read ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (COMPLETIONS, {"temprature": 0}, "temprature is no field; did you mean temperature?"),
+        (COMPLETIONS, {"maxTokens": 4}, "maxTokens is no field; did you mean max_tokens?"),
+        (COMPLETIONS, {"max_new_tokens": 4}, "did you mean max_tokens?"),
+        (COMPLETIONS, {"repeat_penalty": 1.1}, "did you mean repetition_penalty?"),
+        (CHAT, {"max_completion_token": 4}, "did you mean max_completion_tokens?"),
+        (CHAT, {"tool": []}, "did you mean tools?"),
+        (
+            CHAT,
+            {"stream": True, "stream_options": {"include_usages": True}},
+            "stream_options.include_usages is no field; did you mean stream_options.include_usage?",
+        ),
+        (
+            COMPLETIONS,
+            {"use_beam_search": True},
+            "use_beam_search=True is not done here: leave it out; False",
+        ),
+        (COMPLETIONS, {"bad_words": ["x"]}, "bad_words=['x'] is not done here: leave it out; [] would do"),
+        (CHAT, {"functions": [{"name": "f"}]}, "functions=[{'name': 'f'}] is not done here"),
+        (CHAT, {"chat_template": "x"}, "chat_template='x' is not done here: leave it out"),
+    ],
+)
+def test_slips_and_what_would_change_the_answer_are_refused(server, path, body, message):
+    asked = {"messages": HI} if path == CHAT else {"prompt": "a"}
+    error = error_of(server.post(path, asked | body))
+    assert message in error["message"] and error["message"].startswith(error["param"]), error
+    assert not server.engine.requests
+
+
+def test_a_field_that_is_missing_may_have_another_name(server):
+    for path, body, message in (
+        (COMPLETIONS, {"promt": "a"}, "prompt is missing: there is promt, which is no field"),
+        (CHAT, {"message": HI}, "messages is missing: there is message, which is no field"),
+        ("/tokenize", {"promp": "a"}, "prompt is missing: there is promp"),
+    ):
+        assert message in error_of(server.post(path, body))["message"]
+
+
+def test_fields_of_others_are_accepted_and_named(asking, server, caplog):
+    """What no text depends on without a word."""
+    silent = {"user": "me", "metadata": {"x": [1]}, "store": False, "stop": None, "nothing": None}
+    neutral = {"use_beam_search": False, "bad_words": [], "length_penalty": 1.0, "skip_special_tokens": True}
+    with caplog.at_level(logging.INFO, "deepseek_jax.serving"):
+        for more, header in (
+            ({}, None),
+            ({"reasoning_effort": "high", "mi\nrostat\x85": 2}, r"reasoning_effort, 'mi\nrostat\x85'"),
+        ):
+            (id,), found = asking(COMPLETIONS, {"prompt": "a", **silent, **neutral, **more})
+            server.engine.say(id, [70, 71], finish_reason="length")
+            response = until(lambda found=found: found)[0]
+            assert (response.status_code, response.headers.get("x-ignored-fields")) == (200, header)
+        lines = until(lambda: len(caplog.records) >= 2 and caplog.records)
+    assert [line.fields.get("ignored_fields") for line in lines] == [None, header]
+
+
+def test_no_field_of_a_client_counts_as_a_slip():
+    """Of OpenAI's own, those that we do not read; lm-eval, litellm, langchain and guidellm send no others but vLLM's."""
+    for read, params in (
+        (schemas.chat, chat_params.CompletionCreateParamsBase),
+        (schemas.completion, completion_params.CompletionCreateParamsBase),
+    ):
+        fields = Fields({"prompt": "a", "messages": HI})
+        read(fields)
+        for name in (*params.__annotations__, *leftover.MATTER, *leftover.NO_MATTER):
+            neutral = leftover.MATTER.get(name, ("x",))
+            if name not in fields.read and neutral:
+                other = Fields({name: neutral[0]})
+                other.read = fields.read
+                assert leftover.ignored(other) in ((), (name,))
+
+
+def test_a_letter_too_few_or_two_exchanged_are_a_slip():
+    for read in (schemas.chat, schemas.completion):
+        fields = Fields({"prompt": "a", "messages": HI})
+        read(fields)
+        for name in fields.read:
+            for i in range(len(name) - 1) if len(name) > 4 else ():
+                for slip in (name[:i] + name[i + 1 :], name[:i] + name[i + 1] + name[i] + name[i + 2 :]):
+                    wrong = Fields({slip: 1})
+                    wrong.read = fields.read
+                    if slip not in {*fields.read, *leftover.MATTER}:
+                        with pytest.raises(ApiError, match="did you mean"):
+                            leftover.ignored(wrong)
 
 
 def test_the_key():
@@ -245,10 +334,38 @@ def test_what_the_engine_refuses_has_its_status(asking, server):
         (RuntimeError("boom"), 500, "internal error"),
     ):
         for stream in (False, True):
-            (id,), found = asking(COMPLETIONS, {"prompt": "a", "stream": stream})
+            (id, _), found = asking(COMPLETIONS, {"prompt": "a", "stream": stream, "n": 2})
             server.engine.refuse(id, error)
             response = until(lambda found=found: found)[0]
             assert response.status_code == status and word in error_of(response)["message"]
+    until(lambda: not server.service.running)
+    assert server.service.admission.waiting == 0
+
+
+def test_what_is_refused_is_no_request_that_ended(asking):
+    """At first sight, by the engine, or because the queue is full: it is counted nowhere, as by vLLM."""
+    with Serving(scripted(rows=1), waiting=1) as server:
+        ended = lambda: {  # noqa: E731
+            name: value
+            for name, value in server.metrics().items()
+            if name in ("vllm:request_success_total", "vllm:e2e_request_latency_seconds_count")
+        }
+        assert server.post(COMPLETIONS, {"prompt": "a", "temperature": -1}).status_code == 400
+        threads = [
+            threading.Thread(target=server.post, args=(COMPLETIONS, {"prompt": "a"})) for _ in range(2)
+        ]
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            ids = until(
+                lambda count=count: len(server.engine.requests) == count and list(server.engine.requests)
+            )
+        assert server.post(COMPLETIONS, {"prompt": "a"}).status_code == 429
+        server.engine.refuse(ids[0], ValueError("prompt of 9 tokens takes 3 pages"))
+        threads[0].join()
+        assert not any(ended().values())
+        server.engine.say(ids[1], [70], finish_reason="stop")
+        threads[1].join()
+        assert set(ended().values()) == {1}
 
 
 def test_what_nobody_expected_is_said_and_logged(server, caplog, monkeypatch):
