@@ -28,7 +28,7 @@ from absl import flags
 
 from experiments import command_line, prompts
 from experiments.devices import cpu_devices
-from experiments.mesh_flag import parse_mesh
+from experiments.mesh_flag import named_by_the_flag, parse_mesh
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run or of Hugging Face.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat for a batch.")
@@ -235,9 +235,10 @@ def main(argv: Sequence[str]) -> int:
         cpu_devices(max(1, mesh.data) * mesh.node * mesh.local * mesh.tensor)
     import deepseek_jax
 
-    model = deepseek_jax.load(
-        _CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, keep_fp8=_FP8.value, mesh=mesh
-    )
+    with named_by_the_flag():
+        model = deepseek_jax.load(
+            _CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, keep_fp8=_FP8.value, mesh=mesh
+        )
     if _CHAT.value and model.tokenizer is None:
         raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.json: a chat needs one")
     _chat(model) if _CHAT.value else _complete(model, records)

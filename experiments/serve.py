@@ -35,7 +35,7 @@ from deepseek_jax.parallel.processes import joining
 from deepseek_jax.parallel.processes.together import is_first
 from experiments import command_line
 from experiments.devices import cpu_devices
-from experiments.mesh_flag import parse_mesh
+from experiments.mesh_flag import named_by_the_flag, parse_mesh
 
 _TURN = 1e-3  # seconds that the engine's thread keeps Python to itself while an answer waits to go out
 FLAGS = flags.FlagValues()  # its own, so that other commands may have flags of these names
@@ -125,9 +125,10 @@ def _load(mesh: Any, options: Any, events: Any) -> Any:
     from deepseek_jax.serving.server.service import served
     from deepseek_jax.serving.thread import EngineThread
 
-    model = _model(mesh)
-    with now.doing("compiling the programs of the engine"):
-        engine = build(model, options, say=_say)
+    with named_by_the_flag():
+        model = _model(mesh)
+        with now.doing("making the engine ready"):
+            engine = build(model, options, say=_say)
     for rank, scheduler in enumerate(engine.schedulers if events else ()):
         scheduler.pool.listener = events.listener(rank)
     return served(EngineThread(engine), model.tokenizer)
@@ -170,7 +171,7 @@ def _follow(mesh: Any) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    with joining.failing_fast(_say):
+    with joining.failing_fast(_say), named_by_the_flag():
         follow(_model(mesh), _options(), _say)
         joining.stop()
     return 0

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from deepseek_jax import now
 from deepseek_jax.model.decoding import decoding_config
 from deepseek_jax.parallel.prepared import policy_of
 from deepseek_jax.parallel.processes.together import is_first, lowest
@@ -49,21 +50,18 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
     return device
 
 
-def build(
-    model: Any,
-    options: Options = DEFAULT,
-    said: Callable[[str], None] = _silent,
-    say: Callable[[str], None] = _silent,
-) -> Engine:
-    """A warm engine: every program that it will ever launch is compiled, and was timed. Of several processes, this is the
-    first; the others call `follow`.
+def build(model: Any, options: Options = DEFAULT, say: Callable[[str], None] = _silent) -> Engine:
+    """A warm engine: every program that it will ever launch is compiled, and was timed; what is compiled, a screen shows
+    (`now.py`). Of several processes, this is the first; the others call `follow`.
 
-    said: hears what is compiled next. say: hears which process died, before this one ends. Raises ValueError for options that
-    do not go with the model.
+    say: hears which process died, before this one ends. Raises ValueError for options that do not go with the model.
     """
     device = cold(model, options, say)
-    for name in device.warm_up():
-        said(name)
+    steps = device.warm_up()
+    name = next(steps, None)
+    while name is not None:
+        with now.doing(name):
+            name = next(steps, None)
     return Engine(device, options)
 
 

@@ -108,14 +108,15 @@ class OneDevice:
         return drawn, given
 
     def warm_up(self) -> Iterator[str]:
-        """Compiles all programs, one after the other, and times them; yields what comes next."""
+        """Compiles all programs, one after the other, and times them; yields what comes next, for a screen."""
         for request in _to_admit():
             self.admit(0, 0, request, [])
-        for name, run in self._programs(self._no_chunks, self._no_rows):
-            yield " ".join(map(str, name))
+        programs = list(self._programs(self._no_chunks, self._no_rows))
+        for i, (name, run) in enumerate(programs, 1):
+            yield f"program {i} of {len(programs)}: {described(*name)}"
             for most in MOST if on_cpu() else range(ALL + 1):
                 jax.block_until_ready(run(most=most))
-        yield "timing"
+        yield f"timing the {len(programs)} programs"
         for slot in range(self.sizes.slots):  # each goes on from another token, and so to other experts
             self.prefill(self._random_chunks(*self.sizes.chunks[0], slot), None if on_cpu() else GREEDY)
         for name, run in self._programs(self._random_chunks, self._all_rows):
@@ -158,6 +159,13 @@ class OneDevice:
         plan = self._no_rows(rows)
         plan.slot_r[:] = np.tile(np.arange(rows), self.ranks)
         return plan
+
+
+def described(kind: str, rows: int, tokens: int = 1) -> str:
+    """What a program computes, by its name (`pace.py`)."""
+    if kind == "prefill":
+        return f"{rows} x {tokens} tokens of prompts"
+    return f"{rows} rows that decode" + " with drafts" * (kind == "drafts")
 
 
 TRIES = 3

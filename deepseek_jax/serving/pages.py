@@ -10,7 +10,7 @@ cached when nobody holds it any more, until its room is needed.
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.checks import require
@@ -94,6 +94,10 @@ class PagePool:
         """Whether n pages could be allocated if `beside`, pages that were looked up, were shared before."""
         taken = sum(not self._holders[page] for page in beside)
         return n <= len(self._free) + len(self._cached) - taken
+
+    def held_once(self, pages: Iterable[int]) -> int:
+        """How many of these one sequence holds alone."""
+        return sum(self._holders[page] == 1 for page in pages)
 
     def allocate(self, n: int) -> list[int] | None:
         """n pages, held once each: free ones first, then cached ones, the one that was given back longest ago first. None,

@@ -64,7 +64,7 @@ class Request:
         prompt_logprobs: the same for the tokens of the prompt, but the first; the prompt is then computed whole.
         grammar: restricts what is drawn.
         salt: prompts share pages only if theirs is the same.
-        priority: smaller ones run first.
+        priority: smaller ones run first, and take the slots of larger ones, which wait again.
         kept: give the ids that each token of the answer was drawn from.
         prefill: "host:port" of the server that is to compute the prompt (`transfer/`), where one was chosen.
         export: the prompt is computed for another server, which is sent its pages; nothing is drawn.

@@ -3,7 +3,8 @@
 One rule: everything is a token that is not computed yet. A step has a budget of tokens. Each sequence whose prompt is computed
 gets a decode row first; chunks of prompts get what is left, of those that have a slot before those that wait. Priority goes
 before arrival everywhere. Who finds no page for its next token takes those of the last in order, which waits again at its old
-place in the queue; the first in order loses nothing, so everything ends.
+place in the queue; and so does who waits for a slot, or for pages, where those of a lower priority have them. The first in
+order loses nothing, so everything ends.
 
 Steps are launched before the results of earlier ones are known, and the device runs them in order. So pages and slots change
 hands at once: what a launched step still writes for its former owner comes before what a later step writes. Pages that a
@@ -134,6 +135,7 @@ class Scheduler:
         """The next step. budget: tokens of chunks at most, in this step; decode rows always go on. drafts: whether they have
         the drafts that the limits allow. times: how often they run, one after the other; all tokens at most `at_once`."""
         step = Step([], [], [], [])
+        self._make_way(step)
         self._add_rows(step, self.limits.drafts if drafts else 0, times)
         left = self.limits.budget - len(step.rows) * self.limits.row_tokens
         if budget is not None:
@@ -229,16 +231,50 @@ class Scheduler:
             step.admitted.append(running)
             left -= self._add_chunk(step, running, left)
 
+    def _make_way(self, step: Step) -> None:
+        """Who waits first takes slot and pages of the last in order, as far as their priority is lower: as few as will do, and
+        none if all would not, or if somebody is about to end. It is admitted in the next step. With `reserve`, it waits: nothing
+        is computed twice there."""
+        first, found = self._next_before(self.running[-1].request.priority if self.running else None)
+        if first is None or self.limits.reserve or any(running.left <= 0 for running in self.running):
+            return
+        victims: list[Running] = []
+        pages = 0  # that they alone hold
+        for last in reversed(self.running):
+            more = self._wanted(first, found, len(self.running) - len(victims))
+            if (self._slots or victims) and self.pool.fits(more - pages, beside=found):
+                break
+            if last.request.priority <= first.request.priority:
+                return
+            victims.append(last)
+            pages += self.pool.held_once(set(last.pages).difference(found))
+        for victim in victims:
+            self._preempt(victim)
+            step.preempted.append(victim)
+
+    def _next_before(self, priority: int | None) -> tuple[Running | None, list[int]]:
+        """The first who waits with a priority before this one, and not for a page that is being computed; the pages it finds."""
+        for running in self.waiting:
+            if priority is None or running.request.priority >= priority:
+                break
+            found = self.prefixes.find(running)
+            if found is not None:
+                return running, found
+        return None, []
+
+    def _wanted(self, running: Running, found: list[int], beside: int) -> int:
+        """Pages that must be there beside those found: for all tokens known, and one for every eight of those who run, who would
+        soon take them back."""
+        if self.limits.reserve:
+            return self._pages_at_most(running.limit) - len(found)
+        return self._pages(len(running.tokens)) - len(found) + -(-beside // 8)
+
     def _give_pages(self, running: Running, found: list[int]) -> bool:
-        """Holds the pages found, and new ones for all tokens known. False if there are not so many, or so few that those who
-        run would soon take them back: one is left for every eight of these."""
-        reserve = self.limits.reserve
-        pages = self._pages_at_most(running.limit) if reserve else self._pages(len(running.tokens))
-        left = 0 if reserve else -(-len(self.running) // 8)
-        if not self.pool.fits(pages - len(found) + left, beside=found):
+        """Holds the pages found, and new ones for all tokens known. False if there are not so many."""
+        if not self.pool.fits(self._wanted(running, found, len(self.running)), beside=found):
             return False
         self.pool.share(found)
-        new = self.pool.allocate(pages - len(found))
+        new = self.pool.allocate(self._wanted(running, found, 0))
         assert new is not None
         running.pages = found + new
         return True

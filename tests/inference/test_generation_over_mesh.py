@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 import deepseek_jax
 from deepseek_jax import Model
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.parallel.prepared import parameter_shardings
+from deepseek_jax.parallel.prepared import generation_mesh, parameter_shardings
 from deepseek_jax.serving import engine, one_device, over_mesh, slots
 from deepseek_jax.serving.build import cold
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.programs import decode_plan
-from experiments.mesh_flag import parse_mesh
+from experiments.mesh_flag import named_by_the_flag, parse_mesh
 from tests.inference.checkpoint import save_checkpoint, save_run
 from tests.oracle.tiny import weights
 from tests.tiny_run import tiny
@@ -134,14 +134,21 @@ def test_the_flag_names_axes_and_formats():
     ("text", "message"),
     [
         ("node", r"--mesh=node: 'node' should be KEY=VALUE, as node=2,local=4"),
-        ("nodes=2", r"unknown config key mesh.nodes; did you mean mesh.node\?"),
-        ("node=two", r"mesh.node=two should be an integer"),
-        ("local=0", r"mesh.local=0 must be positive"),
+        ("nodes=2", r"^unknown --mesh=nodes; did you mean --mesh=node\?"),
+        ("node=two", r"^--mesh=node=two should be an integer"),
+        ("local=0", r"^--mesh=local=0 must be positive"),
+        ("experts=flatt", r"^--mesh=experts='flatt' is not one of .* did you mean 'flat'"),
     ],
 )
 def test_mistakes_in_the_flag(text, message):
     with pytest.raises(ValueError, match=message):
         parse_mesh(text)
+
+
+def test_what_does_not_fit_the_devices_is_said_of_the_flag():
+    words = r"needs 64 devices and 8 are at hand; change --mesh$"
+    with pytest.raises(ValueError, match=words), named_by_the_flag():
+        generation_mesh(tiny().model, MeshConfig(data=1, node=8, local=8))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.thread import EngineThread
 from tests.oracle.sampling import Case, distribution
 from tests.serving.greedy import greedy
-from tests.serving.tiny_engine import CFG, OPTIONS, device, engine, model, run
+from tests.serving.tiny_engine import CFG, OPTIONS, SHOWN, device, engine, model, run
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, CFG.vocab_size, n).tolist() for n in (5, 1, 12, 100, 130, 64, 200, 70)]
@@ -132,6 +132,16 @@ def test_a_prompt_that_is_preempted_before_its_first_token_is_counted_once():
     run(made, [Request(str(i), p, min(40, 512 - len(p))) for i, p in enumerate(prompts)])
     assert made.stats.preemptions > 0
     assert made.stats.cache_queries == made.stats.prompt == sum(lengths)
+
+
+def test_a_screen_shows_which_program_is_compiled():
+    sizes = device().sizes
+    compiled, total = SHOWN[OPTIONS, CFG], len(sizes.chunks) + len(sizes.rows)
+    assert [line.partition(":")[0] for line in compiled] == [
+        *(f"program {i} of {total}" for i in range(1, total + 1)),
+        f"timing the {total} programs",
+    ]
+    assert compiled[0].endswith(": 1 x 16 tokens of prompts") and compiled[-2].endswith("4 rows that decode")
 
 
 def test_an_id_is_in_use_until_its_end_was_told():

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import itertools
 import random
 
@@ -205,6 +206,75 @@ def test_priority_then_arrival():
     engine.drain(50)
     begun = [r.request.id for step in engine.steps for r in step.admitted]
     assert begun == ["first", "d", "b", "c", "a"]
+
+
+def test_who_waits_takes_the_slot_of_a_lower_priority():
+    """Of the last in order, and only for its own sake: equal ones wait. What was computed of it is mostly found again."""
+    engine = engine_of(rows=2, budget=16)
+    for name, priority in (("low", 2), ("lower", 3)):
+        engine.add(request(name, prompt_of(8, priority), 20, priority=priority))
+    engine.turn()
+    engine.add(request("equal", prompt_of(6), 4, priority=3))
+    assert not engine.turn().preempted and not engine.turn().preempted
+    engine.add(request("high", prompt_of(6, 9), 6, priority=0))
+    step = engine.turn()
+    assert [r.request.id for r in step.preempted] == ["lower"]
+    assert [row.running.request.id for row in step.rows] == ["low"]
+    step = engine.turn()
+    assert [r.request.id for r in step.admitted] == ["high"] and not step.preempted
+    engine.drain(200)
+    lower = [chunk for step in engine.steps for chunk in step.chunks if chunk.running.request.id == "lower"]
+    assert lower[-1].start == 8  # two pages are found
+    assert [r.request.id for step in engine.steps for r in step.preempted] == ["lower"]
+
+
+def test_who_waits_takes_the_pages_of_lower_priorities_or_none():
+    """As few as will do; if all would not do, nobody loses anything for it."""
+    engine = engine_of(pages=16, rows=5, budget=64, chunk=32)
+    for i in range(4):
+        engine.add(request(i, prompt_of(12, i), 20, priority=i))
+    engine.turn()
+    engine.turn()
+    assert [len(r.pages) for r in engine.scheduler.running] == [4] * 4
+    engine.add(request("high", prompt_of(20, 8), 2, priority=2))  # 5 pages, and one for those who run
+    assert not engine.turn().preempted
+    engine.abort("1")
+    assert [r.request.id for r in engine.turn().preempted] == ["3"]
+    engine.drain(200)
+    engine.check_pages()
+
+
+def test_with_reserved_pages_nobody_loses_a_slot():
+    engine = engine_of(rows=1, budget=8, reserve=True)
+    engine.add(request("low", prompt_of(3), 6, priority=1))
+    engine.turn()
+    engine.add(request("high", prompt_of(3), 6))
+    engine.drain(50)
+    assert not any(step.preempted for step in engine.steps)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_slot_is_kept_from_a_higher_priority(seed):
+    """Where there are pages for all: whoever waits behind full slots, before one who runs and not for a page under way, has a
+    slot freed at once, unless one is about to be."""
+    engine, rng, before = engine_of(pages=200, rows=3, waiting=40), random.Random(seed), 0
+    beginnings = [prompt_of(24, i) for i in range(3)]
+    for i in range(400):
+        if rng.random() < 0.4:
+            asked = random_request(rng, i, beginnings)
+            with contextlib.suppress(QueueFullError):
+                engine.add(dataclasses.replace(asked, priority=rng.randrange(5)))
+        if rng.random() < 0.05:
+            engine.abort(str(rng.randrange(i + 1)))
+        scheduler = engine.scheduler
+        ready = [r for r in scheduler.waiting if scheduler.prefixes.find(r) is not None]
+        full = not scheduler._slots and all(r.left > 0 for r in scheduler.running)
+        last = max((r.request.priority for r in scheduler.running), default=9)
+        must = full and any(r.request.priority < last for r in ready)
+        before += must
+        assert len(engine.turn().preempted) == must
+    assert before > 10
+    run_out(engine)
 
 
 def test_a_large_request_is_not_overtaken_for_ever():

@@ -1,10 +1,12 @@
 """A tiny model in an engine, shared by the tests of serving."""
 
+import contextlib
 import dataclasses
 import functools
 
 import jax
 
+from deepseek_jax import now
 from deepseek_jax.inference.model import Model
 from deepseek_jax.serving.build import build
 from deepseek_jax.serving.engine import Engine
@@ -13,6 +15,7 @@ from tests.oracle.tiny import V3, weights
 
 CFG = dataclasses.replace(V3, num_hidden_layers=2, max_position_embeddings=512)
 OPTIONS = Options(rows=4, chunk=64, pages=16)
+SHOWN: dict = {}  # what a screen showed while programs were compiled
 
 
 @functools.cache
@@ -24,7 +27,9 @@ def model(cfg=CFG, seed: int = 4) -> Model:
 @functools.cache
 def device(options: Options = OPTIONS, cfg=CFG):
     """Programs, compiled once; its pages hold whatever earlier tests left."""
-    return build(model(cfg), options).device
+    shown = SHOWN[options, cfg] = []
+    with now.shown_by(lambda what: contextlib.nullcontext(shown.append(what))):
+        return build(model(cfg), options).device
 
 
 def engine(options: Options = OPTIONS, cfg=CFG) -> Engine:
