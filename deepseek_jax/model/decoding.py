@@ -113,14 +113,15 @@ def _attention(p: Params, cfg: ModelConfig, low: Low, rope: Rope, view: Any, i: 
 
 def _block(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, i: Any, ctx: Context, bias_e: Any
-) -> tuple[jax.Array, Any]:
-    """Layer i."""
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Layer i: the stream, the view, and how many of this device's tokens go to each expert [e]."""
     sequence, h_btd = ctx.layout.sequence, rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
     low = sequence.gathered(down(p["attn"], cfg, h_btd))
     view = view.append(i, latents(p["attn"], cfg, low, ctx.rope))
     heads, seen = sequence.ready_heads(p["attn"]), sequence.seen(view, i)
     x_btd = x_btd + sequence.scattered(_attention(heads, cfg, low, ctx.rope, *seen))
-    return ffn(p, cfg, x_btd, bias_e, ctx)[0], view
+    x_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx)
+    return x_btd, view, stats.counts_e
 
 
 def _scanned(
@@ -128,19 +129,23 @@ def _scanned(
 ) -> Any:
     def body(carry, xs):
         (x, view), (p, bias_e, i) = carry, xs
-        return _block(p, cfg, x, view, i, ctx, bias_e), None
+        *carry, counts_e = _block(p, cfg, x, view, i, ctx, bias_e)
+        return tuple(carry), counts_e
 
     layers = jnp.arange(start, start + len(stack["attn_norm_d"]))
-    return lax.scan(body, (x_btd, view), (stack, bias, layers))[0]
+    (x_btd, view), counts_le = lax.scan(body, (x_btd, view), (stack, bias, layers))
+    return x_btd, view, counts_le
 
 
 def _one_by_one(
     stack: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, start: int, ctx: Context, bias: Any
 ) -> Any:
+    counts = []
     for i, p in enumerate(stack):
         bias_e = None if bias is None else bias[i]
-        x_btd, view = _block(p, cfg, x_btd, view, start + i, ctx, bias_e)
-    return x_btd, view
+        x_btd, view, counts_e = _block(p, cfg, x_btd, view, start + i, ctx, bias_e)
+        counts.append(counts_e)
+    return x_btd, view, jnp.stack(counts)
 
 
 def decode(
@@ -150,8 +155,9 @@ def decode(
     view: Any,
     balance_bias: jax.Array | None,
     layout: Layout,
-) -> tuple[jax.Array, Any]:
-    """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], the view with their latents).
+) -> tuple[jax.Array, Any, jax.Array]:
+    """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], the view with their latents, how many of
+    this device's tokens went to each expert of each MoE layer, int32 [l, e]).
 
     ready: from `prepare` with this config. view: of the cache, see `cache.PagedView`. layout: `ONE_DEVICE`, or that of a mesh
     (`parallel/layout.py`): `few_tokens`, or `many_tokens` for prompts, where devices that divide sequences run the rows of
@@ -161,13 +167,14 @@ def decode(
     x_btd = embed(ready["embed"], cfg, layout.sequence.own(layout.sequence.all_rows(tokens_bt)))
     layers = _one_by_one if unrolled(cfg) else _scanned
     dense, n_moe = cfg.first_k_dense_replace, cfg.num_moe_layers
+    counts_le = jnp.zeros((0, cfg.n_routed_experts), jnp.int32)
     if dense:
-        x_btd, view = layers(ready["dense_layers"], cfg, x_btd, view, 0, ctx, None)
+        x_btd, view, _ = layers(ready["dense_layers"], cfg, x_btd, view, 0, ctx, None)
     if n_moe:
         bias_le = None if balance_bias is None else balance_bias[:n_moe]
-        x_btd, view = layers(ready["moe_layers"], cfg, x_btd, view, dense, ctx, bias_le)
+        x_btd, view, counts_le = layers(ready["moe_layers"], cfg, x_btd, view, dense, ctx, bias_le)
     h_btd = rms_norm(x_btd, ready["final_norm"]["scale_d"], cfg.rms_norm_eps)
-    return layout.sequence.own_rows(h_btd), layout.sequence.own_view(view)
+    return layout.sequence.own_rows(h_btd), layout.sequence.own_view(view), counts_le
 
 
 def _context(cfg: ModelConfig, view: Any, layout: Layout) -> tuple[Context, Any]:
@@ -187,17 +194,18 @@ def mtp_decode(
     balance_bias: jax.Array | None,
     layout: Layout,
     layer: int = 0,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, jax.Array]:
     """The first MTP module on t positions: hidden states h_i of the main model (after its final norm) and the
     tokens that follow, t_{i+1}. Returns (states after its norm [b, t, d], which predict t_{i+2}; the view of its own
-    cache). layer: of the cache that the view is of, where the module's latents lie."""
+    cache; tokens by expert [e], as `decode`). layer: of the cache that the view is of, where the module's latents lie."""
     p, sequence = ready["mtp"], layout.sequence
     ctx, view = _context(cfg, view, layout)
     next_btd = embed(ready["embed"], cfg, sequence.own(sequence.all_rows(next_tokens_bt)))
     x_btd = mtp_input(p, cfg, sequence.own_tokens(h_btd), next_btd)
     bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    y_btd, view = _block(p["block"], cfg, x_btd, view, layer, ctx, bias_e)
-    return sequence.own_rows(rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps)), sequence.own_view(view)
+    y_btd, view, counts_e = _block(p["block"], cfg, x_btd, view, layer, ctx, bias_e)
+    h_btd = sequence.own_rows(rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps))
+    return h_btd, sequence.own_view(view), counts_e
 
 
 def mtp_append(

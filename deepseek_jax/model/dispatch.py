@@ -1,6 +1,6 @@
 """How tokens reach their routed experts: what a MoE layer asks of whatever brings them there.
 
-    plan = d.plan(experts_nk, n_local)                  layout of a routing; serves forward, recomputation and backward
+    plan = d.plan(experts_nk, n_local, placement)       layout of a routing; serves forward, recomputation and backward
     came = d.dispatch(x_nd, weights_nk, plan)           tokens -> rows of this device's experts
     y    = d.experts(p, came, x_nd, weights_nk, plan)   the experts on these rows
     y_nd = d.combine(y, plan)                           plain sums over experts, at the tokens' sources
@@ -38,8 +38,9 @@ class Received(NamedTuple):
 class Dispatcher(Protocol):
     """Plans, results `y` and what a dispatch gives are pytrees that only the dispatcher reads."""
 
-    def plan(self, experts_nk: jax.Array, n_local: int) -> Any:
-        """experts_nk int32 [n, k]: ids outside of the experts are absent. n_local: experts on each device."""
+    def plan(self, experts_nk: jax.Array, n_local: int, placement: Any = None) -> Any:
+        """experts_nk int32 [n, k]: ids outside of the experts are absent. n_local: experts on each device. placement: of the
+        gate's experts among those that devices hold (`parallel/exchange/placement.py`); None: they are the same."""
 
     def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: Any) -> Any: ...
 
@@ -54,8 +55,8 @@ class Local:
 
     function: Callable[..., jax.Array] = routed_experts
 
-    def plan(self, experts_nk: jax.Array, n_local: int) -> jax.Array:
-        return experts_nk
+    def plan(self, experts_nk: jax.Array, n_local: int, placement: Any = None) -> jax.Array:
+        return experts_nk if placement is None else placement.physical(experts_nk)
 
     def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: jax.Array) -> Received:
         return Received(x_nd, weights_nk, plan)

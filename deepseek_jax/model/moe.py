@@ -1,7 +1,8 @@
 """DeepSeekMoE layer as phases: shared experts for every token, routed experts by the gate (equations 12-16).
 
 The layout's dispatcher (`dispatch.py`) brings tokens to their routed experts and the sums back, on one device or over a
-mesh; between its calls a caller may do other work (`parallel/overlap.py`).
+mesh; between its calls a caller may do other work (`parallel/overlap.py`). Where experts have copies, or move, a layer's
+parameters hold their `placement` beside their weights.
 
 Dims: b batch, t token, n = b * t, d hidden, e routed expert, k selected expert.
 """
@@ -73,7 +74,8 @@ def gate(p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None
     h_btd, s_bte = after_norm(scored, cfg, ctx.layout.remat)(p["ffn"]["gate"], p["ffn_norm_d"], x_btd)
     routing = only_counted(cfg, route(cfg, s_bte, bias_e), ctx.counted_bt)
     n_local = product(p["ffn"]["experts"]["w_down_efd"]).experts
-    return Routed(h_btd, s_bte, routing, ctx.layout.dispatcher.plan(_flat(routing.experts_btk), n_local))
+    plan = ctx.layout.dispatcher.plan(_flat(routing.experts_btk), n_local, p["ffn"].get("placement"))
+    return Routed(h_btd, s_bte, routing, plan)
 
 
 def shared(p: Params, cfg: ModelConfig, at: AtExperts, ctx: Context) -> jax.Array:

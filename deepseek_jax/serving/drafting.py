@@ -64,7 +64,7 @@ def decode_pairs(
     second_r = jnp.where(drafted_r, guess_r, part.token_r)
     new_r = part.counted_r.astype(jnp.int32) + drafted_r
     view = paged_view(state.pages_lpsw, part.table_rn, part.length_r + new_r, 2, new_r)
-    h_rtd, view = decode(
+    h_rtd, view, counts_le = decode(
         weights.ready, cfg, jnp.stack([first_r, second_r], axis=1), view, weights.bias_le, layout
     )
     logits_rtv = logits(weights.ready, h_rtd)
@@ -83,7 +83,7 @@ def decode_pairs(
         weights.ready, cfg, h_rd[:, None], one.token_b[:, None], behind, cfg.num_hidden_layers
     )
     state = part.written(
-        state._replace(pages_lpsw=behind.pages_lpsw, slots=slots),
+        state._replace(pages_lpsw=behind.pages_lpsw, slots=slots, loads_le=state.loaded(counts_le)),
         part.length_r + 1 + accepted_r,
         jnp.where(accepted_r, two.token_b, one.token_b),
         jnp.where(accepted_r[:, None], h_rtd[:, 1], h_rd),
@@ -96,7 +96,7 @@ def _guess(
 ) -> tuple[jax.Array, State]:
     """Drafts of all rows, and the state with the module's latents of the tokens before the last ones."""
     own = paged_view(state.pages_lpsw, part.table_rn, part.length_r, 1, part.counted_r.astype(jnp.int32))
-    h_rtd, own = mtp_decode(
+    h_rtd, own, counts_e = mtp_decode(
         weights.ready,
         cfg,
         state.h_sd[part.slot_r][:, None],
@@ -108,7 +108,8 @@ def _guess(
     )
     guessed = logits(weights.ready, h_rtd[:, 0])
     _, guess = draw(state.slots, guessed, part.length_r + 1, part.counted_r, rows)
-    return guess.token_b, state._replace(pages_lpsw=own.pages_lpsw)
+    loads_le = state.loaded(counts_e[None], cfg.num_moe_layers)
+    return guess.token_b, state._replace(pages_lpsw=own.pages_lpsw, loads_le=loads_le)
 
 
 # --- when drafts pay ----------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ class State(NamedTuple):
     pages_lpsw: of `model.cache.empty_pages`. table_sn: the pages of each slot's sequence. length_s: tokens of it whose latents
     are in them. token_s: the last one drawn, which is not. slots: how each is sampled. h_sd: where the MTP module drafts
     (`drafting.py`), the main model's state of the last of length_s tokens; the module's latents are the last layer of the pages,
-    and lack that token's.
+    and lack that token's. loads_le: where loads are counted, rows that went to each expert of each MoE layer, the MTP module's
+    last.
     """
 
     pages_lpsw: jax.Array
@@ -55,12 +56,25 @@ class State(NamedTuple):
     token_s: jax.Array
     slots: Slots
     h_sd: Any = None
+    loads_le: Any = None
+
+    def loaded(self, counts_le: jax.Array, first: int = 0) -> Any:
+        """`loads_le` with the rows of some more tokens, of the layers from `first` on."""
+        if self.loads_le is None:
+            return None
+        return self.loads_le.at[first : first + len(counts_le)].add(counts_le)
 
 
 def empty_state(
-    cfg: ModelConfig, slots: int, pages: int, pages_each: int, fp8: bool = False, drafts: bool = False
+    cfg: ModelConfig,
+    slots: int,
+    pages: int,
+    pages_each: int,
+    fp8: bool = False,
+    drafts: bool = False,
+    loads: bool = False,
 ) -> State:
-    """pages_each: of one sequence, at most."""
+    """pages_each: of one sequence, at most. loads: whether loads of experts are counted."""
     zero = functools.partial(jnp.zeros, dtype=jnp.int32)
     return State(
         empty_pages(cfg, layers_in_pages(cfg, drafts), pages, fp8),
@@ -69,6 +83,7 @@ def empty_state(
         zero(slots),
         empty_slots(slots, cfg.vocab_size),
         jnp.zeros((slots, cfg.hidden_size), cfg.dtype) if drafts else None,
+        zero((cfg.num_moe_layers + drafts, cfg.n_routed_experts)) if loads else None,
     )
 
 
@@ -216,11 +231,14 @@ def decode_rows(
         before = paged_view(pages_lpsw, part.table_rn, part.length_r, 1, ones_r)
         pages_lpsw = mtp_append(weights.ready, cfg, *last, before, cfg.num_hidden_layers).pages_lpsw
     view = paged_view(pages_lpsw, part.table_rn, part.length_r + ones_r, 1, ones_r)
-    h_rtd, view = decode(weights.ready, cfg, part.token_r[:, None], view, weights.bias_le, layout)
+    h_rtd, view, counts_le = decode(
+        weights.ready, cfg, part.token_r[:, None], view, weights.bias_le, layout
+    )
     draw_one = drawn_by(weights, part, most)
     logits_rv = logits(weights.ready, h_rtd[:, 0])
     slots, drawn = draw_one(state.slots, logits_rv, part.length_r + 1, part.counted_r, rows)
-    state = state._replace(pages_lpsw=view.pages_lpsw, slots=slots)
+    loads_le = state.loaded(counts_le)
+    state = state._replace(pages_lpsw=view.pages_lpsw, slots=slots, loads_le=loads_le)
     return part.written(state, part.length_r + 1, drawn.token_b, h_rtd[:, 0]), drawn
 
 
@@ -237,7 +255,7 @@ def prefill_chunks(
     new_r = jnp.where(counted_r, chunks.new_r, 0)
     t = chunks.tokens_rt.shape[1]
     view = paged_view(state.pages_lpsw, chunks.table_rn, length_r, t, new_r)
-    h_rtd, view = decode(weights.ready, cfg, chunks.tokens_rt, view, weights.bias_le, layout)
+    h_rtd, view, counts_le = decode(weights.ready, cfg, chunks.tokens_rt, view, weights.bias_le, layout)
     h_sd = None
     if state.h_sd is not None:
         h_sd = state.h_sd.at[write_r].set(h_rtd[:, -1], mode="drop")
@@ -262,6 +280,7 @@ def prefill_chunks(
         state.token_s.at[_there(slot_r, samples_r, slots)].set(drawn.token_b, mode="drop"),
         sampler,
         h_sd,
+        state.loaded(counts_le),
     )
     return state, drawn, _given(weights, h_rtd, chunks, most)
 

@@ -85,7 +85,7 @@ def test_a_model_reads_a_prompt_in_chunks(monkeypatch):
         for size in sizes:
             end = start + size
             view = paged_view(pages, table, jnp.full(2, end, jnp.int32), size)
-            h, view = step(tokens[:, start:end], view)
+            h, view, _ = step(tokens[:, start:end], view)
             pages, start = view.pages_lpsw, end
             hidden.append(h)
         return np.concatenate(hidden, axis=1)

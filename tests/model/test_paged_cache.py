@@ -38,7 +38,7 @@ class RoundedView(View):
 @jax.jit
 def step(model, tokens_bt, view):
     ready, bias = model
-    return decode(ready, CFG, tokens_bt, view, bias, ONE_DEVICE)
+    return decode(ready, CFG, tokens_bt, view, bias, ONE_DEVICE)[:2]
 
 
 def slots(cache, slot, fp8):

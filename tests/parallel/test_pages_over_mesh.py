@@ -52,8 +52,8 @@ def chunk(ready, bias, pages, table, lengths, tokens, new, layout):
     """States of the main model and of the MTP module after the tokens of each row, and the pages of both."""
     t = tokens.shape[1] - 1
     main, mtp = (paged_view(x, table, lengths, t, new) for x in pages)
-    h, main = decode(ready, CFG, tokens[:, :t], main, bias, layout)
-    drafts, mtp = mtp_decode(ready, CFG, h, tokens[:, 1:], mtp, bias, layout)
+    h, main, _ = decode(ready, CFG, tokens[:, :t], main, bias, layout)
+    drafts, mtp, _ = mtp_decode(ready, CFG, h, tokens[:, 1:], mtp, bias, layout)
     return jnp.stack([h, drafts], axis=1), (main.pages_lpsw, mtp.pages_lpsw)
 
 

@@ -37,8 +37,8 @@ def placement():
 
 
 DISPATCHERS = {
-    "two hops": lambda: Ragged(function=dense, placement=placement()),
-    "flat, in rounds": lambda: Ragged(mode="flat", function=dense, receive=2.0, placement=placement()),
+    "two hops": lambda: Ragged(function=dense),
+    "flat, in rounds": lambda: Ragged(mode="flat", function=dense, receive=2.0),
 }
 
 
@@ -47,7 +47,8 @@ def replicated():
     """Program: the gradient of a logical expert is the sum of those of its replicas."""
 
     def run(*args):
-        return {name: with_gradients(make())(*args) for name, make in DISPATCHERS.items()}
+        placed = {name: functools.partial(make(), placement=placement()) for name, make in DISPATCHERS.items()}
+        return {name: with_gradients(dispatcher)(*args) for name, dispatcher in placed.items()}
 
     def logical(p, x, w, g, ids):
         physical = jax.tree.map(lambda a: a[LOGICAL], p)
@@ -73,7 +74,7 @@ def test_replicas_decode_as_the_logical_experts():
     n = 8 * N
     p, x, w, _ = arrays(n)
     ids = routings(n)["random"].astype(np.int32)
-    run = on_mesh(LowLatency(placement=placement()), SHAPE, 4)
+    run = on_mesh(functools.partial(LowLatency(), placement=placement()), SHAPE, 4)
     got = run(jax.tree.map(lambda a: a[LOGICAL], p), x, ids, w)
     assert difference(got, jax.jit(dense)(p, x, ids, w)) < BOUND
 

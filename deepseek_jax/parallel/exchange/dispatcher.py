@@ -48,22 +48,20 @@ class OverMesh(abc.ABC):
     wire: formats of dispatch and combine; by default arrays as they are.
     implementation: of the collective; None picks by platform when the program is lowered. "native"
       (`lax.ragged_all_to_all`) is to be named for topologies without devices, "dense" is the exact emulation.
-    placement: replicas of the experts, or None: the gate's experts are those that devices hold.
     """
 
     wire: Wire = AS_IT_IS
     implementation: str | None = None
-    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(f"implementation={self.implementation!r} is not one of {list(IMPLEMENTATIONS)}")
 
-    def plan(self, experts_nk: jax.Array, n_local: int) -> Any:
+    def plan(self, experts_nk: jax.Array, n_local: int, placement: Placement | None = None) -> Any:
         """The layout of a routing by the gate; under recomputation it is made once."""
         with jax.named_scope("plan"):
-            if self.placement is not None:
-                experts_nk = self.placement.physical(experts_nk, lax.axis_index(FLAT[0]))
+            if placement is not None:
+                experts_nk = placement.physical(experts_nk, lax.axis_index(FLAT[0]))
             plan = self._layout(experts_nk, n_local)
         return jax.tree.map(lambda a: checkpoint_name(a, EXPERT_PLAN), plan)
 
@@ -72,10 +70,15 @@ class OverMesh(abc.ABC):
         """The plan for physical ids."""
 
     def __call__(
-        self: Any, p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
+        self: Any,
+        p: Params,
+        x_nd: jax.Array,
+        experts_nk: jax.Array,
+        weights_nk: jax.Array,
+        placement: Placement | None = None,
     ) -> jax.Array:
         """The four calls: sum_k weights_nk * FFN_{experts_nk}(x_n) -> [n, d]."""
-        plan = self.plan(experts_nk, product(p["w_down_efd"]).experts)
+        plan = self.plan(experts_nk, product(p["w_down_efd"]).experts, placement)
         came = self.dispatch(x_nd, weights_nk, plan)
         return self.combine(self.experts(p, came, x_nd, weights_nk, plan), plan)
 
