@@ -36,30 +36,38 @@ def _wire(cfg: MeshConfig, default: Wire) -> Wire:
     return dataclasses.replace(default, **{name: form for name, form in named.items() if form != "auto"})
 
 
-def dispatcher_over(model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, wire: Wire) -> Dispatcher:
-    """What brings many tokens to their experts, as `cfg` says; `wire`: the formats that it leaves open ("auto")."""
+def dispatcher_over(
+    model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, wire: Wire, anywhere: bool = False
+) -> Dispatcher:
+    """What brings many tokens to their experts, as `cfg` says; `wire`: the formats that it leaves open ("auto"). anywhere: an
+    expert may lie on any node, by a placement; then the group limit bounds the nodes of a token no more."""
     if not _tokens_travel(model, cfg, mesh):
         return Local()
     mode = expert_exchange(cfg, mesh)
     return Ragged(
         mode=mode,
         wire=_wire(cfg, wire),
-        most=nodes_per_token(model, mesh.shape["node"]) if mode == "two_hop" else None,
+        most=nodes_per_token(model, mesh.shape["node"]) if mode == "two_hop" and not anywhere else None,
         receive=cfg.receive or None,
         apart=cfg.pipe > 1,
     )
 
 
 def many_tokens(
-    model: ModelConfig, cfg: MeshConfig, mesh: Mesh | AbstractMesh, tokens: int, wire: Wire = AS_IT_IS
+    model: ModelConfig,
+    cfg: MeshConfig,
+    mesh: Mesh | AbstractMesh,
+    tokens: int,
+    wire: Wire = AS_IT_IS,
+    anywhere: bool = False,
 ) -> Layout:
     """The layout for whole sequences of `tokens` tokens: prefill, and what training and evaluation begin with.
 
-    wire: formats of the exchange that `mesh.dispatch` and `mesh.combine` leave open. Raises ValueError for what does
-    not divide over the mesh.
+    wire: formats of the exchange that `mesh.dispatch` and `mesh.combine` leave open. anywhere: as for `dispatcher_over`. Raises
+    ValueError for what does not divide over the mesh.
     """
     return Layout(
-        dispatcher=dispatcher_over(model, cfg, mesh, wire),
+        dispatcher=dispatcher_over(model, cfg, mesh, wire, anywhere),
         sequence=sequence_over(mesh, tokens),
         mesh=_axes(mesh),
     )

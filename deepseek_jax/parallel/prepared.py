@@ -61,30 +61,35 @@ def policy_of(params: Any) -> Policy | None:
 # --- prepared -----------------------------------------------------------------------------------------------------
 
 
-def _moe_block(declared: Any, of_experts: PartitionSpec) -> dict[str, Any]:
-    block: dict[str, Any] = dict.fromkeys(declared, WHOLE)
-    block["ffn"] = dict.fromkeys(declared["ffn"], WHOLE) | {"experts": of_experts}
-    return block
+def experts_spec(specs: Any, name: str) -> PartitionSpec:
+    """Of the experts [layer, expert, ...] of "moe_layers" or "mtp"."""
+    block = specs[name] if name == "moe_layers" else specs[name]["block"]
+    return block["ffn"]["experts"]["w_up_edf"]  # type: ignore[no-any-return]
 
 
-def ready_specs(cfg: ModelConfig, specs: Any) -> Any:
+def ready_specs(cfg: ModelConfig, specs: Any, in_slots: bool = False) -> Any:
     """Of what `preparing` makes of parameters that lie as `specs` say. A prefix of the tree, which fits whatever a weight
-    brings: values and scales have experts where an array has them. cfg: that decoding runs with."""
+    brings: values and scales have experts where an array has them. cfg: that decoding runs with. in_slots: of experts in slots
+    (`slots.py`)."""
     declared = model_params(cfg)
     ready: dict[str, Any] = dict.fromkeys(declared, WHOLE)
 
-    def of_experts(block: Any) -> PartitionSpec:
-        return block["ffn"]["experts"]["w_up_edf"]  # type: ignore[no-any-return]  # [layer, expert, ...]
+    def moe_block(declared: Any, of_experts: PartitionSpec) -> dict[str, Any]:
+        block: dict[str, Any] = dict.fromkeys(declared, WHOLE)
+        block["ffn"] = dict.fromkeys(declared["ffn"], WHOLE) | {"experts": of_experts}
+        if in_slots:
+            block["ffn"]["placement"] = WHOLE
+        return block
 
     if n := cfg.num_moe_layers:
-        spec = of_experts(specs["moe_layers"])
+        spec = experts_spec(specs, "moe_layers")
         spec = PartitionSpec(*spec[1:]) if unrolled(cfg) else spec
-        block = _moe_block(declared["moe_layers"], spec)
+        block = moe_block(declared["moe_layers"], spec)
         ready["moe_layers"] = [block] * n if unrolled(cfg) else block
     if "mtp" in declared:
-        spec = PartitionSpec(*of_experts(specs["mtp"]["block"])[1:])  # the first module, apart
+        spec = PartitionSpec(*experts_spec(specs, "mtp")[1:])  # the first module, apart
         ready["mtp"] = dict.fromkeys(declared["mtp"], WHOLE) | {
-            "block": _moe_block(declared["mtp"]["block"], spec)
+            "block": moe_block(declared["mtp"]["block"], spec)
         }
     return ready
 

@@ -16,7 +16,7 @@ Dims: s slot, r row of a program, on all devices one after the other.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.balancing.eplb import even
+from deepseek_jax.balancing.plan import Ints, Plan
 from deepseek_jax.checks import require
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.decoding import on_cpu
@@ -41,6 +43,7 @@ from deepseek_jax.parallel.prepared import (
     parameter_specs,
     ready_specs,
 )
+from deepseek_jax.parallel.slots import Slots
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.serving.drafting import decode_pairs
 from deepseek_jax.serving.one_device import OneDevice
@@ -61,14 +64,18 @@ from deepseek_jax.serving.sizes import Sizes
 FEW = 64  # tokens of a device: up to so many of a chunk take the exchange of decoding
 
 ROWS, BY_LAYER = PartitionSpec(TOKEN_AXES), PartitionSpec(None, TOKEN_AXES)
-STATE = State(pages_lpsw=BY_LAYER, table_sn=ROWS, length_s=ROWS, token_s=ROWS, slots=ROWS, h_sd=ROWS)  # type: ignore[arg-type]
+STATE = State(
+    pages_lpsw=BY_LAYER,  # type: ignore[arg-type]
+    **dict.fromkeys(("table_sn", "length_s", "token_s", "slots", "h_sd", "loads_le"), ROWS),  # type: ignore[arg-type]
+)
 
 
 class Programs(NamedTuple):
     """Jitted, over global arrays; all but `empty` consume the state.
 
     empty: (sizes, pages, fp8, drafts) -> state; admit: (state, rank, slot, row) -> state; decode, decode_pairs: (weights, state,
-    rows, times, most), prefill: (weights, state, chunks, most) -> (state, what they give).
+    rows, times, most), prefill: (weights, state, chunks, most) -> (state, what they give). counted: loads of experts of each
+    device -> (zeros, their sum).
     """
 
     empty: Callable[..., State]
@@ -76,27 +83,38 @@ class Programs(NamedTuple):
     decode: Callable[..., Any]
     decode_pairs: Callable[..., Any]
     prefill: Callable[..., Any]
+    counted: Callable[..., Any]
 
 
 def chunk_layout(
-    cfg: ModelConfig, mesh: MeshConfig, devices: Any, wire: Wire, rows: int, tokens: int
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+    devices: Any,
+    wire: Wire,
+    rows: int,
+    tokens: int,
+    in_slots: bool = False,
 ) -> Layout:
-    """Of chunks of `tokens` tokens, of so many `rows` on each device."""
+    """Of chunks of `tokens` tokens, of so many `rows` on each device. in_slots: experts lie where plans say."""
     divides = tokens % devices.shape["tensor"] == 0
     if rows * tokens <= FEW or not divides:
         return few_tokens(cfg, mesh, devices, wire)
-    return many_tokens(cfg, mesh, devices, tokens, wire)
+    return many_tokens(cfg, mesh, devices, tokens, wire, in_slots)
 
 
 @functools.cache
 def programs(
-    cfg: ModelConfig, mesh: MeshConfig, policy: Policy | None = None, at: Devices = None
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+    policy: Policy | None = None,
+    at: Devices = None,
+    in_slots: bool = False,
 ) -> Programs:
-    """Of a model over a mesh. cfg: that decoding runs with. policy: of weights in FP8. Raises ValueError as
-    `generation_mesh`."""
+    """Of a model over a mesh. cfg: that decoding runs with. policy: of weights in FP8. in_slots: experts are, and their loads are
+    counted. Raises ValueError as `generation_mesh`."""
     devices = generation_mesh(cfg, mesh, at)
     wire = AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
-    of_ready = ready_specs(cfg, parameter_specs(cfg, mesh, devices))
+    of_ready = ready_specs(cfg, parameter_specs(cfg, mesh, devices), in_slots)
     weights_specs = Weights(of_ready, WHOLE, WHOLE)
     over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
     options = compiler_options(mesh, devices)
@@ -104,7 +122,7 @@ def programs(
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
     def empty(sizes: Sizes, pages: int, fp8: bool, drafts: bool) -> State:
-        one = functools.partial(empty_state, cfg, sizes.slots, pages, sizes.pages_each, fp8, drafts)
+        one = functools.partial(empty_state, cfg, sizes.slots, pages, sizes.pages_each, fp8, drafts, in_slots)
         return over_devices(one, in_specs=(), out_specs=STATE)()
 
     @consuming
@@ -130,7 +148,7 @@ def programs(
     @functools.partial(consuming, static_argnames="most")
     def prefill(weights: Weights, state: State, chunks: Chunks, most: int | None) -> Any:
         r, t = chunks.tokens_rt.shape
-        layout = chunk_layout(cfg, mesh, devices, wire, r // devices.size, t)
+        layout = chunk_layout(cfg, mesh, devices, wire, r // devices.size, t, in_slots)
 
         def run(weights: Weights, state: State, chunks: Chunks) -> Any:
             return prefill_chunks(weights, cfg, layout, state, chunks, most)
@@ -139,7 +157,12 @@ def programs(
             weights, state, chunks
         )
 
-    return Programs(empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
+    @functools.partial(over_devices, in_specs=(ROWS,), out_specs=(ROWS, WHOLE))
+    def counted(loads_le: jax.Array) -> Any:
+        return jnp.zeros_like(loads_le), lax.psum(loads_le, TOKEN_AXES)
+
+    return Programs(empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill, counted)
 
 
 class OverMesh(OneDevice):
@@ -150,10 +173,17 @@ class OverMesh(OneDevice):
         sizes, pages, fp8, drafts: of each device.
         mesh: `data`, `node`, `local`, `tensor`; `experts`, `dispatch`, `combine` and `receive` as in training.
         policy: of weights in FP8.
+        redundant: experts more than the model has, in each layer; None: they lie in their order, and never move.
+
+    Attributes:
+        slots: in which experts lie by `plan`, where they move.
 
     Raises:
         ValueError: a mesh that does not fit the devices or the model.
     """
+
+    slots: Slots | None = None
+    plan: Plan | None = None
 
     def __init__(
         self,
@@ -165,11 +195,15 @@ class OverMesh(OneDevice):
         *,
         mesh: MeshConfig,
         policy: Policy | None = None,
+        redundant: int | None = None,
         at: Devices = None,
     ):
         self.devices: Mesh = generation_mesh(cfg, mesh, at)
         self.ranks = self.devices.size
-        self._run = programs(cfg, mesh, policy, at)
+        if redundant is not None:
+            self.slots = Slots(cfg, mesh, redundant, at)
+            self.plan = even(self.slots.layers, cfg.n_routed_experts, self.slots.unit)
+        self._run = programs(cfg, mesh, policy, at, redundant is not None)
         self._rows, self._whole = (NamedSharding(self.devices, spec) for spec in (ROWS, WHOLE))
         self._gather = jax.jit(lambda x: x, out_shardings=self._whole)
         self._all_may_come: dict[int, jax.Array] = {}
@@ -185,7 +219,8 @@ class OverMesh(OneDevice):
 
     @property
     def weights(self) -> Weights | None:
-        """Bias and number of ids are brought to all devices when they are set, not in each step."""
+        """Bias and number of ids are brought to all devices when they are set, not in each step; and experts, which are given in
+        their order, into the slots of the plan."""
         return self._weights
 
     @weights.setter
@@ -196,8 +231,32 @@ class OverMesh(OneDevice):
                 "an engine over several processes keeps its weights: start the processes again for others",
             )
             bias_le, num_ids = jax.tree.map(lambda x: self._put(np.asarray(x), self._whole), new[1:])
-            new = Weights(new.ready, bias_le, num_ids)
+            ready = new.ready if self.slots is None else self.slots.filled(new.ready, self.plan)
+            new = Weights(ready, bias_le, num_ids)
         self._weights = new
+
+    def move(self, layer: int, physical_p: Ints) -> None:
+        """Puts the experts of a layer, counted from the first with experts, where a new plan has them; what is launched from now
+        on finds them there."""
+        assert self.slots is not None and self.plan is not None and self._weights is not None
+        ready = self.slots.moved(self._weights.ready, layer, physical_p, self.plan.physical_lp[layer])
+        self._weights = self._weights._replace(ready=ready)
+        self.plan.physical_lp[layer] = physical_p
+
+    def loads(self) -> jax.Array:
+        """Rows that went to each expert of each layer since the last call, of all ranks, int32 [l, e], on their way to the host."""
+        zeros, loads_le = self._run.counted(self._state.loads_le)
+        self._state = self._state._replace(loads_le=zeros)
+        loads_le.copy_to_host_async()
+        return loads_le  # type: ignore[no-any-return]
+
+    def warm_up(self) -> Iterator[str]:
+        yield from super().warm_up()
+        if self.slots is not None:
+            yield "moves of experts"
+            for layer in sorted({0, self.slots.layers - 1}):
+                self.move(layer, self.plan.physical_lp[layer].copy())
+            self.loads()
 
     def _run_rows(self, program: Callable[..., Any], rows: DecodeRows, most: int | None, times: int) -> Any:
         run = self._run.decode_pairs if program is decode_pairs else self._run.decode

@@ -36,6 +36,14 @@ class Leading(OverMesh):
         self._leader.tell(("prefill", (_sendable(chunks), most)))
         return super().prefill(chunks, most)
 
+    def move(self, layer: int, physical_p: Any) -> None:
+        self._leader.tell(("move", (layer, physical_p)))
+        super().move(layer, physical_p)
+
+    def loads(self) -> Any:
+        self._leader.tell(("loads", ()))
+        return super().loads()
+
     def close(self) -> None:
         self._leader.close()
 

@@ -231,9 +231,7 @@ def decode_rows(
         before = paged_view(pages_lpsw, part.table_rn, part.length_r, 1, ones_r)
         pages_lpsw = mtp_append(weights.ready, cfg, *last, before, cfg.num_hidden_layers).pages_lpsw
     view = paged_view(pages_lpsw, part.table_rn, part.length_r + ones_r, 1, ones_r)
-    h_rtd, view, counts_le = decode(
-        weights.ready, cfg, part.token_r[:, None], view, weights.bias_le, layout
-    )
+    h_rtd, view, counts_le = decode(weights.ready, cfg, part.token_r[:, None], view, weights.bias_le, layout)
     draw_one = drawn_by(weights, part, most)
     logits_rv = logits(weights.ready, h_rtd[:, 0])
     slots, drawn = draw_one(state.slots, logits_rv, part.length_r + 1, part.counted_r, rows)

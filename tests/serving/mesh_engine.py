@@ -64,10 +64,11 @@ def put(device: OverMesh, mesh: MeshConfig) -> OverMesh:
     return device
 
 
-def engine(name: str, drafts: bool = False, pages: int = 4) -> Engine:
-    """Of so few pages that two sequences do not always fit."""
+def engine(name: str, drafts: bool = False, pages: int = 4, redundant: int | None = None) -> Engine:
+    """Of so few pages that two sequences do not always fit. redundant: experts, which move."""
     mesh = MESHES[name]
-    device = put(OverMesh(decoding_config(CFG), SIZES, pages, drafts=drafts, mesh=mesh), mesh)
+    made = OverMesh(decoding_config(CFG), SIZES, pages, drafts=drafts, mesh=mesh, redundant=redundant)
+    device = put(made, mesh)
     if drafts:  # always: what a warm-up would have measured matters to nothing
         decoding = {(kind, SIZES.slots): 0.01 for kind in ("decode", "drafts")}
         device.pace = Pace(decoding | {("prefill", *size): 0.01 for size in SIZES.chunks})

@@ -1,0 +1,185 @@
+"""Experts in slots: where the prepared weights of a model's experts lie over a mesh, and how they get from one plan to the next.
+
+A layer's `ffn` then has its experts by slots, [slot, ...] in the place of [expert, ...], and beside them the `placement` that says
+which slots hold which expert. Both change together, by one program, which is compiled once for all layers and plans: what differs
+are arrays. It takes the memory of one layer's experts beside those that there are.
+
+Dims: l layer, p slot, e expert, c copy of an expert.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.balancing.plan import Ints, Plan, Unit
+from deepseek_jax.checks import require
+from deepseek_jax.config import MeshConfig, ModelConfig
+from deepseek_jax.model.decoding import unrolled
+from deepseek_jax.parallel.compiler import compiler_options
+from deepseek_jax.parallel.exchange.moves import moved, sources
+from deepseek_jax.parallel.exchange.placement import Placement
+from deepseek_jax.parallel.mesh import EXPERT_AXES, expert_exchange
+from deepseek_jax.parallel.prepared import WHOLE, Devices, experts_spec, generation_mesh, parameter_specs
+
+
+def unit_over(cfg: ModelConfig, mesh: MeshConfig, devices: Mesh, redundant: int) -> Unit:
+    """What plans are made for: slots for the model's experts and `redundant` more, over the devices that share them.
+
+    Raises ValueError for experts that all devices have, and for a number of slots that does not divide.
+    """
+    spread = expert_exchange(mesh, devices) != "replicated" and cfg.n_routed_experts > 0
+    require(
+        spread,
+        f"redundant={redundant}: there is no device without the experts of another: give a mesh with node x local x tensor > 1 "
+        "that shares the experts (mesh.experts), or leave redundant experts and plans out",
+    )
+    node, holders = devices.shape["node"], int(np.prod([devices.shape[a] for a in EXPERT_AXES]))
+    slots = cfg.n_routed_experts + redundant
+    require(
+        slots % holders == 0,
+        f"{cfg.n_routed_experts} experts and redundant={redundant} more do not divide over {holders} devices of "
+        f"node x local x tensor: {-cfg.n_routed_experts % holders} or {holders} further ones more do",
+    )
+    return Unit(slots, cfg.n_group, node, holders)
+
+
+class Programs(NamedTuple):
+    """Jitted. fill: (experts, source_p or, of stacked layers, source_lp) -> experts in slots. move: (experts in slots, which it
+    consumes, placement, layer, source_p, its new placement) -> (experts, placement); layer: of stacked ones, else None."""
+
+    fill: Callable[..., Any]
+    move: Callable[..., Any]
+
+
+@functools.cache
+def programs(cfg: ModelConfig, mesh: MeshConfig, slots: int, stacked: bool, at: Devices = None) -> Programs:
+    """For the experts of layers that lie apart, or are `stacked`. cfg: that decoding runs with."""
+    devices = generation_mesh(cfg, mesh, at)
+    options = compiler_options(mesh, devices)
+    new = slots // int(np.prod([devices.shape[a] for a in EXPERT_AXES]))
+    spec = experts_spec(parameter_specs(cfg, mesh, devices), "moe_layers" if cfg.num_moe_layers else "mtp")
+    spec = spec if stacked else PartitionSpec(*spec[1:])
+    over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
+
+    @functools.partial(jax.jit, compiler_options=options)
+    @functools.partial(over_devices, in_specs=(spec, WHOLE), out_specs=spec)
+    def fill(experts: Any, source: jax.Array) -> Any:
+        if not stacked:
+            return moved(experts, source, new)
+        return lax.map(lambda layer: moved(*layer, new), (experts, source))
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
+    def move(experts: Any, placement: Placement, layer: Any, source_p: Any, placed: Placement) -> Any:
+        def run(experts: Any, placement: Placement, layer: Any, source_p: Any, placed: Placement) -> Any:
+            if layer is None:
+                return moved(experts, source_p, new), placed
+            one = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), experts)
+            one = moved(one, source_p, new), placed
+            put = functools.partial(lax.dynamic_update_index_in_dim, index=layer, axis=0)
+            return jax.tree.map(put, (experts, placement), one)
+
+        specs = (spec, WHOLE, WHOLE, WHOLE, WHOLE)
+        return over_devices(run, in_specs=specs, out_specs=(spec, WHOLE))(
+            experts, placement, layer, source_p, placed
+        )
+
+    return Programs(fill, move)
+
+
+class Slots:
+    """The experts of a model's prepared parameters, in slots over a mesh. `plan`: of all MoE layers, the MTP module's last.
+
+    Args:
+        cfg: the config that decoding runs with.
+
+    Raises:
+        ValueError: as `unit_over`.
+    """
+
+    def __init__(self, cfg: ModelConfig, mesh: MeshConfig, redundant: int, at: Devices = None):
+        self.devices = generation_mesh(cfg, mesh, at)
+        self.unit = unit_over(cfg, mesh, self.devices, redundant)
+        self.cfg, self.layers = cfg, cfg.num_moe_layers + min(1, cfg.num_nextn_predict_layers)
+        make = functools.partial(programs, cfg, mesh, self.unit.slots, at=at)
+        self._stacked = bool(cfg.num_moe_layers) and not unrolled(cfg)
+        self._of_layer, self._of_stack = make(stacked=False), make(stacked=True) if self._stacked else None
+        self._copies = redundant + 1  # of an expert, at most
+
+    def filled(self, ready: Any, plan: Plan) -> Any:
+        """`ready`, whose experts lie in their order, with experts in slots. What does not change is shared with it."""
+        source_lp = np.stack(
+            [self._sources(new_p, np.arange(self.cfg.n_routed_experts)) for new_p in plan.physical_lp]
+        )
+        tables = self._placements(plan)
+        if self._stacked:
+            assert self._of_stack is not None
+            n = self.cfg.num_moe_layers
+            ffn = ready["moe_layers"]["ffn"]
+            experts, placement = (
+                self._of_stack.fill(ffn["experts"], source_lp[:n]),
+                _rows(tables, slice(0, n)),
+            )
+            block = _with(ready["moe_layers"], experts, self._put(placement))
+            ready = {**ready, "moe_layers": block}
+        for layer in range(self.cfg.num_moe_layers if self._stacked else 0, self.layers):
+            experts = self._of_layer.fill(_ffn(ready, self.cfg, layer)["experts"], source_lp[layer])
+            ready = _replaced(ready, self.cfg, layer, experts, self._put(_rows(tables, layer)))
+        return ready
+
+    def moved(self, ready: Any, layer: int, new_p: Ints, old_p: Ints) -> Any:
+        """`ready` with the experts of a layer in the slots of `new_p`, which were in those of `old_p`. Consumes them."""
+        placed = self._put(_rows(self._placements(Plan(new_p[None])), 0))
+        source_p = self._sources(new_p, old_p)
+        stacked = self._stacked and layer < self.cfg.num_moe_layers
+        if stacked:
+            assert self._of_stack is not None
+            ffn = ready["moe_layers"]["ffn"]
+            out = self._of_stack.move(ffn["experts"], ffn["placement"], np.int32(layer), source_p, placed)
+            return {**ready, "moe_layers": _with(ready["moe_layers"], *out)}
+        ffn = _ffn(ready, self.cfg, layer)
+        out = self._of_layer.move(ffn["experts"], ffn["placement"], None, source_p, placed)
+        return _replaced(ready, self.cfg, layer, *out)
+
+    def _sources(self, new_p: Ints, old_p: Ints) -> Ints:
+        return sources(new_p, old_p, self.unit.gpus, self.unit.nodes)
+
+    def _placements(self, plan: Plan) -> Placement:
+        """Of all layers, host arrays; of the same shapes for every plan."""
+        return Placement(np.maximum(plan.copies(self._copies), 0), plan.logcnt)  # type: ignore[arg-type]
+
+    def _put(self, tree: Any) -> Any:
+        """Host arrays, on all devices."""
+        everywhere = NamedSharding(self.devices, WHOLE)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index]), tree
+        )
+
+
+def _rows(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def _with(block: Any, experts: Any, placement: Placement) -> Any:
+    """A block with other experts."""
+    return {**block, "ffn": {**block["ffn"], "experts": experts, "placement": placement}}
+
+
+def _ffn(ready: Any, cfg: ModelConfig, layer: int) -> Any:
+    """Of a layer that lies apart."""
+    block = ready["moe_layers"][layer] if layer < cfg.num_moe_layers else ready["mtp"]["block"]
+    return block["ffn"]
+
+
+def _replaced(ready: Any, cfg: ModelConfig, layer: int, experts: Any, placement: Placement) -> Any:
+    """With other experts of a layer that lies apart."""
+    if layer < cfg.num_moe_layers:
+        blocks = list(ready["moe_layers"])
+        blocks[layer] = _with(blocks[layer], experts, placement)
+        return {**ready, "moe_layers": blocks}
+    block = _with(ready["mtp"]["block"], experts, placement)
+    return {**ready, "mtp": {**ready["mtp"], "block": block}}
