@@ -47,7 +47,9 @@ def replicated():
     """Program: the gradient of a logical expert is the sum of those of its replicas."""
 
     def run(*args):
-        placed = {name: functools.partial(make(), placement=placement()) for name, make in DISPATCHERS.items()}
+        placed = {
+            name: functools.partial(make(), placement=placement()) for name, make in DISPATCHERS.items()
+        }
         return {name: with_gradients(dispatcher)(*args) for name, dispatcher in placed.items()}
 
     def logical(p, x, w, g, ids):
