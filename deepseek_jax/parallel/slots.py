@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.balancing.eplb import even
 from deepseek_jax.balancing.plan import Ints, Plan, Unit
 from deepseek_jax.checks import require
 from deepseek_jax.config import MeshConfig, ModelConfig
@@ -71,7 +72,7 @@ def programs(cfg: ModelConfig, mesh: MeshConfig, slots: int, stacked: bool, at: 
     def fill(experts: Any, source: jax.Array) -> Any:
         if not stacked:
             return moved(experts, source, new)
-        return lax.map(lambda layer: moved(*layer, new), (experts, source))
+        return lax.map(lambda layer: moved(layer[0], layer[1], new), (experts, source))
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def move(experts: Any, placement: Placement, layer: Any, source_p: Any, placed: Placement) -> Any:
@@ -92,10 +93,13 @@ def programs(cfg: ModelConfig, mesh: MeshConfig, slots: int, stacked: bool, at: 
 
 
 class Slots:
-    """The experts of a model's prepared parameters, in slots over a mesh. `plan`: of all MoE layers, the MTP module's last.
+    """The experts of a model's prepared parameters, in slots over a mesh.
 
     Args:
         cfg: the config that decoding runs with.
+
+    Attributes:
+        plan: which expert each slot holds, of all MoE layers, the MTP module's last.
 
     Raises:
         ValueError: as `unit_over`.
@@ -105,17 +109,16 @@ class Slots:
         self.devices = generation_mesh(cfg, mesh, at)
         self.unit = unit_over(cfg, mesh, self.devices, redundant)
         self.cfg, self.layers = cfg, cfg.num_moe_layers + min(1, cfg.num_nextn_predict_layers)
+        self.plan = even(self.layers, cfg.n_routed_experts, self.unit)
         make = functools.partial(programs, cfg, mesh, self.unit.slots, at=at)
         self._stacked = bool(cfg.num_moe_layers) and not unrolled(cfg)
         self._of_layer, self._of_stack = make(stacked=False), make(stacked=True) if self._stacked else None
         self._copies = redundant + 1  # of an expert, at most
 
-    def filled(self, ready: Any, plan: Plan) -> Any:
-        """`ready`, whose experts lie in their order, with experts in slots. What does not change is shared with it."""
-        source_lp = np.stack(
-            [self._sources(new_p, np.arange(self.cfg.n_routed_experts)) for new_p in plan.physical_lp]
-        )
-        tables = self._placements(plan)
+    def filled(self, ready: Any) -> Any:
+        """`ready`, whose experts lie in their order, with experts in the slots of the plan. What does not change is shared with
+        it."""
+        source_lp, tables = self.plan.physical_lp, self._placements(self.plan)
         if self._stacked:
             assert self._of_stack is not None
             n = self.cfg.num_moe_layers
@@ -131,10 +134,11 @@ class Slots:
             ready = _replaced(ready, self.cfg, layer, experts, self._put(_rows(tables, layer)))
         return ready
 
-    def moved(self, ready: Any, layer: int, new_p: Ints, old_p: Ints) -> Any:
-        """`ready` with the experts of a layer in the slots of `new_p`, which were in those of `old_p`. Consumes them."""
+    def moved(self, ready: Any, layer: int, new_p: Ints) -> Any:
+        """`ready` with the experts of a layer in the slots of `new_p`, which is then the plan. Consumes them."""
         placed = self._put(_rows(self._placements(Plan(new_p[None])), 0))
-        source_p = self._sources(new_p, old_p)
+        source_p = sources(new_p, self.plan.physical_lp[layer], self.unit.gpus, self.unit.nodes)
+        self.plan.physical_lp[layer] = new_p
         stacked = self._stacked and layer < self.cfg.num_moe_layers
         if stacked:
             assert self._of_stack is not None
@@ -144,9 +148,6 @@ class Slots:
         ffn = _ffn(ready, self.cfg, layer)
         out = self._of_layer.move(ffn["experts"], ffn["placement"], None, source_p, placed)
         return _replaced(ready, self.cfg, layer, *out)
-
-    def _sources(self, new_p: Ints, old_p: Ints) -> Ints:
-        return sources(new_p, old_p, self.unit.gpus, self.unit.nodes)
 
     def _placements(self, plan: Plan) -> Placement:
         """Of all layers, host arrays; of the same shapes for every plan."""

@@ -25,8 +25,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.balancing.eplb import even
-from deepseek_jax.balancing.plan import Ints, Plan
+from deepseek_jax.balancing.plan import Ints
 from deepseek_jax.checks import require
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.decoding import on_cpu
@@ -176,14 +175,13 @@ class OverMesh(OneDevice):
         redundant: experts more than the model has, in each layer; None: they lie in their order, and never move.
 
     Attributes:
-        slots: in which experts lie by `plan`, where they move.
+        slots: in which experts lie, where they move.
 
     Raises:
         ValueError: a mesh that does not fit the devices or the model.
     """
 
     slots: Slots | None = None
-    plan: Plan | None = None
 
     def __init__(
         self,
@@ -202,7 +200,6 @@ class OverMesh(OneDevice):
         self.ranks = self.devices.size
         if redundant is not None:
             self.slots = Slots(cfg, mesh, redundant, at)
-            self.plan = even(self.slots.layers, cfg.n_routed_experts, self.slots.unit)
         self._run = programs(cfg, mesh, policy, at, redundant is not None)
         self._rows, self._whole = (NamedSharding(self.devices, spec) for spec in (ROWS, WHOLE))
         self._gather = jax.jit(lambda x: x, out_shardings=self._whole)
@@ -231,17 +228,15 @@ class OverMesh(OneDevice):
                 "an engine over several processes keeps its weights: start the processes again for others",
             )
             bias_le, num_ids = jax.tree.map(lambda x: self._put(np.asarray(x), self._whole), new[1:])
-            ready = new.ready if self.slots is None else self.slots.filled(new.ready, self.plan)
+            ready = new.ready if self.slots is None else self.slots.filled(new.ready)
             new = Weights(ready, bias_le, num_ids)
         self._weights = new
 
     def move(self, layer: int, physical_p: Ints) -> None:
         """Puts the experts of a layer, counted from the first with experts, where a new plan has them; what is launched from now
         on finds them there."""
-        assert self.slots is not None and self.plan is not None and self._weights is not None
-        ready = self.slots.moved(self._weights.ready, layer, physical_p, self.plan.physical_lp[layer])
-        self._weights = self._weights._replace(ready=ready)
-        self.plan.physical_lp[layer] = physical_p
+        assert self.slots is not None and self._weights is not None
+        self._weights = self._weights._replace(ready=self.slots.moved(self._weights.ready, layer, physical_p))
 
     def loads(self) -> jax.Array:
         """Rows that went to each expert of each layer since the last call, of all ranks, int32 [l, e], on their way to the host."""
@@ -255,7 +250,7 @@ class OverMesh(OneDevice):
         if self.slots is not None:
             yield "moves of experts"
             for layer in sorted({0, self.slots.layers - 1}):
-                self.move(layer, self.plan.physical_lp[layer].copy())
+                self.move(layer, self.slots.plan.physical_lp[layer].copy())
             self.loads()
 
     def _run_rows(self, program: Callable[..., Any], rows: DecodeRows, most: int | None, times: int) -> Any:
