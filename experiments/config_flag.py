@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from deepseek_jax.checks import options_of, section_of, type_of
-from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.config import Config, build
 from experiments import command_line, config_help
 
 _FLAG = re.compile(r"--?(no)?config(\.[^=]*)?(=.*)?", re.DOTALL)
@@ -32,8 +32,10 @@ class Settings(NamedTuple):
     values: dict[str, str]
 
 
-def parse(argv: Sequence[str], default: str, values: flags.FlagValues = flags.FLAGS) -> Config:
-    """Returns the checked config; parses the other arguments as absl's flags (`command_line.parse_flags`).
+def parse(
+    argv: Sequence[str], default: str, values: flags.FlagValues = flags.FLAGS, whole: Any = Config
+) -> Any:
+    """Returns the checked config, a `whole`; parses the other arguments as absl's flags (`command_line.parse_flags`).
 
     `--help` lists every key with its value and documentation, `--print_config` the values; both end the process.
 
@@ -41,18 +43,19 @@ def parse(argv: Sequence[str], default: str, values: flags.FlagValues = flags.FL
         argv: arguments without the program's name.
         default: the file where the command line names none.
         values: which flags.
+        whole: the dataclass that the file's keys are of.
 
     Raises:
         ValueError: names the key, the nearest valid one, or the line of the file; OSError: the file cannot be read.
     """
-    settings, rest = take(argv)
+    settings, rest = take(argv, whole)
     file = settings.file or default
     if command_line.asks_for_help(argv):
-        cfg = from_config_dict(_changed(read(file), settings.values))
+        cfg = build(whole, _changed(read(file), settings.values, whole))
         command_line.parse_flags(argv, values, config_help.keys(cfg, file))
     printed = "--print_config" in rest
     command_line.parse_flags([a for a in rest if a != "--print_config"], values)
-    cfg = from_config_dict(_changed(read(file), settings.values))
+    cfg = build(whole, _changed(read(file), settings.values, whole))
     if printed:
         print(config_help.listing(cfg), end="")
         sys.exit(0)
@@ -62,7 +65,7 @@ def parse(argv: Sequence[str], default: str, values: flags.FlagValues = flags.FL
 # --- the command line -----------------------------------------------------------------------------------------
 
 
-def take(argv: Sequence[str]) -> tuple[Settings, list[str]]:
+def take(argv: Sequence[str], whole: Any = Config) -> tuple[Settings, list[str]]:
     """Splits `argv` into settings of the config and other arguments. The last of several settings of a key holds."""
     file, values, rest = None, {}, []
     arguments = iter(argv)
@@ -74,12 +77,12 @@ def take(argv: Sequence[str]) -> tuple[Settings, list[str]]:
             file = _value("--config", match[3], arguments)
         else:
             key = (match[2] or "")[1:]
-            values[key] = _setting(key, bool(match[1]), match[3], arguments)
+            values[key] = _setting(whole, key, bool(match[1]), match[3], arguments)
     return Settings(file, values), rest
 
 
-def _setting(key: str, negated: bool, text: str | None, arguments: Iterator[str]) -> str:
-    if type_of(Config, key) is bool and text is None:
+def _setting(whole: Any, key: str, negated: bool, text: str | None, arguments: Iterator[str]) -> str:
+    if type_of(whole, key) is bool and text is None:
         return str(not negated)
     if negated:
         raise ValueError(f"--noconfig.{key}: only a switch can be negated; set --config.{key}=VALUE")
@@ -93,7 +96,7 @@ def _value(name: str, text: str | None, arguments: Iterator[str]) -> str:
     return value
 
 
-def _changed(values: dict[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
+def _changed(values: dict[str, Any], settings: Mapping[str, str], whole: Any) -> dict[str, Any]:
     """Sets the keys of `settings` in `values`; makes a section that was None."""
     for key, text in settings.items():
         *sections, name = key.split(".")
@@ -102,7 +105,7 @@ def _changed(values: dict[str, Any], settings: Mapping[str, str]) -> dict[str, A
             if not isinstance(inner.get(section), dict):
                 inner[section] = {}
             inner = inner[section]
-        inner[name] = read_value(key, text)
+        inner[name] = read_value(key, text, whole)
     return values
 
 
@@ -110,9 +113,9 @@ _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 _KINDS = {bool: "True or False", int: "an integer", float: "a number", types.NoneType: "None"}
 
 
-def read_value(key: str, text: str) -> Any:
-    """Reads `text` as the type that a key of the config has. Raises ValueError."""
-    hint = type_of(Config, key)
+def read_value(key: str, text: str, whole: Any = Config) -> Any:
+    """Reads `text` as the type that a key of the config, a `whole`, has. Raises ValueError."""
+    hint = type_of(whole, key)
     if types.NoneType in options_of(hint) and text.lower() in ("none", "null"):
         return None
     if section_of(hint) is not None:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from deepseek_jax.checks import section_of, type_of
-from deepseek_jax.config import Config
 
 _COLUMN = 42  # where the documentation begins
 
@@ -47,26 +46,27 @@ def _above(line: int, alone: set[int], comments: dict[int, str]) -> list[int]:
     return list(range(first, line))
 
 
-def fields(value: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
+def fields(value: Any, path: str = "", whole: Any = None) -> Iterator[tuple[str, Any, str]]:
     """Yields (key, value, documentation) of every key of a config, also of a section that is None."""
     cls: Any = type(value)
+    whole = whole or cls
     for field in dataclasses.fields(cls):
         here, key = getattr(value, field.name), f"{path}{field.name}"
-        section = section_of(type_of(Config, key))
+        section = section_of(type_of(whole, key))
         if dataclasses.is_dataclass(here):
-            yield from fields(here, f"{key}.")
+            yield from fields(here, f"{key}.", whole)
             continue
         yield key, here, docs(cls)[field.name]
         if section is not None:
             yield from ((f"{key}.{name}", "-", doc) for name, doc in docs(section).items())
 
 
-def listing(cfg: Config) -> str:
+def listing(cfg: Any) -> str:
     """Returns a line KEY = VALUE for each key."""
     return "".join(f"{key} = {value}\n" for key, value, _ in fields(cfg) if value != "-")
 
 
-def keys(cfg: Config, file: str) -> str:
+def keys(cfg: Any, file: str) -> str:
     """Returns the keys, values and documentation that `--help` shows."""
     head = f"\nkeys of the config (--config.KEY=VALUE), as {file} and this command line set them:\n"
     return head + "".join(_entry(f"  {key} = {value}", doc) for key, value, doc in fields(cfg))

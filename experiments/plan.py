@@ -8,6 +8,7 @@
     python -m experiments.plan waits                                 # for what a host waits: `planning/waits.py`
     python -m experiments.plan step --config=configs/v2_lite_16b.py --hardware=h100      # seconds, bytes, MFU, price
     python -m experiments.plan search --config=configs/v3_671b.py --devices=256 --hardware=h200     # the fastest that fit
+    python -m experiments.plan serve --config=configs/serve_decode_ep144.py --hardware=h800     # a unit that serves
     python -m experiments.plan schedule --stages 8 --micro 20 --out dualpipe.png    # pipelines: `planning/schedule.py`
 
 `exchange` routes random tokens and counts what crosses between nodes (`planning/exchange.py`).
@@ -16,14 +17,15 @@
 the compute copy, of dense parameters and of experts; and the buffers of one exchange of tokens.
 
 `step` predicts what a run needs and takes on H800, H100 or H200: memory part by part, bytes per link, seconds of phases and of a
-step, MFU, tokens per day, price (`planning/step.py`); `search` ranks meshes by it (`planning/search.py`).
+step, MFU, tokens per day, price (`planning/step.py`); `search` ranks meshes by it (`planning/search.py`). `serve` does so of a unit
+of devices that serves: requests that fit, seconds of a step, tokens per second (`planning/serve.py`).
 """
 
 import argparse
 from collections.abc import Sequence
 
 from experiments import command_line
-from experiments.planning import exchange, memory, overlap, schedule, search, step, waits
+from experiments.planning import exchange, memory, overlap, schedule, search, serve, step, waits
 
 PLANS = {
     "exchange": exchange.main,
@@ -31,6 +33,7 @@ PLANS = {
     "overlap": overlap.main,
     "schedule": schedule.main,
     "search": search.main,
+    "serve": serve.main,
     "step": step.main,
     "waits": waits.main,
 }

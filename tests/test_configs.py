@@ -11,11 +11,14 @@ import pytest
 import configs
 from deepseek_jax.config import Config, ModelConfig, from_config_dict
 from deepseek_jax.parallel.mesh import abstract_mesh, batch_sharding
+from deepseek_jax.serving import deployment
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import abstract_state, make_train_step
 
 HYPER = Hyper(np.float32(1e-4), np.float32(1e-3), np.float32(0.3), np.int32(1))
-NAMES = sorted(m.name for m in pkgutil.iter_modules(configs.__path__) if m.name != "defaults")
+SHIPPED = {m.name for m in pkgutil.iter_modules(configs.__path__)} - {"defaults", "serve_defaults"}
+UNITS = sorted(name for name in SHIPPED if name.startswith("serve_"))
+NAMES = sorted(SHIPPED - set(UNITS))
 
 
 def model(name) -> ModelConfig:
@@ -35,6 +38,21 @@ def test_config_builds_and_says_how_to_run_it(name):
     assert isinstance(cfg, Config) and cfg.train.out_dir == f"runs/{name}"
     assert "python -m experiments." in module.__doc__
     assert cfg.model.vocab_size >= cfg.data.vocab_size
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_unit_that_serves_builds_and_says_how_to_plan_it(name):
+    """The devices and physical experts of each (report section 3.4, inference overview)."""
+    module = importlib.import_module(f"configs.{name}")
+    unit = deployment.from_config_dict(module.get_config())
+    assert f"python -m experiments.plan serve --config=configs/{name}.py" in module.__doc__
+    assert (unit.devices, unit.physical_experts, unit.experts) == {
+        "serve_prefill_ep32": (32, 288, 9),
+        "serve_prefill_ep32_tp4": (32, 288, 9),
+        "serve_decode_ep144": (144, 288, 2),
+        "serve_decode_ep320": (320, 320, 1),
+    }[name]
+    assert unit.model.num_params() == 671_026_419_200 and unit.options.sizes(unit.model).slots == unit.rows
 
 
 LARGE = {"small_1b": 1, "v2_lite_16b": 8, "v2_236b": 256, "v3_671b": 2048}

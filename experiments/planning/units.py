@@ -6,6 +6,7 @@ A unit is the devices that serve together: each attends to its own sequences, an
 import dataclasses
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.serving.deployment import Deployment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +50,18 @@ class Unit:
         """Bytes of a token's latents in one layer."""
         dtype = "float8_e4m3fn" if self.fp8_latents else "bfloat16"
         return model.kv_cache_bytes_per_token(dtype) // model.num_hidden_layers
+
+
+def unit_of(deployment: Deployment) -> Unit:
+    """With DeepEP's exchange."""
+    mesh = deployment.mesh
+    return Unit(
+        nodes=mesh.node,
+        local=mesh.local,
+        tensor=mesh.tensor,
+        experts=deployment.experts,
+        shared_routed=deployment.shared_routed,
+        fp8=deployment.weights == "fp8",
+        fp8_latents=deployment.cache == "fp8",
+        drafts=deployment.drafts,
+    )

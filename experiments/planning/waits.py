@@ -10,30 +10,25 @@ Compiles layers of DeepSeek-V3's widths with the weights of its checkpoint, in F
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from configs import v3_671b
 from deepseek_jax.config import MeshConfig, ModelConfig, from_config_dict
-from deepseek_jax.hf import fp8
-from deepseek_jax.hf.names import leaves, unflatten
-from deepseek_jax.model import decoding
 from deepseek_jax.model.decoding import UNROLL_LAYERS
-from deepseek_jax.model.transformer import model_params
-from deepseek_jax.model.weights import multiplied_as_stored
 from deepseek_jax.parallel.prepared import preparing
 from deepseek_jax.precision import preset
+from deepseek_jax.serving.deployment import POLICY
 from deepseek_jax.serving.over_mesh import programs
 from deepseek_jax.serving.programs import Weights, chunk_plan, decode_plan
 from deepseek_jax.serving.sampling import FILTERED
 from deepseek_jax.serving.sizes import Sizes
 from experiments import command_line
 from experiments.planning import overlap, xla
+from experiments.planning.serving_weights import on_gpus, stored_params
 from experiments.study.host_waits import host_waits, summary
 
-POLICY = "deepseek_fp8"
 PROGRAMS = ("decoding", "drafts", "chunks", "training")
 LONGEST, CHUNK = 8192, 2048  # tokens of a sequence of the engine, and of a chunk
 
@@ -51,26 +46,11 @@ def layers_of_v3(vocab_size: int) -> ModelConfig:
     )
 
 
-def stored_params(cfg: ModelConfig) -> Any:
-    """Shapes of the parameters as `hf.load(keep_fp8=True)` gives them."""
-    flat: dict[str, Any] = {}
-    for path, leaf in leaves(cfg).items():
-        if leaf.may_be_fp8:
-            flat[f"{path}.fp8"] = jax.ShapeDtypeStruct((*leaf.stack, *leaf.hf_shape), jnp.float8_e4m3fn)
-            blocks = (*leaf.stack, *fp8.scale_shape(leaf.hf_shape))
-            flat[f"{path}.scale"] = jax.ShapeDtypeStruct(blocks, jnp.float32)
-        else:
-            flat[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
-    policy = preset(POLICY)
-    assert policy is not None
-    return multiplied_as_stored(unflatten(flat), model_params(cfg), policy)
-
-
 def engine(cfg: ModelConfig, mesh: MeshConfig, rows: int) -> dict[str, jax.stages.Lowered]:
     """The engine's programs over pages, with `rows` sequences on each GPU, whose tokens are drawn."""
     devices = tuple(xla.h100s(mesh.node * mesh.local, mesh.local))
     sizes, words = Sizes(rows, LONGEST, CHUNK), -(-cfg.vocab_size // 32)
-    with mock.patch.object(decoding, "on_cpu", return_value=False):
+    with on_gpus():
         jitted: Any = programs(cfg, mesh, preset(POLICY), devices)
         state = jitted.empty.eval_shape(sizes, rows * sizes.pages_each, False, True)
         ready = jax.eval_shape(preparing(cfg, mesh, devices), stored_params(cfg))

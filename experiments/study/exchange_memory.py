@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.model.rows import num_rows
 from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.hops import Plan
@@ -35,10 +35,17 @@ def tokens_at_once(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
 
 def exchange_buffers(cfg: Config, mesh: Mesh | AbstractMesh) -> list[Buffer]:
     """Rows and bytes of each buffer of a round; none where no tokens travel. As many again hold the gradients."""
-    model, n, d = cfg.model, tokens_at_once(cfg, mesh), layout_over(cfg, mesh).dispatcher
+    d = layout_over(cfg, mesh).dispatcher
     if not isinstance(d, Ragged):
         return []
-    n_local = model.n_routed_experts // (mesh.shape["node"] * mesh.shape["local"] * mesh.shape["tensor"])
+    n_local = cfg.model.n_routed_experts // (mesh.shape["node"] * mesh.shape["local"] * mesh.shape["tensor"])
+    return buffers_of(d, cfg.model, mesh, tokens_at_once(cfg, mesh), n_local)
+
+
+def buffers_of(
+    d: Ragged, model: ModelConfig, mesh: Mesh | AbstractMesh, n: int, n_local: int
+) -> list[Buffer]:
+    """Of n tokens of a device that has so many experts."""
     found: list[Buffer] = []
 
     def plan(ids_nk: jax.Array) -> jax.Array:

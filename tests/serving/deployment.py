@@ -23,7 +23,7 @@ from deepseek_jax.parallel.prepared import WHOLE, parameter_specs, ready_specs
 from deepseek_jax.serving.over_mesh import ROWS, STATE
 from deepseek_jax.serving.programs import Weights, decode_plan, decode_rows, empty_state
 from deepseek_jax.serving.sampling import FILTERED
-from experiments.planning.waits import stored_params
+from experiments.planning.serving_weights import stored_params
 
 CFG = dataclasses.replace(
     from_config_dict(v3_671b.get_config()).model, dtype="bfloat16", num_nextn_predict_layers=0
