@@ -37,15 +37,17 @@ from experiments import command_line
 from experiments.devices import cpu_devices
 from experiments.mesh_flag import named_by_the_flag, parse_mesh
 
+_EVERYWHERE = ("", "0.0.0.0", "::")
 _TURN = 1e-3  # seconds that the engine's thread keeps Python to itself while an answer waits to go out
 FLAGS = flags.FlagValues()  # its own, so that other commands may have flags of these names
 _text: Any = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _whole: Any = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _number: Any = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
 _switch: Any = functools.partial(flags.DEFINE_bool, flag_values=FLAGS)
+_list: Any = functools.partial(flags.DEFINE_list, flag_values=FLAGS)
 _choice: Any = functools.partial(flags.DEFINE_enum, flag_values=FLAGS)
 
-_CHECKPOINT = _text("checkpoint", None, "Folder of a run or of Hugging Face.", required=True)
+_CHECKPOINT = _text("checkpoint", None, "Folder of a run or of Hugging Face; all roles but router need it.")
 _HOST = _text("host", "127.0.0.1", "Address to listen at; 0.0.0.0: of all networks.")
 _PORT = _whole("port", 8000, "Port to listen at; 0: any that is free.", 0, 65535)
 _NAME = _text("served_model_name", None, "The model's name for clients; default: the folder's.")
@@ -70,9 +72,50 @@ _WAITING_TOKENS = _whole("waiting_tokens", 1 << 20, "Tokens of the prompts that 
 _BODY = _whole("max_body", 16 << 20, "Bytes of a request.", 1)
 _KEEP_ALIVE = _number("keep_alive", 10.0, "Seconds of silence after which a stream gets a comment.", 0.1)
 _GRACE = _number("grace", 60.0, "Seconds that requests have to end when the server stops.", 0.0)
+_ROLE = _choice(
+    "role",
+    "both",
+    ("both", "prefill", "decode", "router"),
+    "both: computes prompts and answers. prefill: computes prompts for decode servers. decode: answers, and fetches the prompts "
+    "from prefill servers. router: has no model, and sends each request to a prefill and a decode server.",
+)
+_ROUTER = _text(
+    "router",
+    None,
+    "All roles but router: URL of the router that is to know this server, as http://10.0.0.1:8000.",
+)
+_TRANSFER_PORT = _whole(
+    "transfer_port",
+    0,
+    "Role prefill: port where decode servers fetch prompts; 0: any that is free.",
+    0,
+    65535,
+)
+_ALONE = _switch("alone", True, "Role decode: compute a prompt here where no prefill server can.")
+_FLEET_KEY = _text(
+    "fleet_key",
+    None,
+    "Key that a router and its servers share; default: DEEPSEEK_JAX_FLEET_KEY of the environment, else none, and a router "
+    "hears servers of its own machine only.",
+)
+_PREFILL = _list(
+    "prefill", [], "Role router: addresses of prefill servers, HOST:PORT,..., that do not name this router."
+)
+_DECODE = _list("decode", [], "Role router: addresses of decode servers, and of such for both.")
+_DEADLINE = _number("deadline", 600.0, "Role router: seconds in which a request is answered.", 0.1)
+_PATIENCE = _number(
+    "patience", 30.0, "Role router: seconds that a request waits for a server that takes it.", 0.0
+)
+_TRIES = _whole("tries", 3, "Role router: times that a request is sent, as servers are lost.", 1)
+_SILENCE = _number("silence", 10.0, "Role router: seconds of silence after which a server is lost.", 0.2)
 _EVENTS = _text(
     "kv_events", None, "ZeroMQ endpoint, such as tcp://*:5557, that says which prefixes are cached."
 )
+
+
+def _secret(flag: Any) -> str | None:
+    """Of the command line, where others of the machine can read it, or of the environment."""
+    return os.environ.get(f"DEEPSEEK_JAX_{flag.name.upper()}") if flag.value is None else flag.value
 
 
 def _settings() -> Any:
@@ -80,7 +123,8 @@ def _settings() -> Any:
 
     return Settings(
         name=Path(_CHECKPOINT.value).resolve().name if _NAME.value is None else _NAME.value,
-        api_key=os.environ.get("DEEPSEEK_JAX_API_KEY") if _KEY.value is None else _KEY.value,
+        api_key=_secret(_KEY),
+        fleet_key=_secret(_FLEET_KEY),
         max_body=_BODY.value,
         waiting=_WAITING.value,
         waiting_tokens=_WAITING_TOKENS.value,
@@ -118,6 +162,15 @@ def _say(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
+def _weights(model: Any) -> str:
+    """By what prefill and decode servers know each other's; of several processes, all must call it."""
+    if _ROLE.value == "both":
+        return ""
+    from deepseek_jax.serving.transfer.identity import fingerprint
+
+    return fingerprint(model.params)
+
+
 def _load(mesh: Any, options: Any, events: Any) -> Any:
     """The model in a warm engine."""
     from deepseek_jax import now
@@ -127,14 +180,47 @@ def _load(mesh: Any, options: Any, events: Any) -> Any:
 
     with named_by_the_flag():
         model = _model(mesh)
+        weights = _weights(model)
         with now.doing("making the engine ready"):
             engine = build(model, options, say=_say)
     for rank, scheduler in enumerate(engine.schedulers if events else ()):
         scheduler.pool.listener = events.listener(rank)
-    return served(EngineThread(engine), model.tokenizer)
+    thread = EngineThread(engine)
+    return served(thread, model.tokenizer, **_apart(thread, weights))
+
+
+def _apart(thread: Any, weights: str) -> dict[str, Any]:
+    """The server's side of the transfer of prompts, if it has one."""
+    if _ROLE.value == "prefill":
+        from deepseek_jax.serving.transfer.prefill import PrefillServer
+
+        return {"giving": PrefillServer(thread, weights, _HOST.value, _TRANSFER_PORT.value)}
+    if _ROLE.value == "decode":
+        from deepseek_jax.serving.transfer.decode import Asked, Fetching
+
+        return {"fetching": Fetching(thread, weights, Asked(), _ALONE.value)}
+    return {}
+
+
+def _at(host: str, port: int) -> str:
+    """An address for routers; they find the host of a server that listens everywhere."""
+    return f":{port}" if host in _EVERYWHERE else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _says(service: Any, port: int) -> Any:
+    """What routers are told of this server."""
+    from deepseek_jax.serving.server.member import Saying
+
+    def transfer() -> str | None:
+        giving = service.served.giving if service.ready else None
+        return None if giving is None else _at(_HOST.value, giving.address[1])
+
+    return Saying(service, _at(_HOST.value, port), _ROLE.value, _ALONE.value, transfer)
 
 
 def _welcome(name: str, url: str, key: bool) -> str:
+    if _ROLE.value == "prefill":
+        return f"{name} is ready to compute prompts for decode servers; {url}/health and {url}/metrics say how it is"
     secret = ' -H "Authorization: Bearer $KEY"' if key else ""
     return (
         f"{name} is ready: open {url}/ in a browser, or try\n"
@@ -145,8 +231,7 @@ def _welcome(name: str, url: str, key: bool) -> str:
 
 
 def _url(host: str, port: int) -> str:
-    anywhere = host in ("", "0.0.0.0", "::")
-    shown = "localhost" if anywhere else f"[{host}]" if ":" in host else host
+    shown = "localhost" if host in _EVERYWHERE else f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}"
 
 
@@ -172,19 +257,49 @@ def _follow(mesh: Any) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     with joining.failing_fast(_say), named_by_the_flag():
-        follow(_model(mesh), _options(), _say)
+        model = _model(mesh)
+        _weights(model)
+        follow(model, _options(), _say)
         joining.stop()
+    return 0
+
+
+def _route() -> int:
+    """Role router."""
+    from deepseek_jax.serving.router.relay import Rules
+    from deepseek_jax.serving.router.router import Settings
+    from deepseek_jax.serving.server import running
+    from experiments import routing
+
+    settings = Settings(
+        servers=(*_PREFILL.value, *_DECODE.value),
+        api_key=_secret(_KEY),
+        fleet_key=_secret(_FLEET_KEY),
+        max_body=_BODY.value,
+        deadline=_DEADLINE.value,
+        beat=min(1.0, _SILENCE.value / 5),
+        silence=_SILENCE.value,
+        rules=Rules(_TRIES.value, _PATIENCE.value, _KEEP_ALIVE.value),
+    )
+    listener = running.listening(_HOST.value, _PORT.value)
+    routing.run(settings, listener, _url(_HOST.value, listener.getsockname()[1]), _GRACE.value)
     return 0
 
 
 def main(argv: Sequence[str]) -> int:
     command_line.parse_flags(argv, FLAGS)
+    if _ROLE.value == "router":
+        return _route()
+    if _CHECKPOINT.value is None:
+        raise ValueError("give --checkpoint=CHECKPOINT (see --help)")
     mesh = parse_mesh(_MESH.value)
     processes = _meet(mesh)
     if processes > 1 and not is_first():
         return _follow(mesh)
     from deepseek_jax.serving.kv_events import KvEvents
     from deepseek_jax.serving.server import logs, running
+    from deepseek_jax.serving.server.app import application
+    from deepseek_jax.serving.server.member import Herald
     from deepseek_jax.serving.server.service import Service
 
     settings, options = _settings(), _options()
@@ -194,14 +309,20 @@ def main(argv: Sequence[str]) -> int:
     logs.to_stream(sys.stderr)
     sys.setswitchinterval(_TURN)
     context = contextvars.copy_context()  # in which the screen shows what is done
+    service = Service(settings)
+    service.says = _says(service, listener.getsockname()[1])
+    herald = None if _ROUTER.value is None else Herald(_ROUTER.value, service.says, settings.fleet_key)
     running.run(
-        Service(settings),
+        application(service, for_clients=_ROLE.value != "prefill"),
+        service,
         listener,
         lambda: context.run(_load, mesh, options, events),
         grace=_GRACE.value,
         on_ready=lambda: print(_welcome(settings.name, url, settings.api_key is not None), flush=True),
         at_once=lambda number: os._exit(128 + number),
     )
+    if herald is not None:
+        herald.close()
     if events is not None:
         events.close()
     if processes > 1:

@@ -13,7 +13,7 @@ choice.ended(sent)                           # the last one, or there will be no
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from deepseek_jax.checks import choice as one_of
@@ -66,7 +66,7 @@ class Sent(NamedTuple):
 class Server:
     """What is known of a server.
 
-    alive: it answered when it was last heard of. when: seconds, that was. life: how often it was lost. load: as it said when
+    alive: it answered when it was last heard of. alone: it can answer without prefill. when: seconds, that was. life: how often it was lost. load: as it said when
     it was last heard; requests, queued, held: what was sent there and came back since.
     """
 
@@ -74,6 +74,7 @@ class Server:
     role: str
     load: Load = NOTHING
     alive: bool = True
+    alone: bool = True
     when: float = 0.0
     life: int = 0
     requests: int = 0
@@ -83,8 +84,8 @@ class Server:
     def __post_init__(self) -> None:
         self._blocks: OrderedDict[Hashable, None] = OrderedDict()  # the one used last is last
 
-    def heard(self, load: Load | None, now: float) -> None:
-        self.alive, self.when = True, now
+    def heard(self, load: Load | None, now: float, alone: bool) -> None:
+        self.alive, self.when, self.alone = True, now, alone
         if load is not None:
             self.load = load
             self.requests = self.queued = self.held = 0
@@ -139,14 +140,15 @@ class Choice:
 
     # --- who is there ---
 
-    def heard(self, name: str, role: str, load: Load | None, now: float) -> None:
-        """A server is there and takes requests. load: None: it says nothing of it."""
+    def heard(self, name: str, role: str, load: Load | None, now: float, alone: bool = True) -> None:
+        """A server is there and takes requests. load: None: it says nothing of it. alone: a decode server computes a prompt
+        itself where no prefill server can."""
         one_of("role", role, ROLES)
         known = self.servers.get(name)
         if known is None or known.role != role:
             life = 0 if known is None else known.life + 1
             known = self.servers[name] = Server(name, role, life=life)
-        known.heard(load, now)
+        known.heard(load, now, alone)
 
     def lost(self, name: str) -> None:
         """Nothing is sent to a server until it is heard again, and what it had computed is forgotten."""
@@ -165,33 +167,32 @@ class Choice:
             self.lost(name)
         return names
 
-    def alive(self, *roles: str) -> Iterator[Server]:
-        return (s for s in self.servers.values() if s.alive and s.role in roles)
-
     # --- requests ---
 
     def send(self, ask: Ask, without: Container[str] = ()) -> Sent | None:
         """The pair for a request, which counts as sent there from now on; None: nobody is there to answer.
 
         Prefill: where the fewest tokens are computed until the prompt is. Decode: where the smallest share of cache and rows is
-        taken. Of equals, the one with fewer requests, then the first by name. A server for "both" answers by itself; a decode
-        server does where no prefill server is there.
+        taken. Of equals, the one with fewer requests, then the first by name. A server for "both" answers by itself; so does a
+        decode server that can, where no prefill server is there.
 
         without: servers that are not asked again.
         """
+        pair = self.pair(ask, without)
+        return None if pair is None else self._sent(ask, *pair)
+
+    def pair(self, ask: Ask, without: Container[str] = ()) -> tuple[Server | None, Server] | None:
+        """As `send`, which sends nothing: who computes, and who answers."""
+        here = [s for s in self.servers.values() if s.alive and s.name not in without]
+        computes = _least((s.waits(ask), s.busy, s.name, s) for s in here if s.role == "prefill")
         answers = _least(
             (s.fullness(ask), s.busy, s.name, s)
-            for s in self.alive("decode", "both")
-            if s.name not in without
+            for s in here
+            if s.role == "both" or (s.role == "decode" and (s.alone or computes is not None))
         )
         if answers is None:
             return None
-        computes = None
-        if answers.role == "decode":
-            computes = _least(
-                (s.waits(ask), s.busy, s.name, s) for s in self.alive("prefill") if s.name not in without
-            )
-        return self._sent(ask, computes, answers)
+        return (computes if answers.role == "decode" else None), answers
 
     def _sent(self, ask: Ask, computes: Server | None, answers: Server) -> Sent:
         uncached = ask.tokens - (computes or answers).hits(ask)

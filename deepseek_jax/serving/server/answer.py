@@ -12,11 +12,11 @@ from deepseek_jax.serving.server.generation import Generation
 from deepseek_jax.serving.server.wire import Json, json_bytes
 
 DONE = b"data: [DONE]\n\n"
-_KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 _LONG = 3600.0  # seconds
 CLIENT_LEFT = 499  # the status in the log; nobody is there to read it
 
-_EVENTS = (
+EVENTS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # of nginx: pass on at once
@@ -82,7 +82,7 @@ class Answer:
         await generation.news(self._keep_alive)  # what goes wrong before still has a status of its own
         if generation.error:
             raise generation.error
-        await send({"type": "http.response.start", "status": 200, "headers": list(_EVENTS)})
+        await send({"type": "http.response.start", "status": 200, "headers": list(EVENTS)})
         async for part in self._parts():
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
@@ -99,7 +99,7 @@ class Answer:
                 yield part + self._form.last() + DONE
                 return
             if not part and time.monotonic() - sent >= self._keep_alive:
-                part = _KEEP_ALIVE
+                part = KEEP_ALIVE
             if part:
                 yield part
                 sent = time.monotonic()

@@ -25,34 +25,6 @@ _PAGE = Path(__file__).with_name("page.html")
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
-def application(service: Service) -> ASGIApp:
-    """The server's endpoints, over a service that may become ready later."""
-    app = Starlette(
-        routes=[
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/models", _models),
-            Route("/v1/models/{name:path}", _model),
-            Route("/tokenize", tokenize, methods=["POST"]),
-            Route("/detokenize", detokenize, methods=["POST"]),
-            Route("/tokenizer_info", tokenizer_info),
-            Route("/health", _health),
-            Route("/livez", _health),
-            Route("/readyz", _ready),
-            Route("/metrics", _metrics),
-            Route("/version", _version),
-            Route("/", _page),
-        ],
-        exception_handlers={  # type: ignore[arg-type]
-            ApiError: _error,
-            HTTPException: _no_endpoint,
-            Exception: _unexpected,
-        },
-    )
-    app.state.service = service
-    return Gate(app, service)
-
-
 async def _error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
@@ -132,3 +104,48 @@ async def _version(http: HttpRequest) -> Response:
 
 async def _page(http: HttpRequest) -> Response:
     return HTMLResponse(_PAGE.read_bytes(), headers={"content-security-policy": _POLICY})
+
+
+async def _member(http: HttpRequest) -> Response:
+    """What routers ask."""
+    says = service_of(http).says
+    if says is None:
+        raise ApiError(404, "this server has no router")
+    return answer(says())
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+_FOR_CLIENTS = (
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/models", _models),
+    Route("/v1/models/{name:path}", _model),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+    Route("/tokenizer_info", tokenizer_info),
+    Route("/", _page),
+)
+_OF_ITSELF = (
+    Route("/health", _health),
+    Route("/livez", _health),
+    Route("/readyz", _ready),
+    Route("/metrics", _metrics),
+    Route("/version", _version),
+    Route("/member", _member),
+)
+
+
+def application(service: Service, for_clients: bool = True) -> ASGIApp:
+    """The server's endpoints, over a service that may become ready later. for_clients: it answers them, and does not only say
+    how it is."""
+    app = Starlette(
+        routes=[*(_FOR_CLIENTS if for_clients else ()), *_OF_ITSELF],
+        exception_handlers={  # type: ignore[arg-type]
+            ApiError: _error,
+            HTTPException: _no_endpoint,
+            Exception: _unexpected,
+        },
+    )
+    app.state.service = service
+    return Gate(app, service)

@@ -13,7 +13,7 @@ from deepseek_jax.serving.replies import Delta, Piece, Reply, ToolCall
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.server import prepare, schemas
 from deepseek_jax.serving.server.answer import Answer
-from deepseek_jax.serving.server.body import read_fields, service_of
+from deepseek_jax.serving.server.body import prefill_of, read_fields, service_of
 from deepseek_jax.serving.server.errors import bad, refused
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Sample
@@ -43,7 +43,9 @@ async def chat_completions(http: HttpRequest) -> Answer:
     samples = [
         Sample(request, _reply(served, asked, request, thinking), counts_prompt=i == 0)
         for i, request in enumerate(
-            prepare.requests(id, served, asked.options, prompt.ids, "messages", None, grammar)
+            prepare.requests(
+                id, served, asked.options, prompt.ids, "messages", None, grammar, prefill_of(http)
+            )
         )
     ]
     form = ChatForm(id, served, service.settings.name, asked, samples)

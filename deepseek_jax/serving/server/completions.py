@@ -10,7 +10,7 @@ from deepseek_jax.data.streaming import StreamDecoder
 from deepseek_jax.serving.replies import Delta, Piece, Reply
 from deepseek_jax.serving.server import prepare, schemas
 from deepseek_jax.serving.server.answer import Answer
-from deepseek_jax.serving.server.body import read_fields, service_of
+from deepseek_jax.serving.server.body import prefill_of, read_fields, service_of
 from deepseek_jax.serving.server.errors import refused
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Sample
@@ -33,7 +33,8 @@ async def completions(http: HttpRequest) -> Answer:
     id = f"cmpl-{new_id()}"
     spec = asked.options.spec
     grammar = await prepare.constraint(served, None if spec is None else lambda: spec)
-    many = [_samples(f"{id}-{i}", served, asked, prompt, grammar) for i, prompt in enumerate(ids)]
+    prefill = prefill_of(http)
+    many = [_samples(f"{id}-{i}", served, asked, prompt, grammar, prefill) for i, prompt in enumerate(ids)]
     form = CompletionForm(
         id, served, service.settings.name, asked, [sample for few in many for sample in few]
     )
@@ -52,9 +53,15 @@ def _ids(served: Served, asked: CompletionAsked, prompt: Prompt) -> list[int]:
 
 
 def _samples(
-    id: str, served: Served, asked: CompletionAsked, prompt: list[int], grammar: prepare.NewGrammar
+    id: str,
+    served: Served,
+    asked: CompletionAsked,
+    prompt: list[int],
+    grammar: prepare.NewGrammar,
+    prefill: str | None,
 ) -> list[Sample]:
     options = _with_prompt(asked)
+    made = prepare.requests(id, served, options, prompt, "prompt", _TOKENS, grammar, prefill)
     speller = served.speller if options.token_ids or options.logprobs is not None else None
     before = prompt if isinstance(asked.prompts[0], str) and asked.suffix is None else ()
     return [
@@ -64,7 +71,7 @@ def _samples(
             counts_prompt=i == 0,
             discards=options.max_tokens == 0,
         )
-        for i, request in enumerate(prepare.requests(id, served, options, prompt, "prompt", _TOKENS, grammar))
+        for i, request in enumerate(made)
     ]
 
 

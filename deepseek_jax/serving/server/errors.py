@@ -1,8 +1,9 @@
 """Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}` and a status."""
 
 import contextlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from starlette.responses import Response
 
@@ -19,7 +20,9 @@ _KINDS = {
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "queue_full"),
     500: ("server_error", "internal_error"),
+    502: ("server_error", "bad_gateway"),
     503: ("server_error", "unavailable"),
+    504: ("server_error", "timeout"),
 }
 _LONGEST = 1000  # characters of a message
 _FIELD = re.compile(r"([a-z_]+(?:\.[a-z0-9_]+)*)(?:=| of | has )")
@@ -58,6 +61,29 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, round(self.retry_after)))
             headers["retry-after-ms"] = str(max(1, round(1000 * self.retry_after)))
         return Response(json_bytes(self.body()), self.status, headers, "application/json")
+
+
+def said(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
+    """What another server answered with an error."""
+    try:
+        error = json.loads(body)["error"]
+        message, param, code = str(error["message"]), error.get("param"), error.get("code")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message, param, code = f"the server answered with status {status}", None, None
+    try:
+        after = float(headers["retry-after-ms"]) / 1000
+    except (ValueError, KeyError):
+        after = None
+    known = status if status in _KINDS else 500 if status >= 500 else 400
+    return ApiError(known, message, param, code, after)
+
+
+def said_in_stream(body: bytes) -> ApiError:
+    """The same of an event, which has no status: its code tells."""
+    error = said(500, {}, body)
+    codes = {code: status for status, (_, code) in _KINDS.items()}
+    usual = 503 if str(error.code).startswith("prefill_") else codes.get(error.code, 500)
+    return ApiError(usual, str(error), error.param, error.code)
 
 
 def bad(message: str, param: str | None = None) -> ApiError:

@@ -4,24 +4,38 @@ import hmac
 import logging
 import re
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek_jax.serving.server import leftover
 from deepseek_jax.serving.server.errors import ApiError, internal
-from deepseek_jax.serving.server.service import Service, new_id
+from deepseek_jax.serving.server.service import new_id
 
 LOGGER = logging.getLogger("deepseek_jax.serving")
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
-# Anybody may ask for these, and often: the page, health, metrics.
-_OPEN = frozenset(("/", "/health", "/livez", "/readyz", "/metrics", "/version"))
+# Anybody may ask for these, and often: the page, health, metrics, what routers ask. /members has a key of its own.
+_OPEN = frozenset(("/", "/health", "/livez", "/readyz", "/metrics", "/version", "/member", "/members"))
+
+
+class Settings(Protocol):
+    @property
+    def api_key(self) -> str | None: ...
+
+
+class Counted(Protocol):
+    """What stands behind a gate (`service.py: Service`). requests: that are being answered."""
+
+    requests: int
+
+    @property
+    def settings(self) -> Settings: ...
 
 
 class Gate:
     """An ASGI application around another. A log record has the fields of its line in `record.fields`."""
 
-    def __init__(self, app: ASGIApp, service: Service):
+    def __init__(self, app: ASGIApp, service: Counted):
         self._app, self._service = app, service
         key = service.settings.api_key
         self._key = None if key is None else b"Bearer " + key.encode()
@@ -32,6 +46,7 @@ class Gate:
             return
         headers = dict(scope["headers"])
         call = _Call(scope, send, _request_id(headers))
+        scope.setdefault("state", {})["request_id"] = call.id
         counted = scope["path"] not in _OPEN
         self._service.requests += counted
         try:

@@ -53,6 +53,7 @@ def requests(
     field: str,
     default: int | None = None,
     grammar: NewGrammar = lambda: None,
+    prefill: str | None = None,
 ) -> list[Request]:
     """One for each sample of a prompt.
 
@@ -61,6 +62,7 @@ def requests(
         field: of the request that the prompt came from.
         default: tokens of an answer where the request does not say; None: what is left.
         grammar: gives a new one for each.
+        prefill: address of the server that is to compute the prompt.
 
     Raises ApiError for what can never run.
     """
@@ -87,6 +89,7 @@ def requests(
         prompt_logprobs=options.prompt_logprobs,
         salt=options.salt,
         priority=options.priority,
+        prefill=prefill,
     )
     with refused():
         request.check(served.vocab_size, served.max_model_len)

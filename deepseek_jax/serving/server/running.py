@@ -7,16 +7,33 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from deepseek_jax.serving.server.app import application
 from deepseek_jax.serving.server.gate import LOGGER
-from deepseek_jax.serving.server.service import Served, Service
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 IN_BACKGROUND = "in the background"  # a thread that may be compiling when the process ends
 _LATE = 5  # seconds in which answers must have gone out that were ended at the end
+
+
+class Life(Protocol):
+    """What is run: `service.py: Service`, or a router."""
+
+    requests: int
+
+    @property
+    def ready(self) -> bool: ...
+
+    def begin(self, what: Any, /) -> None: ...
+
+    def drain(self) -> None: ...
+
+    async def drained(self, seconds: float) -> bool: ...
+
+    def close(self) -> None: ...
 
 
 class _Server(uvicorn.Server):
@@ -44,9 +61,10 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def run(
-    service: Service,
+    app: ASGIApp,
+    service: Life,
     listener: socket.socket,
-    load: Callable[[], Served],
+    load: Callable[[], Any],
     *,
     grace: float,
     on_ready: Callable[[], None],
@@ -56,6 +74,7 @@ def run(
     returns.
 
     Args:
+        app: the endpoints of the service.
         load: makes what is served; is called in another thread while the server says that it is not ready.
         grace: seconds that requests have to end; then they are ended with an error.
         on_ready: called when it is ready.
@@ -63,14 +82,14 @@ def run(
 
     Raises what `load` raises.
     """
-    asyncio.run(_Run(service, load, grace, on_ready, at_once).run(listener))
+    asyncio.run(_Run(service, load, grace, on_ready, at_once).run(app, listener))
 
 
 class _Run:
     def __init__(
         self,
-        service: Service,
-        load: Callable[[], Served],
+        service: Life,
+        load: Callable[[], Any],
         grace: float,
         on_ready: Callable[[], None],
         at_once: Callable[[int], None],
@@ -81,9 +100,9 @@ class _Run:
         self._error: BaseException | None = None
         self._ending: asyncio.Task[None] | None = None
 
-    async def run(self, listener: socket.socket) -> None:
+    async def run(self, app: ASGIApp, listener: socket.socket) -> None:
         config = uvicorn.Config(
-            application(self._service),
+            app,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -112,7 +131,7 @@ class _Run:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(function)
 
-    def _begin(self, served: Served) -> None:
+    def _begin(self, served: Any) -> None:
         self._service.begin(served)
         if self._service.ready:
             self._on_ready()

@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from deepseek_jax.checks import require, shown
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -19,6 +19,7 @@ from deepseek_jax.serving.server.errors import ApiError, bad
 from deepseek_jax.serving.server.forms import Form
 from deepseek_jax.serving.server.generation import Generation, Mailbox, Sample
 from deepseek_jax.serving.server.instruments import Instruments
+from deepseek_jax.serving.server.wire import Json
 from deepseek_jax.serving.thread import EngineThread
 
 _STARTING = "the server is starting: its model is not ready yet"
@@ -30,6 +31,7 @@ class Settings:
     """Attributes:
     name: of the model, as clients ask for it.
     api_key: that clients must send; None: none.
+    fleet_key: with which routers sign what clients may not ask for; None: it needs no signature.
     max_body: bytes of a request.
     waiting, waiting_tokens: sequences that may wait beside those that run, and tokens of the prompts of all that have no
         token yet.
@@ -38,6 +40,7 @@ class Settings:
 
     name: str
     api_key: str | None = None
+    fleet_key: str | None = None
     max_body: int = 16 << 20
     waiting: int = 256
     waiting_tokens: int = 1 << 20
@@ -49,13 +52,15 @@ class Settings:
         require(self.waiting >= 0, f"waiting={shown(self.waiting)} must be >= 0")
         require(bool(self.name), "name is empty: give the model's name")
         require(self.api_key != "", "api_key is empty: leave it out for a server without one")
+        require(self.fleet_key != "", "fleet_key is empty: leave it out for servers without one")
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
     """A model that is ready.
 
-    engine: `serving.thread.EngineThread`. vocab_size: ids of the model. rows: sequences that run at the same time.
+    engine: `serving.thread.EngineThread`. vocab_size: ids of the model. rows: sequences that run at the same time. fetching,
+    giving: of prompts, where prefill and decode are apart.
     """
 
     engine: Any
@@ -63,6 +68,8 @@ class Served:
     vocab_size: int
     max_model_len: int
     rows: int
+    fetching: "Fetching | None" = None
+    giving: "Giving | None" = None
 
     @functools.cached_property
     def speller(self) -> Speller:
@@ -78,17 +85,35 @@ class Served:
         return Grammars(self.tokenizer, self.vocab_size)
 
 
-def served(engine: EngineThread, tokenizer: Tokenizer) -> Served:
-    """What an engine serves."""
+def served(engine: EngineThread, tokenizer: Tokenizer, **apart: Any) -> Served:
+    """What an engine serves. apart: `fetching` or `giving`."""
     device = engine.engine.device
     rows = device.sizes.slots * len(engine.engine.schedulers)
-    return Served(engine, tokenizer, device.cfg.vocab_size, device.sizes.max_model_len, rows)
+    return Served(engine, tokenizer, device.cfg.vocab_size, device.sizes.max_model_len, rows, **apart)
+
+
+class Fetching(Protocol):
+    """Prompts are computed by others (`transfer/decode.py`)."""
+
+    def close(self) -> None: ...
+
+
+class Giving(Protocol):
+    """Prompts are computed for others (`transfer/prefill.py: PrefillServer`). requests: that are not ended."""
+
+    @property
+    def requests(self) -> int: ...
+
+    def drain(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Service:
     """The server's state: "starting", "ready", "draining".
 
     Attributes:
+        says: tells routers of this server; None: there is none that could ask.
         created: seconds since 1970.
         running: generations that are not ended.
     """
@@ -102,6 +127,7 @@ class Service:
         self.requests = 0  # being answered
         self._served: Served | None = None
         self._mailbox: Mailbox | None = None
+        self.says: Callable[[], Json] | None = None
 
     # --- its life ---
 
@@ -116,21 +142,34 @@ class Service:
     def drain(self) -> None:
         """Takes no new requests from now on."""
         self.state = "draining"
+        if self._giving is not None:
+            self._giving.drain()
 
     async def drained(self, seconds: float) -> bool:
         """Waits until all requests are answered; those that are not in time are ended with an error. Returns whether all
         were in time."""
         end = time.monotonic() + seconds
-        while self.requests and time.monotonic() < end:
+        while self._open and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        late = bool(self.requests)
+        late = bool(self._open)
         for generation in list(self.running):
             generation.cancel(ApiError(503, "the server stopped before the answer was complete"))
         return not late
 
+    @property
+    def _giving(self) -> Giving | None:
+        return None if self._served is None else self._served.giving
+
+    @property
+    def _open(self) -> int:
+        """Requests of clients and of decode servers."""
+        return self.requests + (0 if self._giving is None else self._giving.requests)
+
     def close(self) -> None:
         """Ends the engine."""
         if self._served is not None:
+            for side in filter(None, (self._served.fetching, self._served.giving)):
+                side.close()
             self._served.engine.close()
 
     @property

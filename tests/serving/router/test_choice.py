@@ -120,6 +120,14 @@ def test_who_answers_where_nobody_prefills():
     assert pair(choice, ask(64)) is None
 
 
+def test_a_decode_server_that_cannot_prefill_waits_for_one_that_can():
+    choice = fleet(prefill=1, decode=0)
+    choice.heard("d0", "decode", ROOMY, now=0, alone=False)
+    assert pair(choice, ask(64)) == ("p0", "d0")
+    choice.lost("p0")
+    assert pair(choice, ask(64)) is None
+
+
 def test_memory_of_prefixes_is_bounded_and_keeps_their_beginnings():
     choice = fleet(prefill=1, p0=Load(tokens=640))
     choice.ended(choice.send(ask(64 * 30)))

@@ -7,6 +7,7 @@ import threading
 import httpx
 import pytest
 
+from deepseek_jax.serving.server.app import application
 from deepseek_jax.serving.server.running import listening, run
 from deepseek_jax.serving.server.service import Service, Settings
 from tests.serving.server.kit import TOKENIZER, parsed, scripted, until
@@ -27,6 +28,7 @@ class Life:
         thread.start()
         try:
             run(
+                application(self.service),
                 self.service,
                 listener,
                 load or (lambda: self.what),
