@@ -5,13 +5,20 @@
     python -m experiments.serve --checkpoint=runs/tiny --mesh=node=2,local=4
     python -m experiments.launch --processes=2 -- python -m experiments.serve --checkpoint=runs/tiny --mesh=node=2,local=4
 
+Prefill and decode apart, behind a router that speaks the same API:
+
+    python -m experiments.serve --role=router --port=8000
+    python -m experiments.serve --role=prefill --checkpoint=FOLDER --port=8001 --router=http://127.0.0.1:8000
+    python -m experiments.serve --role=decode --checkpoint=FOLDER --port=8002 --router=http://127.0.0.1:8000
+
 Then open http://127.0.0.1:8000/ in a browser to talk to it, or ask it from a terminal or any client of OpenAI's:
 
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "import os", "max_tokens": 32}'
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model=NAME, messages=[...])
 
 Endpoints: /v1/completions, /v1/chat/completions, /v1/models; /health, /livez, /readyz, /metrics (Prometheus, vLLM's names),
-/version; /tokenize, /detokenize, /tokenizer_info; and the page at /.
+/version; /tokenize, /detokenize, /tokenizer_info; and the page at /. A prefill server has only those that say how it is; a
+router passes on all but /health, /livez, /readyz, /metrics and /members, which are its own.
 
 Requests run together, as many as --rows; others wait, up to --waiting, and what comes on top is answered 429 with
 Retry-After. A client that leaves ends its request. Ctrl-C or SIGTERM takes no new requests, finishes those that run within
