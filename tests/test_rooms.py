@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("pallas_kernels",),
     ("checks", "now"),
-    ("balancing", "json_files", "model_config", "precision"),
-    ("config",),
+    ("json_files", "model_config", "precision"),
+    ("balancing", "config"),
     ("data",),
     ("model",),
     ("parallel",),
