@@ -46,8 +46,9 @@ def rebalance_experts(
 
 
 def planned(weight_le: npt.ArrayLike, unit: Unit) -> Plan:
-    """The plan for loads, as `rebalance_experts`."""
-    return Plan(rebalance_experts(weight_le, *unit)[0])
+    """The plan for loads, as `rebalance_experts`; of a layer without any, as if its experts had equal ones."""
+    load_le = _loads(weight_le)
+    return Plan(rebalance_experts(np.where(load_le.any(1, keepdims=True), load_le, 1), *unit)[0])
 
 
 def even(layers: int, experts: int, unit: Unit) -> Plan:

@@ -44,7 +44,7 @@ class When:
     def __post_init__(self) -> None:
         ranges("", self, "every", 1, 1 << 31)
         ranges("", self, "below", 0.0, 1.0)
-        ranges("", self, "deadline_s", 0.0, 86400.0)
+        ranges("", self, "deadline_s", 0.1, 86400.0)
 
 
 class Look(NamedTuple):

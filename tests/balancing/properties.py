@@ -93,12 +93,15 @@ def equals_the_oracle(loads, unit, phy2log, log2phy, logcnt):
 
 
 def spread_is_bounded(loads, unit, phy2log, logcnt):
-    """The GPUs of a node differ by the heaviest copy on it at most, which is at most 1 / extra of the load of the node; in exact
-    fractions, but for the rounding of float32 sums of a GPU's copies, by which EPLB chooses."""
+    """Nodes differ by the heaviest group at most, the GPUs of a node by the heaviest copy on it, which is at most 1 / extra of the
+    load of the node; in exact fractions, but for the rounding of float32 sums of a GPU's copies, by which EPLB chooses."""
     nodes = unit.nodes if unit.hierarchical else 1
     for of_layer, expert_p, copies in zip(loads.tolist(), phy2log.tolist(), logcnt.tolist(), strict=True):
         shares = [Fraction(of_layer[e], copies[e]) for e in expert_p]
         at_node = unit.slots // nodes
+        of_groups = np.array(of_layer).reshape(unit.groups if nodes > 1 else 1, -1).sum(1)
+        of_nodes = [sum(shares[n * at_node : (n + 1) * at_node]) for n in range(nodes)]
+        assert max(of_nodes) - min(of_nodes) <= max(of_groups.tolist())
         for node in range(nodes):
             here = slice(node * at_node, (node + 1) * at_node)
             each = at_node * nodes // unit.gpus

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deepseek_jax.balancing.eplb import even, rebalance_experts
+from deepseek_jax.balancing.eplb import even, planned, rebalance_experts
 from deepseek_jax.balancing.plan import Plan, Unit, balance, loads_of_gpus
 
 LOADS = [
@@ -79,6 +79,13 @@ def test_the_first_plan_keeps_groups_on_nodes():
     node_of = first.log2phy // (288 // 4)
     on = [{n for n in node_of[0, group * 32 : group * 32 + 32].ravel() if n >= 0} for group in range(8)]
     assert all(len(nodes) == 1 for nodes in on) and first.logcnt.max() == 2
+
+
+def test_a_layer_without_load_is_planned_evenly():
+    made = planned([[0] * 12, LOADS[0]], Unit(16, 4, 2, 8))
+    np.testing.assert_array_equal(made.physical_lp[0], even(1, 12, Unit(16, 4, 2, 8)).physical_lp[0])
+    np.testing.assert_array_equal(made.physical_lp[1], HIERARCHICAL[0])
+    assert made.logcnt[0].max() == 2
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,16 @@ Two numbers count: the rows of the experts' work, (token, expert), and those tha
 Dims: r rank, n token of a rank, k selected expert, e expert, g GPU.
 """
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.balancing.eplb import planned
+from deepseek_jax.balancing.moves import count, sources
 from deepseek_jax.balancing.plan import Plan, Unit, identity
+from deepseek_jax.balancing.planner import look
 from deepseek_jax.parallel.exchange.placement import Placement
 
 EXPERTS, CHOSEN, GROUPS, BEST_GROUPS = 256, 8, 8, 4
@@ -70,7 +74,7 @@ def measured(seed, ranks, tokens, grouped, units, exponent=1.0):
     return np.stack([fullest(received(plan, now)) for plan in plans])
 
 
-if __name__ == "__main__":
+def spread():
     print("fullest GPU over mean: rows of work, rows that travel; mean and worst of 10 layers")
     for tokens in (1024, 128):
         for grouped in (False, True):
@@ -82,3 +86,30 @@ if __name__ == "__main__":
             ):
                 of = f"{tokens} tokens a GPU, {'grouped' if grouped else 'free'} routing, {name}"
                 print(f"{of:55} {layers.mean(0).round(3)} {layers.max(0).round(3)}")
+
+
+def drift(layers=58):
+    """What a second plan moves, when each expert's weight changed by a factor of e^0.1 (one standard deviation), or not at all and
+    only other tokens came."""
+    rng = np.random.default_rng(0)
+    weight_le = rng.permuted(np.tile(1 / np.arange(1.0, EXPERTS + 1), (layers, 1)), axis=1)
+    for factor in (0.0, 0.1):
+        changed_le = weight_le * np.exp(factor * rng.normal(size=weight_le.shape))
+        old_le, new_le = (
+            np.concatenate([counts(routing(rng, weight_e, 32, 512)) for weight_e in of_layers])
+            for of_layers in (weight_le, changed_le)
+        )
+        for unit in (HIERARCHICAL, Unit(288, 8, 18, 144), Unit(320, 8, 40, 320)):
+            old, new = planned(old_le, unit), planned(new_le, unit)
+            begun = time.process_time()
+            found = look(new_le.astype(float), old, unit)
+            seconds = time.process_time() - begun
+            unnamed = count(sources(new, old, unit.gpus, unit.nodes), unit.gpus, unit.nodes)
+            print(f"{unit}, weights changed by {factor}: {seconds:.3f} s")
+            print(f"  as planned {unnamed}\n  renamed    {found.moves}")
+            print(f"  balance {found.before:.3f} -> {found.after:.3f}")
+
+
+if __name__ == "__main__":
+    spread()
+    drift()
