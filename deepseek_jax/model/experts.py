@@ -21,7 +21,9 @@ from deepseek_jax.model.rows import Rows, masked_rows, sort_rows, sum_pairs
 from deepseek_jax.model.weights import beside
 from deepseek_jax.precision.product import product
 
-FEW_ROWS = 64  # up to this many tokens, a CPU runs a chosen expert over all: reading its weights takes longer
+# On a CPU, up to FEW_ROWS tokens, a chosen expert runs over all: reading its weights takes longer. Where experts lie apart, that
+# is so up to ALL_ROWS; up to APART_ROWS each runs over its own rows, BLOCK_ROWS or half as many at a time.
+FEW_ROWS, ALL_ROWS, APART_ROWS, BLOCK_ROWS = 64, 16, 256, 32
 
 
 def expert_params(cfg: ModelConfig) -> dict[str, Param]:
@@ -164,10 +166,37 @@ def _if_chosen(
     return functools.reduce(jnp.add, map(one, range(len(apart))))
 
 
+def _in_blocks(
+    apart: list[Params], x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array
+) -> jax.Array:
+    """Each expert over its own rows, some at a time, with its weights where they are."""
+    rows_each = BLOCK_ROWS if experts_nk.size > len(apart) * BLOCK_ROWS // 2 else BLOCK_ROWS // 2
+    rows = sort_rows(experts_nk, weights_nk, len(apart), alignment=rows_each)
+    blocks_e = -(-rows.sizes_e // rows_each)
+    first_e = (jnp.cumsum(blocks_e) - blocks_e) * rows_each
+
+    def over_rows(y_md: jax.Array, e: int) -> jax.Array:
+        def block(i: jax.Array, y_md: jax.Array) -> jax.Array:
+            start = first_e[e] + i * rows_each
+            token_r, gain_r = (
+                lax.dynamic_slice_in_dim(x, start, rows_each) for x in (rows.token_m, rows.gain_m)
+            )
+            y_rd = mlp(apart[e], x_nd.at[token_r].get(mode="fill", fill_value=0))
+            return lax.dynamic_update_slice_in_dim(
+                y_md, y_rd * gain_r[:, None].astype(y_rd.dtype), start, axis=0
+            )
+
+        return lax.fori_loop(0, blocks_e[e], block, y_md)
+
+    y_md = jnp.zeros((len(rows.token_m), x_nd.shape[1]), x_nd.dtype)
+    return sum_pairs(functools.reduce(over_rows, range(len(apart)), y_md), rows.row_nk)
+
+
 def decode_experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:
     """The same function for decoding. `p` may hold the experts `apart`, too, which few tokens then read."""
-    if len(x_nd) > FEW_ROWS:
+    if len(x_nd) > (APART_ROWS if "apart" in p else FEW_ROWS):
         return routed_experts(p, x_nd, experts_nk, weights_nk)
     if "apart" in p:
-        return _if_chosen(p["apart"], x_nd, experts_nk, weights_nk)
+        form = _if_chosen if len(x_nd) <= ALL_ROWS else _in_blocks
+        return form(p["apart"], x_nd, experts_nk, weights_nk)
     return lax.platform_dependent(p, x_nd, experts_nk, weights_nk, cpu=_one_by_one, default=routed_experts)

@@ -24,8 +24,9 @@ from pallas_kernels.mla_attention.ops import mla_attention
 # FLOPs in the time of a byte: of products and attention in BF16 on an H100, 600 TFLOPS, by copies, 2.8 TB/s; and in float32
 # on two CPU cores, 200 GFLOP/s by 10 GB/s.
 H100, CPU = 215, 20
-# Tokens, of all sequences, that are expanded at a time: in BF16, keys and values of 128 heads take 0.34 GB.
-EXPANDED = 4096
+# Tokens, of all sequences, that are expanded at a time: in BF16, keys and values of 128 heads take 0.34 GB. On a CPU as few as
+# the attention takes: a loop costs nothing there, and goes no further than the longest sequence.
+EXPANDED, EXPANDED_ON_CPU = 4096, 1
 
 
 def expands(cfg: ModelConfig, t: int, s: int, flops_per_byte: float) -> bool:
@@ -94,6 +95,7 @@ def mla_over_pages(
 def _blocks(view: PagedView, b: int, t: int) -> tuple[int, int]:
     """(pages of a block, blocks), about equal, of at least t tokens, as the attention wants."""
     n, page = view.block_table.shape[1], view.pages_lpsw.shape[2]
-    blocks = -(-n // max(1, EXPANDED // (b * page)))
+    expanded = EXPANDED_ON_CPU if jax.default_backend() == "cpu" else EXPANDED
+    blocks = -(-n // max(1, expanded // (b * page), -(-t // page)))
     pages = max(-(-n // blocks), -(-t // page))
     return pages, -(-n // pages)

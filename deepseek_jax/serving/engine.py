@@ -32,7 +32,7 @@ from deepseek_jax.serving.sampling import ALL
 from deepseek_jax.serving.scheduler import Scheduler
 from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
 
-LOOK = 0.02  # seconds that the engine lets pass, on a CPU, before it looks for what is new, about
+LOOK = 0.02  # seconds between tokens that nobody minds: on a CPU, the engine looks for what is new about as often
 
 
 class Flight(NamedTuple):
@@ -186,7 +186,7 @@ class Engine:
         if not rows or self.options.invariant:
             return None
         sizes, pace = self.device.sizes, self.device.pace
-        allowed = self.options.stall * (pace.of("decode", sizes.rows_for(rows)) or 0.0)
+        allowed = max(LOOK, self.options.stall * (pace.of("decode", sizes.rows_for(rows)) or 0.0))
         fitting = [r * t for r, t in sizes.chunks if (pace.of("prefill", r, t) or 0.0) <= allowed]
         return max(fitting, default=sizes.chunks[0][1])
 

@@ -27,8 +27,8 @@ class Options:
         chunk: tokens of prompts that go through the model at once; None: 256 on a CPU, 2,048 on a GPU.
         pages: of the cache, of 64 tokens, on each device; None: as many as all rows need, or as memory allows.
         cache: "model", latents in the dtype of decoding, or "fp8".
-        stall: beside decode rows, chunks take at most so many times as long as the rows, but at least one smallest chunk runs:
-            what a prompt that comes adds to the time between two tokens of others.
+        stall: beside decode rows, chunks take at most so many times as long as the rows, or 20 ms if that is longer, but at
+            least one smallest chunk runs: what a prompt that comes adds to the time between two tokens of others.
         waiting: requests that may wait, at most, for one to end.
         invariant: a sequence's tokens and log-probabilities are the same bits whatever runs beside it. One size of decode rows
             and of chunks, and no sequence begins before all its pages are there.

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 from deepseek_jax.model.cache import PAGE
+from deepseek_jax.model.decoding import on_cpu
 
 SMALLEST_CHUNK = 16
 ROWS_OF_CHUNKS = 8  # prompts in one program, at most
@@ -40,14 +41,16 @@ class Sizes:
 
     @functools.cached_property
     def chunks(self) -> tuple[tuple[int, int], ...]:
-        """(prompts, tokens of each): 16, 64, 256, ... tokens, of one prompt or of as many as a program takes."""
+        """(prompts, tokens of each): 16, 64, 256, ... tokens, of one prompt or of as many as a program takes. On a CPU 16, 32,
+        64, ...: time goes with the tokens there, and several prompts save some with the fewest alone."""
         if self.fixed:
             return ((1, PAGE),)
-        tokens, sizes = min(SMALLEST_CHUNK, self.chunk), []
+        tokens, sizes, cpu = min(SMALLEST_CHUNK, self.chunk), [], on_cpu()
         while tokens < self.chunk:
             most = min(ROWS_OF_CHUNKS, self.chunk // tokens, self.slots)
-            sizes += [(1, tokens)] + [(most, tokens)] * (most > 1)
-            tokens *= 4
+            several = most > 1 and (not cpu or tokens == SMALLEST_CHUNK)
+            sizes += [(1, tokens)] + [(most, tokens)] * several
+            tokens *= 2 if cpu else 4
         return (*sizes, (1, self.chunk))
 
     def rows_for(self, n: int) -> int:

@@ -47,7 +47,7 @@ def mla_decode(q, cache, block_table, lengths, *, scale: float, latent: int) -> 
 def _row_by_row(q_brd, cache, block_table, lengths, last_br, *, scale: float, latent: int) -> _Sums:
     """Each page is read once, into a core's cache: of a latent of 512, 32 sequences take a fifth of the time that blocks
     take, which are gathered, masked and multiplied one after the other; and no sequence waits for a longer one."""
-    page = cache.shape[1]
+    page, width = cache.shape[1], q_brd.shape[2]
 
     def of_one(xs: tuple[jax.Array, ...]) -> _Sums:
         q_rd, pages_n, length, last_r = xs
@@ -59,10 +59,13 @@ def _row_by_row(q_brd, cache, block_table, lengths, last_br, *, scale: float, la
                 keys_1sd = dequantize_cache(keys_1sd, latent, q_1rd.dtype)
             slot_s = i * page + jnp.arange(page)
             keys_1sd = jnp.where((slot_s < length)[None, :, None], keys_1sd, 0)  # what lies beyond may be NaN
-            return _add(sums, q_1rd, keys_1sd, slot_s[None, None] <= last_1r[..., None], scale, latent)
+            return _add(sums, q_1rd, keys_1sd, slot_s[None, None] <= last_1r[..., None], scale, width)
 
         pages = jnp.minimum((length + page - 1) // page, len(pages_n))
-        sums = lax.fori_loop(0, pages, add_page, _nothing(1, q_1rd.shape[1], latent))
+        sums = lax.fori_loop(0, pages, add_page, _nothing(1, q_1rd.shape[1], width))
+        sums = sums._replace(
+            out_brc=sums.out_brc[..., :latent]
+        )  # keys cut to their latents would be one copy more
         return jax.tree.map(lambda x: x[0], sums)
 
     return lax.map(of_one, (q_brd, block_table, lengths, last_br))
@@ -102,9 +105,7 @@ def _in_blocks(q_brd, cache, block_table, lengths, last_br, *, scale: float, lat
 
 def _add(sums: _Sums, q_brd, keys_bsd, seen_brs, scale: float, latent: int) -> _Sums:
     exact = lax.Precision.HIGHEST if q_brd.dtype == jnp.float32 else None
-    score_brs = jnp.einsum(
-        "brd,bsd->brs", q_brd, keys_bsd, precision=exact, preferred_element_type=jnp.float32
-    )
+    score_brs = _scores(q_brd, keys_bsd, exact)
     score_brs = jnp.where(seen_brs, score_brs * scale, -jnp.inf)
     top_br = jnp.maximum(sums.top_br, score_brs.max(-1))
     base_br = jnp.where(top_br == -jnp.inf, 0, top_br)  # nothing seen yet: exp(-inf - 0) is 0
@@ -119,6 +120,14 @@ def _add(sums: _Sums, q_brd, keys_bsd, seen_brs, scale: float, latent: int) -> _
     )
     total_br = sums.total_br * shrink_br + prob_brs.sum(-1)
     return _Sums(top_br, total_br, sums.out_brc * shrink_br[..., None] + out_brc)
+
+
+def _scores(q_brd, keys_bsd, exact) -> jax.Array:
+    product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    if q_brd.shape[1] >= keys_bsd.shape[1]:
+        return product("brd,bsd->brs", q_brd, keys_bsd)
+    # A CPU packs the right operand first: the smaller one. The barrier keeps XLA from turning the product round.
+    return lax.optimization_barrier(product("bsd,brd->bsr", keys_bsd, q_brd)).swapaxes(1, 2)
 
 
 def _finish(sums: _Sums, last_br, q) -> tuple[jax.Array, jax.Array]:

@@ -152,7 +152,8 @@ def test_generation_over_a_mesh(folder, models, monkeypatch):
     """Each device reads its experts' bytes; tokens travel in FP8 as they are multiplied. Results come back in BF16, whose sums
     are rounded inside and between nodes, by 2^-9 / sqrt(3) on average, in each layer: log-probabilities differ by three
     times that, of logits of a spread below 1.5. One device quantises likewise where it sorts rows, as on a GPU."""
-    monkeypatch.setattr(experts, "FEW_ROWS", 0)
+    for most in ("FEW_ROWS", "APART_ROWS"):
+        monkeypatch.setattr(experts, most, 0)
     for program in (one_device._decode, one_device._prefill):
         program.clear_cache()
     mesh = deepseek_jax.MeshConfig(data=1, node=2, local=2)

@@ -88,10 +88,10 @@ def test_against_a_loop(value_and_grad, kind):
     jax.tree.map(close, grads, want_grads)
 
 
-@pytest.mark.parametrize("n", [1, 5, FEW_ROWS + 1])
+@pytest.mark.parametrize("n", [1, 5, 40, FEW_ROWS + 1])
 @pytest.mark.parametrize("apart", [True, False])
 def test_decoding_forms(n, apart):
-    """Chosen experts, each in arrays of its own, and the training form; ids of absent experts are nobody's."""
+    """Chosen experts over all tokens, each over its own rows, and the training form; ids of absent experts are nobody's."""
     ids = pairs("absent")[-n:].astype(np.int32)
     p = {**P, "apart": experts_apart(P)} if apart else P
     got = jax.jit(decode_experts)(p, X[:n], ids, WEIGHTS[:n])
