@@ -1,5 +1,6 @@
 """Computes on paper what a mesh and a model will cost, before any machine is asked.
 
+    python -m experiments.plan cluster --out=day.png                 # a day of DeepSeek's serving cluster: `planning/cluster/`
     python -m experiments.plan exchange                              # DeepSeek-V3: rows and bytes between nodes
     python -m experiments.plan exchange --mesh 4x8 --topk_groups 2   # 4 nodes of 8 devices, tokens of 2 groups
     python -m experiments.plan memory --config=configs/v3_671b.py                       # bytes on each device
@@ -26,8 +27,10 @@ from collections.abc import Sequence
 
 from experiments import command_line
 from experiments.planning import exchange, memory, overlap, schedule, search, serve, step, waits
+from experiments.planning.cluster import command as cluster
 
 PLANS = {
+    "cluster": cluster.main,
     "exchange": exchange.main,
     "memory": memory.main,
     "overlap": overlap.main,
