@@ -32,8 +32,7 @@ NAMES = (
 
 def seen(setting: Setting, shape: Shape, warm: float, seconds: float, seed: int, hour: int = 14) -> Seen:
     cluster, rates = Cluster(setting, shape, seed), Rates(setting, shape)
-    cluster.rate = lambda now: rates.all(hour)
-    cluster.share = lambda now: rates.share(hour)
+    cluster.rate, cluster.share = rates.all(hour), rates.share(hour)
     cluster.start(rates.all(hour), rates.rows(hour))
     cluster.run(warm)
     cluster.jobs.clear()
@@ -45,7 +44,7 @@ def seen(setting: Setting, shape: Shape, warm: float, seconds: float, seed: int,
     waits = spread([j.wait for j in w.jobs])
     return Seen(
         speed=sum(len(j.answer) - 1 for j in w.jobs) / sum(j.end - j.first for j in w.jobs),
-        rows=sum(s.took.work.count * s.steps for s in decode) / steps,
+        rows=sum(s.took.work.amount * s.steps for s in decode) / steps,
         step=1e3 * sum(s.took.seconds * s.steps for s in decode) / steps,
         prefill_step=sum(s.took.seconds for s in prefill) / len(prefill),
         wait=waits[0],

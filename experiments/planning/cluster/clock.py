@@ -31,9 +31,9 @@ Step = Callable[[float, float], Parts]
 
 
 class Work(NamedTuple):
-    """Of a device in a step. count: rows, or tokens of chunks; context: tokens that each attends to, in the mean."""
+    """Of a device in a step. amount: rows, or tokens of chunks; context: tokens that each attends to, in the mean."""
 
-    count: float
+    amount: float
     context: float
 
 
@@ -46,7 +46,7 @@ class Took(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Seconds [count][context] of a step where all devices are alike, and of a device's own work in it."""
+    """Seconds [amount][context] of a step where all devices are alike, and of a device's own work in it."""
 
     counts: Sequence[int]
     whole: list[list[float]]
@@ -55,7 +55,7 @@ class Tables(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Of one unit in one phase. step: (count, context) -> Parts. slow: the constant of the phase."""
+    """Of one unit in one phase. step: (amount, context) -> Parts. slow: the constant of the phase."""
 
     step: Step
     tables: Tables
@@ -73,19 +73,19 @@ class Clock:
 
     def even(self, work: Work) -> float:
         """Seconds where all devices have the same."""
-        return self.slow * _between(self.tables.whole, self.tables.counts, work) if work.count else 0.0
+        return self.slow * _between(self.tables.whole, self.tables.counts, work) if work.amount else 0.0
 
     def took(self, works: Sequence[Work]) -> Took:
         """Where some devices of the unit have these, and the others are like them."""
-        count = sum(w.count for w in works) / len(works)
-        mean = Work(count, sum(w.count * w.context for w in works) / len(works) / count)
+        amount = sum(w.amount for w in works) / len(works)
+        mean = Work(amount, sum(w.amount * w.context for w in works) / len(works) / amount)
         waiting = self.slow * self._slowest(works)
         return Took(self.even(mean) + waiting, waiting, mean)
 
     def _slowest(self, works: Sequence[Work]) -> float:
         """Seconds of its own work that the slowest device of all has more than the mean; of those that are not simulated, by
         the spread among those that are, if times are normal."""
-        owns = [_between(self.tables.own, self.tables.counts, w) if w.count else 0.0 for w in works]
+        owns = [_between(self.tables.own, self.tables.counts, w) if w.amount else 0.0 for w in works]
         mean = sum(owns) / len(owns)
         if len(owns) == self.devices or len(owns) == 1:
             return max(owns) - mean
@@ -105,7 +105,7 @@ def expected_most(n: int) -> float:
 
 def _between(table: list[list[float]], counts: Sequence[int], work: Work) -> float:
     """Bilinear; beyond the ends of the table, its last slope."""
-    i, a = _place(counts, work.count)
+    i, a = _place(counts, work.amount)
     j, b = _place(CONTEXTS, work.context)
     low = table[i][j] * (1 - b) + table[i][j + 1] * b
     high = table[i + 1][j] * (1 - b) + table[i + 1][j + 1] * b

@@ -50,8 +50,8 @@ class Sample(NamedTuple):
 
 class Cluster:
     """Attributes:
-    rate: requests per second for all prefill devices that are simulated, as time goes on. share: chance that a request's
-        answer is followed.
+    rate: requests per second for all prefill devices that are simulated; share: chance that a request's answer is followed.
+        Both may be changed.
     jobs: that ended. samples: of all steps. sent, lost, preempted: counts.
     """
 
@@ -59,8 +59,7 @@ class Cluster:
         self.setting, self.shape, self.now = setting, shape, 0.0
         self.rng = np.random.default_rng(seed)
         self.users = Users(setting.day, self.rng)
-        self.rate: Callable[[float], float] = lambda now: 0.0
-        self.share: Callable[[float], float] = lambda now: 1.0
+        self.rate, self.share = 0.0, 1.0
         self.choice = Choice()
         self.jobs: list[Job] = []
         self.samples: list[Sample] = []
@@ -127,13 +126,13 @@ class Cluster:
         """One request, and the time of the next: Poisson."""
         if asks:
             self._send(self._job(self.users.ask(self.now)))
-        rate = self.rate(self.now)
-        self._at(self.now + (self.rng.exponential(1 / rate) if rate else 1.0), self._arrive, bool(rate))
+        wait = self.rng.exponential(1 / self.rate) if self.rate else 1.0
+        self._at(self.now + wait, self._arrive, bool(self.rate))
 
     def _job(self, asked: Asked) -> Job:
         self._keep_made_up()
         prompt, answer = self.users.tokens(asked.text), self.users.tokens([asked.answer])
-        keys, followed = page_keys(prompt), bool(self.rng.random() < self.share(self.now))
+        keys, followed = page_keys(prompt), bool(self.rng.random() < self.share)
         self.sent += 1
         job = Job(str(self.sent), asked, self.now, prompt, keys, answer, followed)
         self.open[job.id] = job
@@ -236,7 +235,7 @@ class Cluster:
     # --- what is told ---------------------------------------------------------------------------------------------
 
     def _sampled(self, unit: Any, took: Took, steps: int, works: Any, tokens: int | None = None) -> None:
-        counts = tuple(w.count for w in works)
+        counts = tuple(w.amount for w in works)
         made = round(sum(counts)) if tokens is None else tokens
         self.samples.append(
             Sample(self.now, unit.name, took, steps, made, counts, tuple(w.context for w in works))

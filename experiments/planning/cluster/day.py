@@ -169,8 +169,7 @@ def _windows(
     end = WARM
     for hour in hours:
         doing(hour)
-        all_of, share = rates.all(hour), rates.share(hour)
-        cluster.rate, cluster.share = (lambda now, x=all_of: x), (lambda now, x=share: x)
+        cluster.rate, cluster.share = rates.all(hour), rates.share(hour)
         if hour == hours[0]:
             cluster.run(end)
         cluster.jobs.clear()

@@ -37,8 +37,7 @@ def simulate_failure(setting: Setting, shape: Shape, phase: str, minutes: float,
             prefill_ranks=max(2, round(2 * units / _decode_for_one(setting) / shape.prefill) + 1)
         )
     cluster, rates = Cluster(setting, shape, seed), Rates(setting, shape)
-    cluster.rate = lambda now: rates.all(HOUR)
-    cluster.share = lambda now: rates.share(HOUR)
+    cluster.rate, cluster.share = rates.all(HOUR), rates.share(HOUR)
     cluster.start(rates.all(HOUR), rates.rows(HOUR))
     gone = WARM + BEFORE
     back = gone + 60 * minutes
@@ -75,7 +74,7 @@ def report(failure: Failure) -> str:
                     *(f"{x:.2f}" for x in waits),
                     f"{speeds[len(speeds) // 2]:.1f}",
                     f"{speeds[len(speeds) // 100]:.1f}",
-                    f"{sum(s.took.work.count * s.steps for s in decode) / steps:.1f}",
+                    f"{sum(s.took.work.amount * s.steps for s in decode) / steps:.1f}",
                     f"{1e3 * sum(s.took.seconds * s.steps for s in decode) / steps:.1f}",
                 ],
             )

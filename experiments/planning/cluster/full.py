@@ -39,7 +39,7 @@ def prefill_rate(setting: Setting, prompt: int, ranks: int = 2, steps: int = 6) 
         took = unit.step(0.0)
         assert took is not None
         list(unit.finish())
-        tokens, seconds = tokens + took.work.count, seconds + took.seconds
+        tokens, seconds = tokens + took.work.amount, seconds + took.seconds
     return 8 * tokens / seconds
 
 
@@ -79,7 +79,7 @@ def uneven(setting: Setting, ranks: int = 8, warm: int = 5, steps: int = 40) -> 
         list(unit.finish())
         if i >= warm:
             seconds += took.seconds
-            even += setting.prefill_clock.even(Work(took.work.count, setting.day.attended))
+            even += setting.prefill_clock.even(Work(took.work.amount, setting.day.attended))
     return seconds / even
 
 

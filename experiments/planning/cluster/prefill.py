@@ -87,7 +87,7 @@ class Prefill:
                 job = self.jobs[running.request.id]
                 job.queued, job.cached = now, running.cached_tokens
         self.works = [_work(step.chunks) for step in self._steps]
-        if not any(work.count for work in self.works):
+        if not any(work.amount for work in self.works):
             return None
         return self.setting.prefill_clock.took(self.works)
 

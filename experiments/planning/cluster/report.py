@@ -27,9 +27,9 @@ NOT = (
 def parts_of(lapse: Lapse, phase: str) -> dict[str, float]:
     """Name -> seconds of the mean step of a day, one part after the other."""
     samples = [s for w in lapse.windows for s in w.of(phase)]
-    total = sum(s.took.work.count * s.steps for s in samples)
+    total = sum(s.took.work.amount * s.steps for s in samples)
     steps = sum(s.steps for s in samples)
-    context = sum(s.took.work.count * s.steps * s.took.work.context for s in samples) / total
+    context = sum(s.took.work.amount * s.steps * s.took.work.context for s in samples) / total
     return _parts(lapse.setting, phase, Work(total / steps, context))
 
 
@@ -95,7 +95,7 @@ def hours(lapse: Lapse) -> str:
                     *(f"{x:.2f}" for x in spread([j.wait for j in w.jobs])),
                     f"{spread(speeds)[0]:.1f}",
                     f"{speeds[len(speeds) // 100]:.1f}" if speeds else "-",
-                    f"{sum(s.took.work.count * s.steps for s in decode) / steps:.1f}",
+                    f"{sum(s.took.work.amount * s.steps for s in decode) / steps:.1f}",
                     f"{1e3 * sum(s.took.seconds * s.steps for s in decode) / steps:.1f}",
                 ],
             )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 from deepseek_jax.config import ModelConfig
 from experiments.planning.cluster.clock import Clock, Work, decode_clock, prefill_clock
@@ -152,16 +153,17 @@ def fitted(setting: Setting, prefill: float, decode: float) -> Setting:
     """With the constants at which the day's units give so many tokens per second and node: input with what the cache has,
     and output."""
 
-    def per_node(which: int, slow: float) -> float:
-        tried = dataclasses.replace(setting, **{("prefill_slow", "decode_slow")[which]: slow})
+    def solve(which: int, wanted: float, with_slow: Callable[[float], Setting]) -> float:
         total = (setting.day.input, setting.day.output)[which] / 86_400
-        return total / tried.mean_nodes()[which]
-
-    def solve(which: int, wanted: float) -> float:
         low, high = 0.2, 5.0
         for _ in range(24):
             slow = (low * high) ** 0.5
-            low, high = (slow, high) if per_node(which, slow) > wanted else (low, slow)
+            enough = total / with_slow(slow).mean_nodes()[which] > wanted
+            low, high = (slow, high) if enough else (low, slow)
         return low
 
-    return dataclasses.replace(setting, prefill_slow=solve(0, prefill), decode_slow=solve(1, decode))
+    return dataclasses.replace(
+        setting,
+        prefill_slow=solve(0, prefill, lambda slow: dataclasses.replace(setting, prefill_slow=slow)),
+        decode_slow=solve(1, decode, lambda slow: dataclasses.replace(setting, decode_slow=slow)),
+    )
