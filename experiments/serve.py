@@ -73,6 +73,28 @@ _PAGES = _whole("pages", None, "Pages of 64 tokens in the cache; default: what m
 _CACHE = _choice("cache", "model", ("model", "fp8"), "Cache in the model's dtype, or in FP8.")
 _CHUNK = _whole("chunk", None, "Tokens of prompts that go through the model at once.", 1)
 _DRAFTS = _choice("drafts", "off", ("off", "on", "auto"), "Draft with the MTP module; auto: where it pays.")
+_REDUNDANT = _whole(
+    "redundant",
+    None,
+    "Over a mesh: so many copies of busy experts in each layer; experts then move as their loads change. 0: they move, "
+    "without copies.",
+    0,
+)
+_REPLAN = _whole(
+    "replan", 1000, "With --redundant: steps from one look at the experts' loads to the next.", 1
+)
+_BELOW = _number(
+    "replan_below",
+    1.0,
+    "With --redundant: experts move if the mean load of a device falls below this part of the fullest one's.",
+    0.0,
+    1.0,
+)
+_LOADS = _text(
+    "expert_loads",
+    None,
+    "With --redundant: file of the experts' loads, read at the start if it is there, written at the end.",
+)
 _INVARIANT = _switch("invariant", False, "An answer is the same bits whatever else runs; slower.")
 _WAITING = _whole("waiting", 256, "Sequences that may wait beside those that run.", 0)
 _WAITING_TOKENS = _whole("waiting_tokens", 1 << 20, "Tokens of the prompts that wait.", 1)
@@ -151,6 +173,10 @@ def _options() -> Any:
         waiting=_WAITING.value,
         invariant=_INVARIANT.value,
         drafts="auto" if _DRAFTS.value == "auto" else _DRAFTS.value == "on",
+        redundant=_REDUNDANT.value,
+        replan=_REPLAN.value,
+        replan_below=_BELOW.value,
+        expert_loads=_LOADS.value,
     )
 
 

@@ -204,13 +204,15 @@ class Model:
 
     # --- the parts of `generate` and `stream` ---
 
-    def ready(self) -> Any:
-        """The parameters as decoding reads them, made once for `self.params`."""
+    def ready(self, keep: bool = True) -> Any:
+        """The parameters as decoding reads them, made once for `self.params`, or, not to be kept, for this call."""
         if self._prepared is None or self._prepared[0] is not self.params:
             if self.mesh is None:
                 made = prepare(self.params, decoding_config(self.config))
             else:
                 made = preparing(self.config, self.mesh)(self.params)
+            if not keep:
+                return made
             self._prepared = self.params, made
         return self._prepared[1]
 

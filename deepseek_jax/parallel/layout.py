@@ -83,15 +83,15 @@ def few_tokens(
     return Layout(Local(decode_experts), mesh=_axes(mesh))
 
 
-def layout_over(cfg: Config, mesh: Mesh | AbstractMesh) -> Layout:
+def layout_over(cfg: Config, mesh: Mesh | AbstractMesh, anywhere: bool = False) -> Layout:
     """The layout of training; `forward_only` of it is that of evaluation. The precision policy says in which formats tokens travel
-    where the mesh config does not.
+    where the mesh config does not. anywhere: as for `dispatcher_over`.
 
     Raises ValueError for what does not divide over the mesh, and if there is no exchange to overlap with.
     """
     policy = preset(cfg.precision)
     wire = AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
-    layout = many_tokens(cfg.model, cfg.mesh, mesh, cfg.data.seq_len, wire)
+    layout = many_tokens(cfg.model, cfg.mesh, mesh, cfg.data.seq_len, wire, anywhere)
     if cfg.mesh.overlap and not _tokens_travel(cfg.model, cfg.mesh, mesh):
         raise ValueError(
             f"mesh.overlap=True, but no tokens travel: mesh.experts={cfg.mesh.experts!r} on mesh "

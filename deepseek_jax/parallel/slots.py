@@ -2,7 +2,7 @@
 
 A layer's `ffn` then has its experts by slots, [slot, ...] in the place of [expert, ...], and beside them the `placement` that says
 which slots hold which expert. Both change together, by one program, which is compiled once for all layers and plans: what differs
-are arrays. It takes the memory of one layer's experts beside those that there are.
+are arrays. It takes the memory of one layer's experts beside those that there are, of two where layers are stacked.
 
 Dims: l layer, p slot, e expert, c copy of an expert.
 """
@@ -12,17 +12,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.balancing.eplb import even
+from deepseek_jax.balancing.moves import sources
 from deepseek_jax.balancing.plan import Ints, Plan, Unit
 from deepseek_jax.checks import require
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.decoding import unrolled
 from deepseek_jax.parallel.compiler import compiler_options
-from deepseek_jax.parallel.exchange.moves import moved, sources
+from deepseek_jax.parallel.exchange.dispatcher import FLAT
+from deepseek_jax.parallel.exchange.moves import moved
 from deepseek_jax.parallel.exchange.placement import Placement
 from deepseek_jax.parallel.mesh import EXPERT_AXES, expert_exchange
 from deepseek_jax.parallel.prepared import WHOLE, Devices, experts_spec, generation_mesh, parameter_specs
@@ -44,7 +47,7 @@ def unit_over(cfg: ModelConfig, mesh: MeshConfig, devices: Mesh, redundant: int)
     require(
         slots % holders == 0,
         f"{cfg.n_routed_experts} experts and redundant={redundant} more do not divide over {holders} devices of "
-        f"node x local x tensor: {-cfg.n_routed_experts % holders} or {holders} further ones more do",
+        f"node x local x tensor: give {-cfg.n_routed_experts % holders} more, or that and a multiple of {holders}",
     )
     return Unit(slots, cfg.n_group, node, holders)
 
@@ -70,9 +73,7 @@ def programs(cfg: ModelConfig, mesh: MeshConfig, slots: int, stacked: bool, at: 
     @functools.partial(jax.jit, compiler_options=options)
     @functools.partial(over_devices, in_specs=(spec, WHOLE), out_specs=spec)
     def fill(experts: Any, source: jax.Array) -> Any:
-        if not stacked:
-            return moved(experts, source, new)
-        return lax.map(lambda layer: moved(layer[0], layer[1], new), (experts, source))
+        return _all_layers(experts, source, new) if stacked else moved(experts, source, new)
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def move(experts: Any, placement: Placement, layer: Any, source_p: Any, placed: Placement) -> Any:
@@ -90,6 +91,19 @@ def programs(cfg: ModelConfig, mesh: MeshConfig, slots: int, stacked: bool, at: 
         )
 
     return Programs(fill, move)
+
+
+def _all_layers(experts: Any, source_lp: Any, new: int) -> Any:
+    return lax.map(lambda layer: moved(layer[0], layer[1], new), (experts, jnp.asarray(source_lp)))
+
+
+def in_slots(params: Any, plan: Plan) -> Any:
+    """Parameters of a forward pass, inside `shard_map`: those of MoE layers with this device's experts, which lie in their order,
+    in its slots of a plan."""
+    new = plan.physical_lp.shape[1] // lax.axis_size(FLAT[0])
+    experts = _all_layers(params["moe_layers"]["ffn"]["experts"], plan.physical_lp, new)
+    placement = Placement(jnp.asarray(plan.log2phy), jnp.asarray(plan.logcnt))
+    return {**params, "moe_layers": _with(params["moe_layers"], experts, placement)}
 
 
 class Slots:
@@ -110,38 +124,33 @@ class Slots:
         self.unit = unit_over(cfg, mesh, self.devices, redundant)
         self.cfg, self.layers = cfg, cfg.num_moe_layers + min(1, cfg.num_nextn_predict_layers)
         self.plan = even(self.layers, cfg.n_routed_experts, self.unit)
-        make = functools.partial(programs, cfg, mesh, self.unit.slots, at=at)
-        self._stacked = bool(cfg.num_moe_layers) and not unrolled(cfg)
-        self._of_layer, self._of_stack = make(stacked=False), make(stacked=True) if self._stacked else None
+        self._stacked = cfg.num_moe_layers > 0 and not unrolled(cfg)
+        self._of_layer, self._of_stack = (
+            programs(cfg, mesh, self.unit.slots, stacked, at) for stacked in (False, True)
+        )
         self._copies = redundant + 1  # of an expert, at most
 
     def filled(self, ready: Any) -> Any:
         """`ready`, whose experts lie in their order, with experts in the slots of the plan. What does not change is shared with
         it."""
         source_lp, tables = self.plan.physical_lp, self._placements(self.plan)
+        first = self.cfg.num_moe_layers if self._stacked else 0  # of those that lie apart
         if self._stacked:
-            assert self._of_stack is not None
-            n = self.cfg.num_moe_layers
-            ffn = ready["moe_layers"]["ffn"]
-            experts, placement = (
-                self._of_stack.fill(ffn["experts"], source_lp[:n]),
-                _rows(tables, slice(0, n)),
-            )
-            block = _with(ready["moe_layers"], experts, self._put(placement))
-            ready = {**ready, "moe_layers": block}
-        for layer in range(self.cfg.num_moe_layers if self._stacked else 0, self.layers):
+            experts = self._of_stack.fill(ready["moe_layers"]["ffn"]["experts"], source_lp[:first])
+            placement = self._put(_rows(tables, slice(0, first)))
+            ready = {**ready, "moe_layers": _with(ready["moe_layers"], experts, placement)}
+        for layer in range(first, self.layers):
             experts = self._of_layer.fill(_ffn(ready, self.cfg, layer)["experts"], source_lp[layer])
             ready = _replaced(ready, self.cfg, layer, experts, self._put(_rows(tables, layer)))
         return ready
 
     def moved(self, ready: Any, layer: int, new_p: Ints) -> Any:
         """`ready` with the experts of a layer in the slots of `new_p`, which is then the plan. Consumes them."""
-        placed = self._put(_rows(self._placements(Plan(new_p[None])), 0))
-        source_p = sources(new_p, self.plan.physical_lp[layer], self.unit.gpus, self.unit.nodes)
+        new, old = Plan(new_p[None]), Plan(self.plan.physical_lp[layer][None])
+        (source_p,) = sources(new, old, self.unit.gpus, self.unit.nodes)
+        placed = self._put(_rows(self._placements(new), 0))
         self.plan.physical_lp[layer] = new_p
-        stacked = self._stacked and layer < self.cfg.num_moe_layers
-        if stacked:
-            assert self._of_stack is not None
+        if self._stacked and layer < self.cfg.num_moe_layers:
             ffn = ready["moe_layers"]["ffn"]
             out = self._of_stack.move(ffn["experts"], ffn["placement"], np.int32(layer), source_p, placed)
             return {**ready, "moe_layers": _with(ready["moe_layers"], *out)}
@@ -151,7 +160,7 @@ class Slots:
 
     def _placements(self, plan: Plan) -> Placement:
         """Of all layers, host arrays; of the same shapes for every plan."""
-        return Placement(np.maximum(plan.copies(self._copies), 0), plan.logcnt)  # type: ignore[arg-type]
+        return Placement(plan.copies(self._copies), plan.logcnt)  # type: ignore[arg-type]
 
     def _put(self, tree: Any) -> Any:
         """Host arrays, on all devices."""

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from deepseek_jax import now
+from deepseek_jax.checks import require
 from deepseek_jax.model.decoding import decoding_config
 from deepseek_jax.parallel.prepared import policy_of
 from deepseek_jax.parallel.processes.together import is_first, lowest
@@ -33,6 +34,11 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
     """The devices that `model` is for, with its weights; nothing is compiled yet. Raises ValueError as `build`."""
     cfg = decoding_config(model.config)
     drafts = check_drafts(cfg, options.drafts, options.invariant)
+    require(
+        options.redundant is None or model.mesh is not None,
+        f"redundant={options.redundant}: experts are spread over the devices of a mesh, and move among them: give a mesh, or leave "
+        "redundant out",
+    )
     pages = options.pages_for(cfg, layers_in_pages(cfg, drafts))
     if model.mesh is not None:  # of one device, the other processes know nothing
         pages = lowest(pages)
@@ -41,12 +47,16 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
     if model.mesh is None:
         device = OneDevice(*cache)
     else:
-        over: dict[str, Any] = {"mesh": model.mesh, "policy": policy_of(model.params)}
+        over: dict[str, Any] = {
+            "mesh": model.mesh,
+            "policy": policy_of(model.params),
+            "redundant": options.redundant,
+        }
         if jax.process_count() == 1:
             device = OverMesh(*cache, **over)
         else:
             device = (Leading if is_first() else Following)(*cache, **over, say=say)
-    device.weights = weights_of(model, model.ready())
+    device.weights = weights_of(model, model.ready(keep=device.slots is None))
     return device
 
 

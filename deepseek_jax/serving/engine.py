@@ -21,6 +21,7 @@ from deepseek_jax.checks import require
 from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.serving.assign import choose_rank
 from deepseek_jax.serving.drafting import Economy, Pair
+from deepseek_jax.serving.experts import Experts
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.pages import PagePool
@@ -88,6 +89,7 @@ class Engine:
     Attributes:
         version: of the weights, stamped on every token.
         schedulers: one for each rank.
+        experts: those that move; None: none do.
     """
 
     def __init__(self, device: OneDevice, options: Options = Options(), version: int = 0):  # noqa: B008
@@ -106,6 +108,7 @@ class Engine:
         self.schedulers = [Scheduler(limits, PagePool(device.pages), version) for _ in range(device.ranks)]
         self.stats = Stats()
         self._economy = Economy(device.pace, options.drafts is True) if device.drafts else None
+        self.experts = None if device.slots is None else Experts(device, options)
         self._records: dict[str, _Record] = {}
         self._flights: collections.deque[list[Flight]] = collections.deque()
         self._read_at: float | None = None  # the turn before, if the device went on with the next one at once
@@ -141,6 +144,12 @@ class Engine:
         for scheduler in self.schedulers:
             scheduler.set_version(version)
 
+    def close(self) -> None:
+        """Ends what goes on beside."""
+        if self.experts is not None:
+            self.experts.close()
+        self.device.close()
+
     # --- a turn ---
 
     def step(self) -> list[Update]:
@@ -153,6 +162,8 @@ class Engine:
         if launched:
             self._flights.append(launched)
             self.stats.steps += 1
+            if self.experts is not None:
+                self.experts.turn()
         while len(self._flights) > bool(launched):
             flights = self._flights.popleft()
             updates += self._read(flights)

@@ -71,6 +71,7 @@ class OneDevice:
     """
 
     ranks = 1
+    slots: Any = None  # of experts, where they move: over a mesh
     weights: Weights | None
 
     def __init__(self, cfg: ModelConfig, sizes: Sizes, pages: int, fp8: bool = False, drafts: bool = False):

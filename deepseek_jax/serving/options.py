@@ -33,6 +33,12 @@ class Options:
         invariant: a sequence's tokens and log-probabilities are the same bits whatever runs beside it. One size of decode rows
             and of chunks, and no sequence begins before all its pages are there.
         drafts: True, False, or "auto": whether the MTP module drafts, always, never, or where it pays.
+        redundant: over a mesh, experts more than the model has, in each layer: copies of those with much load, which share it. All
+            experts then lie where plans say, and move. 0: they move, and none has copies; None: they stay where they are.
+        replan: steps from one look at the loads of experts to the next (`serving/experts.py`).
+        replan_below: a look makes a new plan if the mean load of a device is less than this part of that of the fullest; 1: always,
+            if there is a better one.
+        expert_loads: file of loads that the first plan is made for, if it is there; it is written at the end.
     """
 
     rows: int = 32
@@ -44,12 +50,16 @@ class Options:
     waiting: int = 256
     invariant: bool = False
     drafts: bool | str = False
+    redundant: int | None = None
+    replan: int = 1000
+    replan_below: float = 1.0
+    expert_loads: str | None = None
 
     def __post_init__(self):
-        for name in ("rows", "max_model_len", "chunk", "pages", "waiting"):
+        for name in ("rows", "max_model_len", "chunk", "pages", "waiting", "redundant", "replan"):
             value = getattr(self, name)
-            least = 0 if name == "waiting" else 1
-            optional = value is None and name in ("max_model_len", "chunk", "pages")
+            least = 0 if name in ("waiting", "redundant") else 1
+            optional = value is None and name in ("max_model_len", "chunk", "pages", "redundant")
             good = optional or (is_integer(value) and value >= least)
             require(good, f"{name}={shown(value)} must be an integer >= {least}")
         choice("cache", self.cache, CACHES)
@@ -59,6 +69,14 @@ class Options:
         )
         require(
             self.drafts in (True, False, "auto"), f"drafts={shown(self.drafts)} must be True, False or 'auto'"
+        )
+        require(
+            isinstance(self.replan_below, int | float) and 0 < self.replan_below <= 1,
+            f"replan_below={shown(self.replan_below)} must be a number in (0, 1]",
+        )
+        require(
+            self.expert_loads is None or self.redundant is not None,
+            f"expert_loads={shown(self.expert_loads)} is for experts that move: give redundant, 0 or more, or leave it out",
         )
 
     def sizes(self, cfg: ModelConfig) -> Sizes:

@@ -181,8 +181,6 @@ class OverMesh(OneDevice):
         ValueError: a mesh that does not fit the devices or the model.
     """
 
-    slots: Slots | None = None
-
     def __init__(
         self,
         cfg: ModelConfig,

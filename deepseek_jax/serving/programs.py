@@ -83,7 +83,9 @@ def empty_state(
         zero(slots),
         empty_slots(slots, cfg.vocab_size),
         jnp.zeros((slots, cfg.hidden_size), cfg.dtype) if drafts else None,
-        zero((cfg.num_moe_layers + drafts, cfg.n_routed_experts)) if loads else None,
+        zero((cfg.num_moe_layers + min(1, cfg.num_nextn_predict_layers), cfg.n_routed_experts))
+        if loads
+        else None,
     )
 
 

@@ -92,7 +92,7 @@ class EngineThread:
         """Ends the thread after the present turn; requests that are not ended are aborted."""
         self._asked.put(None)
         self._thread.join()
-        self.engine.device.close()
+        self.engine.close()
 
     def _run(self) -> None:
         try:

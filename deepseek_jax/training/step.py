@@ -16,6 +16,7 @@ import optax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.config import Config
 from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.layout import Layout
@@ -25,9 +26,11 @@ from deepseek_jax.model.router import update_bias
 from deepseek_jax.model.transformer import final_norm, forward, model_params
 from deepseek_jax.model.weights import attach
 from deepseek_jax.parallel.compiler import compiler_options
+from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, replicated
 from deepseek_jax.parallel.pipeline.pipeline import Pipeline, pipeline_over
+from deepseek_jax.parallel.slots import in_slots
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.training.frozen import frozen_leaves, trained
@@ -173,17 +176,24 @@ def make_train_step(
 
 
 def make_eval_step(
-    cfg: Config, mesh: Mesh | AbstractMesh
+    cfg: Config, mesh: Mesh | AbstractMesh, plan: Plan | None = None
 ) -> Callable[[Any, jax.Array, Batch], tuple[jax.Array, jax.Array]]:
     """The jitted evaluation: (params, balance_bias, batch) -> of each window, summed nats and number of labels that
     count, both float32 [b].
 
-    Raises ValueError for what does not divide over the mesh.
+    plan: of the MoE layers, over the devices that share the experts; before each pass these go where it has them, copies and
+    all, as they lie while serving (`parallel/slots.py`). Raises ValueError for what does not divide over the mesh, and for a plan
+    over a pipeline.
     """
     model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
-    shares, layout = parameter_shares(cfg, mesh), layout_over(cfg, mesh).forward_only
+    shares = parameter_shares(cfg, mesh)
+    layout = layout_over(cfg, mesh, anywhere=plan is not None).forward_only
 
     pipeline = pipeline_over(cfg, mesh.shape)
+    if pipeline is not None and plan is not None:
+        raise ValueError(
+            f"a plan of experts goes over one stage, and mesh.pipe={pipeline.ranks}: leave plan out"
+        )
     layers = None if pipeline is None else pipeline.held.layers
 
     def nats(params, batch, h_btd):
@@ -201,6 +211,11 @@ def make_eval_step(
         read = gather(params, shares, model_params(model), policy, model.dtype, layers)
         if pipeline is None:
             params = attach(*read, policy)
+            if plan is not None:
+                params = in_slots(params, plan)
+                bias = after(
+                    bias, params["moe_layers"]["ffn"]["experts"]
+                )  # on CPUs, one exchange behind the other
             h_btd, _ = forward(params, model, inputs(batch, t), bias, layout, mtp=False)
             return layout.sequence.total(nats(params, batch, h_btd))
 

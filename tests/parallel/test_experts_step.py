@@ -5,8 +5,10 @@ The model's groups (4) are the nodes of one mesh, halves, parts or none of those
 
 import chex
 import jax
+import numpy as np
 import pytest
 
+from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.training.state import state_shardings
 from deepseek_jax.training.step import init_state, make_eval_step, make_train_step
 from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
@@ -53,16 +55,22 @@ def test_the_initial_state_does_not_depend_on_the_mesh():
     assert {shard.data.shape[1] for shard in w.addressable_shards} == {1}
 
 
-def evaluation(shape, precision):
+def evaluation(shape, precision, plan=None):
     cfg = config(shape, mesh={"combine": "same"}, precision=precision)
     state = put(cfg)
-    return make_eval_step(cfg, mesh_of(cfg))(state.params, state.balance_bias, batch_on(cfg))
+    return make_eval_step(cfg, mesh_of(cfg), plan)(state.params, state.balance_bias, batch_on(cfg))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "deepseek_fp8"])
-def test_evaluation_over_spread_experts(precision):
-    """In FP8 too: tokens are dispatched in the format, power-of-two scales, that the experts quantise them to."""
-    assert difference(evaluation((1, 4, 2), precision), evaluation(SINGLE, precision)) < BOUND
+PLAN = Plan(
+    np.array([[7, 0, 0, 0, 5, 3, 1, 7, 4, 2, 6, 0, 3, 5, 1, 7]], np.int32)
+)  # two slots each of eight devices
+
+
+@pytest.mark.parametrize("precision, plan", [("bf16", None), ("deepseek_fp8", PLAN)])
+def test_evaluation_over_spread_experts(precision, plan):
+    """In FP8 too: tokens are dispatched in the format, power-of-two scales, that the experts quantise them to; and of experts with
+    copies, one of which has both of its copies on one device."""
+    assert difference(evaluation((1, 4, 2), precision, plan), evaluation(SINGLE, precision)) < BOUND
 
 
 def test_experts_that_do_not_divide():

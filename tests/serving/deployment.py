@@ -53,32 +53,33 @@ def check(nodes, experts):
     params["moe_layers"]["ffn"]["gate"] = stored_params(CFG)["moe_layers"]["ffn"]["gate"]
     specs = parameter_specs(physical, mesh_cfg, mesh)
     of_ready = ready_specs(CFG, specs)
+    placed = ready_specs(CFG, specs, in_slots=True)
     over = lambda f, **specs: jax.shard_map(f, mesh=mesh, check_vma=False, **specs)  # noqa: E731
     prepared = over(lambda p: prepare(p, CFG, whole=False), in_specs=(specs,), out_specs=of_ready)
     here = {}
 
-    def step(weights, state, rows, physical_ec, count_e):
+    def step(weights, state, rows):
         here["weights"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights.ready))
         here["experts"] = weights.ready["moe_layers"]["ffn"]["experts"]["w_down_efd"].fprop_operand.q.shape[1]
-        few = few_tokens(CFG, mesh_cfg, mesh, Wire("fp8", "bf16"))
-        dispatcher = dataclasses.replace(few.dispatcher, placement=Placement(physical_ec, count_e))
-        layout = dataclasses.replace(few, dispatcher=dispatcher)
+        layout = few_tokens(CFG, mesh_cfg, mesh, Wire("fp8", "bf16"))
         return decode_rows(weights, CFG, layout, state, rows, FILTERED)
 
     shape = jax.ShapeDtypeStruct
     bias = shape(CFG.balance_bias_shape, jnp.float32)
-    weights = Weights(jax.eval_shape(prepared, params), bias, shape((), jnp.int32))
+    ready, e = jax.eval_shape(prepared, params), CFG.n_routed_experts
+    replicas = ((CFG.num_moe_layers, e, REPLICAS), (CFG.num_moe_layers, e))
+    ready["moe_layers"]["ffn"]["placement"] = Placement(*(shape(x, jnp.int32) for x in replicas))
+    weights = Weights(ready, bias, shape((), jnp.int32))
     pages = -(-TOKENS // 64)
-    state = jax.eval_shape(lambda: empty_state(CFG, SEQUENCES, SEQUENCES * pages, pages))
+    state = jax.eval_shape(lambda: empty_state(CFG, SEQUENCES, SEQUENCES * pages, pages, loads=True))
     state = on_all(state, devices)._replace(pages_lpsw=on_all(state.pages_lpsw, devices, 1))
     rows = on_all(decode_plan(SEQUENCES, -(-CFG.vocab_size // 32)), devices)
     run = over(
         step,
-        in_specs=(Weights(of_ready, WHOLE, WHOLE), STATE, ROWS, WHOLE, WHOLE),
+        in_specs=(Weights(placed, WHOLE, WHOLE), STATE, ROWS),
         out_specs=(STATE, ROWS),
     )
-    replicas = shape((CFG.n_routed_experts, REPLICAS), jnp.int32), shape((CFG.n_routed_experts,), jnp.int32)
-    traced = jax.jit(run, donate_argnums=1).trace(weights, state, rows, *replicas)
+    traced = jax.jit(run, donate_argnums=1).trace(weights, state, rows)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
 
     d, f = CFG.hidden_size, CFG.moe_intermediate_size

@@ -15,7 +15,7 @@ class ScriptedEngine:
         counts = dict.fromkeys(
             ("cache_queries", "cache_hits", "preemptions", "drafts", "drafted", "accepted"), 0
         )
-        self.engine = SimpleNamespace(schedulers=[], stats=SimpleNamespace(**counts))
+        self.engine = SimpleNamespace(schedulers=[], stats=SimpleNamespace(**counts), experts=None)
         self.failed, self.closed = None, False
         self.requests, self.aborted, self._listeners = {}, [], {}
 

@@ -14,33 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpy.typing as npt
 from jax import lax
 
 from deepseek_jax.parallel.exchange.dispatcher import FLAT
 from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.exchange.ragged import Chunks, ragged_all_to_all
 
-Ints = npt.NDArray[np.int32]
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-
-
-def sources(new_p: Ints, old_p: Ints, devices: int, nodes: int) -> Ints:
-    """From which of the slots that hold the experts `old_p` each slot of a plan `new_p` is filled: one of its own device, else of
-    its node, else any; and of these one of the device that has sent least so far."""
-    inside = devices // nodes
-    here_p, device_p = (np.repeat(np.arange(devices), len(x) // devices) for x in (new_p, old_p))
-    holding = {e: np.flatnonzero(old_p == e) for e in np.unique(new_p)}
-    sent = np.zeros(devices, int)
-    source_p = np.empty(len(new_p), np.int32)
-    for slot, (expert, here) in enumerate(zip(new_p, here_p, strict=True)):
-        there = device_p[holding[expert]]
-        far = (there != here).astype(int) + (there // inside != here // inside)
-        best = np.lexsort((sent[there], far))[0]
-        source_p[slot] = holding[expert][best]
-        sent[there[best]] += there[best] != here
-    return source_p
 
 
 def _chunks(source_p: jax.Array, new: int, old: int) -> Chunks:

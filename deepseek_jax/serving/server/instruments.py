@@ -1,5 +1,6 @@
 """The server's metrics, under vLLM's names, which routers and dashboards read."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,34 @@ _COUNTED = (
     ("spec_decode_num_drafts", "Times that tokens were drafted.", "drafts"),
     ("spec_decode_num_draft_tokens", "Tokens that were drafted.", "drafted"),
     ("spec_decode_num_accepted_tokens", "Tokens that were drafted and kept.", "accepted"),
+)
+
+
+# What the engine knows of experts that move (`experts.Experts`): metric, help, how it is read, kind.
+_OF_EXPERTS: tuple[tuple[str, str, Callable[[Any], float], str], ...] = (
+    (
+        "expert_plan_age_steps",
+        "Of the plan where experts lie.",
+        lambda x: x.planner.report().age_steps,
+        "gauge",
+    ),
+    ("expert_plan_age_seconds", "Of the same.", lambda x: x.planner.report().age_s, "gauge"),
+    ("expert_plan_waiting_seconds", "Of a new plan.", lambda x: x.planner.report().waiting_s, "gauge"),
+    (
+        "expert_balance",
+        "Mean rows of a device over those of the fullest, at the last look.",
+        lambda x: x.planner.report().balance,
+        "gauge",
+    ),
+    ("expert_plans_total", "Plans that were moved to.", lambda x: x.planner.report().taken, "counter"),
+    (
+        "expert_plan_failures_total",
+        "Plans that did not come.",
+        lambda x: x.planner.report().failures,
+        "counter",
+    ),
+    ("expert_layers_moved_total", "Layers whose experts were moved.", lambda x: x.moves, "counter"),
+    ("expert_layers_to_move", "Layers that are still to be moved.", lambda x: x.left, "gauge"),
 )
 
 
@@ -57,7 +86,7 @@ class Instruments:
         )
 
     def text(self) -> str:
-        return text(self._labels, self._metrics)
+        return text(self._labels, (*self._metrics, *self._of_experts()))
 
     # --- what happens ---
 
@@ -92,6 +121,15 @@ class Instruments:
     def _cache(self) -> Labels:
         pages = int(self._summed(lambda s: s.pool.pages)())
         return ("block_size", str(PAGE)), ("num_gpu_blocks", str(pages))
+
+    def _of_experts(self) -> list[Read]:
+        experts = None if self.engine is None else self.engine.experts
+        if experts is None:
+            return []
+        return [
+            Read(f"deepseek_jax:{name}", help, functools.partial(read, experts), kind)
+            for name, help, read, kind in _OF_EXPERTS
+        ]
 
     def _count(self, field: str) -> Callable[[], float]:
         return lambda: 0 if self.engine is None else getattr(self.engine.stats, field)
