@@ -22,9 +22,9 @@ SHARED = (
     "dispatch",
     "combine",
 )  # all devices have as much of these, or wait for them together
-ROWS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+ROWS = (1, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 TOKENS = (1, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-CONTEXTS = (0, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
+CONTEXTS = (0, 1024, 2048, 3072, 4096, 5120, 6144, 8192, 16384, 131072)
 
 
 Step = Callable[[float, float], Parts]

@@ -155,10 +155,13 @@ def simulate(
     seed: int,
     hours: Sequence[int] = range(HOURS),
     doing: Callable[[int], None] = lambda hour: None,
+    warm: float = WARM,
 ) -> Lapse:
     """seconds: of each hour. doing: is told the hour that begins."""
     cluster, rates = Cluster(setting, shape, seed), Rates(setting, shape)
+    cluster.rate, cluster.share = rates.all(hours[0]), rates.share(hours[0])
     cluster.start(rates.all(hours[0]), rates.rows(hours[0]))
+    cluster.run(warm)
     windows = list(_windows(cluster, rates, seconds, hours, doing))
     return Lapse(setting, shape, windows, cluster.preempted, len(cluster.open))
 
@@ -166,12 +169,10 @@ def simulate(
 def _windows(
     cluster: Cluster, rates: Rates, seconds: float, hours: Sequence[int], doing: Callable[[int], None]
 ) -> Iterator[Window]:
-    end = WARM
+    end = cluster.now
     for hour in hours:
         doing(hour)
         cluster.rate, cluster.share = rates.all(hour), rates.share(hour)
-        if hour == hours[0]:
-            cluster.run(end)
         cluster.jobs.clear()
         cluster.samples.clear()
         end += seconds

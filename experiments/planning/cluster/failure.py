@@ -28,14 +28,8 @@ def simulate_failure(setting: Setting, shape: Shape, phase: str, minutes: float,
     once, and it comes back empty."""
     units = dict(zip(("prefill", "decode"), setting.units(HOUR), strict=True))[phase]
     shape = shape._replace(**{phase: units, f"{phase}_ranks": 2})
-    if phase == "prefill":  # as many followed as there are prompts
-        shape = shape._replace(
-            decode_ranks=max(2, round(2 * units * _decode_for_one(setting) / shape.decode))
-        )
-    else:
-        shape = shape._replace(
-            prefill_ranks=max(2, round(2 * units / _decode_for_one(setting) / shape.prefill) + 1)
-        )
+    if phase == "decode":
+        shape = shape._replace(prefill_ranks=max(2, round(units / _decode_for_one(setting)) + 1))
     cluster, rates = Cluster(setting, shape, seed), Rates(setting, shape)
     cluster.rate, cluster.share = rates.all(HOUR), rates.share(HOUR)
     cluster.start(rates.all(HOUR), rates.rows(HOUR))

@@ -41,7 +41,7 @@ def draw(lapse: Lapse) -> bytes:
     _balance(axes[2, 0], lapse)
     _parts(axes[2, 1], lapse)
     figure.suptitle(
-        f"A simulated day of DeepSeek-V3 on {lapse.setting.hardware.name}: real scheduler and router, modelled steps"
+        f"A simulated day of DeepSeek-V3 on {lapse.setting.hardware.name.upper()}s: real scheduler and router, modelled steps"
     )
     figure.supxlabel("\n".join(NOT), fontsize=8, x=0.01, ha="left")
     content = io.BytesIO()
@@ -52,6 +52,7 @@ def draw(lapse: Lapse) -> bytes:
 def _hours(axes: Axes, lapse: Lapse, title: str, **more: Any) -> list[int]:
     hours = [w.hour for w in lapse.windows]
     axes.set(title=title, xlabel="hour of the day", xlim=(min(hours) - 0.5, max(hours) + 0.5), **more)
+    axes.set_xticks([hour for hour in hours if hour % 3 == 0])
     axes.grid(alpha=0.3)
     return hours
 
@@ -63,7 +64,8 @@ def _nodes(axes: Axes, lapse: Lapse) -> None:
     axes.bar(hours, prefill, bottom=decode, color=PREFILL, label="prefill")
     mean = sum(lapse.nodes())
     axes.axhline(mean, color="black", lw=1, ls="--", label=f"mean {mean:.1f}")
-    axes.legend(loc="lower right")
+    axes.set_ylim(0, 1.2 * max(sum(w.nodes) for w in lapse.windows))
+    axes.legend(loc="upper left", ncols=3)
 
 
 def _throughput(axes: Axes, lapse: Lapse) -> None:
