@@ -57,12 +57,12 @@ class Prefixes:
 
         A draft head's latent depends on the token behind as well. So with drafts a page's key has that token, and the page is
         full when it is computed: whoever finds the page finds that latent, too. In `whole_pages`, pages that decode rows have
-        written to are left out: a chunk would have computed other bits.
+        written to are left out, be it that one latent: a chunk would have computed other bits.
         """
         page = self.pool.page
         full = (min(running.computed, len(running.tokens)) - self.limits.drafts) // page
         if self.limits.whole_pages:
-            full = min(full, running.goal // page)
+            full = min(full, (running.goal - self.limits.drafts) // page)
         if full <= running.registered or running.generation != self.generation:
             return
         self._hash(running)

@@ -14,7 +14,7 @@ from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.over_mesh import OverMesh
 from deepseek_jax.serving.pace import Pace
 from deepseek_jax.serving.programs import Weights
-from deepseek_jax.serving.request import Request
+from deepseek_jax.serving.request import Request, Token
 from deepseek_jax.serving.sizes import Sizes
 from tests.oracle.tiny import weights
 from tests.serving.greedy import greedy
@@ -64,12 +64,18 @@ def put(device: OverMesh, mesh: MeshConfig) -> OverMesh:
     return device
 
 
-def engine(name: str, drafts: bool = False, pages: int = 4, redundant: int | None = None) -> Engine:
-    """Of so few pages that two sequences do not always fit. redundant: experts, which move."""
+def engine(
+    name: str,
+    drafts: bool | str = False,
+    pages: int = 4,
+    redundant: int | None = None,
+    fp8: bool = False,
+) -> Engine:
+    """Of so few pages that two sequences do not always fit. drafts: as of `Options`. redundant: experts, which move."""
     mesh = MESHES[name]
-    made = OverMesh(decoding_config(CFG), SIZES, pages, drafts=drafts, mesh=mesh, redundant=redundant)
-    device = put(made, mesh)
-    if drafts:  # always: what a warm-up would have measured matters to nothing
+    cfg, asked = decoding_config(CFG), bool(drafts)
+    device = put(OverMesh(cfg, SIZES, pages, fp8, asked, mesh=mesh, redundant=redundant), mesh)
+    if drafts is True:  # always: what a warm-up would have measured matters to nothing
         decoding = {(kind, SIZES.slots): 0.01 for kind in ("decode", "drafts")}
         device.pace = Pace(decoding | {("prefill", *size): 0.01 for size in SIZES.chunks})
     return Engine(device, dataclasses.replace(OPTIONS, drafts=drafts))
@@ -100,16 +106,21 @@ def tight() -> list[Request]:
 
 
 def run(made: Engine, requests: list[Request], seed: int = 0) -> dict[str, list[int]]:
-    """Tokens of requests that come while others run."""
+    """Ids of requests that come while others run."""
+    found = tokens(made, requests, seed)
+    return {name: [token.id for token in row] for name, row in found.items()}
+
+
+def tokens(made: Engine, requests: list[Request], seed: int = 0) -> dict[str, list[Token]]:
     rng = np.random.default_rng(seed)
     left: list[Request] = list(requests)
-    out: dict[str, list[int]] = {request.id: [] for request in requests}
+    out: dict[str, list[Token]] = {request.id: [] for request in requests}
     while left or made.has_work:
         for _ in range(rng.integers(0, 6)):
             if left:
                 made.submit(left.pop(0))
         for update in made.step():
-            out[update.id] += [token.id for token in update.tokens]
+            out[update.id] += update.tokens
     return out
 
 

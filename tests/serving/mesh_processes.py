@@ -1,8 +1,10 @@
-"""The engine over two processes of four devices: the tokens of one device; idle without an end; a death ends both at once.
+"""The engine over two processes of four devices, with drafts: the tokens of one device; idle without an end; a death ends both at
+once.
 
 python -m tests.serving.mesh_processes
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -40,18 +42,19 @@ def worker(seconds: float) -> None:
     with joining.failing_fast(say):
         mesh = m.MESHES[MESH]
         kind = Following if jax.process_index() else Leading
-        device = m.put(kind(decoding_config(m.CFG), m.SIZES, 4, mesh=mesh, say=say), mesh)
+        device = m.put(kind(decoding_config(m.CFG), m.SIZES, 4, drafts=True, mesh=mesh, say=say), mesh)
         if isinstance(device, Following):
             device.follow()
             print("let go", flush=True)
         else:
-            made = Engine(device, m.OPTIONS)
+            made = Engine(device, dataclasses.replace(m.OPTIONS, drafts=True))
             began = time.monotonic()
             for seed in (0, 1):
                 requests = m.trace(seed, 12)
                 assert m.run(made, requests, seed) == m.alone(requests)
                 print(f"trace {seed} is that of one device", flush=True)
                 time.sleep(IDLE)
+            assert made.stats.drafts > 0
             print(f"{made.stats} in {time.monotonic() - began:.1f} s", flush=True)
             time.sleep(seconds)
             made.device.close()

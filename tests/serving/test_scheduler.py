@@ -548,6 +548,15 @@ def test_in_invariant_mode_no_page_that_rows_wrote_to_is_found():
         next_turn = engine.add(request("b", prompt_of(6) + said + [1]))
         engine.drain(50)
         assert next_turn.cached_tokens == 4
+    for drafts, found in (
+        (0, 8),
+        (1, 4),
+    ):  # the draft head's last latent of a prompt of whole pages is written by a row
+        engine = engine_of(whole_pages=True, reserve=True, drafts=drafts)
+        (said,) = answers(engine, request("a", prompt_of(8), 11))
+        next_turn = engine.add(request("b", prompt_of(8) + said + [1]))
+        engine.drain(50)
+        assert next_turn.cached_tokens == found
 
 
 @pytest.mark.parametrize("asked", [{"prompt_logprobs": 0}])
