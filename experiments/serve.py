@@ -188,6 +188,8 @@ def _model(mesh: Any) -> Any:
     )
     if model.tokenizer is None:
         raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.json: the server needs one")
+    if model.tokenizer.has_chat_template:
+        model.tokenizer.chat_template.check()
     return model
 
 

@@ -93,7 +93,7 @@ def _compiled(source: str) -> Template:
 
 
 class ChatTemplate:
-    """Turns messages into the text of a prompt. A faulty template raises when it is used, not before.
+    """Turns messages into the text of a prompt. A faulty template raises when it is used, or by `check`.
 
     Args:
         sources: Jinja texts by name, or one text. "default" is used, "tool_use" for conversations with tools.
@@ -111,6 +111,14 @@ class ChatTemplate:
     def source(self) -> str | None:
         """The Jinja text that conversations without tools use."""
         return self._sources.get("default")
+
+    def check(self) -> None:
+        """Raises ValueError for a template that is no Jinja."""
+        for name, source in self._sources.items():
+            try:
+                _compiled(source)
+            except TemplateError as error:
+                raise ValueError(f"chat template {name!r}: {error}") from error
 
     def mentions(self, text: str) -> bool:
         """Whether one of the templates has this in it."""

@@ -173,9 +173,13 @@ class Tokenizer:
         Raises ValueError: neither, or a template that is no text.
         """
         templates = text_files.templates(self._files)
-        if not templates and not self._has_turns:
+        if not self.has_chat_template:
             raise ValueError("the tokenizer has no chat template: put a chat_template.jinja beside it")
         return ChatTemplate(templates or DEFAULT_TEMPLATE, self.names)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(text_files.templates(self._files)) or self._has_turns
 
     @property
     def _has_turns(self) -> bool:

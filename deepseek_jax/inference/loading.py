@@ -65,6 +65,7 @@ def load(
         folder.exists(),
         f"{folder} does not exist: give the folder of a run or of Hugging Face; nothing is downloaded",
     )
+    require(folder.is_dir(), f"{folder} is a file: give the folder that it lies in")
     with now.doing(f"loading {path}"):
         if (folder / "config.json").is_file():
             config = read_object(folder / "config.json")

@@ -116,7 +116,7 @@ def tools_in_words(tools: Sequence[Mapping[str, Any]], call: Format) -> str:
         f"## Tools\nYou have access to the following tools:\n\n{described}\n\n"
         "IMPORTANT: ALWAYS adhere to this exact format for tool use:\n"
         f"{CALLS}{call.write('tool_call_name', 'tool_call_arguments')}{{additional_tool_calls}}{END_CALLS}\n\n"
-        "Where:\n\n"
+        "Where:\n"
         "- `tool_call_name` must be an exact match to one of the available tools\n"
         "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
         "- For multiple tool calls, chain them directly without separators or spaces"

@@ -9,6 +9,8 @@ import yaml
 
 from deepseek_jax.config import DistributedConfig
 from deepseek_jax.parallel.processes.joining import find
+from deepseek_jax.serving.router import app as router_app
+from deepseek_jax.serving.router.router import Router, Settings
 from deepseek_jax.serving.server import app
 from deepseek_jax.serving.server.running import _LATE
 from experiments import serve
@@ -23,6 +25,12 @@ ASKED = (
     "vllm:kv_cache_usage_perc",
     "vllm:cache_config_info",
 )
+
+
+PATHS = {
+    "server": {route.path for route in app._OF_ITSELF},
+    "router": router_app.application(Router(Settings()))._app._paths,
+}
 
 
 def manifests(path):
@@ -94,7 +102,9 @@ def test_kubernetes_takes_it(manifest):
     ],
 )
 def test_mistakes_are_found(change, message):
-    manifest = copy.deepcopy(next(m for m in EVERY if m["kind"] == "Deployment"))
+    manifest = copy.deepcopy(
+        next(m for m in EVERY if m["metadata"]["name"] == "deepseek" and m["kind"] == "Deployment")
+    )
     change(manifest)
     [found] = mistakes(manifest)
     assert message in found
@@ -129,7 +139,7 @@ def test_the_command_has_these_flags_and_devices(manifest, template):
 @pytest.mark.parametrize(("manifest", "template"), SERVERS)
 def test_it_is_asked_what_it_answers_and_gets_the_time_to_end(manifest, template):
     [container] = template["spec"]["containers"]
-    paths = {route.path for route in app.application(None)._app.routes}
+    paths = PATHS["router" if "--role=router" in container["args"] else "server"]
     named = {port["name"] for port in container.get("ports", ())}
     probes = [container[name]["httpGet"] for name in container if name.endswith("Probe")]
     assert len(probes) == (3 if named else 0)  # workers of a unit answer nothing

@@ -132,9 +132,9 @@ def test_tools_that_the_template_does_not_write_are_told():
     told = tools_in_words(TOOLS, V31_CALL)
     assert '### now\nDescription: The time.\n\nParameters: {"type": "object"}\n' in told
     assert (
-        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>{add"
-        in told
-    )
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>"
+        "{additional_tool_calls}<｜tool▁calls▁end｜>\n\nWhere:\n- `tool_call_name` must be an exact match"
+    ) in told  # as the model card of V3.1 has it
     system = {"role": "system", "content": "Be brief."}
     for messages, text in (([USER], told), ([system, USER], f"Be brief.\n\n{told}")):
         found = prompt_of(chat("v3.1"), messages, DIALECTS["v3.1"], TOOLS)
