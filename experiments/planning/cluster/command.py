@@ -8,14 +8,15 @@
 
 Real: the scheduler with its pages, prefix keys and choice of ranks, and the router's choice, as the server runs them. Modelled:
 seconds of a step, the roofline of `serving_times.py` times one constant per phase, fitted to DeepSeek's tokens per second and
-node; users; the network between units; the disk. Extrapolated: of each unit's devices some are simulated, the slowest of the others
+node; users; the network between units; the disk. Extrapolated: of a decode unit's devices some are simulated, the slowest of the others
 follows from the spread of these; each hour is a window of `--seconds`, and decode units look at what has come every four
-steps. A run takes a minute and a half on one core, what-ifs half of that each.
+steps. A run takes two minutes on one core, what-ifs half a minute each with `--seconds=7`.
 """
 
 import argparse
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -153,11 +154,12 @@ def _setting(base: Setting, args: argparse.Namespace) -> Setting:
 
 
 def shape_of(setting: Setting, ranks: int, stride: int) -> Shape:
-    """So many devices of each of two decode units, and of two prefill units as many as compute prompts for these in any hour."""
-    shape = Shape(2, 1, 2, ranks, stride)
+    """So many devices of each of two decode units, and every device of a prefill unit: its slowest is far from the mean, and no
+    spread among a few tells how far. More units, if these compute too few prompts for the answers."""
+    shape = Shape(1, setting.prefill.devices, 2, ranks, stride)
     rates = Rates(setting, shape)
     most = max(rates.decode(hour) / rates.prefill(hour) for hour in range(HOURS))
-    return shape._replace(prefill_ranks=min(setting.prefill.devices, max(2, -int(-most // 1))))
+    return shape._replace(prefill=max(1, math.ceil(most)))
 
 
 def _day(setting: Setting, args: argparse.Namespace, name: str, hours: Sequence[int] = range(HOURS)) -> Lapse:

@@ -60,11 +60,12 @@ def decode_rate(setting: Setting, rows: int, prompt: int, answer: int, ranks: in
     return 8 * tokens / ranks / seconds
 
 
-def uneven(setting: Setting, ranks: int = 8, warm: int = 5, steps: int = 40) -> float:
+def uneven(setting: Setting, warm: int = 3, steps: int = 15) -> float:
     """Seconds of a step of a prefill unit before which the day's prompts wait, over those where all devices are alike and attend
-    to as much as the day's tokens do in the mean."""
+    to as much as the day's tokens do in the mean; every device is simulated."""
+    ranks = setting.prefill.devices
     users = Users(setting.day, np.random.default_rng(0))
-    disk = Disk(200_000)
+    disk = Disk(400_000)
     unit, seconds, even = Prefill(setting, "prefill-0", ranks, disk), 0.0, 0.0
     for i in range(warm + steps):
         while unit.load().queued < 2 * setting.budget * ranks:
