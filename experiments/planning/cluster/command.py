@@ -10,7 +10,7 @@ Real: the scheduler with its pages, prefix keys and choice of ranks, and the rou
 seconds of a step, the roofline of `serving_times.py` times one constant per phase, fitted to DeepSeek's tokens per second and
 node; users; the network between units; the disk. Extrapolated: of a decode unit's devices some are simulated, the slowest of the others
 follows from the spread of these; each hour is a window of `--seconds`, and decode units look at what has come every four
-steps. A run takes two minutes on one core, what-ifs half a minute each with `--seconds=7`.
+steps. A run takes two minutes on one core, what-ifs half that each.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--speed", type=_positive, default=20.0, help="tokens/s of a user, for which decode units run [20]")
     add("--busy", type=_share, default=0.85, help="share of prefill's throughput that is asked for [0.85]")
-    add("--seconds", type=_positive, default=30.0, help="simulated of each hour [30]")
+    add("--seconds", type=_positive, default=20.0, help="simulated of each hour [20]")
     add("--ranks", type=int, default=6, help="devices simulated of each of two decode units [6]")
     add("--stride", type=int, default=4, help="decode steps between two looks at what has come [4]")
     add("--seed", type=int, default=0, help="of lengths and arrivals [0]")
