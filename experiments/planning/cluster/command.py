@@ -190,7 +190,7 @@ def _compare(base: Setting, args: argparse.Namespace) -> int:
 def _check(base: Setting, args: argparse.Namespace) -> int:
     """Units of 32 devices each."""
     setting = dataclasses.replace(base, decode=unit(32))
-    whole = check.seen(setting, Shape(1, 32, 1, 32, 1), 150, 120, args.seed)
-    short = check.seen(setting, shape_of(setting, args.ranks, args.stride), 150, 480, args.seed)
+    whole = check.seen(setting, Shape(1, 32, 1, 32, 1), 60, 120, args.seed)
+    short = check.seen(setting, shape_of(setting, args.ranks, args.stride), 60, 240, args.seed)
     print(check.report(whole, short), flush=True)
     return 0
