@@ -32,6 +32,8 @@ from deepseek_jax.serving.sampler import most_of
 from deepseek_jax.serving.sampling import ALL
 from deepseek_jax.serving.scheduler import Scheduler
 from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
+from deepseek_jax.serving.transfer.exports import export_pages
+from deepseek_jax.serving.transfer.traffic import Traffic
 
 LOOK = 0.02  # seconds between tokens that nobody minds: on a CPU, the engine looks for what is new about as often
 
@@ -90,6 +92,8 @@ class Engine:
         version: of the weights, stamped on every token.
         schedulers: one for each rank.
         experts: those that move; None: none do.
+        traffic: of pages from and to other servers.
+        idle: whether the last turn found nothing to do, so that the next one will neither, unless something is asked.
     """
 
     def __init__(self, device: OneDevice, options: Options = Options(), version: int = 0):  # noqa: B008
@@ -106,7 +110,7 @@ class Engine:
             whole_pages=options.invariant,
         )
         self.schedulers = [Scheduler(limits, PagePool(device.pages), version) for _ in range(device.ranks)]
-        self.stats = Stats()
+        self.stats, self.traffic, self.idle = Stats(), Traffic(), False
         self._economy = Economy(device.pace, options.drafts is True) if device.drafts else None
         self.experts = None if device.slots is None else Experts(device, options)
         self._records: dict[str, _Record] = {}
@@ -129,12 +133,18 @@ class Engine:
         rank = choose_rank(self.schedulers, request)
         self._records[request.id] = _Record(self.schedulers[rank].add(request), rank)
 
-    def abort(self, request_id: str, reason: str = "abort", error: str | None = None) -> None:
-        """Ends a request, in whatever state it is; unknown ones are none. error: what went wrong."""
+    def abort(
+        self, request_id: str, reason: str = "abort", error: str | None = None, code: str | None = None
+    ) -> None:
+        """Ends a request, in whatever state it is; unknown ones are none. error, code: what went wrong (`Update`)."""
         record = self._records.pop(request_id, None)
         if record is not None:
             self.schedulers[record.rank].abort(request_id)
-            self._ended.append(self._update(record, reason)._replace(error=error))
+            self._ended.append(self._update(record, reason)._replace(error=error, code=code))
+
+    def given(self, request_id: str, tokens: dict[int, PromptToken]) -> None:
+        """Tokens of a prompt by their positions, as another server gives them."""
+        self._records[request_id].given.update(tokens)
 
     def load(self, weights: Any, version: int) -> None:
         """Goes on with other weights; what was launched before is read first, and the prefix cache dropped."""
@@ -155,6 +165,7 @@ class Engine:
     def step(self) -> list[Update]:
         """One turn; returns what is new of each request that has something new."""
         updates, self._ended = self._ended, []
+        self.idle = not updates
         drafts = self._drafts()
         times = self._times(drafts)
         steps = [scheduler.schedule(self._budget(scheduler), drafts, times) for scheduler in self.schedulers]
@@ -164,6 +175,9 @@ class Engine:
             self.stats.steps += 1
             if self.experts is not None:
                 self.experts.turn()
+        self.idle &= not (
+            launched or self._flights or self._ended or any(s.admitted or s.preempted for s in steps)
+        )
         while len(self._flights) > bool(launched):
             flights = self._flights.popleft()
             updates += self._read(flights)
@@ -212,6 +226,8 @@ class Engine:
         chunks = [sorted(step.chunks, key=lambda chunk: -len(chunk.tokens)) for step in steps]
         while any(chunks):
             flights.append(self._launch_chunks(chunks))
+        for rank, step in enumerate(steps):
+            export_pages(self.device, rank, step.chunks)
         return flights
 
     def _admit(self, rank: int, running: Running) -> None:
@@ -321,6 +337,9 @@ class Engine:
                 if given is not None and request.prompt_logprobs is not None:
                     record.given.update(prompt_tokens(row, given, i))
                 if not getattr(row, "samples", True):
+                    if request.export is not None and row.start + len(row.tokens) == request.export.end:
+                        self._end(record)
+                        ended.append(self._update(record, "length"))
                     continue
                 tokens, reason = up_to_the_end(running, self._tokens(row, drawn, i, flight.version))
                 ids = [token.id for token in tokens]
@@ -333,11 +352,14 @@ class Engine:
                 if reason is None:
                     changed[request.id] = record
                     continue
-                self.schedulers[record.rank].finish(running)
+                self._end(record)
                 changed.pop(request.id, None)
-                del self._records[request.id]
                 ended.append(self._update(record, reason))
         return [*(self._update(record) for record in changed.values()), *ended]
+
+    def _end(self, record: _Record) -> None:
+        self.schedulers[record.rank].finish(record.running)
+        del self._records[record.running.request.id]
 
     def _tokens(self, row: Any, drawn: Any, i: int, version: int) -> list[Token]:
         """What row i of a program got."""
@@ -368,7 +390,7 @@ class Engine:
         if not record.told_prompt and (new or reason):
             record.told_prompt = True
             self.stats.prompt += len(running.request.prompt)
-            if running.request.prompt_logprobs is not None and new:
+            if running.request.prompt_logprobs is not None and (new or reason == "length"):
                 first = PromptToken(running.request.prompt[0], None)
                 prompt = [first, *(record.given[i] for i in sorted(record.given))]
         if reason is not None:

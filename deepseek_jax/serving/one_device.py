@@ -21,12 +21,14 @@ from deepseek_jax.serving.programs import (
     Given,
     State,
     Weights,
+    brought,
     chunk_plan,
     decode_plan,
     decode_rows,
     decode_times,
     empty_state,
     prefill_chunks,
+    taken,
 )
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampler import Drawn, Row, of_request, put
@@ -57,6 +59,14 @@ def _admit(state: Any, slot: Any, row: Any) -> Any:
     return state._replace(slots=put(state.slots, slot, row))
 
 
+_taken = jax.jit(taken)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _brought(state: Any, page_n: Any, block_nlsw: Any) -> Any:
+    return brought(state, page_n, block_nlsw)
+
+
 class OneDevice:
     """Launches programs, without waiting for them.
 
@@ -82,7 +92,9 @@ class OneDevice:
         self._state = self._empty(fp8)
 
     def _empty(self, fp8: bool) -> State:
-        return empty_state(self.cfg, self.sizes.slots, self.pages, self.sizes.pages_each, fp8, self.drafts)
+        """On one device for good, as what comes from other servers is: else each would need programs of its own."""
+        state = empty_state(self.cfg, self.sizes.slots, self.pages, self.sizes.pages_each, fp8, self.drafts)
+        return jax.device_put(state, next(iter(state.length_s.devices())))  # type: ignore[no-any-return]
 
     def admit(self, rank: int, slot: int, request: Any, answer: list[int]) -> None:
         """The slot's sequence is sampled as `request` says. answer: tokens that it has already."""
@@ -108,6 +120,29 @@ class OneDevice:
         self._state, drawn, given = _prefill(self.weights, self.cfg, self._state, chunks, most)
         return drawn, given
 
+    @property
+    def block(self) -> jax.ShapeDtypeStruct:
+        """Pages on their way [n, l, s, w]: as many as one program takes, with all layers."""
+        x = self._state.pages_lpsw
+        return jax.ShapeDtypeStruct((self.sizes.moved, x.shape[0], *x.shape[2:]), x.dtype)
+
+    def export(self, rank: int, pages: list[int]) -> jax.Array:
+        """A copy of some pages of a rank, on its device, as a `block` that begins with them."""
+        return _taken(self._state.pages_lpsw, self._these(pages))
+
+    def bring(self, rank: int, pages: list[int], block: Any) -> None:
+        """Writes the first pages of a `block`, of the host or of the rank's device, into these of a rank."""
+        placed = jax.device_put(block, self.place(rank))
+        self._state = _brought(self._state, self._these(pages), placed)
+
+    def place(self, rank: int) -> Any:
+        """The device of a rank."""
+        (device,) = self._state.length_s.devices()
+        return device
+
+    def _these(self, pages: list[int]) -> np.ndarray:
+        return np.array([*pages, *[-1] * (self.sizes.moved - len(pages))], np.int32)
+
     def warm_up(self) -> Iterator[str]:
         """Compiles all programs, one after the other, and times them; yields what comes next, for a screen."""
         for request in _to_admit():
@@ -117,6 +152,9 @@ class OneDevice:
             yield f"program {i} of {len(programs)}: {described(*name)}"
             for most in MOST if on_cpu() else range(ALL + 1):
                 jax.block_until_ready(run(most=most))
+        yield "pages from and to other servers"
+        for rank in range(self.ranks):
+            self.bring(rank, [], self.export(rank, []))
         yield f"timing the {len(programs)} programs"
         for slot in range(self.sizes.slots):  # each goes on from another token, and so to other experts
             self.prefill(self._random_chunks(*self.sizes.chunks[0], slot), None if on_cpu() else GREEDY)

@@ -52,10 +52,12 @@ from deepseek_jax.serving.programs import (
     Given,
     State,
     Weights,
+    brought,
     decode_rows,
     decode_times,
     empty_state,
     prefill_chunks,
+    taken,
 )
 from deepseek_jax.serving.sampler import Drawn, Row, put
 from deepseek_jax.serving.sizes import Sizes
@@ -74,7 +76,8 @@ class Programs(NamedTuple):
 
     empty: (sizes, pages, fp8, drafts) -> state; admit: (state, rank, slot, row) -> state; decode, decode_pairs: (weights, state,
     rows, times, most), prefill: (weights, state, chunks, most) -> (state, what they give). counted: loads of experts of each
-    device -> (zeros, their sum).
+    device -> (zeros, their sum); taken, brought: of each device, as
+    in `programs.py`.
     """
 
     empty: Callable[..., State]
@@ -83,6 +86,8 @@ class Programs(NamedTuple):
     decode_pairs: Callable[..., Any]
     prefill: Callable[..., Any]
     counted: Callable[..., Any]
+    taken: Callable[..., Any]
+    brought: Callable[..., State]
 
 
 def chunk_layout(
@@ -161,7 +166,9 @@ def programs(
     def counted(loads_le: jax.Array) -> Any:
         return jnp.zeros_like(loads_le), lax.psum(loads_le, TOKEN_AXES)
 
-    return Programs(empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill, counted)
+    take = jax.jit(over_devices(taken, in_specs=(BY_LAYER, ROWS), out_specs=ROWS))
+    bring = consuming(over_devices(brought, in_specs=(STATE, ROWS, ROWS), out_specs=STATE))
+    return Programs(empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill, counted, take, bring)
 
 
 class OverMesh(OneDevice):
@@ -201,7 +208,12 @@ class OverMesh(OneDevice):
         self._run = programs(cfg, mesh, policy, at, redundant is not None)
         self._rows, self._whole = (NamedSharding(self.devices, spec) for spec in (ROWS, WHOLE))
         self._gather = jax.jit(lambda x: x, out_shardings=self._whole)
+        self._one_of = jax.jit(
+            lambda x, rank: lax.dynamic_slice_in_dim(x, rank * sizes.moved, sizes.moved),
+            out_shardings=self._whole,
+        )
         self._all_may_come: dict[int, jax.Array] = {}
+        self._empty_blocks: dict[Any, jax.Array] = {}
         super().__init__(cfg, sizes, pages, fp8, drafts)
 
     def _empty(self, fp8: bool) -> State:
@@ -260,6 +272,37 @@ class OverMesh(OneDevice):
     def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
         self._state, drawn, given = self._run.prefill(self.weights, self._state, self._placed(chunks), most)
         return self._readable(drawn), self._readable(given) if chunks.asks_r.any() else given
+
+    def export(self, rank: int, pages: list[int]) -> jax.Array:
+        """Where there are several processes, on this one."""
+        blocks = self._run.taken(self._state.pages_lpsw, self._put(self._of_all(rank, pages)))
+        if not self._rows.is_fully_addressable:
+            return self._one_of(blocks, np.int32(rank)).addressable_data(0)  # type: ignore[no-any-return]
+        return next(x.data for x in blocks.addressable_shards if x.device == self.place(rank))
+
+    def bring(self, rank: int, pages: list[int], block: Any) -> None:
+        n, *rest = self.block.shape
+        shape = (self.ranks * n, *rest)
+        blocks = [
+            jax.device_put(block, device) if device == self.place(rank) else self._nothing(device)
+            for device in self._rows.addressable_devices_indices_map(shape)
+        ]
+        placed = jax.make_array_from_single_device_arrays(shape, self._rows, blocks)
+        self._state = self._run.brought(self._state, self._put(self._of_all(rank, pages)), placed)
+
+    def place(self, rank: int) -> Any:
+        where = self._rows.devices_indices_map((self.ranks,))
+        return next(device for device, (at,) in where.items() if (at.start or 0) == rank)
+
+    def _nothing(self, device: Any) -> jax.Array:
+        if device not in self._empty_blocks:
+            self._empty_blocks[device] = jax.device_put(np.zeros(self.block.shape, self.block.dtype), device)
+        return self._empty_blocks[device]
+
+    def _of_all(self, rank: int, pages: list[int]) -> np.ndarray:
+        page_rn = np.full((self.ranks, self.sizes.moved), -1, np.int32)
+        page_rn[rank, : len(pages)] = pages
+        return page_rn.reshape(-1)
 
     def _readable(self, results: Any) -> Any:
         """On every process."""

@@ -28,7 +28,7 @@ class Prefixes:
         self._hash(running)
         if running.request.prompt_logprobs is not None:
             return []
-        keys = running.keys[: (len(running.tokens) - 1) // self.pool.page]
+        keys = running.keys[: (running.end - 1) // self.pool.page]
         found = self.pool.lookup(keys)
         running.awaits = keys[len(found)] if len(found) < len(keys) else None
         if running.awaits is not None and self._is_coming(running, running.awaits):

@@ -44,6 +44,14 @@ class Leading(OverMesh):
         self._leader.tell(("loads", ()))
         return super().loads()
 
+    def export(self, rank: int, pages: list[int]) -> Any:
+        self._leader.tell(("export", (rank, pages)))
+        return super().export(rank, pages)
+
+    def bring(self, rank: int, pages: list[int], block: Any) -> None:
+        self._leader.tell(("bring", (rank, pages, np.asarray(block))))
+        super().bring(rank, pages, block)
+
     def close(self) -> None:
         self._leader.close()
 

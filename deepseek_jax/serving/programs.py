@@ -285,6 +285,18 @@ def prefill_chunks(
     return state, drawn, _given(weights, h_rtd, chunks, most)
 
 
+def taken(pages_lpsw: jax.Array, page_n: jax.Array) -> jax.Array:
+    """Some pages, [n, l, s, w]; those of -1 may be anything."""
+    return jnp.moveaxis(pages_lpsw[:, jnp.maximum(page_n, 0)], 1, 0)
+
+
+def brought(state: State, page_n: jax.Array, block_nlsw: jax.Array) -> State:
+    """The state after pages of another server are written; those of -1 are none."""
+    at_n = jnp.where(page_n < 0, state.pages_lpsw.shape[1], page_n)
+    block_lnsw = jnp.moveaxis(block_nlsw, 0, 1)
+    return state._replace(pages_lpsw=state.pages_lpsw.at[:, at_n].set(block_lnsw, mode="drop"))
+
+
 def _given(weights: Weights, h_rtd: jax.Array, chunks: Chunks, most: int | None) -> Given:
     """What the next tokens of the chunks had for probabilities; zeros if no row asks."""
     r, t, d = h_rtd.shape

@@ -13,13 +13,13 @@ chunk fills can be found from the next step on.
 
 import bisect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from deepseek_jax.checks import require, shown
 from deepseek_jax.serving.pages import PagePool
 from deepseek_jax.serving.prefixes import Prefixes
 from deepseek_jax.serving.request import QueueFullError, Request
-from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
+from deepseek_jax.serving.steps import Chunk, Fetch, Limits, Row, Running, Step
 
 _order = operator.attrgetter("order")
 
@@ -28,7 +28,8 @@ class Scheduler:
     """Call `add` and `abort` at any time; `schedule` gives the next step, which must be launched; `received` takes its results,
     steps in order, at any time later; `finish` ends a sequence.
 
-    waiting, running: sequences in their order.
+    waiting, running: sequences in their order. fetches: is asked of each sequence that got a slot and pages; what it returns
+    brings some of its tokens' latents from another server, which says so by `arrived`. Until then no chunk of it runs.
     """
 
     def __init__(self, limits: Limits, pool: PagePool, version: int = 0):
@@ -49,6 +50,7 @@ class Scheduler:
         self._of_id: dict[str, Running] = {}
         self._slots = list(range(limits.rows - 1, -1, -1))
         self._arrivals = 0
+        self.fetches: Callable[[Running], Fetch | None] = nothing
 
     # --- from and to outside ------------------------------------------------------------------------------------------
 
@@ -124,6 +126,14 @@ class Scheduler:
             self.prefixes.register(running)
         return True
 
+    def arrived(self, running: Running, tokens: int, all_: bool) -> None:
+        """The pages of its first so many tokens are written, by a program that was launched. all_: no more will come; chunks
+        compute what is left."""
+        running.computed = max(running.computed, tokens)
+        if all_:
+            running.until, running.fetch = running.end, None
+        self.prefixes.register(running)
+
     def set_version(self, version: int) -> None:
         """The weights are others from the next step on: no page of the old ones can be found. Running sequences go on with the
         latents that they have, which no other will find."""
@@ -153,7 +163,9 @@ class Scheduler:
     def at_once(self) -> int:
         """How many tokens all decode rows may compute one after the other: 1 where a prompt has its turn, or a grammar must see
         each token; as many as one likes where nobody goes on, for the sake of other ranks."""
-        if any(running.computed < running.goal for running in self.running) or (self.waiting and self._slots):
+        if any(running.computed < running.until for running in self.running) or (
+            self.waiting and self._slots
+        ):
             return 1
         constrained = any(running.request.grammar is not None for running in self.running)
         lefts = (running.left for running in self.running if running.left > 0)
@@ -196,7 +208,7 @@ class Scheduler:
     def _add_chunk(self, step: Step, running: Running, left: int) -> int:
         """Of how many tokens the next chunk of this prompt is."""
         start = running.computed
-        size = min(running.goal - start, self.limits.chunk)
+        size = min(running.until - start, self.limits.chunk)
         if self.limits.whole_pages:
             size = min(size, self.pool.page)
             left = 0 if size > left else left
@@ -288,14 +300,18 @@ class Scheduler:
             running.cached_tokens = running.computed
         self.prefixes.begin(running)
         bisect.insort(self.running, running, key=_order)
+        running.fetch = self.fetches(running)
+        running.until = running.computed if running.fetch else running.end
 
     def _take_slot(self, running: Running) -> None:
         self.running.remove(running)
         self._slots.append(running.slot)
         self.pool.release(running.pages)
         self.prefixes.leave(running)
-        running.slot, running.pages = -1, []
-        running.goal = running.computed = running.unsure = 0
+        if running.fetch is not None:
+            running.fetch.cancel()
+        running.slot, running.pages, running.fetch = -1, [], None
+        running.goal = running.until = running.computed = running.unsure = 0
         running.launched.clear()
         running.pending = 0
 
@@ -307,3 +323,7 @@ class Scheduler:
     def _pages_at_most(self, limit: int) -> int:
         """The last token is never computed; a draft behind the last but one may be."""
         return self._pages(limit - 1 + self.limits.drafts)
+
+
+def nothing(running: Running) -> None:
+    """Everything is computed here."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import deque
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from deepseek_jax.checks import ranges
 from deepseek_jax.serving.request import Request
@@ -42,6 +42,14 @@ class Limits:
         return 1 + self.drafts
 
 
+class Fetch(Protocol):
+    """The pages of a sequence, on their way from another server."""
+
+    def cancel(self) -> None:
+        """They are not wanted any more. Is called between two turns, or in one, and waits for nothing."""
+        ...
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class Running:
     """A sequence, from its arrival to its end, whether it has a slot or waits for one.
@@ -55,6 +63,7 @@ class Running:
         epoch: goes up when it loses its slot: results of earlier epochs are stale.
         pages: what it holds, in order.
         goal: tokens that chunks compute, all that were known at admission; decode rows come behind.
+        until: those of them that chunks may compute now. fetch: what brings others from another server, if that is so.
         computed: tokens whose latents are in its pages, or will be after the launched steps; with drafts, at least so many.
         unsure: further ones that will be if all drafts in flight are accepted.
         launched: of each launch in flight that draws: by how much it raised `computed`, `unsure` and `pending`.
@@ -72,6 +81,8 @@ class Running:
     epoch: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     goal: int = 0
+    until: int = 0
+    fetch: Fetch | None = None
     computed: int = 0
     unsure: int = 0
     launched: deque[tuple[int, int, int]] = dataclasses.field(default_factory=deque)
@@ -81,6 +92,12 @@ class Running:
     registered: int = 0
     generation: int = -1
     awaits: bytes | None = None
+
+    @property
+    def end(self) -> int:
+        """Of the tokens known, how many chunks compute here."""
+        export = self.request.export
+        return len(self.tokens) if export is None else export.end
 
     @property
     def left(self) -> int:

@@ -48,7 +48,11 @@ class EngineThread:
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """Asks for the end of a request, and does not wait for it."""
-        self._asked.put(lambda: self.engine.abort(request_id, reason))
+        self.post(lambda: self.engine.abort(request_id, reason))
+
+    def post(self, function: Callable[[], Any]) -> None:
+        """Runs a function between two turns of the engine, which fails if it raises, and does not wait for it."""
+        self._asked.put(function)
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Runs a function between two turns of the engine and waits for what it returns, or raises what it raises."""
@@ -110,14 +114,16 @@ class EngineThread:
 
     def _do_what_was_asked(self) -> bool:
         """Waits for something to do; False at the end."""
+        wait = self.engine.idle or not self.engine.has_work
         while True:
             try:
-                ask = self._asked.get(block=not self.engine.has_work)
+                ask = self._asked.get(block=wait)
             except queue.Empty:
                 return True
             if ask is None:
                 return False
             ask()
+            wait = not self.engine.has_work
 
     def _tell(self, updates: list[Update]) -> None:
         for update in updates:

@@ -13,6 +13,8 @@ from deepseek_jax.serving.thread import EngineThread
 class Shell:
     """An engine that says "length" to each request, refuses id "full" and fails at id "bad"."""
 
+    idle = False
+
     def __init__(self):
         self.taken = []
         self.device = types.SimpleNamespace(close=lambda: None)

@@ -10,7 +10,8 @@ follow from the request and the latents. Log-probabilities of the prompt travel 
 A decode server:
 
     thread = EngineThread(engine)
-    fetching = Fetching(thread, prefills, alone=role == "both")   # from now on prompts are fetched
+    weights = fingerprint(model.params)                           # `identity.py`; of several processes, on all
+    fetching = Fetching(thread, weights, prefills, alone=role == "both")  # from now on prompts are fetched
     ...
     fetching.close()                                              # before thread.close()
 
@@ -22,7 +23,7 @@ line that says which server failed in which state, and `Update.code` the class o
 
 A prefill server:
 
-    server = PrefillServer(EngineThread(engine), "0.0.0.0", 9000)  # port 0: any that is free
+    server = PrefillServer(EngineThread(engine), weights, "0.0.0.0", 9000)  # port 0: any that is free
     server.address                                                # (host, port) to which it is bound
     server.drain()                                                # refuses what comes from now on: "prefill_refused"
     server.requests                                               # how many it has, queued or being computed or sent
