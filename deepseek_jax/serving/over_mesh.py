@@ -76,8 +76,7 @@ class Programs(NamedTuple):
 
     empty: (sizes, pages, fp8, drafts) -> state; admit: (state, rank, slot, row) -> state; decode, decode_pairs: (weights, state,
     rows, times, most), prefill: (weights, state, chunks, most) -> (state, what they give). counted: loads of experts of each
-    device -> (zeros, their sum); taken, brought: of each device, as
-    in `programs.py`.
+    device -> (zeros, their sum). taken, brought: of each device, as in `programs.py`.
     """
 
     empty: Callable[..., State]
@@ -168,7 +167,9 @@ def programs(
 
     take = jax.jit(over_devices(taken, in_specs=(BY_LAYER, ROWS), out_specs=ROWS))
     bring = consuming(over_devices(brought, in_specs=(STATE, ROWS, ROWS), out_specs=STATE))
-    return Programs(empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill, counted, take, bring)
+    return Programs(
+        empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill, counted, take, bring
+    )
 
 
 class OverMesh(OneDevice):

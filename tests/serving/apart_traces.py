@@ -10,7 +10,6 @@ on either side. After each trace nothing is held on either side.
 
 import argparse
 import collections
-import dataclasses
 import itertools
 import queue
 import time
@@ -24,7 +23,7 @@ from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.programs import Weights
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
-from tests.serving import mesh_engine, test_drafting, two_servers
+from tests.serving import mesh_engine, two_servers
 from tests.serving.test_drafting import SETTINGS, Even
 from tests.serving.two_servers import TwoServers, not_held, plain
 
@@ -103,7 +102,6 @@ def main():
         prefill, decode, direct = KINDS[name]
         if name not in made:
             made[name] = TwoServers(decode(), prefill(), direct=direct, deadlines=two_servers.Deadlines())
-            made[name].prefill.engine.device  # kept over traces: so are the caches
         servers, vocab = made[name], 60 if name in ("socket", "direct", "fp8") else mesh_engine.CFG.vocab_size
         rng = np.random.default_rng(seed)
         requests = list(trace(rng, vocab, 24))
@@ -111,7 +109,10 @@ def main():
         key = prefill if "mesh" not in name else beside_mesh
         together = reference.get(name) or (beside_mesh() if "mesh" in name else key())
         reference[name] = together
-        want = {r.id: [t.id for t in tokens] for r, tokens in zip(requests, alone(together, requests), strict=True)}
+        want = {
+            r.id: [t.id for t in tokens]
+            for r, tokens in zip(requests, alone(together, requests), strict=True)
+        }
         for request in requests:
             mine, other = got[request.id], want[request.id]
             whole = request.id not in cancelled
