@@ -128,7 +128,7 @@ def main():
         traffic, stats = servers.decode.engine.traffic, servers.decode.engine.stats
         print(
             f"{name}: {traffic.requests} prompts, {traffic.pages} pages, {dict(traffic.failed)} failed, "
-            + ", ".join(f"{way} {traffic.rate(way):.0f} MB/s" for way in traffic.moved),
+            + ", ".join(f"{way} {rate:.0f} MB/s" for way, rate in traffic.rates().items()),
             f"hits {stats.cache_hits}, preempted {stats.preemptions}, prefill's hits {servers.prefill.engine.stats.cache_hits}",
         )
         servers.__exit__()

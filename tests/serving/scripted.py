@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from deepseek_jax.serving.request import Token, Update
+from deepseek_jax.serving.transfer.traffic import Traffic
 
 
 class ScriptedEngine:
@@ -15,7 +16,9 @@ class ScriptedEngine:
         counts = dict.fromkeys(
             ("cache_queries", "cache_hits", "preemptions", "drafts", "drafted", "accepted"), 0
         )
-        self.engine = SimpleNamespace(schedulers=[], stats=SimpleNamespace(**counts), experts=None)
+        self.engine = SimpleNamespace(
+            schedulers=[], stats=SimpleNamespace(**counts), experts=None, traffic=Traffic()
+        )
         self.failed, self.closed = None, False
         self.requests, self.aborted, self._listeners = {}, [], {}
 

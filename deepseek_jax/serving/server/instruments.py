@@ -1,13 +1,14 @@
 """The server's metrics, under vLLM's names, which routers and dashboards read."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepseek_jax.model.cache import PAGE
 from deepseek_jax.serving.server.admission import Admission
 from deepseek_jax.serving.server.generation import Sample
-from deepseek_jax.serving.server.metrics import Counter, Histogram, Info, Labels, Read, text
+from deepseek_jax.serving.server.metrics import Counter, Histogram, Info, Labels, Read, ReadEach, text
+from deepseek_jax.serving.transfer.traffic import Traffic
 
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)  # fmt: skip
 
@@ -49,6 +50,14 @@ _OF_EXPERTS: tuple[tuple[str, str, Callable[[Any], float], str], ...] = (
     ("expert_layers_to_move", "Layers that are still to be moved.", lambda x: x.left, "gauge"),
 )
 
+# Of prompts and their pages from one server to another (`transfer/traffic.py`): metric, help, label, what, kind.
+_TRANSFERRED: tuple[tuple[str, str, str, Callable[[Traffic], Mapping[str, float]], str], ...] = (
+    ("s_total", "Prompts from, or to, another server, by how it ended.", "result", Traffic.ends, "counter"),
+    ("_bytes_total", "Bytes of pages that travelled.", "way", lambda t: t.moved, "counter"),
+    ("_seconds_total", "Seconds in which they did.", "way", lambda t: t.seconds, "counter"),
+    ("_megabytes_per_second", "Of all that travelled.", "way", Traffic.rates, "gauge"),
+)
+
 
 class Instruments:
     """Counts what clients get; what the engine alone knows is read from it.
@@ -83,6 +92,10 @@ class Instruments:
             ),
             Read("deepseek_jax:queued_sequences", "Without a first token.", lambda: admission.waiting),
             Read("deepseek_jax:queued_prompt_tokens", "Of those.", lambda: admission.waiting_tokens),
+            *(
+                ReadEach(f"deepseek_jax:transfer{name}", help, label, self._traffic(of), kind)
+                for name, help, label, of, kind in _TRANSFERRED
+            ),
         )
 
     def text(self) -> str:
@@ -130,6 +143,9 @@ class Instruments:
             Read(f"deepseek_jax:{name}", help, functools.partial(read, experts), kind)
             for name, help, read, kind in _OF_EXPERTS
         ]
+
+    def _traffic(self, of: Callable[[Traffic], Mapping[str, float]]) -> Callable[[], Mapping[str, float]]:
+        return lambda: {} if self.engine is None else of(self.engine.traffic)
 
     def _count(self, field: str) -> Callable[[], float]:
         return lambda: 0 if self.engine is None else getattr(self.engine.stats, field)

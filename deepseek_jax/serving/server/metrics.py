@@ -8,7 +8,7 @@ text(("model_name", "tiny"), [requests])
 import abc
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 Labels = Sequence[tuple[str, str]]
 
@@ -63,6 +63,18 @@ class Read(Metric):
 
     def samples(self) -> Iterable[tuple[str, Labels, float]]:
         yield "", (), self._read()
+
+
+class ReadEach(Metric):
+    """Reads its values where they are kept, one for each value of a label."""
+
+    def __init__(self, name: str, help: str, label: str, read: Callable[[], Mapping[str, float]], kind: str):
+        super().__init__(name, help, (label,))
+        self.kind, self._read = kind, read
+
+    def samples(self) -> Iterable[tuple[str, Labels, float]]:
+        for value, number in sorted(self._read().items()):
+            yield "", ((self.labels[0], value),), number
 
 
 class Info(Metric):

@@ -10,6 +10,7 @@ Prompts that lack less than a page (`least`) are computed here: a chunk of the s
 """
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -74,7 +75,8 @@ class Fetching:
 
     def close(self) -> None:
         """Prompts are computed here again; those that are being fetched fail."""
-        self._thread.call(lambda: self._attach(False))
+        with contextlib.suppress(RuntimeError):  # the engine has ended, and told all
+            self._thread.call(lambda: self._attach(False))
         self._loop.close()
 
     # --- on the engine's thread ---

@@ -27,6 +27,10 @@ class Traffic:
         self.moved[way] += size
         self.seconds[way] += seconds
 
-    def rate(self, way: str) -> float:
-        """MB/s."""
-        return self.moved[way] / max(1e-9, self.seconds[way]) / 1e6
+    def ends(self) -> dict[str, float]:
+        """Requests by how they ended."""
+        return {"whole": self.requests, **self.failed}
+
+    def rates(self) -> dict[str, float]:
+        """MB/s, by the way."""
+        return {way: size / max(1e-9, self.seconds[way]) / 1e6 for way, size in self.moved.items()}
