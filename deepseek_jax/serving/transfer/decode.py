@@ -26,7 +26,6 @@ from deepseek_jax.serving.transfer.errors import NoPrefillError, PrefillLostErro
 from deepseek_jax.serving.transfer.loop import LoopThread
 from deepseek_jax.serving.transfer.receiving import Fetch, Receiving
 from deepseek_jax.serving.transfer.side import Side
-from deepseek_jax.serving.transfer.wire import WireError
 
 
 class Prefills(Protocol):
@@ -111,7 +110,8 @@ class Fetching:
         running, engine = fetch.running, self._thread.engine
         if running.fetch is fetch:
             engine.device.bring(fetch.rank, running.pages[first : first + n], block)
-            engine.schedulers[fetch.rank].arrived(running, min((first + n) * PAGE, fetch.end), False)
+            if running.request.prompt_logprobs is None:  # else all is computed here if not all comes
+                engine.schedulers[fetch.rank].arrived(running, min((first + n) * PAGE, fetch.end), False)
         self._loop.call(written)
 
     def _end(self, fetch: Fetch, cached: int, given: dict[int, PromptToken]) -> None:
@@ -148,7 +148,7 @@ class Fetching:
             raise
         except TransferError as failure:
             error = type(failure)(f"prefill server {fetch.address}, {fetch.state}: {failure}")
-        except (WireError, OSError) as failure:
+        except Exception as failure:  # a WireError, or whatever it is: nobody waits for what does not come
             error = PrefillLostError(f"prefill server {fetch.address}, {fetch.state}: {failure}")
         self._side.ended("fetch", fetch.figures(), began, None if error is None else error.code, error)
         if error is not None:

@@ -127,6 +127,10 @@ class PrefillServer:
         except TransferError as error:
             failed = error
             await _told(channel, error)
+        except Exception as error:
+            LOGGER.exception("a prefill failed", extra={"fields": fields})
+            failed = PrefillRefusedError(f"{type(error).__name__}: {error}")
+            await _told(channel, failed)
         except asyncio.CancelledError:
             failed = PrefillRefusedError("the server ended")
             await _told(channel, failed)

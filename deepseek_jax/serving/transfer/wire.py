@@ -31,7 +31,6 @@ from deepseek_jax.serving.transfer.deadlines import Deadlines
 ASK, TAKEN, PAGES, GOT, DONE, FAILED, BEAT = range(1, 8)
 _HEAD = struct.Struct("!BIQ")
 _LONGEST = 1 << 16  # bytes of an object
-_AT_ONCE = 1 << 20  # bytes that must come, or go, before the other side is dead
 
 
 class WireError(Exception):
@@ -47,13 +46,17 @@ class Message(NamedTuple):
 
 
 class Channel:
-    """A connection, on the event loop on which it is made."""
+    """A connection, on the event loop on which it is made.
+
+    Whoever reads hears whether the other side is alive. Writing may take as long as a transfer: the other side may be alive, and
+    its engine busy.
+    """
 
     def __init__(self, connection: socket.socket, deadlines: Deadlines):
         connection.setblocking(False)
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._silence = connection, deadlines.silence
+        self._socket, self._silence, self._most = connection, deadlines.silence, deadlines.transfer
         self._loop, self._sending = asyncio.get_running_loop(), asyncio.Lock()
 
     def close(self) -> None:
@@ -88,7 +91,7 @@ class Channel:
 
     async def read_into(self, room: memoryview) -> None:
         """Fills the room."""
-        with _saying_what(self._silence):
+        with _saying_what(f"it was silent for {self._silence:g} s"):
             while len(room):
                 async with asyncio.timeout(self._silence):
                     n = await self._loop.sock_recv_into(self._socket, room)
@@ -97,10 +100,9 @@ class Channel:
                 room = room[n:]
 
     async def _write(self, view: memoryview) -> None:
-        with _saying_what(self._silence):
-            for start in range(0, len(view), _AT_ONCE):
-                async with asyncio.timeout(self._silence):
-                    await self._loop.sock_sendall(self._socket, view[start : start + _AT_ONCE])
+        with _saying_what(f"it read nothing for {self._most:g} s"):
+            async with asyncio.timeout(self._most):
+                await self._loop.sock_sendall(self._socket, view)
 
     @contextlib.asynccontextmanager
     async def beating(self, beat: float) -> AsyncIterator[None]:
@@ -120,11 +122,11 @@ class Channel:
 
 
 @contextlib.contextmanager
-def _saying_what(silence: float) -> Any:
+def _saying_what(late: str) -> Any:
     try:
         yield
     except TimeoutError as error:
-        raise WireError(f"it was silent for {silence:g} s") from error
+        raise WireError(late) from error
     except OSError as error:
         raise WireError(f"the connection ended: {error.strerror or error}") from error
 
