@@ -152,7 +152,6 @@ class OneDevice:
             yield f"program {i} of {len(programs)}: {described(*name)}"
             for most in MOST if on_cpu() else range(ALL + 1):
                 jax.block_until_ready(run(most=most))
-        yield "pages from and to other servers"
         for rank in range(self.ranks):
             self.bring(rank, [], self.export(rank, []))
         yield f"timing the {len(programs)} programs"

@@ -4,8 +4,8 @@
 
 Prompts begin alike, are found in the caches of either side, go in chunks, and are of one token; some are greedy, others
 sampled, with grammar and log-probabilities; some are cancelled at any time. Pages are few. By kinds: bytes by the connection
-or directly from device to device, cache in float32 or FP8, with drafts always, and data parallel attention over a mesh of eight devices
-on either side. After each trace nothing is held on either side.
+or directly from device to device, cache in float32 or FP8, drafts, and data parallel attention over a mesh of eight devices
+on either side. After each trace nothing is held on either side, and from the warm-up on nothing is compiled.
 """
 
 import argparse
@@ -23,64 +23,98 @@ from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.programs import Weights
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
-from tests.serving import mesh_engine, two_servers
+from deepseek_jax.serving.transfer.deadlines import Deadlines
+from tests.serving import mesh_engine
 from tests.serving.test_drafting import SETTINGS, Even
 from tests.serving.two_servers import TwoServers, not_held, plain
 
-EACH = 10  # requests of a trace
-
-
-def over_mesh(name):
-    return mesh_engine.engine(name, pages=6)
+EACH, NEW, LONGEST = 10, 24, 256
 
 
 def beside_mesh():
     """One device with the weights of the engines over a mesh."""
-    made = OneDevice(decoding_config(mesh_engine.CFG), mesh_engine.SIZES, 6)
+    made = OneDevice(decoding_config(mesh_engine.CFG), mesh_engine.SIZES, 7)
     params, bias = mesh_engine.model()
     made.weights = Weights(prepare(params, mesh_engine.CFG), bias, mesh_engine.CFG.vocab_size)
     return Engine(made, mesh_engine.OPTIONS)
 
 
+def over_mesh(name):
+    return lambda: mesh_engine.engine(name, pages=6)
+
+
 def few():
-    return plain(pages=7)
+    return plain(7)
 
 
+def fp8():
+    return plain(7, fp8=True)
+
+
+# Prefill, decode, whether directly, and who does both.
 KINDS = {
-    "socket": (few, few, False),
-    "direct": (few, few, True),
-    "fp8": (lambda: plain(7, fp8=True), lambda: plain(7, fp8=True), False),
-    "mesh decodes": (beside_mesh, lambda: over_mesh("replicas"), False),
-    "mesh prefills": (lambda: over_mesh("heads"), beside_mesh, True),
+    "socket": (few, few, False, few),
+    "direct": (few, few, True, few),
+    "fp8": (fp8, fp8, False, fp8),
+    "mesh decodes": (beside_mesh, over_mesh("replicas"), False, beside_mesh),
+    "mesh prefills": (over_mesh("heads"), beside_mesh, True, beside_mesh),
 }
 
 
-def trace(rng, vocab, new):
+class Kind:
+    """Servers of a kind, with warm programs; they stay, with their caches, from trace to trace."""
+
+    def __init__(self, prefill, decode, direct, together):
+        engines = prefill(), decode(), together()
+        for engine in engines:
+            for _ in engine.device.warm_up():
+                pass
+        self.together, self.vocab = engines[2], min(60, engines[2].device.cfg.vocab_size)
+        self.servers = TwoServers(engines[1], engines[0], direct=direct, deadlines=Deadlines())
+
+    def alone(self, requests):
+        """Their tokens, one after the other, from one engine."""
+        for request in requests:
+            tokens = []
+            self.together.submit(request)
+            while self.together.has_work:
+                tokens += [token.id for update in self.together.step() for token in update.tokens]
+            yield tokens
+        assert not_held(self.together)
+
+    def check_free(self):
+        end = time.monotonic() + 10
+        while not (free := self.servers.free() and not self.servers.server.requests):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return free
+
+
+def trace(rng, vocab):
     begin = np.random.default_rng(int(rng.integers(4))).integers(0, vocab, 200).tolist()
     for i in range(EACH):
         kept = int(rng.choice([0, 0, 64, 70, 130, 191, 192, 193]))
-        longest = 250 - new - kept
-        more = rng.integers(0, vocab, rng.integers(1, max(2, min(100, longest)))).tolist()
-        prompt = (begin[:kept] + more)[: 256 - new]
+        prompt = begin[:kept] + rng.integers(0, vocab, rng.integers(1, 100)).tolist()
         sampling = SETTINGS[rng.integers(len(SETTINGS))] if rng.random() < 0.5 else Sampling(0.0)
         asks = 2 if rng.random() < 0.15 else None
         grammar = Even() if rng.random() < 0.1 else None
+        new = int(rng.integers(1, NEW))
         yield Request(
-            str(i), prompt, int(rng.integers(1, new)), sampling, seed=i, prompt_logprobs=asks, grammar=grammar
+            str(i), prompt[: LONGEST - NEW], new, sampling, seed=i, prompt_logprobs=asks, grammar=grammar
         )
 
 
-def run(thread, requests, rng, cancels=0.0):
-    """Their tokens, and which were cancelled; submitted while others run."""
+def run(thread, requests, rng, cancels):
+    """Their tokens, and which were cancelled; they come while others run."""
     heard, out, cancelled = queue.SimpleQueue(), {r.id: [] for r in requests}, set()
-    waiting, open_ = list(requests), set()
-    while waiting or open_:
+    waiting, going = list(requests), set()
+    while waiting or going:
         for request in waiting[: int(rng.integers(0, 4))]:
             thread.submit(request, heard.put)
-            open_.add(request.id)
+            going.add(request.id)
             waiting.remove(request)
-        if open_ and rng.random() < cancels:
-            cancelled.add(name := sorted(open_)[rng.integers(len(open_))])
+        if going and rng.random() < cancels:
+            cancelled.add(name := sorted(going)[rng.integers(len(going))])
             thread.abort(name)
         try:
             update = heard.get(timeout=0.02)
@@ -88,63 +122,45 @@ def run(thread, requests, rng, cancels=0.0):
             continue
         assert update.error is None, update
         out[update.id] += [token.id for token in update.tokens]
-        open_ -= {update.id} if update.finish_reason else set()
+        going -= {update.id} if update.finish_reason else set()
     return out, cancelled
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", type=int, default=100)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     args = parser.parse_args()
-    counts = collections.Counter()
-    made, reference = {}, {}
-    for seed, name in zip(range(args.traces), itertools.cycle(KINDS), strict=False):
-        prefill, decode, direct = KINDS[name]
-        if name not in made:
-            made[name] = TwoServers(decode(), prefill(), direct=direct, deadlines=two_servers.Deadlines())
-        servers, vocab = made[name], 60 if name in ("socket", "direct", "fp8") else mesh_engine.CFG.vocab_size
+    jax.config.update("jax_num_cpu_devices", 8)
+    lowered: list = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: lowered.append(name) if "jaxpr_to_mlir" in name else None
+    )
+    counts, kinds = collections.Counter(), {}
+    for seed, name in zip(range(args.traces), itertools.cycle(args.kinds), strict=False):
+        kind = kinds.setdefault(name, None) or Kind(*KINDS[name])
+        kinds[name] = kind
         rng = np.random.default_rng(seed)
-        requests = list(trace(rng, vocab, 24))
-        got, cancelled = run(servers.decode, requests, rng, cancels=0.05)
-        key = prefill if "mesh" not in name else beside_mesh
-        together = reference.get(name) or (beside_mesh() if "mesh" in name else key())
-        reference[name] = together
-        want = {
-            r.id: [t.id for t in tokens]
-            for r, tokens in zip(requests, alone(together, requests), strict=True)
-        }
-        for request in requests:
-            mine, other = got[request.id], want[request.id]
-            whole = request.id not in cancelled
-            assert mine == (other if whole else other[: len(mine)]), (seed, name, request.id, mine, other)
-        end = time.monotonic() + 10
-        while not (servers.free() and servers.server.requests == 0) and time.monotonic() < end:
-            time.sleep(0.01)
-        assert servers.free() and servers.server.requests == 0, (seed, name)
+        requests = list(trace(rng, kind.vocab))
+        want = dict(zip((request.id for request in requests), kind.alone(requests), strict=True))
+        lowered.clear()
+        got, cancelled = run(kind.servers.decode, requests, rng, cancels=0.03)
+        kind.check_free()
+        assert not lowered, (seed, name, lowered)
+        for i, tokens in got.items():
+            assert tokens == (want[i][: len(tokens)] if i in cancelled else want[i]), (seed, name, i)
         counts.update(traces=1, requests=len(requests), cancelled=len(cancelled))
         if seed % 10 == 9:
             print(dict(counts), flush=True)
-    for name, servers in made.items():
-        traffic, stats = servers.decode.engine.traffic, servers.decode.engine.stats
+    for name, kind in kinds.items():
+        traffic, stats = kind.servers.decode.engine.traffic, kind.servers.decode.engine.stats
         print(
-            f"{name}: {traffic.requests} prompts, {traffic.pages} pages, {dict(traffic.failed)} failed, "
-            + ", ".join(f"{way} {rate:.0f} MB/s" for way, rate in traffic.rates().items()),
-            f"hits {stats.cache_hits}, preempted {stats.preemptions}, prefill's hits {servers.prefill.engine.stats.cache_hits}",
+            f"{name}: {traffic.requests} prompts, {traffic.pages} pages, {dict(traffic.failed)}, MB/s "
+            f"{ {way: round(rate) for way, rate in traffic.rates().items()} }, tokens found {stats.cache_hits}, by prefill "
+            f"{kind.servers.prefill.engine.stats.cache_hits}, preempted {stats.preemptions}, drafts accepted {stats.accepted}"
         )
-        servers.__exit__()
-
-
-def alone(engine, requests):
-    """Their tokens, one after the other."""
-    for request in requests:
-        tokens = []
-        engine.submit(request)
-        while engine.has_work:
-            tokens += [token for update in engine.step() for token in update.tokens]
-        yield tokens
-    assert not_held(engine)
+        kind.servers.__exit__()
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)
     main()
