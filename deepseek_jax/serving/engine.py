@@ -31,6 +31,7 @@ from deepseek_jax.serving.results import prompt_tokens, token_of, up_to_the_end,
 from deepseek_jax.serving.sampler import most_of
 from deepseek_jax.serving.sampling import ALL
 from deepseek_jax.serving.scheduler import Scheduler
+from deepseek_jax.serving.stats import Stats
 from deepseek_jax.serving.steps import Chunk, Limits, Row, Running, Step
 from deepseek_jax.serving.transfer.exports import export_pages
 from deepseek_jax.serving.transfer.traffic import Traffic
@@ -63,23 +64,6 @@ class _Record:
     told_prompt: bool = False
     asked: float = dataclasses.field(default_factory=time.monotonic)
     queued: float | None = None
-
-
-@dataclasses.dataclass
-class Stats:
-    """Counts since the start; of tokens but for requests, steps, drafts (of one token each) and preemptions. ended: requests
-    by finish reason."""
-
-    steps: int = 0
-    prompt: int = 0
-    generated: int = 0
-    cache_queries: int = 0
-    cache_hits: int = 0
-    preemptions: int = 0
-    drafts: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    ended: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
 class Engine:
