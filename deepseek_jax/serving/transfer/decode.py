@@ -142,7 +142,7 @@ class Fetching:
         began = time.monotonic()
         error: TransferError | None = None
         try:
-            await Receiving(self._side, fetch, self._silent, self._arrive, self._end).run()
+            rest = await Receiving(self._side, fetch, self._silent, self._arrive).run()
         except asyncio.CancelledError:
             self._side.ended("fetch", fetch.figures(), began, "cancelled", "the request ended")
             raise
@@ -151,5 +151,7 @@ class Fetching:
         except Exception as failure:  # a WireError, or whatever it is: nobody waits for what does not come
             error = PrefillLostError(f"prefill server {fetch.address}, {fetch.state}: {failure}")
         self._side.ended("fetch", fetch.figures(), began, None if error is None else error.code, error)
-        if error is not None:
+        if error is None:
+            self._thread.post(functools.partial(self._end, fetch, *rest))
+        else:
             self._thread.post(functools.partial(self._fail, fetch, error))

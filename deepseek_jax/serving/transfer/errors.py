@@ -32,6 +32,12 @@ class PrefillDiffersError(TransferError):
     code = "prefill_differs"
 
 
+class NotWantedError(TransferError):
+    """The decode server ended the request."""
+
+    code = "cancelled"
+
+
 KINDS: dict[str, type[TransferError]] = {
     kind.code: kind
     for kind in (TransferError, NoPrefillError, PrefillLostError, PrefillRefusedError, PrefillDiffersError)

@@ -21,6 +21,7 @@ from deepseek_jax.serving.thread import EngineThread
 from deepseek_jax.serving.transfer import wire
 from deepseek_jax.serving.transfer.deadlines import Deadlines
 from deepseek_jax.serving.transfer.errors import (
+    NotWantedError,
     PrefillDiffersError,
     PrefillLostError,
     PrefillRefusedError,
@@ -190,8 +191,10 @@ class PrefillServer:
     async def _hear(self, channel: Channel, job: Job) -> None:
         """Until the other side ends."""
         while True:
-            says = (await channel.receive({wire.GOT: 0})).says
-            job.heard.put_nowait(field(says, "good", lambda value: isinstance(value, bool)))
+            message = await channel.receive({wire.GOT: 0, wire.END: 0})
+            if message.kind == wire.END:
+                raise NotWantedError("the decode server ended it")
+            job.heard.put_nowait(field(message.says, "good", lambda value: isinstance(value, bool)))
 
     async def _send(self, channel: Channel, job: Job, request: Request, fields: dict[str, Any]) -> None:
         while sum(job.unsent for job in self._jobs) > self._most_unsent:

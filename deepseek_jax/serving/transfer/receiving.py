@@ -75,7 +75,9 @@ class Fetch:
 
 
 Arrive = Callable[[Fetch, int, int, Any, Callable[[], None]], None]
-End = Callable[[Fetch, int, dict[int, PromptToken]], None]
+Rest = tuple[
+    int, dict[int, PromptToken]
+]  # tokens found in the other's cache; tokens with log-probabilities, by position
 
 
 class Receiving:
@@ -83,20 +85,18 @@ class Receiving:
 
     Args:
         silent: addresses whose pulls do not answer; one that does not is added.
-        arrive: (fetch, first page, how many, block, what to call when they are written), end: (fetch, tokens of the prompt
-            that were found in the other's cache, log-probabilities): are called on the engine's thread.
+        arrive: is called on the engine's thread with (fetch, first page, how many, block, what to call when they are written).
     """
 
-    def __init__(self, side: Side, fetch: Fetch, silent: set[str], arrive: Arrive, end: End):
-        self._side, self._fetch, self._silent = side, fetch, silent
-        self._arrive, self._end = arrive, end
+    def __init__(self, side: Side, fetch: Fetch, silent: set[str], arrive: Arrive):
+        self._side, self._fetch, self._silent, self._arrive = side, fetch, silent, arrive
         self._come = fetch.first  # pages
         self._ahead = asyncio.Semaphore(_AHEAD)
         self._direct: Direct | None = None
         self._from = ""  # where pages are pulled
 
-    async def run(self) -> None:
-        """Raises TransferError or WireError."""
+    async def run(self) -> Rest:
+        """What came beside pages. Raises TransferError or WireError."""
         fetch, limits = self._fetch, self._side.deadlines
         async with within(limits.meet):
             connection = await _connected(fetch.address)
@@ -113,7 +113,10 @@ class Receiving:
                     while message.kind == wire.PAGES:
                         await self._pages(message)
                         message = await self._next()
-                    await self._done(message)
+                    return await self._done(message)
+        except asyncio.CancelledError:
+            self._channel.say_end()
+            raise
         finally:
             self._channel.close()
 
@@ -210,7 +213,7 @@ class Receiving:
         self._fetch.add(way, pages, size, seconds)
         self._side.traffic.add(way, pages, size, seconds)
 
-    async def _done(self, message: Message) -> None:
+    async def _done(self, message: Message) -> Rest:
         fetch = self._fetch
         if self._come < self._all:
             raise WireError(f"it ended after {self._come} of {self._all} pages")
@@ -218,8 +221,7 @@ class Receiving:
             raise WireError(f"it sent {message.size} bytes of log-probabilities instead of {self._given}")
         cached = field(message.says, "cached", count(0, len(fetch.tokens)))
         data = await self._channel.read(message.size)
-        given = unpacked(data, fetch.tokens, fetch.end, fetch.running.request.prompt_logprobs)
-        self._side.thread.post(functools.partial(self._end, fetch, cached, given))
+        return cached, unpacked(data, fetch.tokens, fetch.end, fetch.running.request.prompt_logprobs)
 
 
 async def _connected(address: str) -> socket.socket:

@@ -11,6 +11,7 @@ it takes; anything else, from whoever it is, ends the connection with a `WireErr
 | GOT | decode | `good`: whether the pull came; if not, they are sent as bytes | |
 | DONE | prefill | `cached`: tokens that were found in its prefix cache | log-probabilities (`given.py`) |
 | FAILED | prefill | `code`, `message` | |
+| END | decode | of a request that is not wanted any more | |
 | BEAT | both | | |
 
 Integers that stand for floats, or numbers beyond 2^53, are in no object. Nothing that is read is executed or unpickled.
@@ -28,7 +29,7 @@ from deepseek_jax.checks import shown
 from deepseek_jax.json_files import parse_object
 from deepseek_jax.serving.transfer.deadlines import Deadlines
 
-ASK, TAKEN, PAGES, GOT, DONE, FAILED, BEAT = range(1, 8)
+ASK, TAKEN, PAGES, GOT, DONE, FAILED, BEAT, END = range(1, 9)
 _HEAD = struct.Struct("!BIQ")
 _LONGEST = 1 << 16  # bytes of an object
 
@@ -69,6 +70,12 @@ class Channel:
         async with self._sending:
             await self._write(memoryview(_HEAD.pack(kind, len(text), len(view)) + text))
             await self._write(view)
+
+    def say_end(self) -> None:
+        """Says END, if that can be said at once, before the connection is closed."""
+        if not self._sending.locked():
+            with contextlib.suppress(OSError):
+                self._socket.send(_HEAD.pack(END, 2, 0) + b"{}")
 
     async def receive(self, known: dict[int, int]) -> Message:
         """The next message but BEAT. known: how many bytes each kind that may come now may have."""
