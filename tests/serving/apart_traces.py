@@ -31,7 +31,7 @@ from tests.serving.two_servers import TwoServers, not_held, plain
 EACH, NEW, LONGEST = 10, 24, 256
 
 
-def beside_mesh():
+def beside_mesh(_):
     """One device with the weights of the engines over a mesh."""
     made = OneDevice(decoding_config(mesh_engine.CFG), mesh_engine.SIZES, 7)
     params, bias = mesh_engine.model()
@@ -40,15 +40,15 @@ def beside_mesh():
 
 
 def over_mesh(name):
-    return lambda: mesh_engine.engine(name, pages=6)
+    return lambda _: mesh_engine.engine(name, pages=6)
 
 
-def few():
-    return plain(7)
+def few(name):
+    return plain(name, pages=7)
 
 
-def fp8():
-    return plain(7, fp8=True)
+def fp8(name):
+    return plain(f"{name} of fp8", pages=7, fp8=True)
 
 
 # Prefill, decode, whether directly, and who does both.
@@ -65,7 +65,7 @@ class Kind:
     """Servers of a kind, with warm programs; they stay, with their caches, from trace to trace."""
 
     def __init__(self, prefill, decode, direct, together):
-        engines = prefill(), decode(), together()
+        engines = prefill(f"prefill {direct}"), decode(f"decode {direct}"), together("together")
         for engine in engines:
             for _ in engine.device.warm_up():
                 pass

@@ -1,5 +1,6 @@
 """Two engines in one process, prefill and decode, with a connection between them; and one that does both, to compare with."""
 
+import functools
 import queue
 
 from deepseek_jax.model.decoding import prepare
@@ -17,12 +18,22 @@ OPTIONS = Options(rows=4, max_model_len=256, chunk=64, waiting=1000, stall=1e9, 
 SOON = Deadlines(meet=2, queued=20, transfer=20, beat=0.2, direct=5)
 
 
-def plain(pages=PAGES, fp8=False, options=OPTIONS):
-    """An engine of a device of its own, whose programs others have compiled."""
-    made = OneDevice(CFG, SIZES, pages, fp8, drafts=True)
+@functools.cache
+def ready():
     params, bias = model()
-    made.weights = Weights(prepare(params, CFG), bias, 60)
-    return Engine(made, options)
+    return Weights(prepare(params, CFG), bias, 60)
+
+
+@functools.cache
+def device(name, pages, fp8):
+    """One for each name; its pages hold whatever earlier tests left."""
+    made = OneDevice(CFG, SIZES, pages, fp8, drafts=True)
+    made.weights = ready()
+    return made
+
+
+def plain(name="together", pages=PAGES, fp8=False):
+    return Engine(device(name, pages, fp8), OPTIONS)
 
 
 class Always:
@@ -36,12 +47,13 @@ class Always:
 
 
 class TwoServers:
-    """`decode` and `prefill` are threads of engines; `server` and `fetching` the sides of the transfer."""
+    """`decode` and `prefill` are threads of engines; `server` and `fetching` the sides of the transfer. name: of the devices,
+    if others run at the same time."""
 
-    def __init__(self, decode=None, prefill=None, alone=False, direct=False, deadlines=SOON):
-        self.prefill = EngineThread(prefill or plain())
+    def __init__(self, decode=None, prefill=None, alone=False, direct=False, deadlines=SOON, name=""):
+        self.prefill = EngineThread(prefill or plain(f"prefill {name}"))
         self.server = PrefillServer(self.prefill, "same", "127.0.0.1", 0, deadlines=deadlines, direct=direct)
-        self.decode = EngineThread(decode or plain())
+        self.decode = EngineThread(decode or plain(f"decode {name}"))
         self.prefills = Always("{}:{}".format(*self.server.address))
         self.fetching = Fetching(
             self.decode, "same", self.prefills, alone, deadlines=deadlines, direct=direct

@@ -29,7 +29,7 @@ NEW = 8
 
 @pytest.fixture(scope="module")
 def servers():
-    with TwoServers() as made:
+    with TwoServers(name="servers") as made:
         yield made
 
 
@@ -141,7 +141,7 @@ def test_too_few_pages_on_either_side_lose_nothing():
         Request(str(i), RNG.integers(0, 60, 150 + i).tolist(), 60, Sampling(1.0), seed=i) for i in range(5)
     ]
     want = {name: [token.id for token in tokens] for name, tokens in run(plain(), requests).items()}
-    with TwoServers(decode=plain(), prefill=plain()) as made:
+    with TwoServers() as made:
         for thread, pages in ((made.prefill, 4), (made.decode, 1)):
             assert thread.call(lambda t=thread, n=pages: t.engine.schedulers[0].pool.allocate(n))
         assert ids(made.run(requests)) == want
@@ -195,7 +195,7 @@ QUICK = Deadlines(meet=0.5, queued=0.5, transfer=0.5, beat=0.1)
 
 @pytest.fixture(scope="module")
 def quick():
-    with TwoServers(deadlines=QUICK) as made:
+    with TwoServers(deadlines=QUICK, name="quick") as made:
         yield made
 
 
