@@ -1,6 +1,7 @@
 """Prefill and decode apart: two engines of one process, with real connections, beside one that does both. The long form, over
 random traces, is `tests/serving/apart_traces.py`."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -250,7 +251,11 @@ FALSE = [
         "prefill_refused",
         "queued: full",
     ),
-    (lambda c: c.sendall(frame(wire.TAKEN, {"identity": {}, "direct": None})), "prefill_differs", "dtype is"),
+    (
+        lambda c: (read_ask(c), c.sendall(frame(wire.TAKEN, {"identity": {}, "direct": None}))),
+        "prefill_differs",
+        "dtype is",
+    ),
 ]
 
 
@@ -302,7 +307,7 @@ def test_a_pull_that_does_not_answer_is_left_alone(monkeypatch):
     """The pages come by the connection, and the next ones at once."""
 
     async def silent(self, *_):
-        await __import__("asyncio").sleep(60)
+        await asyncio.sleep(60)
 
     want = {"x": [token.id for token in run(plain(), [Request("x", LONG, NEW)])["x"]]}
     monkeypatch.setattr(Direct, "pull", silent)
