@@ -95,6 +95,12 @@ _LOADS = _text(
     None,
     "With --redundant: file of the experts' loads, read at the start if it is there, written at the end.",
 )
+_OVERLAP = _text(
+    "overlap",
+    "off",
+    "Over a mesh: tokens of a GPU from which on its rows run in two halves, one beside the other's exchange; off; or auto: "
+    "where it pays.",
+)
 _INVARIANT = _switch("invariant", False, "An answer is the same bits whatever else runs; slower.")
 _WAITING = _whole("waiting", 256, "Sequences that may wait beside those that run.", 0)
 _WAITING_TOKENS = _whole("waiting_tokens", 1 << 20, "Tokens of the prompts that wait.", 1)
@@ -177,6 +183,7 @@ def _options() -> Any:
         replan=_REPLAN.value,
         replan_below=_BELOW.value,
         expert_loads=_LOADS.value,
+        overlap=int(_OVERLAP.value) if _OVERLAP.value.isdecimal() else _OVERLAP.value,
     )
 
 

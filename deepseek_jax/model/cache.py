@@ -55,6 +55,10 @@ class PagedView(NamedTuple):
         """bool: the other tokens are written nowhere, go to no expert, and what comes out for them means nothing."""
         return self.positions_bt >= 0
 
+    def over(self, pages_lpsw: jax.Array) -> "PagedView":
+        """The same tokens, in pages that came of these."""
+        return self._replace(pages_lpsw=pages_lpsw)
+
     def append(self, i: Any, new: LatentCache) -> "PagedView":
         """The view after the new tokens' latents of layer i [b, t, ...] are written."""
         _, pages, page, _ = self.pages_lpsw.shape

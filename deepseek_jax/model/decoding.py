@@ -9,7 +9,6 @@ Dims: b sequence, t new token, d hidden, l layer, e expert.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -22,9 +21,16 @@ from deepseek_jax.model.dispatch import Local
 from deepseek_jax.model.experts import decode_experts, experts_apart
 from deepseek_jax.model.layers import Params, embed, rms_norm
 from deepseek_jax.model.layout import Context, Layout
-from deepseek_jax.model.mla import Low, Rope, absorb, down, latents, mla_decode
+from deepseek_jax.model.mla import (
+    Absorbed,
+    Low,
+    absorb,
+    absorbed_queries,
+    down,
+    latents,
+)
 from deepseek_jax.model.mtp import mtp_input, mtp_latents
-from deepseek_jax.model.over_pages import CPU, H100, expands, mla_over_pages
+from deepseek_jax.model.over_pages import CPU, H100, AsTheyAre, expands, queries_as_they_are
 from deepseek_jax.model.params import layers_apart
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.weights import join_for_inference
@@ -103,24 +109,39 @@ def prepare(params: Params, cfg: ModelConfig, whole: bool = True) -> Params:
     return ready
 
 
-def _attention(p: Params, cfg: ModelConfig, low: Low, rope: Rope, view: Any, i: Any) -> jax.Array:
-    """Of the new tokens over those that the view holds: absorbed, but where many come and expanding these takes less time."""
-    t = low.q_btq.shape[1]
-    if expands(cfg, t, view.slots, CPU if on_cpu() else H100):
-        return mla_over_pages(p, cfg, low, rope, view, i)
-    return mla_decode(p, cfg, low, rope, functools.partial(view.attend, i))
+def attention_in(
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, i: Any, ctx: Context
+) -> tuple[Low, Any]:
+    """Norm and down-projections of layer i -> what the rest of its attention reads of the new tokens, and the view with their
+    latents."""
+    h_btd = rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
+    low = ctx.layout.sequence.gathered(down(p["attn"], cfg, h_btd))
+    return low, view.append(i, latents(p["attn"], cfg, low, ctx.rope))
+
+
+def attention_queries(p: Params, cfg: ModelConfig, low: Low, view: Any, ctx: Context) -> Absorbed | AsTheyAre:
+    """Of this device's heads: absorbed, or, where many tokens come and expanding the cached ones takes less time, as they are."""
+    heads = ctx.layout.sequence.ready_heads(p["attn"])
+    expanded = expands(cfg, low.q_btq.shape[1], view.slots, CPU if on_cpu() else H100)
+    return (queries_as_they_are if expanded else absorbed_queries)(heads, cfg, low, ctx.rope)
+
+
+def attention_out(
+    p: Params, cfg: ModelConfig, x_btd: jax.Array, q: Absorbed | AsTheyAre, view: Any, i: Any, ctx: Context
+) -> jax.Array:
+    """x plus the attention of the new tokens over those that the view holds."""
+    sequence = ctx.layout.sequence
+    heads, seen = sequence.ready_heads(p["attn"]), sequence.seen(view, i)
+    return x_btd + sequence.scattered(q.attend(heads, cfg, *seen))
 
 
 def _block(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, i: Any, ctx: Context, bias_e: Any
 ) -> tuple[jax.Array, Any, jax.Array]:
     """Layer i: the stream, the view, and how many of this device's tokens go to each expert [e]."""
-    sequence, h_btd = ctx.layout.sequence, rms_norm(x_btd, p["attn_norm_d"], cfg.rms_norm_eps)
-    low = sequence.gathered(down(p["attn"], cfg, h_btd))
-    view = view.append(i, latents(p["attn"], cfg, low, ctx.rope))
-    heads, seen = sequence.ready_heads(p["attn"]), sequence.seen(view, i)
-    x_btd = x_btd + sequence.scattered(_attention(heads, cfg, low, ctx.rope, *seen))
-    x_btd, stats = ffn(p, cfg, x_btd, bias_e, ctx)
+    low, view = attention_in(p, cfg, x_btd, view, i, ctx)
+    q = attention_queries(p, cfg, low, view, ctx)
+    x_btd, stats = ffn(p, cfg, attention_out(p, cfg, x_btd, q, view, i, ctx), bias_e, ctx)
     return x_btd, view, stats.counts_e
 
 
@@ -163,18 +184,33 @@ def decode(
     (`parallel/layout.py`): `few_tokens`, or `many_tokens` for prompts, where devices that divide sequences run the rows of
     all of them together, over pages.
     """
-    ctx, view = _context(cfg, view, layout)
-    x_btd = embed(ready["embed"], cfg, layout.sequence.own(layout.sequence.all_rows(tokens_bt)))
-    layers = _one_by_one if unrolled(cfg) else _scanned
-    dense, n_moe = cfg.first_k_dense_replace, cfg.num_moe_layers
+    if layout.in_two is not None:
+        return layout.in_two(ready, cfg, tokens_bt, view, balance_bias, layout)  # type: ignore[no-any-return]
+    x_btd, view, ctx = before_experts(ready, cfg, tokens_bt, view, layout)
+    n_moe, dense = cfg.num_moe_layers, cfg.first_k_dense_replace
     counts_le = jnp.zeros((0, cfg.n_routed_experts), jnp.int32)
-    if dense:
-        x_btd, view, _ = layers(ready["dense_layers"], cfg, x_btd, view, 0, ctx, None)
     if n_moe:
+        layers = _one_by_one if unrolled(cfg) else _scanned
         bias_le = None if balance_bias is None else balance_bias[:n_moe]
         x_btd, view, counts_le = layers(ready["moe_layers"], cfg, x_btd, view, dense, ctx, bias_le)
-    h_btd = rms_norm(x_btd, ready["final_norm"]["scale_d"], cfg.rms_norm_eps)
-    return layout.sequence.own_rows(h_btd), layout.sequence.own_view(view), counts_le
+    return final_states(ready, cfg, x_btd, layout), layout.sequence.own_view(view), counts_le
+
+
+def before_experts(
+    ready: Params, cfg: ModelConfig, tokens_bt: jax.Array, view: Any, layout: Layout
+) -> tuple[jax.Array, Any, Context]:
+    """Embedding and dense layers -> the stream, the view of the rows that the layers see, and what these share."""
+    ctx, view = _context(cfg, view, layout)
+    x_btd = embed(ready["embed"], cfg, layout.sequence.own(layout.sequence.all_rows(tokens_bt)))
+    if cfg.first_k_dense_replace:
+        layers = _one_by_one if unrolled(cfg) else _scanned
+        x_btd, view, _ = layers(ready["dense_layers"], cfg, x_btd, view, 0, ctx, None)
+    return x_btd, view, ctx
+
+
+def final_states(ready: Params, cfg: ModelConfig, x_btd: jax.Array, layout: Layout) -> jax.Array:
+    """Behind the last layer: hidden states after the final norm, of this device's rows."""
+    return layout.sequence.own_rows(rms_norm(x_btd, ready["final_norm"]["scale_d"], cfg.rms_norm_eps))
 
 
 def _context(cfg: ModelConfig, view: Any, layout: Layout) -> tuple[Context, Any]:

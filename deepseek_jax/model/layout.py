@@ -24,6 +24,8 @@ class Layout:
     sequence: where the tokens of a sequence are.
     remat: what the backward pass computes again, a name of `config.REMAT`.
     moe_stack: runs the MoE layers of the main model; None: `block.stack`, with the batch whole.
+    in_two: a pass over pages with its rows in two halves (`parallel/two_batches.py`), as `decoding.decode`; None: with all rows
+      at once.
     mesh: (name, size) of the mesh axes of more than one device inside whose `shard_map` the pass runs.
     """
 
@@ -31,7 +33,13 @@ class Layout:
     sequence: Whole = WHOLE
     remat: str = "none"
     moe_stack: Callable[..., Any] | None = None
+    in_two: Callable[..., Any] | None = None
     mesh: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def divided(self) -> bool:
+        """Whether devices divide sequences."""
+        return self.sequence is not WHOLE
 
     @property
     def forward_only(self) -> "Layout":

@@ -12,7 +12,7 @@ n nope head dim, r rope head dim, k = n + r, v value head dim.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -200,9 +200,27 @@ def mla_decode(
 
     `p` comes from `absorb`, `over_cache` from a view: its `attend`, for this layer.
     """
+    return _absorbed_output(p, over_cache(*absorbed_queries(p, cfg, low, rope), softmax_scale(cfg)))
+
+
+class Absorbed(NamedTuple):
+    """Queries of the absorbed form, not scaled: of the latents [b, t, h, c], and of the rotated keys [b, t, h, r]."""
+
+    q_bthc: jax.Array
+    q_bthr: jax.Array
+
+    def attend(self, p: Params, cfg: ModelConfig, view: Any, i: Any) -> jax.Array:
+        """The attention's output [b, t, d] over the latents of layer i of a view, the sum over the heads of p."""
+        return _absorbed_output(p, view.attend(i, *self, softmax_scale(cfg)))
+
+
+def absorbed_queries(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> Absorbed:
+    """Of the heads whose weights there are."""
     q_nope, q_rope = _queries(p, cfg, low, rope)
-    q_bthc = _by_heads(jnp.moveaxis(q_nope, 2, 0), p["wk_hnc"])
-    o_bhtc = over_cache(q_bthc, q_rope, softmax_scale(cfg))
+    return Absorbed(_by_heads(jnp.moveaxis(q_nope, 2, 0), p["wk_hnc"]), q_rope)
+
+
+def _absorbed_output(p: Params, o_bhtc: jax.Array) -> jax.Array:
     o_bthv = _by_heads(jnp.moveaxis(o_bhtc, 1, 0), p["wv_hcv"])
     return linear(o_bthv, p["wo_hvd"], n_in=2)
 

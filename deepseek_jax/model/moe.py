@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.dispatch import Received
 from deepseek_jax.model.experts import expert_params
 from deepseek_jax.model.ffn import mlp, mlp_params
 from deepseek_jax.model.layers import Params
@@ -56,13 +55,14 @@ class Routed(NamedTuple):
 
 
 class AtExperts(NamedTuple):
-    """Tokens after their dispatch: the stream, normed tokens and routing weights as they are here, and rows received."""
+    """Tokens after their dispatch: the stream, normed tokens and routing weights as they are here, and what
+    the dispatcher received."""
 
     x_btd: jax.Array
     h_btd: jax.Array
     weights_nk: jax.Array
     plan: Any
-    received: Received
+    received: Any
 
 
 def gate(p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None, ctx: Context) -> Routed:

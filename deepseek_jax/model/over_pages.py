@@ -59,21 +59,34 @@ class _Seen(NamedTuple):
         return _Seen(self.out * old + new.out * weight, lse)
 
 
+class AsTheyAre(NamedTuple):
+    """Queries of keys that are expanded from latents [b, t, h, k]."""
+
+    q_bthk: jax.Array
+
+    def attend(self, p: Params, cfg: ModelConfig, view: PagedView, i: int | jax.Array) -> jax.Array:
+        """See `mla_over_pages`."""
+        return mla_over_pages(p, cfg, self.q_bthk, view, i)
+
+
+def queries_as_they_are(p: Params, cfg: ModelConfig, low: Low, rope: Rope) -> AsTheyAre:
+    """Of the heads whose weights there are."""
+    return AsTheyAre(queries(p, cfg, low, rope))
+
+
 def mla_over_pages(
     p: Params,
     cfg: ModelConfig,
-    low: Low,
-    rope: Rope,
+    q_bthk: jax.Array,
     view: PagedView,
     i: int | jax.Array,
 ) -> jax.Array:
-    """t new tokens, projected `down`, attend over pages that already hold them, in layer i. Returns [b, t, d], the sum over
-    the heads whose weights there are; what it holds for a token that does not count means nothing.
+    """t new tokens, of which there are the `queries`, attend over pages that already hold them, in layer i. Returns [b, t, d],
+    the sum over the heads whose weights there are; what it holds for a token that does not count means nothing.
 
     `p` comes from `mla.absorb`. Cached tokens are expanded some thousands at a time, to the end of the longest sequence: the
     table may have room for many more. On a GPU a host waits once for each time, some 20 us of 600.
     """
-    q_bthk = queries(p, cfg, low, rope)
     b, t = q_bthk.shape[:2]
     pages, blocks = _blocks(view, b, t)
     slots = pages * view.pages_lpsw.shape[2]
@@ -88,7 +101,7 @@ def mla_over_pages(
     if blocks > 1:
         end = jnp.minimum(-(-jnp.max(view.lengths) // slots), blocks)
         seen = lax.fori_loop(1, end, lambda j, seen: seen.merged(attend(j)), seen)
-    o_bthv = jnp.swapaxes(seen.out, 1, 2).astype(low.q_btq.dtype)
+    o_bthv = jnp.swapaxes(seen.out, 1, 2).astype(q_bthk.dtype)
     return linear(o_bthv, p["wo_hvd"], n_in=2)
 
 

@@ -5,6 +5,7 @@ the tokens of a sequence over `tensor`. Everything else is whole on every device
 """
 
 import dataclasses
+import functools
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -12,6 +13,7 @@ from deepseek_jax.config import Config, MeshConfig, ModelConfig
 from deepseek_jax.model.dispatch import Dispatcher, Local
 from deepseek_jax.model.experts import decode_experts
 from deepseek_jax.model.layout import Layout
+from deepseek_jax.parallel import two_batches
 from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS, Ragged
 from deepseek_jax.parallel.exchange.low_latency import LowLatency
 from deepseek_jax.parallel.exchange.placement import nodes_per_token
@@ -81,6 +83,15 @@ def few_tokens(
     if _tokens_travel(model, cfg, mesh):
         return Layout(LowLatency(wire=_wire(cfg, wire)), mesh=_axes(mesh))
     return Layout(Local(decode_experts), mesh=_axes(mesh))
+
+
+def halved(layout: Layout) -> Layout:
+    """The same for passes over pages whose rows are to be in two halves; as it is where no tokens travel."""
+    dispatcher = layout.dispatcher
+    if not isinstance(dispatcher, LowLatency | Ragged):
+        return layout
+    order = two_batches.decoding if isinstance(dispatcher, LowLatency) else two_batches.prompts
+    return dataclasses.replace(layout, in_two=functools.partial(two_batches.in_two, order))
 
 
 def layout_over(cfg: Config, mesh: Mesh | AbstractMesh, anywhere: bool = False) -> Layout:

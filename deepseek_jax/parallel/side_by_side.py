@@ -38,8 +38,8 @@ class Trip(NamedTuple):
     """
 
     direction: Direction
-    values: Values
-    plan: Plan
+    values: Any
+    plan: Any
     after: Any = None
 
     @property

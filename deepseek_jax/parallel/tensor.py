@@ -51,6 +51,17 @@ class SharedView:
     def counted_bt(self) -> jax.Array:
         return self.positions_bt >= 0
 
+    @property
+    def slots(self) -> int:
+        return self.own.slots
+
+    @property
+    def pages_lpsw(self) -> jax.Array:
+        return self.own.pages_lpsw
+
+    def over(self, pages_lpsw: jax.Array) -> "SharedView":
+        return self.replace(own=self.own.over(pages_lpsw))  # type: ignore[attr-defined,no-any-return]
+
     def append(self, i: Any, new: LatentCache) -> "SharedView":
         return self.replace(own=self.own.append(i, self.sequence.cached(new)))  # type: ignore[attr-defined,no-any-return]
 

@@ -1,5 +1,6 @@
 """An engine for a loaded model."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.over_mesh import OverMesh
+from deepseek_jax.serving.overlap import overlap_from
 from deepseek_jax.serving.processes import Following, Leading
 from deepseek_jax.serving.programs import Weights, layers_in_pages
 
@@ -42,20 +44,19 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
     pages = options.pages_for(cfg, layers_in_pages(cfg, drafts))
     if model.mesh is not None:  # of one device, the other processes know nothing
         pages = lowest(pages)
-    cache = cfg, options.sizes(cfg), pages, options.cache == "fp8", drafts
+    sizes, cache = options.sizes(cfg), (pages, options.cache == "fp8", drafts)
     device: Any
     if model.mesh is None:
-        device = OneDevice(*cache)
+        device = OneDevice(cfg, sizes, *cache)
     else:
-        over: dict[str, Any] = {
-            "mesh": model.mesh,
-            "policy": policy_of(model.params),
-            "redundant": options.redundant,
-        }
+        over: dict[str, Any] = {"mesh": model.mesh, "policy": policy_of(model.params)}
+        overlap = overlap_from(options.overlap, cfg, **over)
+        sizes = dataclasses.replace(sizes, overlap=overlap)
+        over["redundant"] = options.redundant
         if jax.process_count() == 1:
-            device = OverMesh(*cache, **over)
+            device = OverMesh(cfg, sizes, *cache, **over)
         else:
-            device = (Leading if is_first() else Following)(*cache, **over, say=say)
+            device = (Leading if is_first() else Following)(cfg, sizes, *cache, **over, say=say)
     device.weights = weights_of(model, model.ready(keep=device.slots is None))
     return device
 

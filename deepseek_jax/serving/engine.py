@@ -159,6 +159,7 @@ class Engine:
             self.stats.steps += 1
             if self.experts is not None:
                 self.experts.turn()
+            self.stats.in_two += any(self.device.in_two(flight.program) for flight in launched)
         self.idle &= not (
             launched or self._flights or self._ended or any(s.admitted or s.preempted for s in steps)
         )

@@ -143,6 +143,11 @@ class OneDevice:
     def _these(self, pages: list[int]) -> np.ndarray:
         return np.array([*pages, *[-1] * (self.sizes.moved - len(pages))], np.int32)
 
+    def in_two(self, program: tuple[Any, ...]) -> bool:
+        """Whether a program (`pace.py` has the names) has its rows in two halves, of which one computes while the other's
+        tokens travel: here nothing travels."""
+        return False
+
     def warm_up(self) -> Iterator[str]:
         """Compiles all programs, one after the other, and times them; yields what comes next, for a screen."""
         for request in _to_admit():

@@ -13,6 +13,7 @@ from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.serving.sizes import Sizes
 
 CACHES = ("model", "fp8")
+OVERLAP = ("off", "auto")
 CPU_CACHE = 2**30  # bytes of pages on a CPU, at most, where nobody says how many
 GPU_SHARE = 0.8  # of what is free on a GPU
 
@@ -39,6 +40,8 @@ class Options:
         replan_below: a look makes a new plan if the mean load of a device is less than this part of that of the fullest; 1: always,
             if there is a better one.
         expert_loads: file of loads that the first plan is made for, if it is there; it is written at the end.
+        overlap: over a mesh, from how many tokens of a device on a program has its rows in two halves, of which one computes while
+            the other's tokens travel; "auto": where it pays by bandwidths (`overlap.py`), never on CPUs; "off": never.
     """
 
     rows: int = 32
@@ -54,6 +57,7 @@ class Options:
     replan: int = 1000
     replan_below: float = 1.0
     expert_loads: str | None = None
+    overlap: int | str = "off"
 
     def __post_init__(self):
         for name in ("rows", "max_model_len", "chunk", "pages", "waiting", "redundant", "replan"):
@@ -77,6 +81,10 @@ class Options:
         require(
             self.expert_loads is None or self.redundant is not None,
             f"expert_loads={shown(self.expert_loads)} is for experts that move: give redundant, 0 or more, or leave it out",
+        )
+        require(
+            self.overlap in OVERLAP or (is_integer(self.overlap) and int(self.overlap) >= 1),
+            f"overlap={shown(self.overlap)} must be 'off', 'auto' or an integer >= 1, tokens of a device from which on",
         )
 
     def sizes(self, cfg: ModelConfig) -> Sizes:

@@ -12,6 +12,9 @@ that is more than the waits take; and buffers for few tokens hold all tokens of 
 tokens are divided: each device of a group takes a part of the tokens of the group's rows, and of the heads, whose latents it
 gathers from their pages (`parallel/tensor.py`).
 
+From so many tokens of a device on as `overlap` says (`overlap.py`), the rows of a program are in two halves, one of which
+computes while the other's tokens travel (`parallel/two_batches.py`). So each size has one form.
+
 Dims: s slot, r row of a program, on all devices one after the other.
 """
 
@@ -33,7 +36,7 @@ from deepseek_jax.model.layout import Layout
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS
 from deepseek_jax.parallel.exchange.wire import Wire
-from deepseek_jax.parallel.layout import few_tokens, many_tokens
+from deepseek_jax.parallel.layout import few_tokens, halved, many_tokens
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.parallel.prepared import (
     WHOLE,
@@ -43,6 +46,7 @@ from deepseek_jax.parallel.prepared import (
     ready_specs,
 )
 from deepseek_jax.parallel.slots import Slots
+from deepseek_jax.parallel.two_batches import divides
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.serving.drafting import decode_pairs
 from deepseek_jax.serving.one_device import OneDevice
@@ -89,20 +93,31 @@ class Programs(NamedTuple):
     brought: Callable[..., State]
 
 
-def chunk_layout(
+def layout_of(
+    program: tuple[Any, ...],
     cfg: ModelConfig,
     mesh: MeshConfig,
     devices: Any,
     wire: Wire,
-    rows: int,
-    tokens: int,
+    overlap: int | None,
     in_slots: bool = False,
 ) -> Layout:
-    """Of chunks of `tokens` tokens, of so many `rows` on each device. in_slots: experts lie where plans say."""
-    divides = tokens % devices.shape["tensor"] == 0
-    if rows * tokens <= FEW or not divides:
-        return few_tokens(cfg, mesh, devices, wire)
-    return many_tokens(cfg, mesh, devices, tokens, wire, in_slots)
+    """Of the program of this name (`pace.py`), whose sizes are those of each device. overlap: from how many tokens on its rows
+    are in two halves, where they have any; None: never. in_slots: experts lie where plans say."""
+    kind, rows, *more = program
+    tokens = more[0] if kind == "prefill" else 2 if kind == "drafts" else 1
+    layout = few_tokens(cfg, mesh, devices, wire)
+    if kind == "prefill" and rows * tokens > FEW and tokens % devices.shape["tensor"] == 0:
+        layout = many_tokens(cfg, mesh, devices, tokens, wire, in_slots)
+    parts = devices.shape["tensor"] if layout.divided else 1
+    large = overlap is not None and rows * tokens >= overlap and cfg.num_moe_layers > 0
+    fits = large and divides(rows, tokens, parts)
+    return halved(layout) if fits else layout
+
+
+def wire_of(policy: Policy | None) -> Wire:
+    """In which formats tokens travel where the mesh config does not say: those of the weights' policy."""
+    return AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
 
 
 @functools.cache
@@ -112,11 +127,12 @@ def programs(
     policy: Policy | None = None,
     at: Devices = None,
     in_slots: bool = False,
+    overlap: int | None = None,
 ) -> Programs:
     """Of a model over a mesh. cfg: that decoding runs with. policy: of weights in FP8. in_slots: experts are, and their loads are
-    counted. Raises ValueError as `generation_mesh`."""
+    counted. overlap: see `layout_of`. Raises ValueError as `generation_mesh`."""
     devices = generation_mesh(cfg, mesh, at)
-    wire = AS_IT_IS if policy is None else Wire(policy.dispatch, policy.combine)
+    wire = wire_of(policy)
     of_ready = ready_specs(cfg, parameter_specs(cfg, mesh, devices), in_slots)
     weights_specs = Weights(of_ready, WHOLE, WHOLE)
     over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
@@ -135,10 +151,11 @@ def programs(
         here = jnp.where(lax.axis_index(TOKEN_AXES) == rank, slot, nowhere)
         return state._replace(slots=put(state.slots, here, row))
 
-    def decoding(program: Callable[..., Any]) -> Callable[..., Any]:
+    def decoding(name: str, program: Callable[..., Any]) -> Callable[..., Any]:
         @functools.partial(consuming, static_argnames="most")
         def decode(weights: Weights, state: State, rows: DecodeRows, times: Any, most: int | None) -> Any:
-            layout = few_tokens(cfg, mesh, devices, wire)
+            each = len(rows.slot_r) // devices.size
+            layout = layout_of((name, each), cfg, mesh, devices, wire, overlap)
 
             def run(weights: Weights, state: State, rows: DecodeRows, times: Any) -> Any:
                 return decode_times(program, weights, cfg, layout, state, rows, times, most)
@@ -151,7 +168,7 @@ def programs(
     @functools.partial(consuming, static_argnames="most")
     def prefill(weights: Weights, state: State, chunks: Chunks, most: int | None) -> Any:
         r, t = chunks.tokens_rt.shape
-        layout = chunk_layout(cfg, mesh, devices, wire, r // devices.size, t, in_slots)
+        layout = layout_of(("prefill", r // devices.size, t), cfg, mesh, devices, wire, overlap, in_slots)
 
         def run(weights: Weights, state: State, chunks: Chunks) -> Any:
             return prefill_chunks(weights, cfg, layout, state, chunks, most)
@@ -167,9 +184,8 @@ def programs(
 
     take = jax.jit(over_devices(taken, in_specs=(BY_LAYER, ROWS), out_specs=ROWS))
     bring = consuming(over_devices(brought, in_specs=(STATE, ROWS, ROWS), out_specs=STATE))
-    return Programs(
-        empty, admit, decoding(decode_rows), decoding(decode_pairs), prefill, counted, take, bring
-    )
+    rows, pairs = decoding("decode", decode_rows), decoding("drafts", decode_pairs)
+    return Programs(empty, admit, rows, pairs, prefill, counted, take, bring)
 
 
 class OverMesh(OneDevice):
@@ -206,7 +222,16 @@ class OverMesh(OneDevice):
         self.ranks = self.devices.size
         if redundant is not None:
             self.slots = Slots(cfg, mesh, redundant, at)
-        self._run = programs(cfg, mesh, policy, at, redundant is not None)
+        self._run = programs(cfg, mesh, policy, at, redundant is not None, sizes.overlap)
+        self._layout_of = functools.partial(
+            layout_of,
+            cfg=cfg,
+            mesh=mesh,
+            devices=self.devices,
+            wire=wire_of(policy),
+            overlap=sizes.overlap,
+            in_slots=redundant is not None,
+        )
         self._rows, self._whole = (NamedSharding(self.devices, spec) for spec in (ROWS, WHOLE))
         self._gather = jax.jit(lambda x: x, out_shardings=self._whole)
         self._one_of = jax.jit(
@@ -216,6 +241,9 @@ class OverMesh(OneDevice):
         self._all_may_come: dict[int, jax.Array] = {}
         self._empty_blocks: dict[Any, jax.Array] = {}
         super().__init__(cfg, sizes, pages, fp8, drafts)
+
+    def in_two(self, program: tuple[Any, ...]) -> bool:
+        return self._layout_of(program).in_two is not None
 
     def _empty(self, fp8: bool) -> State:
         return self._run.empty(self.sizes, self.pages, fp8, self.drafts)

@@ -22,12 +22,14 @@ class Sizes:
         chunk: tokens of prompts in one program.
         fixed: one size for decode rows, and one of a page for chunks, so that a row's arithmetic is the same whatever
             runs beside it.
+        overlap: over a mesh, from how many tokens of a program on it has its rows in two halves (`over_mesh.py`); None: never.
     """
 
     slots: int
     max_model_len: int
     chunk: int
     fixed: bool = False
+    overlap: int | None = None
 
     @property
     def pages_each(self) -> int:

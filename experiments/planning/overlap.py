@@ -29,7 +29,7 @@ from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh, param_specs, rules
 from deepseek_jax.parallel.zero import read_dtype
 from deepseek_jax.precision import PRESETS, preset
 from experiments import command_line
-from experiments.planning import xla
+from experiments.planning import overlap_serving, xla
 from experiments.planning.hardware import GIB
 from experiments.study.hlo_schedule import Transfer, transfers
 from pallas_kernels.tiles import leave_sms
@@ -131,6 +131,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] in overlap_serving.UNITS:
+        return overlap_serving.main(argv)
     args = _arguments(argv)
     xla.check_compiler()
     xla.prepare()

@@ -45,11 +45,16 @@ class Instruction:
         of stacked weights, the latter two are fused with the slice."""
         sliced = self.opcode == "fusion" and self.name.startswith("dynamic_slice_fusion")
         if sliced or self.opcode == "custom-call":
-            kernel = _KERNEL.search(self.op_name)
-            if kernel is not None:
-                return re.search("gemm|wgrad", kernel[1]) is not None
+            if self.kernel:
+                return re.search("gemm|wgrad", self.kernel) is not None
             return "__cublas" in self.text or (sliced and "/dot_general" in self.op_name)
         return self.opcode == "dot" or (self.opcode == "fusion" and "gemm_fusion" in self.name)
+
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel of ours that it runs, or ""."""
+        match = _KERNEL.search(self.op_name)
+        return match[1] if match and self.opcode in ("custom-call", "fusion") else ""
 
     def reads(self, name: str) -> bool:
         operands = self.text.split(f" {self.opcode}(", 1)[1].split("), ", 1)[0]
@@ -58,7 +63,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """One collective. `gemms` are the GEMMs issued between its start and its done, by their scopes."""
+    """One collective. `gemms` are the GEMMs issued between its start and its done, by their scopes; `attention` the kernels of
+    an attention's core likewise; text: its line."""
 
     name: str
     opcode: str
@@ -66,6 +72,8 @@ class Transfer:
     computation: str
     is_sync: bool
     gemms: tuple[str, ...]
+    attention: tuple[str, ...] = ()
+    text: str = ""
 
     @property
     def hidden(self) -> bool:
@@ -104,7 +112,9 @@ def _origin(body: list[Instruction], start: Instruction, done: Instruction) -> s
 def _transfer(computation: str, body: list[Instruction], at: int, opcode: str) -> Transfer:
     start = body[at]
     if start.opcode == opcode:
-        return Transfer(start.name, opcode, _origin(body, start, start), computation, True, ())
+        return Transfer(
+            start.name, opcode, _origin(body, start, start), computation, True, (), (), start.text
+        )
     end = next(
         i
         for i in range(at + 1, len(body))
@@ -117,6 +127,8 @@ def _transfer(computation: str, body: list[Instruction], at: int, opcode: str) -
         computation=computation,
         is_sync='"is_sync":true' in start.text,
         gemms=tuple(x.op_name for x in body[at + 1 : end] if x.is_gemm),
+        attention=tuple(x.op_name for x in body[at + 1 : end] if x.kernel.startswith("mla_")),
+        text=start.text,
     )
 
 

@@ -51,7 +51,8 @@ def replica_groups(text: str) -> list[list[int]]:
     return []
 
 
-def _over_hosts(text: str, per_host: int) -> bool:
+def over_hosts(text: str, per_host: int) -> bool:
+    """Whether a collective is between hosts."""
     groups = replica_groups(text)
     return not groups or any(len({device // per_host for device in group}) > 1 for group in groups)
 
@@ -61,7 +62,7 @@ def _kind(x: Instruction, per_host: int) -> str | None:
         return BRANCH
     if x.opcode == "while" and '"known_trip_count"' not in x.text:
         return LOOP
-    if x.opcode in ("ragged-all-to-all", "ragged-all-to-all-start") and _over_hosts(x.text, per_host):
+    if x.opcode in ("ragged-all-to-all", "ragged-all-to-all-start") and over_hosts(x.text, per_host):
         return RAGGED
     if x.opcode in ("infeed", "outfeed") or "is_host_transfer=true" in x.text or "_callback" in x.text:
         return CALLBACK

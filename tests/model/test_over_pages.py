@@ -13,7 +13,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import decoding, over_pages
 from deepseek_jax.model.cache import empty_pages, paged_view
 from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare
-from deepseek_jax.model.mla import absorb, down, latents, mla_decode
+from deepseek_jax.model.mla import absorb, down, latents, mla_decode, queries
 from deepseek_jax.model.over_pages import CPU, H100, expands, mla_over_pages
 from deepseek_jax.model.rope import rope_table
 from tests.oracle.tiny import V2, V3, rel, weights
@@ -55,7 +55,7 @@ def test_both_forms_over_pages(cfg, kind, blocks, bound, monkeypatch):
         rope = rope_table(cfg, view.positions_bt)
         low = down(p, cfg, new)
         absorbed = mla_decode(p, cfg, low, rope, functools.partial(view.attend, 1))
-        return mla_over_pages(p, cfg, low, rope, view, 1), absorbed
+        return mla_over_pages(p, cfg, queries(p, cfg, low, rope), view, 1), absorbed
 
     got, want = forms(old, new)
     assert got.dtype == cfg.dtype and np.isfinite(got).all()
@@ -69,7 +69,7 @@ def test_a_model_reads_a_prompt_in_chunks(monkeypatch):
     monkeypatch.setattr(decoding, "CPU", 0)
     forms = []
     monkeypatch.setattr(
-        decoding, "mla_over_pages", lambda *a, **k: forms.append("expanded") or mla_over_pages(*a, **k)
+        over_pages, "mla_over_pages", lambda *a, **k: forms.append("expanded") or mla_over_pages(*a, **k)
     )
     cfg = dataclasses.replace(V2, num_hidden_layers=2, first_k_dense_replace=2)
     params, bias = weights(cfg)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from deepseek_jax.serving.request import Token, Update
+from deepseek_jax.serving.stats import Stats
 from deepseek_jax.serving.transfer.traffic import Traffic
 
 
@@ -13,12 +14,7 @@ class ScriptedEngine:
     """
 
     def __init__(self):
-        counts = dict.fromkeys(
-            ("cache_queries", "cache_hits", "preemptions", "drafts", "drafted", "accepted"), 0
-        )
-        self.engine = SimpleNamespace(
-            schedulers=[], stats=SimpleNamespace(**counts), experts=None, traffic=Traffic()
-        )
+        self.engine = SimpleNamespace(schedulers=[], stats=Stats(), experts=None, traffic=Traffic())
         self.failed, self.closed = None, False
         self.requests, self.aborted, self._listeners = {}, [], {}
 

@@ -30,7 +30,7 @@ from deepseek_jax.parallel.exchange.hops import Plan, make_plan
 from deepseek_jax.parallel.exchange.placement import Placement
 from deepseek_jax.parallel.exchange.ragged import IMPLEMENTATIONS, Axis
 from deepseek_jax.parallel.exchange.rounds import in_rounds, on_rows
-from deepseek_jax.parallel.exchange.transport import combine, dispatch
+from deepseek_jax.parallel.exchange.transport import COMBINE, DISPATCH, Direction, combine, dispatch
 from deepseek_jax.parallel.exchange.wire import Wire
 from deepseek_jax.precision.product import product
 
@@ -68,6 +68,12 @@ class OverMesh(abc.ABC):
     @abc.abstractmethod
     def _layout(self, experts_nk: jax.Array, n_local: int) -> Any:
         """The plan for physical ids."""
+
+    @property
+    @abc.abstractmethod
+    def ways(self) -> tuple[Direction, Direction]:
+        """Dispatch and combine in stages (`transport.py`), without a gradient. A dispatch takes (tokens, weights), a combine
+        what the experts give."""
 
     def __call__(
         self: Any,
@@ -133,8 +139,25 @@ class Ragged(OverMesh):
         return Results(*in_rounds(self.function, self.apart, p, came, x_nd, weights_nk, plan))
 
     def combine(self, y: Results, plan: Plan) -> jax.Array:
-        y_nd = fitting(combine(y.y_rd, plan), plan)
-        return y_nd if y.more_nd is None else y_nd + y.more_nd
+        return _with_more(combine(y.y_rd, plan), y.more_nd, plan)
+
+    @property
+    def ways(self) -> tuple[Direction, Direction]:
+        return DISPATCH, RESULTS
+
+
+def _with_more(y_nd: jax.Array, more_nd: jax.Array | None, plan: Plan) -> jax.Array:
+    y_nd = fitting(y_nd, plan)
+    return y_nd if more_nd is None else y_nd + more_nd
+
+
+# A combine of `Results`.
+RESULTS = Direction(
+    COMBINE.name,
+    lambda y, plan: (COMBINE.load((y.y_rd,), plan), y.more_nd),
+    lambda there, plan: (COMBINE.start(there[0], plan), there[1]),
+    lambda there, plan: _with_more(COMBINE.finish(there[0], plan)[0], there[1], plan),
+)
 
 
 def fitting(y_nd: jax.Array, plan: Plan) -> jax.Array:

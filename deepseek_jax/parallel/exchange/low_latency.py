@@ -31,6 +31,7 @@ from deepseek_jax.model.layers import Params
 from deepseek_jax.parallel.exchange.dispatcher import FLAT, INSIDE, OverMesh
 from deepseek_jax.parallel.exchange.hops import Hop, pairs_at, plan_hop, static, sums
 from deepseek_jax.parallel.exchange.peers import PeerHop, plan_peers
+from deepseek_jax.parallel.exchange.transport import Direction
 from deepseek_jax.parallel.exchange.wire import Message, read, write
 
 NODES = "node"
@@ -59,9 +60,13 @@ class Results(NamedTuple):
     hop: Hop | PeerHop | None
 
 
-def _between_nodes(x_pnw: jax.Array) -> jax.Array:
-    """What this device has for each node -> what each node's device of the same index has for this one."""
-    return x_pnw if len(x_pnw) == 1 else lax.all_to_all(x_pnw, NODES, 0, 0, tiled=True)
+def _between_nodes(message: Message) -> Message:
+    """As many rows for each node -> what each node's device of the same index has for this one."""
+    if (nodes := lax.axis_size(NODES)) == 1:
+        return message
+    words_pnw = message.words_nw.reshape(nodes, -1, message.words_nw.shape[-1])
+    words_pnw = lax.all_to_all(words_pnw, NODES, 0, 0, tiled=True)
+    return message.with_words(words_pnw.reshape(message.words_nw.shape))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,18 +97,7 @@ class LowLatency(OverMesh):
         return plan_hop(to_mp, INSIDE, min(ids_mk.shape[1], devices), len(ids_mk), self.implementation)
 
     def dispatch(self, x_nd: jax.Array, weights_nk: jax.Array, plan: FewPlan) -> Arrived:
-        message = write((x_nd, weights_nk, plan.experts_nk + 1), self.wire.dispatch)
-        words_pnw = jnp.where(plan.to_pn[..., None], message.words_nw[None], 0)
-        message = message.with_words(_between_nodes(words_pnw).reshape(-1, words_pnw.shape[-1]))
-        hop = self._inside(read(message)[0][2] - 1, plan.n_local)
-        if hop is not None:
-            message, hop = hop.there(message)
-        (x_rd, weights_rk, ids_rk), sent = read(message)
-        ids_rk = ids_rk - 1 - lax.axis_index(FLAT[0]) * plan.n_local
-        here = (ids_rk >= 0) & (ids_rk < plan.n_local)
-        if hop is not None:
-            here &= hop.live_r[:, None]
-        return Arrived(Received(x_rd, weights_rk, jnp.where(here, ids_rk, -1), sent), hop)
+        return self.ways[0]((x_nd, weights_nk), plan)  # type: ignore[no-any-return]
 
     def experts(
         self, p: Params, came: Arrived, x_nd: jax.Array, weights_nk: jax.Array, plan: FewPlan
@@ -114,15 +108,59 @@ class LowLatency(OverMesh):
 
     def combine(self, y: Results, plan: FewPlan) -> jax.Array:
         """Sums of each token's rows inside its nodes, then over these [n, d], added up in float32 each time."""
-        y_md = y.y_rd
-        if y.hop is not None:
-            (y_md,) = sums(y.hop.back(self._results(y_md)), y.hop)
-        message = self._results(y_md)
-        words_pnw = message.words_nw.reshape(*plan.to_pn.shape, -1)
-        words_mw = _between_nodes(words_pnw).reshape(message.words_nw.shape)
-        (y_md,), _ = read(message.with_words(words_mw))
+        return self.ways[1](y, plan)  # type: ignore[no-any-return]
+
+    @property
+    def ways(self) -> tuple[Direction, Direction]:
+        """Over several nodes, the way between them is the first stage of a dispatch and the last of a combine; inside of one,
+        a stage has all."""
+        if lax.axis_size(NODES) > 1:
+            return (
+                Direction("dispatch", self._load, self._to_nodes, self._to_devices),
+                Direction("combine", self._load_results, self._from_devices, self._from_nodes),
+            )
+        return (
+            Direction("dispatch", self._load, self._to_all, lambda came, plan: came),
+            Direction("combine", self._load_results, lambda there, plan: there, self._from_all),
+        )
+
+    def _load(self, values: tuple[jax.Array, jax.Array], plan: FewPlan) -> Message:
+        """For each node, its tokens."""
+        message = write((*values, plan.experts_nk + 1), self.wire.dispatch)
+        words_pnw = jnp.where(plan.to_pn[..., None], message.words_nw[None], 0)
+        return message.with_words(words_pnw.reshape(-1, words_pnw.shape[-1]))
+
+    def _to_nodes(self, message: Message, plan: FewPlan) -> tuple[Message, Hop | PeerHop | None]:
+        """The rows at this node that this device got, and where they go on to."""
+        message = _between_nodes(message)
+        return message, self._inside(read(message)[0][2] - 1, plan.n_local)
+
+    def _to_devices(self, there: tuple[Message, Hop | PeerHop | None], plan: FewPlan) -> Arrived:
+        message, hop = there
+        if hop is not None:
+            message, hop = hop.there(message)
+        (x_rd, weights_rk, ids_rk), sent = read(message)
+        ids_rk = ids_rk - 1 - lax.axis_index(FLAT[0]) * plan.n_local
+        here = (ids_rk >= 0) & (ids_rk < plan.n_local)
+        if hop is not None:
+            here &= hop.live_r[:, None]
+        return Arrived(Received(x_rd, weights_rk, jnp.where(here, ids_rk, -1), sent), hop)
+
+    def _to_all(self, message: Message, plan: FewPlan) -> Arrived:
+        return self._to_devices(self._to_nodes(message, plan), plan)
+
+    def _load_results(self, y: Results, plan: FewPlan) -> tuple[Message, Hop | PeerHop | None]:
+        return write((y.y_rd,), self.wire.combine), y.hop
+
+    def _from_devices(self, there: tuple[Message, Hop | PeerHop | None], plan: FewPlan) -> Message:
+        """The sums of a node's devices, at the device that got the rows."""
+        message, hop = there
+        return message if hop is None else write(sums(hop.back(message), hop), self.wire.combine)
+
+    def _from_nodes(self, message: Message, plan: FewPlan) -> jax.Array:
+        (y_md,), _ = read(_between_nodes(message))
         y_pnd = y_md.reshape(*plan.to_pn.shape, -1).astype(jnp.float32)
         return y_pnd.sum(0).astype(y_md.dtype)
 
-    def _results(self, y: jax.Array) -> Message:
-        return write((y,), self.wire.combine)
+    def _from_all(self, there: tuple[Message, Hop | PeerHop | None], plan: FewPlan) -> jax.Array:
+        return self._from_nodes(self._from_devices(there, plan), plan)

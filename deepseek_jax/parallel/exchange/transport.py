@@ -84,15 +84,16 @@ def from_last_hop(values: Values, plan: Plan) -> Values:
 
 
 class Direction(NamedTuple):
-    """`finish(start(load(values, plan), plan), plan)`; `values` are the differentiable arrays of what it brings."""
+    """`finish(start(load(values, plan), plan), plan)`; `values` are the differentiable arrays of what it brings, if it has a
+    gradient."""
 
     name: str
-    load: Callable[[Values, Plan], Any]
-    start: Callable[[Any, Plan], Any]
-    finish: Callable[[Any, Plan], Any]
-    values: Callable[[Any], Values]
+    load: Callable[[Any, Any], Any]
+    start: Callable[[Any, Any], Any]
+    finish: Callable[[Any, Any], Any]
+    values: Callable[[Any], Values] = lambda brought: brought
 
-    def __call__(self, values: Values, plan: Plan) -> Any:
+    def __call__(self, values: Any, plan: Any) -> Any:
         with jax.named_scope(self.name):
             return self.finish(self.start(self.load(values, plan), plan), plan)
 
@@ -104,7 +105,7 @@ DISPATCH = Direction(
     _dispatch_finish,
     lambda came: (came.x_rd,) if came.weights_rk is None else (came.x_rd, came.weights_rk),
 )
-COMBINE = Direction("combine", _combine_load, _combine_start, _combine_finish, lambda values: values)
+COMBINE = Direction("combine", _combine_load, _combine_start, _combine_finish)
 
 
 @jax.custom_vjp

@@ -90,6 +90,13 @@ class Instruments:
                 Read(f"vllm:{name}_total", help, self._count(field), "counter")
                 for name, help, field in _COUNTED
             ),
+            Read("deepseek_jax:steps_total", "Turns of the engine.", self._count("steps"), "counter"),
+            Read(
+                "deepseek_jax:steps_overlapped_total",
+                "Turns in which one half of the rows computed while the other's tokens travelled.",
+                self._count("in_two"),
+                "counter",
+            ),
             Read("deepseek_jax:queued_sequences", "Without a first token.", lambda: admission.waiting),
             Read("deepseek_jax:queued_prompt_tokens", "Of those.", lambda: admission.waiting_tokens),
             *(
