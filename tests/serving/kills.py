@@ -16,8 +16,8 @@ import random
 import time
 from typing import Any
 
-from tests.serving.apart import Fleet, Sponsor, apart
 from tests.serving.crowd import Outcome, client, post
+from tests.serving.deployed import Fleet, Sponsor, apart
 from tests.serving.running import MODEL
 from tests.serving.tap import STATES, Tap
 

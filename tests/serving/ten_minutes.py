@@ -14,7 +14,7 @@ import time
 
 from experiments.served import MODEL, load
 from experiments.serving_load import Answer, Bounds, Wanted, figures, trace
-from tests.serving.apart import Fleet, apart
+from tests.serving.deployed import Fleet, apart
 
 BOUNDS = Bounds(ttft=5.0, itl=0.5)
 
