@@ -137,7 +137,7 @@ _PREFILL = _list(
     "prefill", [], "Role router: addresses of prefill servers, HOST:PORT,..., that do not name this router."
 )
 _DECODE = _list("decode", [], "Role router: addresses of decode servers, and of such for both.")
-_DEADLINE = _number("deadline", 600.0, "Role router: seconds in which a request is answered.", 0.1)
+_DEADLINE = _number("deadline", 3600.0, "Role router: seconds in which a request is answered whole.", 0.1)
 _PATIENCE = _number(
     "patience", 30.0, "Role router: seconds that a request waits for a server that takes it.", 0.0
 )

@@ -39,7 +39,6 @@ class Fleet:
         ]
         self.router = Server(line, folder / "router", CPU)
         self.servers: dict[str, Server] = {}
-        self.at: dict[str, int] = {}  # ports, which stay the same
         self.logs: list[Path] = [folder / "router"]
 
     def start(self, name: str, router: bool = True) -> Server:

@@ -106,7 +106,7 @@ async def _said(http: HttpRequest) -> Response:
 
 
 def _check_key(http: HttpRequest, key: str | None, host: str) -> None:
-    """Who says that it is a server gets the prompts of others."""
+    """Who says that it is a server gets the prompts of others. Raises ApiError."""
     given = http.headers.get("authorization", "").encode()
     if key is None and not (_is_here(host) and "x-forwarded-for" not in http.headers):
         raise ApiError(
@@ -127,9 +127,7 @@ def _is_here(host: str) -> bool:
 
 async def _listed(http: HttpRequest) -> Response:
     router = _router_of(http)
-    key = router.settings.fleet_key
-    if key is not None:
-        _check_key(http, key, "")
+    _check_key(http, router.settings.fleet_key, http.client.host if http.client else "")
     return answer({"members": router.members.listed()})
 
 

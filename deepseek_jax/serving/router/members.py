@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -144,10 +144,12 @@ class Members:
 
     # --- requests ---
 
-    async def pair(self, ask: Ask, without: Container[str], seconds: float) -> Sent | None:
-        """Waits for somebody who takes a request."""
+    async def pair(
+        self, ask: Ask, without: Collection[str], seconds: float, last: Collection[str] = ()
+    ) -> Sent | None:
+        """Waits for somebody who takes a request. last: who is asked only where there is nobody else."""
         end = time.monotonic() + seconds
-        while (sent := self.choice.send(ask, without)) is None:
+        while (sent := self.choice.send(ask, {*without, *last}) or self.choice.send(ask, without)) is None:
             self._changed.clear()
             try:
                 async with asyncio.timeout(end - time.monotonic()):

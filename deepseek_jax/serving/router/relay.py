@@ -31,6 +31,13 @@ class Rules(NamedTuple):
     keep_alive: float = 10.0
 
 
+class Counts(NamedTuple):
+    """Of each server: requests that were sent there, and how many of them for another time."""
+
+    sent: Counter
+    retries: Counter
+
+
 class AgainError(Exception):
     """What was asked did not come, and may come from others. error: what the client is told if nobody else is there. without:
     who is not asked again."""
@@ -44,30 +51,32 @@ class Relay:
     """Sends one request on, and what comes of it back to the client."""
 
     def __init__(
-        self, members: Members, http: httpx.AsyncClient, rules: Rules, retries: Counter, figures: Json
+        self, members: Members, http: httpx.AsyncClient, rules: Rules, counts: Counts, figures: Json
     ):
         self._members, self._http, self._rules = members, http, rules
-        self._retries, self._figures = retries, figures
+        self._counts, self._figures = counts, figures
         self._told = Told()
 
     async def answer(self, wants: Wants, client: Client) -> None:
         """Raises ApiError, in the middle of an answer as well."""
-        again, without = None, set[str]()
+        again, full, failed_there = None, set[str](), set[str]()
         for i in range(self._rules.tries):
-            full = again is not None and again.error.status == 429
-            sent = await self._members.pair(wants.ask, without, 0 if full else self._rules.patience)
+            seconds = 0 if again is not None and again.error.status == 429 else self._rules.patience
+            sent = await self._members.pair(wants.ask, full, seconds, failed_there)
             if sent is None:
                 break
+            for server in filter(None, (sent.prefill, sent.decode)):
+                self._counts.sent.add(1, server)
             if again is not None:
-                self._retries.add(1, sent.decode)
+                self._counts.retries.add(1, sent.decode)
             self._figures |= {"prefill": sent.prefill, "decode": sent.decode, "tries": i + 1}
             try:
                 await _Try(self._members, self._http, self._told, wants, client, sent).run()
                 return
             except AgainError as failed:
                 again = failed
-                if again.without is not None:
-                    without.add(again.without)
+                if failed.without is not None:
+                    (full if failed.error.status == 429 else failed_there).add(failed.without)
         raise (
             ApiError(503, "no server is there that takes the request", retry_after=2.0)
             if again is None

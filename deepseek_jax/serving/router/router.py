@@ -12,7 +12,7 @@ import httpx
 from deepseek_jax.checks import require, shown
 from deepseek_jax.serving.router.client import Client
 from deepseek_jax.serving.router.members import LOGGER, Members, PerServer, read_member
-from deepseek_jax.serving.router.relay import Relay, Rules
+from deepseek_jax.serving.router.relay import Counts, Relay, Rules
 from deepseek_jax.serving.router.wants import Wants
 from deepseek_jax.serving.server.errors import ApiError
 from deepseek_jax.serving.server.metrics import Counter, Histogram, Metric, Read
@@ -41,7 +41,7 @@ class Settings:
     fleet_key: str | None = None
     max_body: int = 16 << 20
     requests: int = 4096
-    deadline: float = 600.0
+    deadline: float = 3600.0
     beat: float = 1.0
     silence: float = 10.0
     rules: Rules = Rules()  # noqa: RUF009
@@ -71,14 +71,15 @@ class Router:
         timeout = httpx.Timeout(None, connect=_CONNECT)
         self._http = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
         self._answered = Counter("deepseek_jax:router_requests_total", "Requests that ended.", ("status",))
-        self._retries = Counter(
-            "deepseek_jax:router_retries_total", "Requests that were sent again, by where.", ("server",)
+        self._counts = Counts(
+            Counter("deepseek_jax:router_sent_total", "Requests that were sent to a server.", ("server",)),
+            Counter("deepseek_jax:router_retries_total", "That were sent for another time.", ("server",)),
         )
         self._seconds = Histogram(
             "deepseek_jax:router_request_seconds", "From a request to the end of its answer."
         )
         self._metrics: tuple[Metric, ...] = (
-            *(self._answered, self._retries, self.members.lost_total, self._seconds),
+            *(self._answered, *self._counts, self.members.lost_total, self._seconds),
             Read("deepseek_jax:router_requests", "That are being answered.", lambda: self.requests),
             Read("deepseek_jax:router_request_bytes", "Of those.", lambda: self._bytes),
             PerServer(
@@ -171,7 +172,7 @@ class Router:
 
     async def _in_time(self, wants: Wants, client: Client, figures: Json) -> None:
         """Raises ApiError."""
-        relay = Relay(self.members, self._http, self.settings.rules, self._retries, figures)
+        relay = Relay(self.members, self._http, self.settings.rules, self._counts, figures)
         try:
             async with asyncio.timeout(self.settings.deadline) as limit:
                 with _added(self._limits, limit):

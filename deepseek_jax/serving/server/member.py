@@ -4,11 +4,13 @@ import json
 import logging
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable
 from typing import Any
 
+from deepseek_jax.checks import require, shown
 from deepseek_jax.model.cache import PAGE
 from deepseek_jax.serving.server.service import Service
 from deepseek_jax.serving.server.wire import Json, json_bytes
@@ -66,10 +68,17 @@ class Herald:
 
     Args:
         router: its URL. key: that the router asks of servers; None: none. seconds: from one time to the next.
+
+    Raises ValueError for what is no URL.
     """
 
     def __init__(self, router: str, says: Callable[[], Json], key: str | None, seconds: float = 1.0):
         self._url, self._says, self._key, self._seconds = f"{router.rstrip('/')}/members", says, key, seconds
+        named = urllib.parse.urlsplit(router)
+        require(
+            named.scheme in ("http", "https") and bool(named.hostname),
+            f"router={shown(router)} must be its URL, as http://127.0.0.1:8000",
+        )
         self._now, self._over, self._wrong = threading.Event(), False, ""
         self._thread = threading.Thread(target=self._run, name="herald", daemon=True)
         self._thread.start()
@@ -104,13 +113,13 @@ class Herald:
         headers = {"content-type": "application/json"}
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self._url, json_bytes(self._says()), headers)
         try:
+            request = urllib.request.Request(self._url, json_bytes(self._says()), headers)
             with _OPENER.open(request, timeout=_SECONDS):
                 return ""
         except urllib.error.HTTPError as error:
             return f"{error.code}: {_message(error)}"
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the next time may be better
             return f"{type(error).__name__}: {error}"
 
 

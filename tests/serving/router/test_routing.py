@@ -153,9 +153,19 @@ def test_a_lost_prefill_server_is_left_out():
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
         assert routed.client.get("/readyz").status_code == 503
         routed.hear(routed.prefill[1])
-        decode.plan.append(stream(breaks=3, last=""))
-        decode.plan.append(stream(breaks=3, last=""))
-    # the router ended what was open
+        decode.plan.append(whole())
+        assert routed.complete().status_code == 200
+
+
+def test_a_prefill_server_that_failed_is_asked_again_where_it_is_the_only_one():
+    lost = refuses(ApiError(503, "the prefill server is silent", code="prefill_lost"))
+    with Routed(decode=1, prefill=1) as routed:
+        (decode,), (prefill,) = routed.decode, routed.prefill
+        routed.hear(decode, alone=False)
+        decode.plan += [lost, whole()]
+        with beating(routed, prefill):
+            assert routed.complete().status_code == 200
+        assert [h["x-prefill"] for h, _ in decode.asked] == [prefill.says["transfer"]] * 2
 
 
 def test_an_error_in_a_stream_is_followed_by_another_server():

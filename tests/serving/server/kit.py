@@ -58,13 +58,13 @@ def scripted(rows: int = 2) -> Served:
 class Serving:
     """HTTP over a socket. client: of httpx, for this server."""
 
-    def __init__(self, what: Served | None, **settings):
+    def __init__(self, what: Served | None, for_clients: bool = True, **settings):
         self.service = Service(Settings(name="tiny", **settings))
         self.what = what
         if what is not None:
             self.service.begin(what)
         config = uvicorn.Config(
-            application(self.service), port=0, log_config=None, lifespan="off", access_log=False
+            application(self.service, for_clients), port=0, log_config=None, lifespan="off", access_log=False
         )
         self.server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self.server.run, daemon=True)
