@@ -106,7 +106,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._records or self._flights or self._ended)
+        return bool(self._records or self._flights or self._ended or self._moving)
+
+    @property
+    def _moving(self) -> bool:
+        """Whether experts are on their way to where a plan has them."""
+        return self.experts is not None and self.experts.left > 0
 
     def submit(self, request: Request) -> None:
         """Raises ValueError for what can never run, QueueFullError where the queue is full."""
@@ -157,11 +162,15 @@ class Engine:
         if launched:
             self._flights.append(launched)
             self.stats.steps += 1
-            if self.experts is not None:
-                self.experts.turn()
             self.stats.in_two += any(self.device.in_two(flight.program) for flight in launched)
+        if self.experts is not None:
+            self.experts.turn(bool(launched))
         self.idle &= not (
-            launched or self._flights or self._ended or any(s.admitted or s.preempted for s in steps)
+            launched
+            or self._flights
+            or self._ended
+            or self._moving
+            or any(s.admitted or s.preempted for s in steps)
         )
         while len(self._flights) > bool(launched):
             flights = self._flights.popleft()

@@ -2,12 +2,13 @@
 
 Every so many steps the loads that the devices counted go to the host, which reads them when they are there, and offers them to the
 planner (`balancing/planner.py`), which makes plans on a thread of its own. A plan is moved to between the turns of the engine, in
-each the experts of one layer: no turn takes longer than without by more than that. A layer's tokens go by its old plan until it is
-moved, and by the new one from then on; the model's function is the same under both, but for the order of a token's sum over its
-experts.
+each the experts of one layer, whether there are requests or not: no turn takes longer than without by more than that. A layer's
+tokens go by its old plan until it is moved, and by the new one from then on; the model's function is the same under both, but for
+the order of a token's sum over its experts.
 
-The host waits for nothing here. On the devices, counting adds one small kernel to each MoE layer of a step, whose input is the ids
-of its tokens' experts; a reading is a sum over all devices of a number for each layer and expert, 60 kB in DeepSeek-V3.
+While there are steps, the host waits for nothing here. On the devices, counting adds one small kernel to each MoE layer of a step,
+whose input is the ids of its tokens' experts; a reading is a sum over all devices of a number for each layer and expert, 60 kB in
+DeepSeek-V3.
 """
 
 from collections import deque
@@ -65,12 +66,14 @@ class Experts:
         """Layers that are still to be moved."""
         return len(self._left)
 
-    def turn(self) -> None:
-        """What there is to do after a step was launched."""
-        self._steps += 1
+    def turn(self, launched: bool = True) -> None:
+        """What there is to do in a turn of the engine, after its step, if any, was launched."""
+        self._steps += launched
         self._read()
         if self._left:
             self._move()
+            if not launched:  # a request that comes now waits for this layer, and for no other
+                self._device.wait()
             return
         try:
             plan = self.planner.take()

@@ -277,6 +277,10 @@ class OverMesh(OneDevice):
         assert self.slots is not None and self._weights is not None
         self._weights = self._weights._replace(ready=self.slots.moved(self._weights.ready, layer, physical_p))
 
+    def wait(self) -> None:
+        """Until what was moved is there."""
+        jax.block_until_ready(self._weights)
+
     def loads(self) -> jax.Array:
         """Rows that went to each expert of each layer since the last call, of all ranks, int32 [l, e], on their way to the host."""
         zeros, loads_le = self._run.counted(self._state.loads_le)

@@ -13,6 +13,7 @@ from deepseek_jax.balancing import loads
 from deepseek_jax.balancing.eplb import even
 from deepseek_jax.balancing.plan import Unit, loads_of_gpus
 from deepseek_jax.serving.build import cold
+from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.experts import Experts
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.server.admission import Admission
@@ -45,9 +46,13 @@ class Devices:
         self.cfg = SimpleNamespace(n_routed_experts=EXPERTS)
         self.slots = SimpleNamespace(unit=UNIT, plan=even(LAYERS, EXPERTS, UNIT))
         self.moved: list[int] = []
+        self.waited = 0
 
     def loads(self):
         return Counts(ZIPF_LE)
+
+    def wait(self):
+        self.waited = len(self.moved)
 
     def move(self, layer, physical_p):
         self.moved.append(layer)
@@ -77,7 +82,7 @@ def test_a_plan_is_moved_to_layer_by_layer():
     for layer in range(LAYERS):
         made.turn()
         assert devices.moved == list(range(layer + 1))
-    assert (made.moves, made.left) == (LAYERS, 0) and fullest(devices) < 1.2
+    assert (made.moves, made.left, devices.waited) == (LAYERS, 0, 0) and fullest(devices) < 1.2
     report = made.planner.report()
     assert report.taken == 1 and not report.failures
     instruments = Instruments("tiny", Admission(1, 1))
@@ -136,6 +141,20 @@ def test_loads_outlast_the_engine(tmp_path):
 def test_options_that_cannot_be(options, says):
     with pytest.raises(ValueError, match=says):
         Options(**options)
+
+
+def test_a_plan_is_moved_to_without_requests():
+    """What an engine began to move, it ends; a turn, a layer."""
+    options, devices = Options(rows=1, redundant=4, replan=5), Devices()
+    made = Engine(cold(model(), Options(rows=1)), Options(rows=1))
+    made.experts = Experts(devices, options)
+    until_planned(made.experts)
+    turns = 0
+    while made.has_work:
+        assert made.step() == []
+        turns += 1
+        assert len(devices.moved) == devices.waited == turns
+    assert turns == LAYERS and made.stats.steps == 0
 
 
 def test_redundant_experts_need_a_mesh():
