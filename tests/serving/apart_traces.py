@@ -25,7 +25,7 @@ from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.transfer.deadlines import Deadlines
 from tests.serving import mesh_engine
-from tests.serving.test_drafting import SETTINGS, Even
+from tests.serving.drafting_requests import SETTINGS, Even
 from tests.serving.two_servers import TwoServers, not_held, plain
 
 EACH, NEW, LONGEST = 10, 24, 256

@@ -12,7 +12,7 @@ from deepseek_jax.serving.thread import EngineThread
 from deepseek_jax.serving.transfer.deadlines import Deadlines
 from deepseek_jax.serving.transfer.decode import Fetching
 from deepseek_jax.serving.transfer.prefill import PrefillServer
-from tests.serving.test_drafting import CFG, PAGES, SIZES, model
+from tests.serving.drafting_requests import CFG, PAGES, SIZES, model
 
 OPTIONS = Options(rows=4, max_model_len=256, chunk=64, waiting=1000, stall=1e9, drafts=True)
 SOON = Deadlines(meet=2, queued=20, transfer=20, beat=0.2, direct=5)

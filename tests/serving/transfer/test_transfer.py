@@ -19,7 +19,7 @@ from deepseek_jax.serving.transfer import wire
 from deepseek_jax.serving.transfer.deadlines import Deadlines
 from deepseek_jax.serving.transfer.direct import Direct
 from deepseek_jax.serving.transfer.identity import fingerprint
-from tests.serving.test_drafting import PROMPTS, mixed, model
+from tests.serving.drafting_requests import PROMPTS, mixed, model
 from tests.serving.tiny_engine import run
 from tests.serving.two_servers import TwoServers, ids, not_held, plain
 
