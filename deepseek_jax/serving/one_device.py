@@ -94,7 +94,8 @@ class OneDevice:
     def _empty(self, fp8: bool) -> State:
         """On one device for good, as what comes from other servers is: else each would need programs of its own."""
         state = empty_state(self.cfg, self.sizes.slots, self.pages, self.sizes.pages_each, fp8, self.drafts)
-        return jax.device_put(state, next(iter(state.length_s.devices())))  # type: ignore[no-any-return]
+        (self._at,) = state.length_s.devices()
+        return jax.device_put(state, self._at)  # type: ignore[no-any-return]
 
     def admit(self, rank: int, slot: int, request: Any, answer: list[int]) -> None:
         """The slot's sequence is sampled as `request` says. answer: tokens that it has already."""
@@ -136,9 +137,8 @@ class OneDevice:
         self._state = _brought(self._state, self._these(pages), placed)
 
     def place(self, rank: int) -> Any:
-        """The device of a rank."""
-        (device,) = self._state.length_s.devices()
-        return device
+        """The device of a rank. Any thread may ask."""
+        return self._at
 
     def _these(self, pages: list[int]) -> np.ndarray:
         return np.array([*pages, *[-1] * (self.sizes.moved - len(pages))], np.int32)

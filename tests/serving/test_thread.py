@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import types
 
 import pytest
 
@@ -17,7 +16,8 @@ class Shell:
 
     def __init__(self):
         self.taken = []
-        self.device = types.SimpleNamespace(close=lambda: None)
+
+    def close(self): ...
 
     @property
     def has_work(self):
