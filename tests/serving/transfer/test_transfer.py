@@ -230,11 +230,11 @@ def garbage(connection):
 
 FALSE = [
     (lambda c: None, "prefill_lost", "meeting: the connection ended"),
-    (lambda c: time.sleep(1), "prefill_lost", "meeting: it was silent for 0.2 s"),
+    (lambda c: time.sleep(0.5), "prefill_lost", "meeting: it was silent for 0.2 s"),
     (beats, "prefill_lost", "meeting: it took more than 0.5 s"),
     (garbage, "prefill_lost", "meeting: it sent what it must not"),
     (taken, "prefill_lost", "queued: the connection ended"),
-    (lambda c: (taken(c), time.sleep(1)), "prefill_lost", "queued: it was silent for 0.2 s"),
+    (lambda c: (taken(c), time.sleep(0.5)), "prefill_lost", "queued: it was silent for 0.2 s"),
     (never, "prefill_lost", "queued: it took more than 0.5 s"),
     (lambda c: taken(c, then=frame(wire.DONE, {"cached": 0})), "prefill_lost", "it ended after 0 of 4 pages"),
     (
