@@ -2,7 +2,8 @@
 
 The layout's dispatcher (`dispatch.py`) brings tokens to their routed experts and the sums back, on one device or over a
 mesh; between its calls a caller may do other work (`parallel/overlap.py`). Where experts have copies, or move, a layer's
-parameters hold their `placement` beside their weights.
+parameters hold their `placement` beside their weights. The shared expert may be one more routed one, the last, which every token
+chooses with weight 1 (section 3.4.2): the placement then has one expert more than the gate, and none is apart.
 
 Dims: b batch, t token, n = b * t, d hidden, e routed expert, k selected expert.
 """
@@ -10,7 +11,9 @@ Dims: b batch, t token, n = b * t, d hidden, e routed expert, k selected expert.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from deepseek_jax.checks import require
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import expert_params
 from deepseek_jax.model.ffn import mlp, mlp_params
@@ -41,17 +44,19 @@ def _flat(x_btx: jax.Array) -> jax.Array:
 
 
 class Routed(NamedTuple):
-    """Tokens after the gate. h_btd: normed, to be dispatched; s_bte: affinities; plan: of the dispatcher."""
+    """Tokens after the gate. h_btd: normed, to be dispatched; s_bte: affinities; routing: by the gate; plan: of the dispatcher.
+    weights_btk: of all experts that a token goes to, the shared one included where that is routed."""
 
     h_btd: jax.Array
     s_bte: jax.Array
     routing: Routing
     plan: Any
+    weights_btk: jax.Array
 
     @property
     def values(self) -> tuple[jax.Array, jax.Array]:
         """What a dispatch brings to the experts: tokens [n, d] and routing weights [n, k]."""
-        return _flat(self.h_btd), _flat(self.routing.weights_btk)
+        return _flat(self.h_btd), _flat(self.weights_btk)
 
 
 class AtExperts(NamedTuple):
@@ -74,8 +79,44 @@ def gate(p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None
     h_btd, s_bte = after_norm(scored, cfg, ctx.layout.remat)(p["ffn"]["gate"], p["ffn_norm_d"], x_btd)
     routing = only_counted(cfg, route(cfg, s_bte, bias_e), ctx.counted_bt)
     n_local = product(p["ffn"]["experts"]["w_down_efd"]).experts
-    plan = ctx.layout.dispatcher.plan(_flat(routing.experts_btk), n_local, p["ffn"].get("placement"))
-    return Routed(h_btd, s_bte, routing, plan)
+    placement = p["ffn"].get("placement")
+    shared_too = placement is not None and len(placement.count_e) > cfg.n_routed_experts
+    to = with_shared(cfg, routing) if shared_too else routing
+    plan = ctx.layout.dispatcher.plan(_flat(to.experts_btk), n_local, placement)
+    return Routed(h_btd, s_bte, routing, plan, to.weights_btk)
+
+
+def with_shared(cfg: ModelConfig, routing: Routing) -> Routing:
+    """Every token goes to the shared expert, too, with weight 1, where that is one more routed expert (report section 3.4.2), the
+    last; absent experts have id -1."""
+    there_btk = routing.experts_btk < cfg.n_routed_experts
+    own = jnp.where(there_btk, routing.experts_btk, -1), routing.weights_btk
+    shared_bt1 = jnp.where(there_btk[..., :1], cfg.n_routed_experts, -1)
+    more = shared_bt1, jnp.ones(shared_bt1.shape, routing.weights_btk.dtype)
+    return Routing(*(jnp.concatenate(pair, axis=-1) for pair in zip(own, more, strict=True)))
+
+
+def shared_among_routed(ffn: Params, cfg: ModelConfig) -> Params:
+    """Parameters of MoE layers, stacked or one layer's, with the shared expert behind the routed ones, and none apart; the same
+    function. Values are multiplied as they are, or in FP8. Raises ValueError for several shared experts, which are one FFN."""
+    require(
+        cfg.n_shared_experts == 1,
+        f"n_shared_experts={cfg.n_shared_experts}: one shared expert can be routed as one more of the others; leave it apart",
+    )
+
+    def behind(experts: Any, one: Any) -> Any:
+        return jnp.concatenate([experts, one[..., None, :, :]], axis=-3)
+
+    experts = {}
+    for name, w in ffn["experts"].items():
+        one = ffn["shared"][name.replace("_edf", "_df").replace("_efd", "_fd")]
+        if hasattr(w, "fprop_operand"):
+            operand = jax.tree.map(behind, w.fprop_operand, one.fprop_operand)
+            shape = (w.shape[0] + 1, *w.shape[1:])
+            experts[name] = w.replace(fprop_operand=operand, master_shape=shape)
+        else:
+            experts[name] = behind(w, one)
+    return {**{key: x for key, x in ffn.items() if key != "shared"}, "experts": experts}
 
 
 def shared(p: Params, cfg: ModelConfig, at: AtExperts, ctx: Context) -> jax.Array:

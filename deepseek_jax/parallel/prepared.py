@@ -4,7 +4,9 @@ Experts are spread over node x local x tensor, those of the MTP module, which dr
 device, of whose heads a prefill over `tensor` takes a slice.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,31 +17,44 @@ from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.compiler import compiler_options
-from deepseek_jax.parallel.mesh import TOKEN_AXES, WHOLE_ATTENTION, make_mesh, param_specs, rules
+from deepseek_jax.parallel.mesh import (
+    TENSOR_PARALLEL,
+    TOKEN_AXES,
+    WHOLE_ATTENTION,
+    make_mesh,
+    param_specs,
+    rules,
+)
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.precision.product import Quantised
 
-Devices = tuple[Any, ...] | None  # of a mesh; None: those at hand
+# Of a mesh; None: those at hand. An abstract mesh has none: programs over it can be lowered, not run.
+Devices = tuple[Any, ...] | AbstractMesh | None
 WHOLE = PartitionSpec()
 
 
 @functools.cache
-def generation_mesh(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> Mesh:
-    """The devices of `mesh`. Raises ValueError for what generation does not do, and for what does not divide."""
+def generation_mesh(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> Any:
+    """The devices of `mesh`. Raises ValueError for what generation does not do, and for heads that do not divide."""
     for name, idle in (("pipe", 1), ("zero", False), ("overlap", False)):
         if getattr(mesh, name) != idle:
             raise ValueError(
                 f"mesh.{name}={getattr(mesh, name)} is for training: generation divides work over "
                 f"{', '.join(TOKEN_AXES)}; leave it out"
             )
-    devices = make_mesh(mesh, at)
-    param_specs(model_params(cfg), devices, rules(mesh, devices))  # heads of the prefill divide
+    devices = at if isinstance(at, AbstractMesh) else make_mesh(mesh, at)
+    param_specs(model_params(cfg), devices, TENSOR_PARALLEL)
     return devices
 
 
-def parameter_specs(cfg: ModelConfig, mesh: MeshConfig, devices: Mesh | AbstractMesh) -> Any:
-    """Of each parameter: experts over the devices that share them, all else whole."""
+def parameter_specs(
+    cfg: ModelConfig, mesh: MeshConfig, devices: Mesh | AbstractMesh, in_slots: bool = False
+) -> Any:
+    """Of each parameter: experts over the devices that share them, all else whole. in_slots: experts lie in slots (`slots.py`), of
+    which all devices have as many, whether the model's own experts divide over them or not. Raises ValueError if they do not."""
     spread = "expert" in rules(mesh, devices)
+    if in_slots and spread:
+        cfg = dataclasses.replace(cfg, n_routed_experts=math.lcm(cfg.n_routed_experts, devices.size))
     return param_specs(model_params(cfg), devices, WHOLE_ATTENTION if spread else {})
 
 
@@ -67,10 +82,10 @@ def experts_spec(specs: Any, name: str) -> PartitionSpec:
     return block["ffn"]["experts"]["w_up_edf"]  # type: ignore[no-any-return]
 
 
-def ready_specs(cfg: ModelConfig, specs: Any, in_slots: bool = False) -> Any:
+def ready_specs(cfg: ModelConfig, specs: Any, in_slots: bool = False, shared_routed: bool = False) -> Any:
     """Of what `preparing` makes of parameters that lie as `specs` say. A prefix of the tree, which fits whatever a weight
     brings: values and scales have experts where an array has them. cfg: that decoding runs with. in_slots: of experts in slots
-    (`slots.py`)."""
+    (`slots.py`). shared_routed: the shared expert is one of them (`model/moe.py`)."""
     declared = model_params(cfg)
     ready: dict[str, Any] = dict.fromkeys(declared, WHOLE)
 
@@ -79,6 +94,8 @@ def ready_specs(cfg: ModelConfig, specs: Any, in_slots: bool = False) -> Any:
         block["ffn"] = dict.fromkeys(declared["ffn"], WHOLE) | {"experts": of_experts}
         if in_slots:
             block["ffn"]["placement"] = WHOLE
+        if shared_routed:
+            block["ffn"].pop("shared")
         return block
 
     if n := cfg.num_moe_layers:

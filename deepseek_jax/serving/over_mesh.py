@@ -128,12 +128,15 @@ def programs(
     at: Devices = None,
     in_slots: bool = False,
     overlap: int | None = None,
+    shared_routed: bool = False,
 ) -> Programs:
     """Of a model over a mesh. cfg: that decoding runs with. policy: of weights in FP8. in_slots: experts are, and their loads are
-    counted. overlap: see `layout_of`. Raises ValueError as `generation_mesh`."""
+    counted. overlap: see `layout_of`. shared_routed: the shared expert is in slots, too. Raises ValueError as `generation_mesh`,
+    and for experts that do not divide where they are in no slots."""
     devices = generation_mesh(cfg, mesh, at)
     wire = wire_of(policy)
-    of_ready = ready_specs(cfg, parameter_specs(cfg, mesh, devices), in_slots)
+    specs = parameter_specs(cfg, mesh, devices, in_slots)
+    of_ready = ready_specs(cfg, specs, in_slots, shared_routed)
     weights_specs = Weights(of_ready, WHOLE, WHOLE)
     over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
     options = compiler_options(mesh, devices)

@@ -2,7 +2,8 @@
 
 Prints bytes on each device part by part, how many sequences fit, bytes per link of a step, and seconds of a step part by part,
 one after the other and with two micro-batches. Rates of kernels and links are measured ones (`planning/hardware.py`,
-`planning/serving_links.py`); everything else is computed, and nothing is fitted to the time of a step.
+`planning/serving_links.py`); everything else is computed, and nothing is fitted to the time of a step. With --compile, XLA's
+own bytes stand beside the predicted ones.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from absl import flags
 
 from deepseek_jax.serving.deployment import Deployment
 from experiments import config_flag
-from experiments.planning import serving_tables
+from experiments.planning import serving_compiled, serving_tables
 from experiments.planning.hardware import PRESETS
 from experiments.planning.serving_prediction import predict
 
@@ -31,11 +32,18 @@ def main(argv: Sequence[str]) -> int:
     acceptance = flags.DEFINE_float(
         "acceptance", ACCEPTANCE, "Drafts that are accepted, of one.", 0.0, 1.0, flag_values=values
     )
+    compiled = flags.DEFINE_boolean(
+        "compile", False, "Compile the unit's programs for H100s, without a GPU, too.", flag_values=values
+    )
     unit = config_flag.parse(argv, "configs/serve_decode_ep144.py", values, Deployment)
     if cached.value >= context.value:
         raise ValueError(
             f"--cached={cached.value}: the last token at least is computed; give less than --context"
         )
+    if compiled.value:
+        serving_compiled.check(hardware.value)
     prediction = predict(unit, PRESETS[hardware.value], context.value, cached.value, acceptance.value)
-    print(serving_tables.report(prediction))
+    print(serving_tables.report(prediction), flush=True)
+    if compiled.value:
+        print("\n" + serving_compiled.report(prediction))
     return 0

@@ -61,12 +61,12 @@ def memory(unit: Deployment, hardware: Hardware) -> Memory:
     return dataclasses.replace(found, pages=unit.pages or room)
 
 
-def step_bytes(unit: Deployment) -> dict[str, float]:
-    """Of the program that takes most."""
+def step_bytes(unit: Deployment, phase: str = "both") -> dict[str, float]:
+    """Of the program that takes most, or of that of a phase."""
     programs = []
-    if unit.role != "prefill":
+    if "prefill" not in (unit.role, phase):
         programs.append(_decoding(unit, unit.rows * (2 if unit.drafts else 1)))
-    if unit.role != "decode":
+    if "decode" not in (unit.role, phase):
         programs.append(_prefill(unit, unit.chunk))
     return max(programs, key=lambda parts: sum(parts.values()))
 
