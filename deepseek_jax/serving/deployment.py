@@ -92,6 +92,7 @@ class Deployment:
             pages=self.pages,
             cache=self.cache,
             drafts=self.drafts,
+            redundant=self.redundant or None,
         )
 
 
