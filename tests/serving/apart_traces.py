@@ -65,7 +65,7 @@ class Kind:
     """Servers of a kind, with warm programs; they stay, with their caches, from trace to trace."""
 
     def __init__(self, prefill, decode, direct, together):
-        engines = prefill(f"prefill {direct}"), decode(f"decode {direct}"), together("together")
+        engines = prefill(f"prefill {direct}"), decode(f"decode {direct}"), together(f"together {direct}")
         for engine in engines:
             for _ in engine.device.warm_up():
                 pass
