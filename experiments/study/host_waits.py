@@ -16,6 +16,7 @@ idle GPU, and no host runs ahead of it.
 
 import collections
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -29,6 +30,7 @@ BRANCH, LOOP, RAGGED, CALLBACK = (
     "callback",
 )
 _GROUPS = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
@@ -41,9 +43,15 @@ class Wait:
 
 
 def replica_groups(text: str) -> list[list[int]]:
-    """The groups of devices of a collective, written out or as an iota."""
+    """The groups of devices of a collective: written out, as axes of a mesh, or as an iota."""
     if match := _GROUPS.search(text):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    if match := _MESH.search(text):
+        names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", match[1]), strict=True)
+        dims = [names.index(name) for name in re.findall(r"'(\w+)'", match[2])]
+        devices = np.arange(math.prod(map(int, sizes))).reshape([int(n) for n in sizes])
+        groups = np.moveaxis(devices, dims, range(-len(dims), 0))
+        return groups.reshape(-1, math.prod(int(sizes[i]) for i in dims)).tolist()
     if match := _IOTA.search(text):
         shape, dims = ([int(n) for n in match[i].split(",")] for i in (1, 2))
         order = [int(n) for n in match[3].split(",")] if match[3] else range(len(dims))

@@ -45,6 +45,8 @@ def test_what_waits_and_what_does_not():
         ("replica_groups={{0,4},{1,5}}, x={1}", [[0, 4], [1, 5]]),
         ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['data'=1,'node'=2,'local'=2] {'node'}, x={1}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['node'=2,'local'=2,'tensor'=1] {'local','tensor'}", [[0, 1], [2, 3]]),
         ("dimensions={0}", []),
     ],
 )
