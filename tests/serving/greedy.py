@@ -30,9 +30,9 @@ def greedy(params, cfg, bias, prompts, new):
         rows = slice(start, start + AT_ONCE)
         for _ in range(max(new[rows])):  # what follows cannot matter
             chosen = np.asarray(_best(params, cfg, bias, tokens[rows], length[rows] - 1))
-            room = np.minimum(length[rows], tokens.shape[1] - 1)
-            tokens[np.arange(start, start + AT_ONCE), room] = chosen
-            length[rows] = np.minimum(length[rows] + 1, tokens.shape[1])
+            [room] = np.nonzero(length[rows] < tokens.shape[1])
+            tokens[start + room, length[start + room]] = chosen[room]
+            length[start + room] += 1
     return [
         tokens[i, len(p) : len(p) + n].tolist() for i, (p, n) in enumerate(zip(prompts, new, strict=True))
     ]

@@ -70,11 +70,13 @@ def engine(
     pages: int = 4,
     redundant: int | None = None,
     fp8: bool = False,
+    overlap: int | None = None,
 ) -> Engine:
-    """Of so few pages that two sequences do not always fit. drafts: as of `Options`. redundant: experts, which move."""
-    mesh = MESHES[name]
+    """Of so few pages that two sequences do not always fit. drafts: as of `Options`. redundant: experts, which move. overlap: as
+    of `Sizes`."""
+    mesh, sizes = MESHES[name], dataclasses.replace(SIZES, overlap=overlap)
     cfg, asked = decoding_config(CFG), bool(drafts)
-    device = put(OverMesh(cfg, SIZES, pages, fp8, asked, mesh=mesh, redundant=redundant), mesh)
+    device = put(OverMesh(cfg, sizes, pages, fp8, asked, mesh=mesh, redundant=redundant), mesh)
     if drafts is True:  # always: what a warm-up would have measured matters to nothing
         decoding = {(kind, SIZES.slots): 0.01 for kind in ("decode", "drafts")}
         device.pace = Pace(decoding | {("prefill", *size): 0.01 for size in SIZES.chunks})

@@ -1,8 +1,9 @@
 """200 traces of requests over meshes of eight devices, each beside one device: greedy tokens, in chunks, from the
 prefix cache, with drafts, without, and with them where they pay.
 
-    python -m tests.serving.mesh_traces [--traces=200] [--fp8]
+    python -m tests.serving.mesh_traces [--traces=200] [--fp8] [--overlap]
 
+With --overlap the rows of every program are in two halves, and the engine says so of each step.
 With --fp8 the cache is in FP8, and one device's engine with such a cache says what is right, each request alone. A latent
 between two values of FP8 may be rounded otherwise where sums are in another order: then a token may be another one, but
 only one that was as likely up to what a step of E4M3, 1/16 of a value, makes of one latent in many.
@@ -56,12 +57,13 @@ def main() -> None:
     )
     parser.add_argument("--traces", type=int, default=200)
     parser.add_argument("--fp8", action="store_true", help="the cache in FP8")
+    parser.add_argument("--overlap", action="store_true", help="rows in two halves")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     counts: collections.Counter = collections.Counter()
     kinds = itertools.cycle(itertools.product(MESHES, (False, True, "auto")))
     for seed, (name, drafts) in zip(range(args.traces), kinds, strict=False):
-        made = engine(name, drafts, fp8=args.fp8)
+        made = engine(name, drafts, fp8=args.fp8, overlap=1 if args.overlap else None)
         requests = trace(seed, EACH)
         if args.fp8:
             counts += in_fp8(made, requests, seed)
@@ -72,9 +74,11 @@ def main() -> None:
             pool = scheduler.pool
             assert (pool.held, pool.free + pool.cached) == (0, pool.pages), (seed, name, drafts)
         stats = made.stats
-        counts.update(traces=1, tokens=stats.generated, hits=stats.cache_hits, preemptions=stats.preemptions)
+        assert stats.in_two == (stats.steps if args.overlap else 0), (seed, stats)
+        counts.update(traces=1, in_two=stats.in_two, steps=stats.steps)
+        counts.update(tokens=stats.generated, hits=stats.cache_hits, preemptions=stats.preemptions)
         counts.update(drafts=stats.drafts, accepted=stats.accepted)
-        if seed % 9 == 8:
+        if seed % 3 == 2:
             print(dict(counts), flush=True)
 
 
