@@ -1,4 +1,4 @@
-"""Two halves of the rows of a pass over pages, on eight devices: states and pages are those of all rows at once, on one.
+"""Two halves of the rows of a pass over pages: states and pages are those of all rows at once.
 
 The long form, of all kinds, is `halved_passes.py`.
 """
@@ -14,9 +14,9 @@ from tests.parallel.comparison import BOUND
 from tests.parallel.halved_passes import Case, alone, differ, over_devices
 
 
-@pytest.mark.parametrize("case", [Case("one", "few", 3, 2), Case("one", "many", 1, 16)])
+@pytest.mark.parametrize("case", [Case("one", "few", 3, 2), Case("one", "many", 1, 16, 1)])
 def test_halves_are_the_whole(case):
-    """Decode rows with drafts, an odd number of them; and a chunk of one sequence, cut in two."""
+    """Decode rows with drafts, an odd number of them, in two layers; and a chunk of one sequence, cut in two, in a last layer."""
     assert max(differ(case, over_devices(case, in_halves=True), alone(case))) < BOUND
 
 
