@@ -2,12 +2,14 @@
 
 A layer's `ffn` then has its experts by slots, [slot, ...] in the place of [expert, ...], and beside them the `placement` that says
 which slots hold which expert. Both change together, by one program, which is compiled once for all layers and plans: what differs
-are arrays. It takes the memory of one layer's experts beside those that there are, of two where layers are stacked.
+are arrays. It takes the memory of one layer's experts beside those that there are, of two where layers are stacked. To fill the
+slots takes that of all (`bytes_in_slots`).
 
 Dims: l layer, p slot, e expert, c copy of an expert.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,6 +52,20 @@ def unit_over(cfg: ModelConfig, mesh: MeshConfig, devices: Mesh, redundant: int)
         f"node x local x tensor: give {-cfg.n_routed_experts % holders} more, or that and a multiple of {holders}",
     )
     return Unit(slots, cfg.n_group, node, holders)
+
+
+def bytes_in_slots(ready: Any, cfg: ModelConfig, redundant: int) -> int:
+    """What the experts of `ready`, which lie in their order, take on a device once they lie in slots: beside them, until whoever has
+    `ready` lets go of it."""
+    blocks = [*_listed(ready.get("moe_layers")), *([ready["mtp"]["block"]] if "mtp" in ready else [])]
+    leaves = jax.tree.leaves([block["ffn"]["experts"] for block in blocks])
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return held * (cfg.n_routed_experts + redundant) // cfg.n_routed_experts
+
+
+def _listed(blocks: Any) -> list[Any]:
+    """Blocks that lie apart, or are stacked, or are not there."""
+    return blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]
 
 
 class Programs(NamedTuple):
@@ -95,6 +111,14 @@ def programs(cfg: ModelConfig, mesh: MeshConfig, slots: int, stacked: bool, at: 
 
 def _all_layers(experts: Any, source_lp: Any, new: int) -> Any:
     return lax.map(lambda layer: moved(layer[0], layer[1], new), (experts, jnp.asarray(source_lp)))
+
+
+def check_plan(plan: Plan, cfg: ModelConfig, mesh: MeshConfig, devices: Any) -> None:
+    """Raises ValueError for a plan that is not one of a model's MoE layers, without MTP modules, over a mesh."""
+    layers, slots = plan.physical_lp.shape
+    require(layers == cfg.num_moe_layers, f"a plan of {layers} layers for {cfg.num_moe_layers} MoE layers")
+    unit = unit_over(cfg, mesh, devices, slots - cfg.n_routed_experts)
+    plan.checked(cfg.n_routed_experts, unit.slots)
 
 
 def in_slots(params: Any, plan: Plan) -> Any:

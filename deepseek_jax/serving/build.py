@@ -11,6 +11,7 @@ from deepseek_jax.checks import require
 from deepseek_jax.model.decoding import decoding_config
 from deepseek_jax.parallel.prepared import policy_of
 from deepseek_jax.parallel.processes.together import is_first, lowest
+from deepseek_jax.parallel.slots import bytes_in_slots
 from deepseek_jax.serving.drafting import check_drafts
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.one_device import OneDevice
@@ -41,7 +42,9 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
         f"redundant={options.redundant}: experts are spread over the devices of a mesh, and move among them: give a mesh, or leave "
         "redundant out",
     )
-    pages = options.pages_for(cfg, layers_in_pages(cfg, drafts))
+    ready = jax.block_until_ready(model.ready(keep=options.redundant is None))
+    to_come = 0 if options.redundant is None else bytes_in_slots(ready, cfg, options.redundant)
+    pages = options.pages_for(cfg, layers_in_pages(cfg, drafts), to_come)
     if model.mesh is not None:  # of one device, the other processes know nothing
         pages = lowest(pages)
     sizes, cache = options.sizes(cfg), (pages, options.cache == "fp8", drafts)
@@ -57,7 +60,7 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
             device = OverMesh(cfg, sizes, *cache, **over)
         else:
             device = (Leading if is_first() else Following)(cfg, sizes, *cache, **over, say=say)
-    device.weights = weights_of(model, model.ready(keep=device.slots is None))
+    device.weights = weights_of(model, ready)
     return device
 
 

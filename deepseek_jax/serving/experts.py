@@ -11,6 +11,7 @@ whose input is the ids of its tokens' experts; a reading is a sum over all devic
 DeepSeek-V3.
 """
 
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from deepseek_jax.balancing.eplb import planned
 from deepseek_jax.balancing.loads import Window
 from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.balancing.planner import Planner, PlanningError, When
+from deepseek_jax.checks import require, shown
 from deepseek_jax.serving.options import Options
 
 READ = 32  # steps from one reading of the loads to the next, at most
@@ -33,7 +35,8 @@ class Experts:
 
     Args:
         device: `OverMesh`, with experts in slots.
-        options: how often they are planned anew, and a file of loads to begin with.
+        options: how often they are planned anew, and a file of loads to begin with. Raises ValueError for one that is wrong, or
+            cannot be written.
 
     Attributes:
         planner: has the loads and the age of the plan (`report`).
@@ -41,10 +44,7 @@ class Experts:
     """
 
     def __init__(self, device: Any, options: Options):
-        self._device, self._file = (
-            device,
-            None if options.expert_loads is None else Path(options.expert_loads),
-        )
+        self._device, self._file = device, _writable(options.expert_loads)
         self._every = min(READ, options.replan)
         unit, plan = device.slots.unit, device.slots.plan
         window = Window(len(plan.physical_lp), device.cfg.n_routed_experts)
@@ -109,3 +109,16 @@ class Experts:
         layer = self._left.popleft()
         self._device.move(layer, self._plan.physical_lp[layer])
         self.moves += 1
+
+
+def _writable(name: str | None) -> Path | None:
+    """A file that is to be written at the end. Raises ValueError for one that cannot be, before anybody has counted for it."""
+    if name is None:
+        return None
+    path = Path(name)
+    where = path.parent
+    require(
+        where.is_dir() and os.access(where, os.W_OK) and not path.is_dir(),
+        f"expert_loads={shown(name)}: no file can be written there; name one in a folder that is there",
+    )
+    return path

@@ -32,7 +32,7 @@ class Options:
             least one smallest chunk runs: what a prompt that comes adds to the time between two tokens of others.
         waiting: requests that may wait, at most, for one to end.
         invariant: a sequence's tokens and log-probabilities are the same bits whatever runs beside it. One size of decode rows
-            and of chunks, and no sequence begins before all its pages are there.
+            and of chunks, and no sequence begins before all its pages are there. Not for experts that move or have copies.
         drafts: True, False, or "auto": whether the MTP module drafts, always, never, or where it pays.
         redundant: over a mesh, experts more than the model has, in each layer: copies of those with much load, which share it. All
             experts then lie where plans say, and move. 0: they move, and none has copies; None: they stay where they are.
@@ -83,6 +83,11 @@ class Options:
             f"expert_loads={shown(self.expert_loads)} is for experts that move: give redundant, 0 or more, or leave it out",
         )
         require(
+            not self.invariant or self.redundant is None,
+            f"invariant=True with redundant={self.redundant}: which copy of an expert a token goes to depends on the others, and so do "
+            "the last bits of its sum; leave one out",
+        )
+        require(
             self.overlap in OVERLAP or (is_integer(self.overlap) and int(self.overlap) >= 1),
             f"overlap={shown(self.overlap)} must be 'off', 'auto' or an integer >= 1, tokens of a device from which on",
         )
@@ -97,8 +102,9 @@ class Options:
         chunk = (256 if on_cpu() else 2048) if self.chunk is None else self.chunk
         return Sizes(self.rows, longest, max(PAGE, min(chunk, longest)), self.invariant)
 
-    def pages_for(self, cfg: ModelConfig, layers: int, device: Any = None) -> int:
-        """Pages on one device. Raises ValueError if there is no room for one whole sequence."""
+    def pages_for(self, cfg: ModelConfig, layers: int, beside: int = 0, device: Any = None) -> int:
+        """Pages on one device. beside: bytes that are still to be taken there. Raises ValueError if there is no room for one whole
+        sequence."""
         sizes = self.sizes(cfg)
         if self.pages is not None:
             return self.pages
@@ -108,8 +114,12 @@ class Options:
             * x.dtype.itemsize
         )
         stats = None if on_cpu() else (device or jax.local_devices()[0]).memory_stats()
-        free = CPU_CACHE if stats is None else GPU_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"])
-        pages = min(sizes.slots * sizes.pages_each, int(free) // one)
+        free = (
+            CPU_CACHE
+            if stats is None
+            else GPU_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"] - beside)
+        )
+        pages = min(sizes.slots * sizes.pages_each, max(0, int(free)) // one)
         if stats is None:  # a CPU has what one whole sequence needs
             pages = max(pages, sizes.pages_each)
         require(

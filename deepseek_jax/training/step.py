@@ -30,7 +30,7 @@ from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, replicated
 from deepseek_jax.parallel.pipeline.pipeline import Pipeline, pipeline_over
-from deepseek_jax.parallel.slots import in_slots
+from deepseek_jax.parallel.slots import check_plan, in_slots
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.training.frozen import frozen_leaves, trained
@@ -188,6 +188,8 @@ def make_eval_step(
     model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
     shares = parameter_shares(cfg, mesh)
     layout = layout_over(cfg, mesh, anywhere=plan is not None).forward_only
+    if plan is not None:
+        check_plan(plan, model, cfg.mesh, mesh)
 
     pipeline = pipeline_over(cfg, mesh.shape)
     if pipeline is not None and plan is not None:

@@ -73,6 +73,21 @@ def test_evaluation_over_spread_experts(precision, plan):
     assert difference(evaluation((1, 4, 2), precision, plan), evaluation(SINGLE, precision)) < BOUND
 
 
+@pytest.mark.parametrize(
+    "physical_lp, says",
+    [
+        ([[*range(8), 0]], "8 experts and redundant=1 more do not divide over 8 devices"),
+        ([[0, *range(7), *range(8)]] * 2, "a plan of 2 layers for 1 MoE layers"),
+        ([[*range(7)] * 2 + [0, 1]], "layer 0 has no slot for expert 7"),
+    ],
+)
+def test_plans_that_are_none(physical_lp, says):
+    """Before anything is traced: an expert without a slot would be another's."""
+    cfg = config((1, 4, 2))
+    with pytest.raises(ValueError, match=says):
+        make_eval_step(cfg, mesh_of(cfg), Plan(np.array(physical_lp, np.int32)))
+
+
 def test_experts_that_do_not_divide():
     cfg = config((1, 3, 1))
     with pytest.raises(

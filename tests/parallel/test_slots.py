@@ -48,8 +48,14 @@ def test_slots_hold_what_plans_say(monkeypatch):
     monkeypatch.setattr(slots, "unrolled", lambda cfg: False)
     made = Slots(CFG, MESH, redundant=8)
     gate = np.ones(3)
-    ready = made.filled({"moe_layers": {"ffn": {"gate": gate, "experts": EXPERTS_LE}}, "embed": gate})
+    spec = jax.NamedSharding(made.devices, jax.P(None, ("node", "local", "tensor")))
+    experts = jax.device_put(EXPERTS_LE, spec)
+    ready = {"moe_layers": {"ffn": {"gate": gate, "experts": experts}}, "embed": gate}
+    taken = slots.bytes_in_slots(ready, CFG, 8)
+    ready = made.filled(ready)
     check(ready, made.plan)
+    there = jax.tree.leaves(ready["moe_layers"]["ffn"]["experts"])
+    assert taken == sum(x.addressable_shards[0].data.nbytes for x in there) == 2 * 2 * (3 * 2 * 4 + 4)
     for layer in (1, 0, 1):
         new_p = plan_of_layer()
         ready = made.moved(ready, layer, new_p)

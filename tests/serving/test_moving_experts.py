@@ -12,6 +12,7 @@ import pytest
 from deepseek_jax.balancing import loads
 from deepseek_jax.balancing.eplb import even
 from deepseek_jax.balancing.plan import Unit, loads_of_gpus
+from deepseek_jax.serving import options as options_module
 from deepseek_jax.serving.build import cold
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.experts import Experts
@@ -127,6 +128,22 @@ def test_loads_outlast_the_engine(tmp_path):
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"loads.json: format"):
         Experts(Devices(), options)
+    for where in (tmp_path / "none" / "loads.json", tmp_path):
+        with pytest.raises(ValueError, match="no file can be written there; name one in a folder that is"):
+            Experts(Devices(), Options(redundant=4, expert_loads=str(where)))
+
+
+def test_pages_leave_room_for_what_is_to_come(monkeypatch):
+    """A GPU's: 0.8 of what is free once experts lie in slots, not of what is free before."""
+    monkeypatch.setattr(options_module, "on_cpu", lambda: False)
+    gpu = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10 << 20, "bytes_in_use": 2 << 20})
+    cfg, options = model().config, Options(rows=1 << 20, max_model_len=128)
+    page = cfg.num_hidden_layers * 64 * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * 4
+    for beside in (0, 5 << 20):
+        want = int(0.8 * ((8 << 20) - beside)) // page
+        assert options.pages_for(cfg, cfg.num_hidden_layers, beside, gpu) == want
+    with pytest.raises(ValueError, match="memory has room for 0"):
+        options.pages_for(cfg, cfg.num_hidden_layers, 9 << 20, gpu)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +152,7 @@ def test_loads_outlast_the_engine(tmp_path):
         ({"redundant": -1}, "redundant=-1 must be an integer >= 0"),
         ({"replan": 0}, "replan=0 must be an integer >= 1"),
         ({"redundant": 1, "replan_below": 0.0}, r"replan_below=0.0 must be a number in \(0, 1\]"),
+        ({"invariant": True, "redundant": 0}, "invariant=True with redundant=0: which copy"),
         ({"expert_loads": "x"}, "expert_loads='x' is for experts that move: give redundant"),
     ],
 )
