@@ -25,7 +25,7 @@ from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.transfer.deadlines import Deadlines
 from tests.serving import mesh_engine
-from tests.serving.drafting_requests import SETTINGS, Even
+from tests.serving.drafting_requests import SETTINGS, SIZES, Even
 from tests.serving.two_servers import TwoServers, not_held, plain
 
 EACH, NEW, LONGEST = 10, 24, 256
@@ -44,11 +44,11 @@ def over_mesh(name):
 
 
 def few(name):
-    return plain(name, pages=7)
+    return plain(name, pages=7, sizes=SIZES)
 
 
 def fp8(name):
-    return plain(f"{name} of fp8", pages=7, fp8=True)
+    return plain(f"{name} of fp8", pages=7, fp8=True, sizes=SIZES)
 
 
 # Prefill, decode, whether directly, and who does both.

@@ -1,5 +1,6 @@
 """Two engines in one process, prefill and decode, with a connection between them; and one that does both, to compare with."""
 
+import dataclasses
 import functools
 import queue
 
@@ -13,9 +14,21 @@ from deepseek_jax.serving.transfer.deadlines import Deadlines
 from deepseek_jax.serving.transfer.decode import Fetching
 from deepseek_jax.serving.transfer.prefill import PrefillServer
 from tests.serving.drafting_requests import CFG, PAGES, SIZES, model
+from tests.serving.mesh_engine import FewSizes
 
 OPTIONS = Options(rows=4, max_model_len=256, chunk=64, waiting=1000, stall=1e9, drafts=True)
 SOON = Deadlines(meet=2, queued=20, transfer=20, beat=0.2, direct=5)
+
+
+class OneSize(FewSizes):
+    """Few programs to compile: one of decode rows, one of a chunk."""
+
+    @property
+    def chunks(self):
+        return ((1, self.chunk),)
+
+
+ONE_SIZE = OneSize(**dataclasses.asdict(SIZES))
 
 
 @functools.cache
@@ -25,15 +38,15 @@ def ready():
 
 
 @functools.cache
-def device(name, pages, fp8):
+def device(name, pages, fp8, sizes):
     """One for each name; its pages hold whatever earlier tests left."""
-    made = OneDevice(CFG, SIZES, pages, fp8, drafts=True)
+    made = OneDevice(CFG, sizes, pages, fp8, drafts=True)
     made.weights = ready()
     return made
 
 
-def plain(name="together", pages=PAGES, fp8=False):
-    return Engine(device(name, pages, fp8), OPTIONS)
+def plain(name="together", pages=PAGES, fp8=False, sizes=ONE_SIZE):
+    return Engine(device(name, pages, fp8, sizes), OPTIONS)
 
 
 class Always:

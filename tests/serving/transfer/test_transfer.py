@@ -362,8 +362,9 @@ def test_bad_bytes_harm_nobody(servers):
 
 
 def test_a_fingerprint_is_of_the_numbers():
+    """Wherever they are: on devices or on the host."""
     params, _ = model()
-    same = dict(params)
-    assert fingerprint(params) == fingerprint(same)
-    assert fingerprint(params) != fingerprint(jax.tree.map(lambda x: x * 1.01, params))
-    assert fingerprint(params) != fingerprint({name: params[name] for name in list(params)[1:]})
+    here, on_host = fingerprint(params), jax.tree.map(np.asarray, params)
+    assert fingerprint(on_host) == here == fingerprint(dict(reversed(on_host.items())))
+    assert fingerprint(jax.tree.map(lambda x: np.float32(1.01) * x, on_host)) != here
+    assert fingerprint({name: on_host[name] for name in list(on_host)[1:]}) != here
