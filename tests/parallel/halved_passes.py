@@ -24,6 +24,7 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.model import decoding
 from deepseek_jax.model.cache import empty_pages, paged_view
 from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare
+from deepseek_jax.parallel import prepared
 from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.low_latency import LowLatency
 from deepseek_jax.parallel.layout import few_tokens, halved, many_tokens
@@ -189,7 +190,7 @@ def differ(case: Case, got, want) -> tuple[float, float]:
 def main(words: Sequence[str]) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     for case in (case for case in CASES if all(word in str(case) for word in words)):
-        decoding.unrolled = lambda cfg, case=case: not case.scanned
+        decoding.unrolled = prepared.unrolled = lambda cfg, case=case: not case.scanned
         got, whole = (over_devices(case, in_halves) for in_halves in (True, False))
         found = {"all rows at once": differ(case, got, whole)}
         if not case.fp8:
