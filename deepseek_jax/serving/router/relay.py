@@ -112,7 +112,7 @@ class _Try:
     async def _ask(self) -> None:
         wants, headers = self._wants, dict(self._wants.headers)
         if wants.answer and self._prefill is not None:
-            headers |= self._members.naming(self._prefill)
+            headers |= {name: x.encode() for name, x in self._members.naming(self._prefill).items()}
         request = self._http.build_request(
             wants.method, f"http://{self._sent.decode}{wants.path}", headers=headers, content=wants.body
         )
@@ -163,16 +163,23 @@ class _Try:
     async def _stream(self, response: httpx.Response) -> None:
         self._told.begin()
         async for events in _events(response):
-            parts: list[bytes] = []
+            if await self._go_on(events):
+                await self._client.done()
+                return
+        raise self._lost("its stream ended in the middle")
+
+    async def _go_on(self, events: list[bytes]) -> bool:
+        """Passes them on, those before an error, too; whether the stream is complete. Raises AgainError, ApiError."""
+        parts: list[bytes] = []
+        try:
             for raw in events:
                 if raw == DONE:
-                    await self._client.events(b"".join(parts) + DONE)
-                    await self._client.end()
-                    return
+                    return True
                 parts.append(self._passed(raw))
+            return False
+        finally:
             if out := b"".join(parts):
                 await self._client.events(out)
-        raise self._lost("its stream ended in the middle")
 
     def _passed(self, raw: bytes) -> bytes:
         """What of an event goes to the client. Raises AgainError, ApiError for the event of an error."""

@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
 from deepseek_jax.checks import require, shown
+from deepseek_jax.json_files import parse_object
 from deepseek_jax.serving.router.client import Client
 from deepseek_jax.serving.router.members import LOGGER, Members, PerServer, read_member
 from deepseek_jax.serving.router.relay import Counts, Relay, Rules
@@ -107,7 +107,8 @@ class Router:
             await asyncio.sleep(0.02)
         late = bool(self.requests)
         for limit in list(self._limits):
-            limit.reschedule(0)
+            if not limit.expired():
+                limit.reschedule(0)
         for task in self._tasks:
             task.cancel()
         return not late
@@ -140,9 +141,9 @@ class Router:
         try:
             answer = await self._http.get(f"http://{address}/member", timeout=self.settings.silence / 2)
             answer.raise_for_status()
-            said = read_member(json.loads(answer.content), address.rpartition(":")[0])
+            said = read_member(parse_object(answer.content, "its answer"), address.rpartition(":")[0])
             self.members.heard(said._replace(address=address))
-        except (httpx.HTTPError, ValueError) as error:
+        except Exception as error:  # whatever it is, the next time may be better
             return f"{type(error).__name__}: {error}"
         return ""
 

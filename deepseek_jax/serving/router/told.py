@@ -59,6 +59,7 @@ class Told:
         self.tries = 0
         self._head: Json = {}  # what all events of a stream share
         self._choices: dict[int, _Choice] = {}
+        self._ended = False  # an event without choices, of usage, was sent
 
     def begin(self) -> None:
         """The stream begins, or begins anew."""
@@ -78,8 +79,9 @@ class Told:
             rest, news = known.new(choice)
             if news or self.tries == 1:
                 choices.append(rest)
-        if event.get("choices") and not choices:
+        if not choices and (event.get("choices") or (self._ended and self.tries > 1)):
             return None
+        self._ended = self._ended or not choices
         return event if self.tries == 1 else event | self._head | {"choices": choices}
 
 

@@ -25,7 +25,7 @@ class Wants(NamedTuple):
 
     method: str
     path: str
-    headers: Mapping[str, str]
+    headers: Mapping[str, bytes]
     body: bytes
     ask: Ask
     answer: bool
@@ -35,13 +35,14 @@ class Wants(NamedTuple):
 async def read_wants(http: HttpRequest, most: int) -> Wants:
     """most: bytes of a body. Raises ApiError."""
     raw = await read_body(http, most)
-    path = http.scope.get("raw_path", b"").decode("latin-1") or http.url.path
-    path += f"?{http.url.query}" if http.url.query else ""
+    named, query = http.scope["path"], http.scope.get("query_string", b"").decode("latin-1")
+    path = http.scope.get("raw_path", b"").decode("latin-1") or named
+    path += f"?{query}" if query else ""
     if not path.startswith("/"):
         raise bad(f"path={shown(path)} must begin with /")
-    headers = {name: http.headers[name] for name in _HEADERS if name in http.headers}
-    headers["x-request-id"] = http.scope["state"]["request_id"]
-    if http.method != "POST" or http.url.path not in _ANSWERS:
+    headers = {name: http.headers[name].encode("latin-1") for name in _HEADERS if name in http.headers}
+    headers["x-request-id"] = http.scope["state"]["request_id"].encode()
+    if http.method != "POST" or named not in _ANSWERS:
         return Wants(http.method, path, headers, raw, Ask(), False, False)
     try:
         body, sent, ask = await off_loop(len(raw), lambda: _read(raw))

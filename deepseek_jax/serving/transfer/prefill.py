@@ -35,6 +35,7 @@ from deepseek_jax.serving.transfer.wire import Channel, WireError, count, field,
 
 _UNSENT = 2 << 30  # bytes of pages that may wait to be sent before new requests wait
 _CONNECTIONS = 1024
+_TOLD = 5.0  # seconds that the other side may take to hear of an error
 _RANGE = 2**31 - 1
 _NAME = 1 << 12  # characters
 
@@ -194,6 +195,9 @@ class PrefillServer:
             message = await channel.receive({wire.GOT: 0, wire.END: 0})
             if message.kind == wire.END:
                 raise NotWantedError("the decode server ended it")
+            if not job.offered:
+                raise WireError("it sent what it must not: it was offered nothing")
+            job.offered = False
             job.heard.put_nowait(field(message.says, "good", lambda value: isinstance(value, bool)))
 
     async def _send(self, channel: Channel, job: Job, request: Request, fields: dict[str, Any]) -> None:
@@ -205,19 +209,24 @@ class PrefillServer:
         while not isinstance(event := await job.events.get(), Update | Exception):
             fields["state"] = "sending"
             first, n, block = event
+            self._check_version(job)  # as pages come, they are kept there for other prompts
             await sending.pages(first, n, block)
             job.unsent -= block.nbytes
         if isinstance(event, Exception):
             raise PrefillRefusedError(str(event))
         if event.finish_reason != "length":
             raise PrefillRefusedError(event.error or f"the engine ended the request: {event.finish_reason}")
-        if self._thread.engine.version != job.version:
-            raise PrefillDiffersError("the weights were changed while the prompt was computed")
+        self._check_version(job)
         given = packed((event.prompt or ())[: job.end + 1], request.prompt_logprobs)
         await channel.send(wire.DONE, {"cached": event.cached_tokens}, given)
+
+    def _check_version(self, job: Job) -> None:
+        if self._thread.engine.version != job.version:
+            raise PrefillDiffersError("the weights were changed while the prompt was computed")
 
 
 async def _told(channel: Channel, error: TransferError) -> None:
     """The other side, if it is there."""
-    with contextlib.suppress(WireError, OSError):
-        await channel.send(wire.FAILED, {"code": error.code, "message": str(error)[:1000]})
+    with contextlib.suppress(WireError, OSError, TimeoutError):
+        async with asyncio.timeout(_TOLD):
+            await channel.send(wire.FAILED, {"code": error.code, "message": str(error)[:1000]})

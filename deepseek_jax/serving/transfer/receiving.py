@@ -1,6 +1,7 @@
 """A request of a decode server on its way to a prefill server, and the pages on their way back."""
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import socket
@@ -230,16 +231,23 @@ async def _connected(address: str) -> socket.socket:
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        family, kind, protocol, _, at = found[0]
-        connection = socket.socket(family, kind, protocol)
-        connection.setblocking(False)
-        try:
-            await loop.sock_connect(connection, at)
-        except BaseException:
-            connection.close()
-            raise
+        *others, last = found
+        for one in others:  # of a name that has several, of which it may listen at one
+            with contextlib.suppress(OSError):
+                return await _connected_at(*one)
+        return await _connected_at(*last)
     except (OSError, ValueError, OverflowError) as error:
         raise PrefillLostError(f"it cannot be reached at {shown(address)}: {error}") from error
+
+
+async def _connected_at(family: int, kind: int, protocol: int, _: str, at: Any) -> socket.socket:
+    connection = socket.socket(family, kind, protocol)
+    connection.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, at)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from deepseek_jax.serving.request import Update
 from deepseek_jax.serving.transfer import wire
+from deepseek_jax.serving.transfer.deadlines import within
 from deepseek_jax.serving.transfer.direct import Direct
 from deepseek_jax.serving.transfer.loop import LoopThread
 from deepseek_jax.serving.transfer.side import Side
@@ -24,7 +25,7 @@ class Job:
         moved: pages of a message at most.
         version: of the weights when it was asked for.
         unsent: bytes of its pages that wait to be sent.
-        direct: by which its pages can be pulled; None: they go as bytes.
+        direct: by which its pages can be pulled; None: they go as bytes. offered: some are, and nothing is heard of them yet.
         events: blocks of pages, then the last update, or what the engine raised.
         heard: what the other side says of the pages that were offered last.
     """
@@ -34,6 +35,7 @@ class Job:
         self.first = self.sent = first
         self.end, self.moved, self.unsent = end, moved, 0
         self.direct: Direct | None = None
+        self.offered = False
         self.events: asyncio.Queue[Any] = asyncio.Queue()
         self.heard: asyncio.Queue[bool] = asyncio.Queue()
 
@@ -79,8 +81,10 @@ class Sending:
         """Whether the other side pulled it."""
         good, number = False, direct.offer(block)
         try:
+            self._job.offered = True
             await self._channel.send(wire.PAGES, {"first": first, "count": n, "direct": number})
-            good = await self._job.heard.get()
+            async with within(self._side.deadlines.transfer):
+                good = await self._job.heard.get()
         finally:
             if not good:
                 direct.take_back(number, block)

@@ -59,6 +59,7 @@ class Channel:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._silence, self._most = connection, deadlines.silence, deadlines.transfer
         self._loop, self._sending = asyncio.get_running_loop(), asyncio.Lock()
+        self._cut = False  # in the middle of a message, behind which no other can come
 
     def close(self) -> None:
         self._socket.close()
@@ -68,12 +69,16 @@ class Channel:
         text = json.dumps(says or {}).encode()
         view = memoryview(data).cast("B")
         async with self._sending:
+            if self._cut:
+                raise WireError("a message was cut off")
+            self._cut = True
             await self._write(memoryview(_HEAD.pack(kind, len(text), len(view)) + text))
             await self._write(view)
+            self._cut = False
 
     def say_end(self) -> None:
         """Says END, if that can be said at once, before the connection is closed."""
-        if not self._sending.locked():
+        if not (self._cut or self._sending.locked()):
             with contextlib.suppress(OSError):
                 self._socket.send(_HEAD.pack(END, 2, 0) + b"{}")
 

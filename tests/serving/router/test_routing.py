@@ -1,11 +1,14 @@
 """The router over HTTP: what goes on to servers, and what a client gets when they are lost."""
 
+import asyncio
 import contextlib
 import threading
 import time
 
 import pytest
+from starlette.responses import Response
 
+from deepseek_jax.serving.router.client import Client
 from deepseek_jax.serving.router.relay import Rules
 from deepseek_jax.serving.server.body import signature
 from deepseek_jax.serving.server.errors import ApiError
@@ -180,6 +183,47 @@ def test_an_error_in_a_stream_is_followed_by_another_server():
         assert text == TEXT[:12] and not done and events[-1]["error"]["message"] == "it stopped"
 
 
+def test_what_comes_at_once_with_an_error_is_not_lost():
+    stops = 'data: {"error": {"message": "it stopped", "code": "unavailable"}}\n\n'
+
+    async def at_once(fake):
+        return Response(event(TEXT[:4]) + event(TEXT[4:9]) + stops, media_type="text/event-stream")
+
+    with Routed() as routed:
+        routed.decode[0].plan.append(at_once)
+        routed.decode[1].plan.append(stream())
+        assert routed.streamed()[::2] == (TEXT, True)
+
+
+def test_what_waits_for_a_slow_client_when_a_server_is_lost_is_not_lost():
+    got, room = [], asyncio.Event()
+
+    async def send(message):
+        await room.wait()
+        got.append(message.get("body"))
+
+    async def main():
+        client = Client(send)
+        client.started = True
+        for ask in (client.events(b"a"), client.done()):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await ask
+        room.set()
+        await client.done()
+
+    asyncio.run(main())
+    assert got == [b"adata: [DONE]\n\n", b""]
+
+
+def test_headers_that_are_not_ascii(one):
+    one.decode[0].plan.append(whole())
+    headers = KEY | {"user-agent": "caf\xe9".encode("latin-1"), "host": "x/v1/models?"}
+    assert one.complete(headers=headers).status_code == 200
+    headers, body = one.decode[0].asked[-1]
+    assert headers["user-agent"] == "caf\xe9" and "seed" in body
+
+
 def test_all_are_full():
     full = refuses(ApiError(429, "the queue is full", retry_after=7))
     with Routed() as routed:
@@ -282,7 +326,7 @@ def test_servers_that_are_asked_and_signatures():
         assert headers["x-prefill-signature"] == signature("fleet", headers["x-prefill"])
     with Routed(decode=0) as routed:
         fake = Fake(routed.loop, "both")
-        fake.plan += [refuses(ApiError(503, "starting")), whole(fake.says), whole()]
+        fake.plan += [refuses(ApiError(503, "starting")), whole([1]), whole(fake.says), whole()]
         settings = routed.router.settings
         object.__setattr__(settings, "servers", (fake.address,))
         object.__setattr__(settings, "beat", 0.02)

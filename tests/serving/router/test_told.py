@@ -56,6 +56,7 @@ def test_a_stream_that_breaks_any_number_of_times(seed):
             if new is not None:
                 got.append(new)
                 assert life != "a" or new is event
+    assert told.new(events[-1]) is None  # usage, of a stream that breaks behind it
     assert joined(got) == joined(completion(draw))
     assert {(e["id"], e["created"]) for e in got} == {(got[0]["id"], got[0]["created"])}
 

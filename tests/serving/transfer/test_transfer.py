@@ -16,7 +16,7 @@ import pytest
 
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
-from deepseek_jax.serving.transfer import wire
+from deepseek_jax.serving.transfer import receiving, wire
 from deepseek_jax.serving.transfer.deadlines import Deadlines
 from deepseek_jax.serving.transfer.direct import Direct
 from deepseek_jax.serving.transfer.identity import fingerprint
@@ -359,6 +359,73 @@ def test_bad_bytes_harm_nobody(servers):
             kinds += [kind] * (kind != wire.BEAT)
     assert kinds == [wire.TAKEN, wire.PAGES, wire.DONE]
     assert soon(lambda: servers.server.requests == 0) and not_held(servers.prefill.engine)
+
+
+def test_who_says_what_nobody_asked_is_not_heard_on(servers):
+    with socket.create_connection(servers.server.address) as connection, held_up(servers.prefill):
+        says = ASK | {"identity": servers.fetching._side.identity.__dict__}
+        connection.sendall(frame(wire.ASK, says, np.arange(6, dtype="<i4").tobytes()))
+        assert soon(lambda: servers.server.requests == 1)
+
+        def ended():
+            with contextlib.suppress(OSError):
+                connection.sendall(frame(wire.GOT, {"good": True}))
+            return not servers.server.requests
+
+        assert soon(ended)
+
+
+def test_no_pages_of_other_weights_are_kept():
+    """The prefill server's weights change between two chunks: what it computed before can be found, and nothing else."""
+    with TwoServers(name="changed") as made:
+        engine = made.prefill.engine
+        step = engine.step
+
+        def changing():
+            updates = step()
+            if engine.schedulers[0].running:
+                engine.step = step
+                engine.load(engine.device.weights, 7)
+            return updates
+
+        engine.step = changing
+        assert ended(made)[0] == "prefill_differs"
+        assert made.decode.engine.schedulers[0].pool.cached <= 1
+
+
+def test_nothing_comes_behind_half_a_message():
+    """Or the reader would take it for pages."""
+
+    async def main():
+        here, there = socket.socketpair()
+        channel = wire.Channel(here, QUICK)
+        with there, contextlib.closing(channel):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await channel.send(wire.PAGES, {}, bytes(1 << 24))
+            sent = 0
+            there.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while got := len(there.recv(1 << 20)):
+                    sent += got
+            with pytest.raises(wire.WireError, match="cut off"):
+                await channel.send(wire.FAILED, {"code": "prefill_lost", "message": ""})
+            channel.say_end()
+            with pytest.raises(BlockingIOError):
+                there.recv(1)
+            assert 0 < sent < 1 << 24
+
+    asyncio.run(main())
+
+
+def test_a_name_with_several_addresses(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (f"127.0.0.{i}", port)) for i in (2, 1)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+        connection = asyncio.run(receiving._connected(f"host:{port}"))
+        assert connection.getpeername() == ("127.0.0.1", port)
+        connection.close()
 
 
 def test_a_fingerprint_is_of_the_numbers():
