@@ -112,7 +112,7 @@ class _Try:
     async def _ask(self) -> None:
         wants, headers = self._wants, dict(self._wants.headers)
         if wants.answer and self._prefill is not None:
-            headers |= {name: x.encode() for name, x in self._members.naming(self._prefill).items()}
+            headers |= {name.encode(): x.encode() for name, x in self._members.naming(self._prefill).items()}
         request = self._http.build_request(
             wants.method, f"http://{self._sent.decode}{wants.path}", headers=headers, content=wants.body
         )

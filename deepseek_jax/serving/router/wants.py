@@ -25,7 +25,7 @@ class Wants(NamedTuple):
 
     method: str
     path: str
-    headers: Mapping[str, bytes]
+    headers: Mapping[bytes, bytes]
     body: bytes
     ask: Ask
     answer: bool
@@ -40,8 +40,8 @@ async def read_wants(http: HttpRequest, most: int) -> Wants:
     path += f"?{query}" if query else ""
     if not path.startswith("/"):
         raise bad(f"path={shown(path)} must begin with /")
-    headers = {name: http.headers[name].encode("latin-1") for name in _HEADERS if name in http.headers}
-    headers["x-request-id"] = http.scope["state"]["request_id"].encode()
+    headers = {n.encode(): http.headers[n].encode("latin-1") for n in _HEADERS if n in http.headers}
+    headers[b"x-request-id"] = http.scope["state"]["request_id"].encode()
     if http.method != "POST" or named not in _ANSWERS:
         return Wants(http.method, path, headers, raw, Ask(), False, False)
     try:
