@@ -161,10 +161,14 @@ def _scanned(
 def _one_by_one(
     stack: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, start: int, ctx: Context, bias: Any
 ) -> Any:
+    @jax.jit  # traced once for all layers
+    def block(p: Params, x_btd: jax.Array, view: Any, i: Any, bias_e: Any) -> Any:
+        return _block(p, cfg, x_btd, view, i, ctx, bias_e)
+
     counts = []
     for i, p in enumerate(stack):
         bias_e = None if bias is None else bias[i]
-        x_btd, view, counts_e = _block(p, cfg, x_btd, view, start + i, ctx, bias_e)
+        x_btd, view, counts_e = block(p, x_btd, view, jnp.int32(start + i), bias_e)
         counts.append(counts_e)
     return x_btd, view, jnp.stack(counts)
 

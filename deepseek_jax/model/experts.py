@@ -8,6 +8,7 @@ Dims: n token, k selected expert, d hidden, f expert inner, e expert.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,11 +158,12 @@ def _if_chosen(
     """`_one_by_one` without a loop, whose every expert is copied out of the stack: weights are read where they are."""
     gain_ne, used_e = _gains(experts_nk, weights_nk, len(apart))
 
-    def one(i: int) -> jax.Array:
-        def run(p: Params, gain_ne: jax.Array) -> jax.Array:
-            return mlp(p, x_nd) * gain_ne[:, i, None].astype(x_nd.dtype)
+    @jax.jit  # traced once for all experts
+    def run(p: Params, x_nd: jax.Array, gain_n: jax.Array) -> jax.Array:
+        return mlp(p, x_nd) * gain_n[:, None].astype(x_nd.dtype)
 
-        return lax.cond(used_e[i], run, lambda *_: jnp.zeros_like(x_nd), apart[i], gain_ne)
+    def one(i: int) -> jax.Array:
+        return lax.cond(used_e[i], run, lambda *_: jnp.zeros_like(x_nd), apart[i], x_nd, gain_ne[:, i])
 
     return functools.reduce(jnp.add, map(one, range(len(apart))))
 
@@ -175,21 +177,26 @@ def _in_blocks(
     blocks_e = -(-rows.sizes_e // rows_each)
     first_e = (jnp.cumsum(blocks_e) - blocks_e) * rows_each
 
-    def over_rows(y_md: jax.Array, e: int) -> jax.Array:
+    @jax.jit  # traced once for all experts
+    def over_rows(
+        p: Params, x_nd: jax.Array, rows: Rows, first: jax.Array, blocks: jax.Array, y_md: Any
+    ) -> Any:
         def block(i: jax.Array, y_md: jax.Array) -> jax.Array:
-            start = first_e[e] + i * rows_each
+            start = first + i * rows_each
             token_r, gain_r = (
                 lax.dynamic_slice_in_dim(x, start, rows_each) for x in (rows.token_m, rows.gain_m)
             )
-            y_rd = mlp(apart[e], x_nd.at[token_r].get(mode="fill", fill_value=0))
+            y_rd = mlp(p, x_nd.at[token_r].get(mode="fill", fill_value=0))
             return lax.dynamic_update_slice_in_dim(
                 y_md, y_rd * gain_r[:, None].astype(y_rd.dtype), start, axis=0
             )
 
-        return lax.fori_loop(0, blocks_e[e], block, y_md)
+        return lax.fori_loop(0, blocks, block, y_md)
 
     y_md = jnp.zeros((len(rows.token_m), x_nd.shape[1]), x_nd.dtype)
-    return sum_pairs(functools.reduce(over_rows, range(len(apart)), y_md), rows.row_nk)
+    for e, p in enumerate(apart):
+        y_md = over_rows(p, x_nd, rows, first_e[e], blocks_e[e], y_md)
+    return sum_pairs(y_md, rows.row_nk)
 
 
 def decode_experts(p: Params, x_nd: jax.Array, experts_nk: jax.Array, weights_nk: jax.Array) -> jax.Array:

@@ -206,7 +206,8 @@ class Engine:
             return None
         sizes, pace = self.device.sizes, self.device.pace
         allowed = max(LOOK, self.options.stall * (pace.of("decode", sizes.rows_for(rows)) or 0.0))
-        fitting = [r * t for r, t in sizes.chunks if (pace.of("prefill", r, t) or 0.0) <= allowed]
+        before = max((one.computed for one in scheduler.running if one.computed < one.until), default=0)
+        fitting = [r * t for r, t in sizes.chunks if pace.chunks(r, t, before) <= allowed]
         return max(fitting, default=sizes.chunks[0][1])
 
     def _launch(self, steps: list[Step], drafts: bool, times: int) -> list[Flight]:

@@ -163,12 +163,13 @@ class OneDevice:
         for slot in range(self.sizes.slots):  # each goes on from another token, and so to other experts
             self.prefill(self._random_chunks(*self.sizes.chunks[0], slot), None if on_cpu() else GREEDY)
         for name, run in self._programs(self._random_chunks, self._all_rows):
-            took = []
-            for _ in range(TRIES):
-                began = time.perf_counter()
-                jax.block_until_ready(run(most=None if on_cpu() else GREEDY))
-                took.append(time.perf_counter() - began)
-            self.pace[name] = min(took)
+            self.pace[name] = _seconds(run)
+        for rows, tokens in self.sizes.chunks:
+            behind = min(PREFIX, self.sizes.max_model_len - tokens)
+            if behind > 0:
+                run = functools.partial(self.prefill, self._random_chunks(rows, tokens, start=behind))
+                more = _seconds(run) - (self.pace.of("prefill", rows, tokens) or 0.0)
+                self.pace["prefix", rows, tokens] = max(0.0, more / behind)
 
     def close(self) -> None:
         """Ends what goes on beside: nothing here; over several processes, the others."""
@@ -188,9 +189,10 @@ class OneDevice:
     def _no_rows(self, rows: int) -> DecodeRows:
         return decode_plan(self.ranks * rows, self.words)
 
-    def _random_chunks(self, rows: int, tokens: int, first: int = 0) -> Chunks:
-        """Of so many slots, from `first` on; all in the first page."""
+    def _random_chunks(self, rows: int, tokens: int, first: int = 0, start: int = 0) -> Chunks:
+        """Of so many slots, from `first` on, behind `start` tokens; all in the first page."""
         plan = self._no_chunks(rows, tokens)
+        plan.start_r[:] = start
         plan.slot_r[:] = np.tile(first + np.arange(rows), self.ranks)
         plan.new_r[:], plan.samples_r[:] = tokens, True
         plan.tokens_rt[:] = np.random.default_rng(first).integers(
@@ -212,7 +214,18 @@ def described(kind: str, rows: int, tokens: int = 1) -> str:
 
 
 TRIES = 3
+PREFIX = 2048  # tokens before a chunk, where it is timed for what they cost
 MOST = (None,)  # on a CPU, where a program sees itself what its rows ask for
+
+
+def _seconds(run: Callable[..., Any]) -> float:
+    """Of a program, the shortest of some tries."""
+    took = []
+    for _ in range(TRIES):
+        began = time.perf_counter()
+        jax.block_until_ready(run(most=None if on_cpu() else GREEDY))
+        took.append(time.perf_counter() - began)
+    return min(took)
 
 
 def _to_admit() -> Iterator[Request]:

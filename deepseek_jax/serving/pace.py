@@ -6,7 +6,8 @@ SLOWER = 1 / 16  # how much a turn that takes longer changes what is known
 
 
 class Pace:
-    """Seconds of programs by their names: ("decode", rows), ("drafts", rows), ("prefill", rows, tokens).
+    """Seconds of programs by their names: ("decode", rows), ("drafts", rows), ("prefill", rows, tokens); and what a token before
+    a chunk adds to the last: ("prefix", rows, tokens).
 
     Others' work on the machine, and compiling, only add to a time: a shorter one is believed, and a longer one changes what is
     known a little.
@@ -21,6 +22,11 @@ class Pace:
     def of(self, *program: Hashable) -> float | None:
         """None: the program has not run yet."""
         return self._seconds.get(program)
+
+    def chunks(self, rows: int, tokens: int, before: int) -> float:
+        """Of a program of chunks, one of which has so many tokens before it."""
+        known = self._seconds.get(("prefill", rows, tokens), 0.0)
+        return known + before * self._seconds.get(("prefix", rows, tokens), 0.0)
 
     def took(self, program: Hashable, seconds: float) -> None:
         """A turn of this program alone took so long."""

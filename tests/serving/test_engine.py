@@ -6,6 +6,7 @@ import queue
 import numpy as np
 import pytest
 
+from deepseek_jax.serving import engine as engines
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
@@ -123,8 +124,9 @@ def test_each_request_is_drawn_by_its_own_settings():
     assert 15 < len(together["3"]) <= 64 and 5 < len(together["4"]) <= 64
 
 
-def test_a_prompt_that_is_preempted_before_its_first_token_is_counted_once():
+def test_a_prompt_that_is_preempted_before_its_first_token_is_counted_once(monkeypatch):
     """Two sequences grow while the prompt of a third one, whose pages they take, is computed."""
+    monkeypatch.setattr(engines, "LOOK", 0.0)
     slowly = dataclasses.replace(OPTIONS, stall=1e-9)  # beside decode rows, the smallest chunk
     made, lengths = Engine(device(), slowly), (36, 35, 500)
     assert made.schedulers[0].pool.allocate(5)
