@@ -145,9 +145,11 @@ class Engine:
 
     def close(self) -> None:
         """Ends what goes on beside."""
-        if self.experts is not None:
-            self.experts.close()
-        self.device.close()
+        try:
+            if self.experts is not None:
+                self.experts.close()
+        finally:
+            self.device.close()
 
     # --- a turn ---
 

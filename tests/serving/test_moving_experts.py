@@ -133,6 +133,19 @@ def test_loads_outlast_the_engine(tmp_path):
             Experts(Devices(), Options(redundant=4, expert_loads=str(where)))
 
 
+def test_devices_are_closed_whatever_becomes_of_the_loads(tmp_path):
+    """Of several processes, the others wait for that."""
+    folder, closed = tmp_path / "folder", []
+    folder.mkdir()
+    made = Engine(cold(model(), Options(rows=1)), Options(rows=1))
+    made.experts = Experts(Devices(), Options(redundant=4, expert_loads=str(folder / "loads.json")))
+    made.device.close = lambda: closed.append(True)
+    folder.rmdir()
+    with pytest.raises(FileNotFoundError):
+        made.close()
+    assert closed
+
+
 def test_pages_leave_room_for_what_is_to_come(monkeypatch):
     """A GPU's: 0.8 of what is free once experts lie in slots, not of what is free before."""
     monkeypatch.setattr(options_module, "on_cpu", lambda: False)
