@@ -377,7 +377,7 @@ def test_who_says_what_nobody_asked_is_not_heard_on(servers):
 
 def test_no_pages_of_other_weights_are_kept():
     """The prefill server's weights change between two chunks: what it computed before can be found, and nothing else."""
-    with TwoServers(name="changed") as made:
+    with TwoServers(deadlines=Deadlines()) as made:
         engine = made.prefill.engine
         step = engine.step
 
