@@ -9,10 +9,9 @@ for a sequence that had ended is dropped.
 """
 
 import collections
-import dataclasses
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.serving.assign import choose_rank
 from deepseek_jax.serving.drafting import Economy, Pair
 from deepseek_jax.serving.experts import Experts
+from deepseek_jax.serving.flight import Flight, Record
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.pages import PagePool
@@ -37,33 +37,6 @@ from deepseek_jax.serving.transfer.exports import export_pages
 from deepseek_jax.serving.transfer.traffic import Traffic
 
 LOOK = 0.02  # seconds between tokens that nobody minds: on a CPU, the engine looks for what is new about as often
-
-
-class Flight(NamedTuple):
-    """A program that was launched, so many times one after the other (`pace.py` has the names): whose rows it has, by (row, chunk or decode row), and its results on the device: what was
-    drawn, one token of each row or a pair."""
-
-    program: tuple[Any, ...]
-    times: int
-    rows: Sequence[tuple[int, Any]]
-    drawn: Any
-    given: Any
-    version: int
-
-
-@dataclasses.dataclass
-class _Record:
-    """What the engine has of a request beside the scheduler. paged: pages that the device knows of; given: of the prompt;
-    asked: when it came; queued: seconds from then until it ran first."""
-
-    running: Running
-    rank: int
-    paged: int = 0
-    new: list[Token] = dataclasses.field(default_factory=list)
-    given: dict[int, PromptToken] = dataclasses.field(default_factory=dict)
-    told_prompt: bool = False
-    asked: float = dataclasses.field(default_factory=time.monotonic)
-    queued: float | None = None
 
 
 class Engine:
@@ -97,7 +70,7 @@ class Engine:
         self.stats, self.traffic, self.idle = Stats(), Traffic(), False
         self._economy = Economy(device.pace, options.drafts is True) if device.drafts else None
         self.experts = None if device.slots is None else Experts(device, options)
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, Record] = {}
         self._flights: collections.deque[list[Flight]] = collections.deque()
         self._read_at: float | None = None  # the turn before, if the device went on with the next one at once
         self._ended: list[Update] = []  # without a step: aborted
@@ -120,7 +93,7 @@ class Engine:
         free = request.id not in self._records and request.id not in untold
         require(free, f"request id {request.id!r} is in use: give another")
         rank = choose_rank(self.schedulers, request)
-        self._records[request.id] = _Record(self.schedulers[rank].add(request), rank)
+        self._records[request.id] = Record(self.schedulers[rank].add(request), rank)
 
     def abort(
         self, request_id: str, reason: str = "abort", error: str | None = None, code: str | None = None
@@ -320,7 +293,7 @@ class Engine:
 
     def _read(self, flights: Iterable[Flight]) -> list[Update]:
         """What the programs of a turn brought."""
-        changed: dict[str, _Record] = {}
+        changed: dict[str, Record] = {}
         ended: list[Update] = []
         for flight in flights:
             drawn = jax.tree.map(np.asarray, flight.drawn)
@@ -354,7 +327,7 @@ class Engine:
                 ended.append(self._update(record, reason))
         return [*(self._update(record) for record in changed.values()), *ended]
 
-    def _end(self, record: _Record) -> None:
+    def _end(self, record: Record) -> None:
         self.schedulers[record.rank].finish(record.running)
         del self._records[record.running.request.id]
 
@@ -380,7 +353,7 @@ class Engine:
             ]
         return tokens
 
-    def _update(self, record: _Record, reason: str | None = None) -> Update:
+    def _update(self, record: Record, reason: str | None = None) -> Update:
         """What is new of a request since the last time."""
         new, record.new = record.new, []
         running, prompt = record.running, None
