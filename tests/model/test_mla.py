@@ -51,7 +51,9 @@ def test_both_forms(cfg):
     tail = tuple(x[:, T - last :] for x in rope)
     positions = jnp.asarray(POSITIONS[:, T - last :])
     masks = jnp.asarray(np.broadcast_to(mask, (B, *mask.shape)))
-    over_cache = functools.partial(View(Apart((cache,)), jnp.int32(T - last), positions, masks).attend, 0)
+    over_cache = functools.partial(
+        View(Apart(LatentCache(*(x[None] for x in cache))), jnp.int32(T - last), positions, masks).attend, 0
+    )
     absorbed = jax.jit(lambda x: mla_decode(absorb(p, cfg), cfg, down(p, cfg, x), tail, over_cache))(
         X[:, T - last :]
     )

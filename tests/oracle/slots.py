@@ -1,4 +1,4 @@
-"""Decoding over contiguous slots, one array for each layer and sequence: what pages must equal."""
+"""Decoding over contiguous slots, a row of slots for each layer and sequence: what pages must equal."""
 
 from typing import Any, NamedTuple
 
@@ -21,20 +21,20 @@ def _write(x: jax.Array, new_btv: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 class Apart(NamedTuple):
-    """Each layer's latents in arrays of their own [b, s, ...]: layers are known when the program is traced."""
+    """Each layer's latents for themselves: [l, b, s, ...]."""
 
-    layers: tuple[LatentCache, ...]
+    layers: LatentCache
 
-    def read(self, i: int) -> LatentCache:
-        return self.layers[i]
+    def read(self, i: Any) -> LatentCache:
+        return LatentCache(*(x[i] for x in self.layers))
 
-    def append(self, i: int, new: LatentCache, slot: jax.Array) -> "Apart":
-        one = LatentCache(*(_write(x, n, slot) for x, n in zip(self.layers[i], new, strict=True)))
-        return Apart((*self.layers[:i], one, *self.layers[i + 1 :]))
+    def append(self, i: Any, new: LatentCache, slot: jax.Array) -> "Apart":
+        put = (x.at[i].set(_write(x[i], n, slot)) for x, n in zip(self.layers, new, strict=True))
+        return Apart(LatentCache(*put))
 
     @property
     def slots(self) -> int:
-        return self.layers[0].c_bsc.shape[1]
+        return self.layers.c_bsc.shape[2]
 
 
 class View(NamedTuple):
@@ -85,7 +85,7 @@ def view_after_padding(cache: Apart, slot: jax.Array, t: int, pad_b: jax.Array) 
 
 def empty(cfg: Any, rows: int, slots: int) -> Apart:
     """Of all layers of a model."""
-    one = LatentCache(
-        *(jnp.zeros((rows, slots, n), cfg.dtype) for n in (cfg.kv_lora_rank, cfg.qk_rope_head_dim))
+    widths = (cfg.kv_lora_rank, cfg.qk_rope_head_dim)
+    return Apart(
+        LatentCache(*(jnp.zeros((cfg.num_hidden_layers, rows, slots, n), cfg.dtype) for n in widths))
     )
-    return Apart((one,) * cfg.num_hidden_layers)
