@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class Sponsor:
 
     def _run(self) -> None:
         while not self._over.wait(0.2):
-            with contextlib.suppress(OSError, KeyError, ValueError):
+            with contextlib.suppress(OSError, HTTPException, KeyError, ValueError):
                 says = json.loads(self._fleet.servers[self._name].get("/member"))
                 self.real = says["transfer"]
                 body = json.dumps(says | {"transfer": says["transfer"] and self._transfer}).encode()
