@@ -32,6 +32,7 @@ from deepseek_jax.model.mla import (
 from deepseek_jax.model.mtp import mtp_input, mtp_latents
 from deepseek_jax.model.over_pages import CPU, H100, AsTheyAre, expands, queries_as_they_are
 from deepseek_jax.model.params import layers_apart
+from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.model.rope import rope_table
 from deepseek_jax.model.weights import join_for_inference
 
@@ -43,12 +44,6 @@ APART_EXPERTS = 256
 
 
 ONE_DEVICE = Layout(Local(decode_experts))
-
-
-def on_cpu() -> bool:
-    """Whether programs are for CPUs. There a program's control flow costs nothing; on GPUs XLA has the host wait for each
-    branch, and for each turn of a loop whose length it does not know."""
-    return jax.default_backend() == "cpu"
 
 
 def decoding_config(cfg: ModelConfig) -> ModelConfig:

@@ -18,6 +18,7 @@ from deepseek_jax.model.attention import core_inputs
 from deepseek_jax.model.cache import PagedView
 from deepseek_jax.model.layers import Params, linear
 from deepseek_jax.model.mla import Low, Rope, expand_latents, queries
+from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.model.rope import softmax_scale
 from pallas_kernels.mla_attention.ops import mla_attention
 
@@ -108,7 +109,7 @@ def mla_over_pages(
 def _blocks(view: PagedView, b: int, t: int) -> tuple[int, int]:
     """(pages of a block, blocks), about equal, of at least t tokens, as the attention wants."""
     n, page = view.block_table.shape[1], view.pages_lpsw.shape[2]
-    expanded = EXPANDED_ON_CPU if jax.default_backend() == "cpu" else EXPANDED
+    expanded = EXPANDED_ON_CPU if on_cpu() else EXPANDED
     blocks = -(-n // max(1, expanded // (b * page), -(-t // page)))
     pages = max(-(-n // blocks), -(-t // page))
     return pages, -(-n // pages)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.checks import require
-from deepseek_jax.model.decoding import on_cpu
+from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.serving.assign import choose_rank
 from deepseek_jax.serving.drafting import Economy, Pair
 from deepseek_jax.serving.experts import Experts

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.decoding import ONE_DEVICE, on_cpu
+from deepseek_jax.model.decoding import ONE_DEVICE
+from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.serving.drafting import Pair, decode_pairs
 from deepseek_jax.serving.pace import Pace
 from deepseek_jax.serving.programs import (

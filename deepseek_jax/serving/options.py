@@ -9,7 +9,7 @@ import jax
 from deepseek_jax.checks import choice, is_integer, require, shown
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import PAGE, empty_pages
-from deepseek_jax.model.decoding import on_cpu
+from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.serving.sizes import Sizes
 
 CACHES = ("model", "fp8")

@@ -31,8 +31,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.balancing.plan import Ints
 from deepseek_jax.checks import require
 from deepseek_jax.config import MeshConfig, ModelConfig
-from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.model.layout import Layout
+from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS
 from deepseek_jax.parallel.exchange.wire import Wire

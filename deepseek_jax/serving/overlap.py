@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.block import block_params
-from deepseek_jax.model.decoding import on_cpu
 from deepseek_jax.model.params import Param
+from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.parallel.exchange.wire import SCALES
 from deepseek_jax.precision.policy import Policy
 from pallas_kernels.blocks import BLOCK

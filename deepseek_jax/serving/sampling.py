@@ -111,7 +111,7 @@ class RowSampling:
     """`Sampling` of each row [b]; key_b: its stream of random numbers.
 
     most: GREEDY, DRAWN, FILTERED or ALL: what the rows ask for at most, if the host knows: a program for this alone. None: the
-    program sees it itself, in a branch (`decoding.on_cpu`).
+    program sees it itself, in a branch (`model/platform.py`).
     """
 
     temperature_b: Array

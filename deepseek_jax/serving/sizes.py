@@ -5,7 +5,7 @@ import dataclasses
 import functools
 
 from deepseek_jax.model.cache import PAGE
-from deepseek_jax.model.decoding import on_cpu
+from deepseek_jax.model.platform import on_cpu
 
 SMALLEST_CHUNK = 16
 ROWS_OF_CHUNKS = 8  # prompts in one program, at most

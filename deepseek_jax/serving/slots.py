@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.model.decoding import on_cpu
+from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import ALL, GREEDY, MOST_BIASES, asked_for, plain_numbers
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from configs import serve_decode_ep144, serve_prefill_ep32
 from deepseek_jax.model.cache import PAGE, empty_pages, paged_view
 from deepseek_jax.model.decoding import UNROLL_LAYERS, decode
+from deepseek_jax.model.platform import as_on_gpus
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.prepared import generation_mesh, parameter_specs, preparing, ready_specs
 from deepseek_jax.precision import preset
@@ -32,7 +33,7 @@ from deepseek_jax.serving.over_mesh import BY_LAYER, ROWS, layout_of, wire_of
 from experiments import command_line
 from experiments.planning import xla
 from experiments.planning.hardware import GIB
-from experiments.planning.serving_weights import on_gpus, stored_params
+from experiments.planning.serving_weights import stored_params
 from experiments.study.hlo_schedule import Transfer, transfers
 from experiments.study.host_waits import over_hosts
 
@@ -55,7 +56,7 @@ def compile_layers(unit: Deployment, kind: str, rows: int, tokens: int, overlap:
     )
     per_node = unit.mesh.local * unit.mesh.tensor
     devices = tuple(xla.h100s(unit.devices, per_node))
-    with on_gpus():
+    with as_on_gpus():
         mesh, policy = generation_mesh(cfg, unit.mesh, devices), preset(POLICY)
         ready = jax.eval_shape(preparing(cfg, unit.mesh, devices), stored_params(cfg))
         how = layout_of((kind, rows, tokens), cfg, unit.mesh, mesh, wire_of(policy), 1 if overlap else None)

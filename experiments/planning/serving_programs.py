@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.model.platform import as_on_gpus
 from deepseek_jax.parallel.exchange.placement import Placement
 from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.parallel.prepared import Devices
@@ -13,7 +14,7 @@ from deepseek_jax.serving.deployment import POLICY, Deployment
 from deepseek_jax.serving.over_mesh import programs
 from deepseek_jax.serving.programs import Weights, chunk_plan, decode_plan
 from deepseek_jax.serving.sampling import FILTERED
-from experiments.planning.serving_weights import main_model, on_gpus, weights
+from experiments.planning.serving_weights import main_model, weights
 
 
 def placed_weights(unit: Deployment) -> Weights:
@@ -43,7 +44,7 @@ def traced(unit: Deployment, pages: int, at: Devices = None) -> dict[str, jax.st
     policy = preset(POLICY) if unit.weights == "fp8" else None
     mesh = abstract_mesh(unit.mesh, unit.devices) if at is None else at
     words, found = -(-cfg.vocab_size // 32), {}
-    with on_gpus():
+    with as_on_gpus():
         run: Any = programs(cfg, unit.mesh, policy, mesh, in_slots=True, shared_routed=unit.shared_routed)
         state = run.empty.eval_shape(sizes, pages, unit.cache == "fp8", unit.drafts)
         arguments = placed_weights(unit), state

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,9 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.hf import fp8
 from deepseek_jax.hf.names import leaves, unflatten
-from deepseek_jax.model import decoding
 from deepseek_jax.model.cache import PAGE, empty_pages
 from deepseek_jax.model.decoding import prepare
+from deepseek_jax.model.platform import as_on_gpus
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
 from deepseek_jax.precision import preset
@@ -40,11 +39,6 @@ def stored_params(cfg: ModelConfig, in_fp8: bool = True) -> Any:
     return multiplied_as_stored(unflatten(flat), model_params(cfg), policy)
 
 
-def on_gpus() -> Any:
-    """Within it, parameters are prepared and programs are made as for GPUs, whatever this machine has."""
-    return mock.patch.object(decoding, "on_cpu", return_value=False)
-
-
 def main_model(unit: Deployment) -> ModelConfig:
     """The model that the unit runs: without the MTP module, unless that drafts."""
     return unit.model if unit.drafts else dataclasses.replace(unit.model, num_nextn_predict_layers=0)
@@ -61,7 +55,7 @@ def weights(unit: Deployment, experts: int) -> Any:
         block["ffn"]["gate"] = dict(_blocks(stored_params(cfg, False)))[name]["ffn"]["gate"]
         if unit.shared_routed:
             block["ffn"].pop("shared")
-    with on_gpus():
+    with as_on_gpus():
         return jax.eval_shape(lambda params: prepare(params, cfg, whole=False), stored)
 
 

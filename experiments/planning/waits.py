@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from configs import v3_671b
 from deepseek_jax.config import MeshConfig, ModelConfig, from_config_dict
 from deepseek_jax.model.decoding import UNROLL_LAYERS
+from deepseek_jax.model.platform import as_on_gpus
 from deepseek_jax.parallel.prepared import preparing
 from deepseek_jax.precision import preset
 from deepseek_jax.serving.deployment import POLICY
@@ -26,7 +27,7 @@ from deepseek_jax.serving.sampling import FILTERED
 from deepseek_jax.serving.sizes import Sizes
 from experiments import command_line
 from experiments.planning import overlap, xla
-from experiments.planning.serving_weights import on_gpus, stored_params
+from experiments.planning.serving_weights import stored_params
 from experiments.study.host_waits import host_waits, summary
 
 PROGRAMS = ("decoding", "drafts", "chunks", "training")
@@ -50,7 +51,7 @@ def engine(cfg: ModelConfig, mesh: MeshConfig, rows: int) -> dict[str, jax.stage
     """The engine's programs over pages, with `rows` sequences on each GPU, whose tokens are drawn."""
     devices = tuple(xla.h100s(mesh.node * mesh.local, mesh.local))
     sizes, words = Sizes(rows, LONGEST, CHUNK), -(-cfg.vocab_size // 32)
-    with on_gpus():
+    with as_on_gpus():
         jitted: Any = programs(cfg, mesh, preset(POLICY), devices)
         state = jitted.empty.eval_shape(sizes, rows * sizes.pages_each, False, True)
         ready = jax.eval_shape(preparing(cfg, mesh, devices), stored_params(cfg))

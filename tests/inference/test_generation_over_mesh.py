@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 import deepseek_jax
 from deepseek_jax import Model
 from deepseek_jax.config import MeshConfig
+from deepseek_jax.model.platform import as_on_gpus
 from deepseek_jax.parallel.prepared import generation_mesh, parameter_shardings
-from deepseek_jax.serving import engine, one_device, over_mesh, slots
+from deepseek_jax.serving import over_mesh
 from deepseek_jax.serving.build import cold
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.programs import decode_plan
@@ -81,13 +82,12 @@ def test_nothing_but_counts_is_gathered_while_decoding():
     assert "all_to_all" in text
 
 
-def test_a_program_for_each_step_draws_the_same(monkeypatch):
+def test_a_program_for_each_step_draws_the_same():
     """As on GPUs, where the host launches the steps without waiting: no loop, and no branch over the settings."""
     want = over("two hops", **DRAWN)
-    for file in (slots, one_device, over_mesh, engine):
-        monkeypatch.setattr(file, "on_cpu", lambda: False)
     over_mesh.programs.cache_clear()
-    got = Model(CFG, *weights(CFG, seed=4), mesh=MESHES["two hops"]).generate(PROMPTS, NEW, **DRAWN)
+    with as_on_gpus():
+        got = Model(CFG, *weights(CFG, seed=4), mesh=MESHES["two hops"]).generate(PROMPTS, NEW, **DRAWN)
     over_mesh.programs.cache_clear()
     assert [row.tokens for row in got] == [row.tokens for row in want]
 

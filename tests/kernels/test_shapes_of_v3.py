@@ -12,6 +12,7 @@ from deepseek_jax.config import MeshConfig, from_config_dict
 from deepseek_jax.model import decoding
 from deepseek_jax.model.cache import empty_pages, paged_view
 from deepseek_jax.model.params import abstract, tree_map
+from deepseek_jax.model.platform import as_on_gpus
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import as_matrices, multiplied_as_stored
 from deepseek_jax.parallel.mesh import abstract_mesh
@@ -137,11 +138,11 @@ def test_experts_in_bf16(products):
     assert of(products, "grouped_gemm") == set(named("grouped_gemm"))
 
 
-def test_products_of_decoding(products, monkeypatch):
+def test_products_of_decoding(products):
     """All in FP8, from the bytes of a checkpoint; experts have the widths of the masked shapes."""
-    monkeypatch.setattr(decoding, "on_cpu", lambda: False)
-    for rows in DECODED:
-        decoded(rows)
+    with as_on_gpus():
+        for rows in DECODED:
+            decoded(rows)
     assert of(products, "fp8_gemm") == {shape for shape in named("fp8_gemm") if shape[1] in DECODED}
     masked = {(w.shape.n, w.shape.k) for w in workloads()["fp8_grouped_gemm"] if w.shape.kind == "masked"}
     assert {product[2:4] for product in products - of(products, "fp8_gemm")} == masked

@@ -15,6 +15,7 @@ from deepseek_jax.model.cache import empty_pages, paged_view
 from deepseek_jax.model.decoding import ONE_DEVICE, decode, prepare
 from deepseek_jax.model.mla import absorb, down, latents, mla_decode, queries
 from deepseek_jax.model.over_pages import CPU, H100, expands, mla_over_pages
+from deepseek_jax.model.platform import as_on_gpus
 from deepseek_jax.model.rope import rope_table
 from tests.oracle.tiny import V2, V3, rel, weights
 
@@ -94,6 +95,14 @@ def test_a_model_reads_a_prompt_in_chunks(monkeypatch):
     assert forms == ["expanded"]  # traced once for both layers, in the one program for 16 tokens
     assert rel(got, read([3] * 17)) < 1e-5
     assert len(forms) == 1
+
+
+def test_how_much_is_expanded_at_a_time():
+    """Of a table of 128 pages of 64 tokens: for GPUs 4,096 tokens, on whatever machine; on a CPU as many as the chunk has."""
+    view = paged_view(jnp.zeros((1, 1, 64, 1)), jnp.zeros((1, 128), jnp.int32), jnp.array([100]), 100)
+    assert over_pages._blocks(view, 1, 100) == (2, 64)
+    with as_on_gpus():
+        assert over_pages._blocks(view, 1, 100) == (64, 2)
 
 
 def test_what_costs_less():

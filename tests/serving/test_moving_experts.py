@@ -12,7 +12,7 @@ import pytest
 from deepseek_jax.balancing import loads
 from deepseek_jax.balancing.eplb import even
 from deepseek_jax.balancing.plan import Unit, loads_of_gpus
-from deepseek_jax.serving import options as options_module
+from deepseek_jax.model.platform import as_on_gpus
 from deepseek_jax.serving.build import cold
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.experts import Experts
@@ -146,16 +146,16 @@ def test_devices_are_closed_whatever_becomes_of_the_loads(tmp_path):
     assert closed
 
 
-def test_pages_leave_room_for_what_is_to_come(monkeypatch):
+def test_pages_leave_room_for_what_is_to_come():
     """A GPU's: 0.8 of what is free once experts lie in slots, not of what is free before."""
-    monkeypatch.setattr(options_module, "on_cpu", lambda: False)
     gpu = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10 << 20, "bytes_in_use": 2 << 20})
     cfg, options = model().config, Options(rows=1 << 20, max_model_len=128)
     page = cfg.num_hidden_layers * 64 * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * 4
     for beside in (0, 5 << 20):
         want = int(0.8 * ((8 << 20) - beside)) // page
-        assert options.pages_for(cfg, cfg.num_hidden_layers, beside, gpu) == want
-    with pytest.raises(ValueError, match="memory has room for 0"):
+        with as_on_gpus():
+            assert options.pages_for(cfg, cfg.num_hidden_layers, beside, gpu) == want
+    with as_on_gpus(), pytest.raises(ValueError, match="memory has room for 0"):
         options.pages_for(cfg, cfg.num_hidden_layers, 9 << 20, gpu)
 
 
