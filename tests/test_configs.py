@@ -1,24 +1,20 @@
 """The shipped configs: they build, and the published models have their published sizes to the integer."""
 
 import importlib
-import pkgutil
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
-import configs
 from deepseek_jax.config import Config, ModelConfig, from_config_dict
 from deepseek_jax.parallel.mesh import abstract_mesh, batch_sharding
 from deepseek_jax.serving import deployment
 from deepseek_jax.training.state import Hyper
 from deepseek_jax.training.step import abstract_state, make_train_step
+from tests.shipped import OF_RUNS, OF_UNITS
 
 HYPER = Hyper(np.float32(1e-4), np.float32(1e-3), np.float32(0.3), np.int32(1))
-SHIPPED = {m.name for m in pkgutil.iter_modules(configs.__path__)} - {"defaults", "serve_defaults"}
-UNITS = sorted(name for name in SHIPPED if name.startswith("serve_"))
-NAMES = sorted(SHIPPED - set(UNITS))
 
 
 def model(name) -> ModelConfig:
@@ -26,10 +22,10 @@ def model(name) -> ModelConfig:
 
 
 def test_what_is_shipped():
-    assert {"tiny", "small_1b", "v2_lite_16b", "v2_236b", "v3_671b", "matched_cpu"} <= set(NAMES)
+    assert {"tiny", "small_1b", "v2_lite_16b", "v2_236b", "v3_671b", "matched_cpu"} <= set(OF_RUNS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_RUNS)
 def test_config_builds_and_says_how_to_run_it(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
@@ -40,7 +36,7 @@ def test_config_builds_and_says_how_to_run_it(name):
     assert cfg.model.vocab_size >= cfg.data.vocab_size
 
 
-@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("name", OF_UNITS)
 def test_a_unit_that_serves_builds_and_says_how_to_plan_it(name):
     """The devices and physical experts of each (report section 3.4, inference overview)."""
     module = importlib.import_module(f"configs.{name}")

@@ -5,7 +5,7 @@ A unit is the devices that serve together: each attends to its own sequences, an
 
 import dataclasses
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.serving.deployment import Deployment
 
 
@@ -64,4 +64,19 @@ def unit_of(deployment: Deployment) -> Unit:
         fp8=deployment.weights == "fp8",
         fp8_latents=deployment.cache == "fp8",
         drafts=deployment.drafts,
+    )
+
+
+def deployment_of(unit: Unit, model: ModelConfig) -> Deployment:
+    """What of a unit says what lies on its devices."""
+    shared = model.n_shared_experts if unit.shared_routed else 0
+    return Deployment(
+        model=model,
+        mesh=MeshConfig(data=1, node=unit.nodes, local=unit.local, tensor=unit.tensor),
+        weights="fp8" if unit.fp8 else "bf16",
+        redundant=unit.experts * unit.devices - model.n_routed_experts - shared,
+        shared_routed=unit.shared_routed,
+        max_model_len=model.max_position_embeddings,
+        cache="fp8" if unit.fp8_latents else "model",
+        drafts=unit.drafts,
     )

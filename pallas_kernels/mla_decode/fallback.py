@@ -63,9 +63,8 @@ def _row_by_row(q_brd, cache, block_table, lengths, last_br, *, scale: float, la
 
         pages = jnp.minimum((length + page - 1) // page, len(pages_n))
         sums = lax.fori_loop(0, pages, add_page, _nothing(1, q_1rd.shape[1], width))
-        sums = sums._replace(
-            out_brc=sums.out_brc[..., :latent]
-        )  # keys cut to their latents would be one copy more
+        # Keys cut to their latents before the product would be one copy more.
+        sums = sums._replace(out_brc=sums.out_brc[..., :latent])
         return jax.tree.map(lambda x: x[0], sums)
 
     return lax.map(of_one, (q_brd, block_table, lengths, last_br))

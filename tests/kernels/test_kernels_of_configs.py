@@ -31,6 +31,7 @@ from pallas_kernels.compat import JAX_VERSION
 from pallas_kernels.fp8_gemm.shapes import tile_config
 from pallas_kernels.fp8_grouped_gemm.shapes import gemm_config, wgrad_config
 from pallas_kernels.quantize.ops import quantize
+from tests.shipped import OF_RUNS
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENS, EXPERTS, TOP_K = 4096, 8, 2
@@ -40,10 +41,8 @@ REQUANTIZES = JAX_VERSION >= (0, 11)  # jax 0.10 does not get that kernel
 
 
 def models():
-    for file in sorted((ROOT / "configs").glob("*.py")):
-        module = importlib.import_module(f"configs.{file.stem}")
-        if hasattr(module, "get_config") and not file.stem.startswith("serve_"):  # units serve V3 itself
-            yield file.stem, from_config_dict(module.get_config()).model
+    for name in OF_RUNS:  # units serve V3 itself
+        yield name, from_config_dict(importlib.import_module(f"configs.{name}").get_config()).model
     for file in sorted((ROOT / "tests" / "hf" / "configs").glob("*.json")):
         yield file.stem, from_hf(json.loads(file.read_text()))
 

@@ -9,7 +9,8 @@ from deepseek_jax.config import ModelConfig
 from experiments.planning.cluster.clock import Clock, Work, decode_clock, prefill_clock
 from experiments.planning.cluster.demand import PAGE, Day
 from experiments.planning.hardware import H800, Hardware
-from experiments.planning.units import Unit
+from experiments.planning.serving_weights import weight_bytes
+from experiments.planning.units import Unit, deployment_of
 
 HOURS = 24
 SLOTS = 512  # sequences that a decode device may run; pages bound them before
@@ -68,7 +69,7 @@ class Setting:
 
     def pages(self, unit: Unit) -> int:
         """Of a device."""
-        room = SPARE * self.hardware.usable - weight_bytes(self.model, unit)
+        room = SPARE * self.hardware.usable - sum(weight_bytes(deployment_of(unit, self.model)).values())
         pages = int(room // (PAGE * self.token_bytes))
         if pages < 1:
             raise ValueError(
@@ -136,17 +137,6 @@ class Setting:
 def nodes_of(unit: Unit) -> int:
     """Of eight GPUs."""
     return max(1, unit.devices // 8)
-
-
-def weight_bytes(model: ModelConfig, unit: Unit) -> float:
-    """On each device: all but experts whole, of these its own. Embedding and head in BF16."""
-    expert = 3 * model.hidden_size * model.moe_intermediate_size
-    routed = model.num_moe_layers * model.n_routed_experts * expert
-    ends = 2 * model.vocab_size * model.hidden_size
-    rest = model.num_params() - routed - ends
-    layers = model.num_moe_layers + unit.drafts
-    module = unit.drafts * (model.num_mtp_params() - model.n_routed_experts * expert)
-    return unit.weight() * (rest + module + layers * unit.experts * expert) + 2.0 * ends
 
 
 def fitted(setting: Setting, prefill: float, decode: float) -> Setting:

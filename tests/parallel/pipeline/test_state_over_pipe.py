@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import configs
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.model.params import Param, tree_map
 from deepseek_jax.model.transformer import model_params
@@ -26,6 +24,7 @@ from deepseek_jax.training.ema import EMA
 from deepseek_jax.training.state import parameter_shares, state_shardings
 from tests.parallel.comparison import assert_restored
 from tests.parallel.harness import config, mesh_of, put
+from tests.shipped import OF_RUNS
 from tests.tiny_run import fresh_state
 
 # Two dense and three MoE layers; 128x128 blocks begin and end within devices' parts.
@@ -249,20 +248,13 @@ def test_pipe_divides_a_dim_with_the_others_or_one_of_its_own():
         divided(Param((8, 6, 5), ("layer", "embed", None)), pipe=4, data=2)
 
 
-CONFIGS = sorted(
-    path.stem
-    for path in Path(configs.__file__).parent.glob("*.py")
-    if path.stem not in ("__init__", "defaults") and not path.stem.startswith("serve_")
-)
-
-
 def shipped(name, **mesh):
     cfg = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
     return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=2, zero=True, **mesh))
 
 
 @pytest.mark.parametrize("pipe", [2, 4, 16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", OF_RUNS)
 def test_every_config_over_a_pipeline(name, pipe):
     """With two replicas, every matrix lies divided by all devices; only tiny models have some that cannot, which is said
     with names and numbers."""
