@@ -38,6 +38,7 @@ _CONNECTIONS = 1024
 _TOLD = 5.0  # seconds that the other side may take to hear of an error
 _RANGE = 2**31 - 1
 _NAME = 1 << 12  # characters
+_ASK = 1 << 26  # bytes of token ids that are heard to their end, if only to be refused
 
 
 class PrefillServer:
@@ -109,7 +110,7 @@ class PrefillServer:
                 LOGGER.warning("no connection", extra={"fields": {"error": str(error)}})
                 await asyncio.sleep(0.1)
                 continue
-            if self.requests >= _CONNECTIONS:
+            if self.requests >= 2 * _CONNECTIONS:  # too many to tell them that there are too many
                 connection.close()
                 continue
             self._loop.start(self._serve(connection))
@@ -162,13 +163,19 @@ class PrefillServer:
         self, channel: Channel, connection: socket.socket, fields: dict[str, Any]
     ) -> tuple[Job, Request]:
         """What is asked, when the servers know each other."""
-        asked = await channel.receive({wire.ASK: 4 * self._thread.engine.device.sizes.max_model_len})
+        asked = await channel.receive({wire.ASK: _ASK})
+        longest = self._thread.engine.device.sizes.max_model_len
+        if asked.size > 4 * longest:
+            await channel.skip(asked.size)  # what is unread when a connection ends takes the answer with it
+            raise PrefillRefusedError(f"{asked.size // 4} tokens, and its sequences have {longest} at most")
         tokens = np.frombuffer(await channel.read(asked.size), "<i4", asked.size // 4).tolist()
         says, identity = asked.says, self._side.identity
         fields |= {"id": field(says, "id", text(_NAME)), "tokens": len(tokens)}
         self._side.check(field(says, "identity", lambda value: isinstance(value, dict)))
         if self._draining:
             raise PrefillRefusedError("it takes no more requests: it is about to end")
+        if self.requests > _CONNECTIONS:
+            raise PrefillRefusedError(f"it has {_CONNECTIONS} requests, and takes no more")
         end = field(says, "end", count(1, len(tokens) - 1))
         first = field(says, "first", count(0, (end - 1) // PAGE))
         job = Job(self._loop, tokens, first, end, field(says, "moved", count(1, 1 << 16)), identity.version)

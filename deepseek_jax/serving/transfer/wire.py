@@ -101,6 +101,14 @@ class Channel:
         await self.read_into(room)
         return room
 
+    async def skip(self, size: int) -> None:
+        """Reads bytes, and keeps none."""
+        room = memoryview(bytearray(min(size, 1 << 16)))
+        while size:
+            some = room[: min(size, len(room))]
+            await self.read_into(some)
+            size -= len(some)
+
     async def read_into(self, room: memoryview) -> None:
         """Fills the room."""
         with _saying_what(f"it was silent for {self._silence:g} s"):

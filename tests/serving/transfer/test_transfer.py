@@ -16,7 +16,7 @@ import pytest
 
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
-from deepseek_jax.serving.transfer import receiving, wire
+from deepseek_jax.serving.transfer import prefill, receiving, wire
 from deepseek_jax.serving.transfer.deadlines import Deadlines
 from deepseek_jax.serving.transfer.direct import Direct
 from deepseek_jax.serving.transfer.identity import fingerprint
@@ -359,6 +359,33 @@ def test_bad_bytes_harm_nobody(servers):
             kinds += [kind] * (kind != wire.BEAT)
     assert kinds == [wire.TAKEN, wire.PAGES, wire.DONE]
     assert soon(lambda: servers.server.requests == 0) and not_held(servers.prefill.engine)
+
+
+def test_a_prompt_that_is_too_long_is_refused(servers):
+    """By a server that is there, and not lost: by a message that says so, whatever it did not read."""
+    longest = servers.prefill.engine.device.sizes.max_model_len
+    asks = {"identity": servers.fetching._side.identity.__dict__, "end": longest}
+    long = np.zeros(longest + (1 << 20), "<i4").tobytes()
+    with socket.create_connection(servers.server.address) as connection:
+        connection.settimeout(10)
+        connection.sendall(frame(wire.ASK, ASK | asks, long))
+        kind, length, size = wire._HEAD.unpack(connection.recv(wire._HEAD.size, socket.MSG_WAITALL))
+        says = json.loads(connection.recv(length, socket.MSG_WAITALL))
+    assert (kind, size, says["code"]) == (wire.FAILED, 0, "prefill_refused")
+    assert f"its sequences have {longest} at most" in says["message"]
+
+
+def test_who_comes_when_it_is_full_is_refused(servers, monkeypatch):
+    monkeypatch.setattr(prefill, "_CONNECTIONS", 1)
+    asks = {"identity": servers.fetching._side.identity.__dict__}
+    with socket.create_connection(servers.server.address):
+        assert soon(lambda: servers.server.requests == 1)
+        with socket.create_connection(servers.server.address) as connection:
+            connection.settimeout(10)
+            connection.sendall(frame(wire.ASK, ASK | asks, np.zeros(6, "<i4").tobytes()))
+            _, length, _ = wire._HEAD.unpack(connection.recv(wire._HEAD.size, socket.MSG_WAITALL))
+            assert json.loads(connection.recv(length, socket.MSG_WAITALL))["code"] == "prefill_refused"
+    assert soon(lambda: servers.server.requests == 0)
 
 
 def test_who_says_what_nobody_asked_is_not_heard_on(servers):
