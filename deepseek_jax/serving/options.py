@@ -83,6 +83,11 @@ class Options:
             f"expert_loads={shown(self.expert_loads)} is for experts that move: give redundant, 0 or more, or leave it out",
         )
         require(
+            not self.invariant or self.overlap == "off",
+            f"invariant=True with overlap={self.overlap}: halves of an odd number of rows differ in size, and a row's sums may depend "
+            "on the half that it is in: leave one of them out",
+        )
+        require(
             not self.invariant or self.redundant is None,
             f"invariant=True with redundant={self.redundant}: which copy of an expert a token goes to depends on the others, and so do "
             "the last bits of its sum; leave one out",

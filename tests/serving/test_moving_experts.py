@@ -166,6 +166,7 @@ def test_pages_leave_room_for_what_is_to_come():
         ({"replan": 0}, "replan=0 must be an integer >= 1"),
         ({"redundant": 1, "replan_below": 0.0}, r"replan_below=0.0 must be a number in \(0, 1\]"),
         ({"invariant": True, "redundant": 0}, "invariant=True with redundant=0: which copy"),
+        ({"invariant": True, "overlap": 4}, "invariant=True with overlap=4: halves"),
         ({"expert_loads": "x"}, "expert_loads='x' is for experts that move: give redundant"),
     ],
 )
