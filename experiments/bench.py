@@ -28,12 +28,11 @@ from typing import Any
 from configs import matched_cpu
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from experiments import command_line
-from experiments.bench_worker import Round, Worker
+from experiments.bench_worker import PEAK_PRODUCTS, PEAK_SIZE, Round, Worker
 from experiments.devices import cores, force_devices
 
 OURS, PEER = "deepseek_jax", "transformers"
 PROMPT, NEW = 128, 128
-PEAK_SIZE, PEAK_PRODUCTS = 1024, 8  # of square float32 matrices, in a round
 
 
 def _config(experts: int = 1) -> Config:

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.bench_vllm import environment
-from experiments.bench_worker import Worker
+from experiments.bench_worker import PEAK_PRODUCTS, PEAK_SIZE, Worker
 from experiments.serving_load import Answer, Bounds, Wanted, figures
 from experiments.serving_report import OURS, TRANSFORMERS, Rounds, check_gap, table, vllm_name
 
@@ -58,6 +59,11 @@ class Engines:
             "rows": max(args.limits),
             "threads": args.threads,
         }
+        self.peaks = [name for name in (OURS, TRANSFORMERS) if name in self.workers]
+        for name in self.peaks:
+            self.workers[name].setup(
+                "peak", kind="peak", size=PEAK_SIZE, products=PEAK_PRODUCTS, threads=args.threads
+            )
 
     def case(self, name: str, limit: int, wanted: Sequence[Wanted], label: str = "loop") -> str:
         """Sets a case up, warm; returns its name."""
@@ -77,15 +83,18 @@ class Engines:
         wanted = subset(self.wanted, limit)
         cases = {name: self.case(name, limit, wanted) for name in self.workers}
         rounds: Rounds = {name: [] for name in self.workers}
+        peaks: dict[str, list[float]] = {name: [] for name in self.peaks}
         for _ in range(self.args.rounds):
+            for name, seconds in peaks.items():
+                seconds.append(self.workers[name].measure("peak").seconds)
             for name, worker in self.workers.items():
                 measured = worker.measure(cases[name])
                 answers = self.answers(name, cases[name])
                 rounds[name].append(figures(answers, measured.seconds, measured.cpu, self.bounds))
         tokens = sum(w.max_tokens for w in wanted)
-        print(
-            "\n".join(table(f"engines, {limit} at a time: {len(wanted)} requests, {tokens:,} tokens", rounds))
-        )
+        peak = 2 * PEAK_SIZE**3 / min(map(statistics.median, peaks.values())) / 1e9
+        title = f"engines, {limit} at a time: {len(wanted)} requests, {tokens:,} tokens; float32 matmul peak {peak:,.0f} GFLOP/s"
+        print("\n".join(table(title, rounds)))
         self._check(cases, wanted)
 
     def _check(self, cases: Mapping[str, str], wanted: Sequence[Wanted]) -> None:

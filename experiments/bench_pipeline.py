@@ -23,9 +23,9 @@ from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
 from deepseek_jax.training.schedules import Schedules
 from deepseek_jax.training.step import init_state, make_train_step
 from experiments.bench_ours import peak
-from experiments.bench_worker import Round
+from experiments.bench_worker import PEAK_SIZE, Round
 
-PEAK_SIZE, PEAK_PRODUCTS = 1024, 2  # of the matrices and of products in a row, on each device
+PEAK_PRODUCTS = 2  # in a row, on each device
 SEQUENCES = 16  # of a batch: DualPipe's fewest
 WAYS: Mapping[str, tuple[int, dict[str, Any]]] = {  # micro-batches of each device, mesh
     "no pipeline": (2, {"data": 4, "node": 2}),

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+PEAK_SIZE, PEAK_PRODUCTS = 1024, 8  # of square float32 matrices, in a round of a machine's peak
+
 Measure = Callable[[], float]  # one round; seconds per step, of one generation, or of one matrix product
 
 
