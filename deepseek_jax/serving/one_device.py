@@ -3,10 +3,11 @@
 `over_mesh.py` has the same methods for the devices of a mesh, each of which is a rank of the engine; here there is one.
 """
 
+import concurrent.futures
 import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -68,6 +69,22 @@ def _brought(state: Any, page_n: Any, block_nlsw: Any) -> Any:
     return brought(state, page_n, block_nlsw)
 
 
+Call = tuple[Any, tuple[Any, ...]]  # a jitted function, and its arguments
+
+
+class Program(NamedTuple):
+    """name: in `pace.py`. run: launches it, with a plan. call: what it would launch."""
+
+    name: tuple[Any, ...]
+    run: Callable[..., Any]
+    call: Callable[..., Call]
+
+
+def several(times: int) -> np.int32 | None:
+    """How often a program runs its rows, on a CPU (`programs.decode_times`)."""
+    return np.int32(times) if on_cpu() else None
+
+
 class OneDevice:
     """Launches programs, without waiting for them.
 
@@ -114,13 +131,26 @@ class OneDevice:
         return self._run_rows(decode_pairs, rows, most, times)  # type: ignore[no-any-return]
 
     def _run_rows(self, program: Callable[..., Any], rows: DecodeRows, most: int | None, times: int) -> Any:
-        several = np.int32(times) if on_cpu() else None
-        self._state, drawn = _decode(program, self.weights, self.cfg, self._state, rows, several, most)
-        return drawn
+        run, args = self._decoding(program, rows, most, times)
+        self._state, drawn = run(*args)
+        return self._readable(drawn)
 
     def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
-        self._state, drawn, given = _prefill(self.weights, self.cfg, self._state, chunks, most)
-        return drawn, given
+        run, args = self._prefilling(chunks, most)
+        self._state, drawn, given = run(*args)
+        return self._readable(drawn), self._readable(given) if chunks.asks_r.any() else given
+
+    def _decoding(
+        self, program: Callable[..., Any], rows: DecodeRows, most: int | None, times: int = 1
+    ) -> Call:
+        return _decode, (program, self.weights, self.cfg, self._state, rows, several(times), most)
+
+    def _prefilling(self, chunks: Chunks, most: int | None) -> Call:
+        return _prefill, (self.weights, self.cfg, self._state, chunks, most)
+
+    def _readable(self, results: Any) -> Any:
+        """On every process."""
+        return results
 
     @property
     def block(self) -> jax.ShapeDtypeStruct:
@@ -154,17 +184,17 @@ class OneDevice:
         for request in _to_admit():
             self.admit(0, 0, request, [])
         programs = list(self._programs(self._no_chunks, self._no_rows))
-        for i, (name, run) in enumerate(programs, 1):
-            yield f"program {i} of {len(programs)}: {described(*name)}"
-            for most in MOST if on_cpu() else range(ALL + 1):
-                jax.block_until_ready(run(most=most))
+        yield from _compile(programs)
+        for program in programs:
+            for most in _mosts():
+                jax.block_until_ready(program.run(most=most))
         for rank in range(self.ranks):
             self.bring(rank, [], self.export(rank, []))
         yield f"timing the {len(programs)} programs"
         for slot in range(self.sizes.slots):  # each goes on from another token, and so to other experts
             self.prefill(self._random_chunks(*self.sizes.chunks[0], slot), None if on_cpu() else GREEDY)
-        for name, run in self._programs(self._random_chunks, self._all_rows):
-            self.pace[name] = _seconds(run)
+        for program in self._programs(self._random_chunks, self._all_rows):
+            self.pace[program.name] = _seconds(program.run)
         for rows, tokens in self.sizes.chunks:
             behind = min(PREFIX, self.sizes.max_model_len - tokens)
             if behind > 0:
@@ -175,14 +205,18 @@ class OneDevice:
     def close(self) -> None:
         """Ends what goes on beside: nothing here; over several processes, the others."""
 
-    def _programs(self, chunks: Any, decoding: Any) -> Iterator[tuple[tuple[Any, ...], Callable[..., Any]]]:
+    def _programs(self, chunks: Any, decoding: Any) -> Iterator[Program]:
         """By size, those of chunks first; of plans by their size."""
+
+        def of(name: tuple[Any, ...], run: Any, call: Any, *plan: Any) -> Program:
+            return Program(name, functools.partial(run, plan[-1]), functools.partial(call, *plan))
+
         for rows, tokens in self.sizes.chunks:
-            yield ("prefill", rows, tokens), functools.partial(self.prefill, chunks(rows, tokens))
+            yield of(("prefill", rows, tokens), self.prefill, self._prefilling, chunks(rows, tokens))
         for rows in self.sizes.rows:
-            yield ("decode", rows), functools.partial(self.decode, decoding(rows))
+            yield of(("decode", rows), self.decode, self._decoding, decode_rows, decoding(rows))
             if self.drafts:
-                yield ("drafts", rows), functools.partial(self.decode_pairs, decoding(rows))
+                yield of(("drafts", rows), self.decode_pairs, self._decoding, decode_pairs, decoding(rows))
 
     def _no_chunks(self, rows: int, tokens: int) -> Chunks:
         return chunk_plan(self.ranks * rows, tokens, self.sizes.pages_each, self.words)
@@ -207,6 +241,24 @@ class OneDevice:
         return plan
 
 
+def _compile(programs: list[Program]) -> Iterator[str]:
+    """On threads, while the next ones are traced; few wait at a time. Yields what comes next."""
+    compilers = (
+        2 if on_cpu() else 1
+    )  # where kernels are timed to choose among them, others' would disturb that
+    with concurrent.futures.ThreadPoolExecutor(compilers) as pool:
+        compiled = []
+        for i, program in enumerate(programs, 1):
+            yield f"program {i} of {len(programs)}: {described(*program.name)}"
+            for most in _mosts():
+                run, args = program.call(most=most)
+                compiled.append(pool.submit(run.lower(*args).compile))
+            while len(compiled) > 2 * compilers:
+                compiled.pop(0).result()
+        for one in compiled:
+            one.result()
+
+
 def described(kind: str, rows: int, tokens: int = 1) -> str:
     """What a program computes, by its name (`pace.py`)."""
     if kind == "prefill":
@@ -216,7 +268,11 @@ def described(kind: str, rows: int, tokens: int = 1) -> str:
 
 TRIES = 3
 PREFIX = 2048  # tokens before a chunk, where it is timed for what they cost
-MOST = (None,)  # on a CPU, where a program sees itself what its rows ask for
+
+
+def _mosts() -> Sequence[int | None]:
+    """What rows may ask for, of programs of one size. On a CPU, a program sees that itself."""
+    return (None,) if on_cpu() else range(ALL + 1)
 
 
 def _seconds(run: Callable[..., Any]) -> float:

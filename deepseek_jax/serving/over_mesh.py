@@ -32,7 +32,6 @@ from deepseek_jax.balancing.plan import Ints
 from deepseek_jax.checks import require
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.layout import Layout
-from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.exchange.dispatcher import AS_IT_IS
 from deepseek_jax.parallel.exchange.wire import Wire
@@ -49,11 +48,10 @@ from deepseek_jax.parallel.slots import Slots
 from deepseek_jax.parallel.two_batches import divides
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.serving.drafting import decode_pairs
-from deepseek_jax.serving.one_device import OneDevice
+from deepseek_jax.serving.one_device import Call, OneDevice, several
 from deepseek_jax.serving.programs import (
     Chunks,
     DecodeRows,
-    Given,
     State,
     Weights,
     brought,
@@ -63,7 +61,7 @@ from deepseek_jax.serving.programs import (
     prefill_chunks,
     taken,
 )
-from deepseek_jax.serving.sampler import Drawn, Row, put
+from deepseek_jax.serving.sampler import Row, put
 from deepseek_jax.serving.sizes import Sizes
 
 FEW = 64  # tokens of a device: up to so many of a chunk take the exchange of decoding
@@ -299,15 +297,14 @@ class OverMesh(OneDevice):
                 self.move(layer, self.slots.plan.physical_lp[layer].copy())
             self.loads()
 
-    def _run_rows(self, program: Callable[..., Any], rows: DecodeRows, most: int | None, times: int) -> Any:
+    def _decoding(
+        self, program: Callable[..., Any], rows: DecodeRows, most: int | None, times: int = 1
+    ) -> Call:
         run = self._run.decode_pairs if program is decode_pairs else self._run.decode
-        several = np.int32(times) if on_cpu() else None
-        self._state, drawn = run(self.weights, self._state, self._placed(rows), several, most)
-        return self._readable(drawn)
+        return run, (self.weights, self._state, self._placed(rows), several(times), most)
 
-    def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
-        self._state, drawn, given = self._run.prefill(self.weights, self._state, self._placed(chunks), most)
-        return self._readable(drawn), self._readable(given) if chunks.asks_r.any() else given
+    def _prefilling(self, chunks: Chunks, most: int | None) -> Call:
+        return self._run.prefill, (self.weights, self._state, self._placed(chunks), most)
 
     def export(self, rank: int, pages: list[int]) -> jax.Array:
         """Where there are several processes, on this one."""
@@ -341,7 +338,6 @@ class OverMesh(OneDevice):
         return page_rn.reshape(-1)
 
     def _readable(self, results: Any) -> Any:
-        """On every process."""
         return results if self._rows.is_fully_addressable else self._gather(results)
 
     def _placed(self, plan: Any) -> Any:

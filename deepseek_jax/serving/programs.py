@@ -209,14 +209,19 @@ def decode_times(
     None: once. On a CPU, whose host works on the cores that the model needs, several tokens at once take it less time; on
     GPUs the host would have to wait for such a loop.
     """
-    one = functools.partial(program, weights, cfg, layout, rows=rows, most=most)
+
+    @jax.jit  # traced once, for its shapes and in the loop
+    def one(weights: Weights, state: State, rows: DecodeRows) -> tuple[State, Any]:
+        return program(weights, cfg, layout, state, rows, most)  # type: ignore[no-any-return]
+
     if times is None:
-        state, drawn = one(state)
+        state, drawn = one(weights, state, rows)
         return state, jax.tree.map(lambda x: x[None], drawn)
-    room = jax.tree.map(lambda x: jnp.zeros((AT_ONCE, *x.shape), x.dtype), jax.eval_shape(one, state)[1])
+    _, shapes = jax.eval_shape(one, weights, state, rows)
+    room = jax.tree.map(lambda x: jnp.zeros((AT_ONCE, *x.shape), x.dtype), shapes)
 
     def again(i: jax.Array, carry: tuple[State, Any]) -> tuple[State, Any]:
-        state, drawn = one(carry[0])
+        state, drawn = one(weights, carry[0], rows)
         return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), carry[1], drawn)
 
     return lax.fori_loop(0, times, again, (state, room))
