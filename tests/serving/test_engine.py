@@ -3,6 +3,7 @@
 import dataclasses
 import queue
 
+import jax
 import numpy as np
 import pytest
 
@@ -134,6 +135,20 @@ def test_a_prompt_that_is_preempted_before_its_first_token_is_counted_once(monke
     run(made, [Request(str(i), p, min(40, 512 - len(p))) for i, p in enumerate(prompts)])
     assert made.stats.preemptions > 0
     assert made.stats.cache_queries == made.stats.prompt == sum(lengths)
+
+
+def test_nothing_is_traced_or_compiled_behind_the_start():
+    """Prompts of all sizes, one to four at once, drawn in all ways; and what the start made once is found by whom launches it."""
+    made, heard, counting = engine(), [], True
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: heard.append(event) if counting and "/compile/" in event else None
+    )
+    ways = [Sampling(), Sampling(1.0), Sampling(0.7, top_p=0.9, top_k=5), Sampling(1.0, presence_penalty=1.0)]
+    for at_once in (1, 2, 4):
+        prompts = [RNG.integers(0, CFG.vocab_size, 1 + 21 * (i + at_once)).tolist() for i in range(at_once)]
+        run(made, [Request(str(i), p, 5, ways[i], logprobs=2) for i, p in enumerate(prompts)])
+    counting = False
+    assert not heard
 
 
 def test_a_screen_shows_which_program_is_compiled():
