@@ -27,6 +27,7 @@ FLOORS = (
     ("training",),
     ("serving",),
     ("inference",),
+    ("posttraining",),
     ("__init__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
