@@ -27,6 +27,7 @@ FLOORS = (
     ("training",),
     ("serving",),
     ("inference",),
+    ("evaluation",),
     ("posttraining",),
     ("__init__",),
 )

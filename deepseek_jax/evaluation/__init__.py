@@ -1,0 +1,1 @@
+"""What a model can do: tasks with their error bars, needles in long texts."""
