@@ -7,7 +7,7 @@ nearest valid key for every mistake. Source: technical report section 4.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from deepseek_jax.checks import build as build
 from deepseek_jax.checks import choice, ranges, require, shown
@@ -277,21 +277,36 @@ class Config:
             f"{self.model.max_position_embeddings}; raise it and set model.rope_scaling",
         )
 
+    @property
+    def batch_arrays(self) -> dict[str, str]:
+        """Name -> dtype of the arrays [b, seq_len + 1] that a batch of this run holds."""
+        packed = {"segments": "int32", "positions": "int32"} if self.data.segments else {}
+        return {"tokens": "int32"} | packed
+
+
+C = TypeVar("C", bound=Config)
+
 
 # --- from and to mappings ---------------------------------------------------------------------------------
 
 
-def from_config_dict(cfg: Any) -> Config:
+@overload
+def from_config_dict(cfg: Any) -> Config: ...
+@overload
+def from_config_dict(cfg: Any, whole: type[C]) -> C: ...
+def from_config_dict(cfg: Any, whole: Any = Config) -> Any:
     """The frozen `Config` of an `ml_collections.ConfigDict` or of any nested mapping.
+
+    whole: a dataclass that derives from `Config`, for runs with more sections.
 
     Raises ValueError naming the key, and the nearest valid one, for unknown keys, wrong types and bad values.
     """
     values = cfg.to_dict() if hasattr(cfg, "to_dict") else cfg
     if not isinstance(values, Mapping):
         raise ValueError(
-            f"a config should be a mapping with the keys of {Config.__name__}, not {shown(values)}"
+            f"a config should be a mapping with the keys of {whole.__name__}, not {shown(values)}"
         )
-    return build(Config, values)
+    return build(whole, values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

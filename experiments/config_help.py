@@ -22,7 +22,12 @@ _COLUMN = 42  # where the documentation begins
 
 @functools.cache
 def docs(cls: Any) -> dict[str, str]:
-    """Maps each field of a dataclass to its documentation, "" if it has none."""
+    """Maps each field of a dataclass, inherited ones too, to its documentation, "" if it has none."""
+    bases = (base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base))
+    return {name: doc for base in bases for name, doc in _own_docs(base).items()}
+
+
+def _own_docs(cls: Any) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(cls))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}

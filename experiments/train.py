@@ -13,7 +13,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -46,8 +47,44 @@ _PROFILE_STEPS = flags.DEFINE_string(
 )
 
 
-def _finish(trainer, result, weights) -> None:
-    """Reports a finished run. `weights` are whole parameters and bias, or None for no completions."""
+class Command(NamedTuple):
+    """What is different in the commands that train, of which this is one.
+
+    default: the config's file where none is named. whole: the config's dataclass. trainer: of a config. samples: of a trainer,
+    whole parameters and bias, texts by title of what the model makes of held-out ones. heading: of a title.
+    """
+
+    default: str
+    whole: type[Config]
+    trainer: Callable[[Any], Any]
+    samples: Callable[[Any, Any, Any], Mapping[str, str]]
+    heading: str
+
+
+def _pre_trainer(cfg: Config) -> Any:
+    from deepseek_jax.training import loop
+
+    return loop.Trainer(cfg)
+
+
+def _completions(trainer, params, bias) -> Mapping[str, str]:
+    from experiments.samples import samples
+
+    with now.doing("completing held-out documents"):
+        return samples(trainer.cfg, params, bias, trainer.data.tokenizer, trainer.data.validation)
+
+
+PRE_TRAINING = Command(
+    DEFAULT_CONFIG,
+    Config,
+    _pre_trainer,
+    _completions,
+    "held-out document, {}, from >> on the model's ",
+)
+
+
+def _finish(command: Command, trainer, result, weights) -> None:
+    """Reports a finished run. `weights` are whole parameters and bias, or None for no samples."""
     out_dir, unigram = trainer.out_dir, trainer.unigram
     last, averaged = result.evaluation, result.ema_evaluation
     print(f"\nvalidation loss {last.loss:.3f} nats per token, {last.bits_per_byte:.3f} bits per byte")
@@ -55,7 +92,7 @@ def _finish(trainer, result, weights) -> None:
     print(f"  unigram model:       {unigram.nats_per_token:.3f}, {unigram.bits_per_byte:.3f}")
     warnings = _draw(trainer)
     if weights is not None:
-        _show_samples(trainer, result.step, weights)
+        _show_samples(command, trainer, result.step, weights)
     for warning in warnings:
         print(f"warning: {warning}")
     print(
@@ -78,15 +115,11 @@ def _draw(trainer) -> list[str]:
     return warnings
 
 
-def _show_samples(trainer, step: int, weights) -> None:
-    from experiments.samples import samples
-
-    params, bias = weights
-    with now.doing("completing held-out documents"):
-        texts = samples(trainer.cfg, params, bias, trainer.data.tokenizer, trainer.data.validation)
+def _show_samples(command: Command, trainer, step: int, weights) -> None:
+    texts = command.samples(trainer, *weights)
     trainer.records.samples(step, texts)
     for name, text in texts.items():
-        print(f"\n--- held-out document, {name}, from >> on the model's ".ljust(76, "-"))
+        print(f"\n--- {command.heading.format(name)}".ljust(76, "-"))
         print(text)
     print("-" * 75)
 
@@ -135,15 +168,16 @@ def run(
     stopped_status: int = 0,
     discard_newer: bool = False,
     profile_steps: tuple[int, int] | None = None,
+    command: Command = PRE_TRAINING,
 ) -> int:
     """Trains; returns the process's exit status."""
-    from deepseek_jax.training.loop import NonFiniteError, Trainer, stop_on_signals
+    from deepseek_jax.training.loop import NonFiniteError, stop_on_signals
 
     # Innermost, `failing_fast` spares a process that lost the others the waiting in `close`.
     failing_fast = joining.failing_fast
     with stop_on_signals(SCREEN.stopping) as stop, contextlib.ExitStack() as stack:
         with failing_fast(command_line.complain):
-            trainer = stack.enter_context(contextlib.closing(Trainer(cfg)))
+            trainer = stack.enter_context(contextlib.closing(command.trainer(cfg)))
             trainer.check()
         with failing_fast(command_line.complain):
             if fresh and trainer.checkpointer.latest() is not None:
@@ -172,14 +206,14 @@ def run(
             held = (result.state.params, result.state.balance_bias)
             weights = whole_copy(held, trainer.mesh) if cfg.train.sample_tokens else None
             if is_first():
-                _finish(trainer, result, weights)
+                _finish(command, trainer, result, weights)
             return 0
 
 
-def main(argv: Sequence[str]) -> int:
-    cfg = config_flag.parse(argv, default=DEFAULT_CONFIG)
+def main(argv: Sequence[str], command: Command = PRE_TRAINING) -> int:
+    cfg = config_flag.parse(argv, default=command.default, whole=command.whole)
     if not any(argument.lstrip("-").startswith("config=") or argument == "--config" for argument in argv):
-        SCREEN.line(f"the config is {DEFAULT_CONFIG}, as no --config names another")
+        SCREEN.line(f"the config is {command.default}, as no --config names another")
     if _DRY_RUN.value:
         devices_of_run(cfg)
         print(dry_run.report(cfg))
@@ -197,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
         SCREEN.quiet = not is_first()
     try:
         resuming = _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value, _DISCARD_NEWER.value
-        status = run(cfg, *resuming, profile_steps)
+        status = run(cfg, *resuming, profile_steps, command)
     except ValueError as error:
         step = getattr(error, "older_step", None)
         if step is None:

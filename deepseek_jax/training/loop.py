@@ -58,13 +58,17 @@ class Trainer(Run):
     def __init__(self, cfg: Config, mesh: Mesh | None = None, data: data_lib.Data | None = None):
         mesh = make_mesh(cfg.mesh) if mesh is None else mesh
         self.granularity = granularity(cfg, mesh)
-        self.schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len, self.granularity)
-        self.total_steps = self.schedules.num_steps(self.granularity)
+        self._schedule(cfg)
         self.step_fn: Any = make_train_step(cfg, mesh)
         self.eval_fn = make_eval_step(cfg, mesh)
         self.records: Records | None = None  # of `run`; takes more until `close`
         self._vote, self._averaged = StopVote(mesh), False
         super().__init__(cfg, mesh, data)
+
+    def _schedule(self, cfg: Config) -> None:
+        """Makes the schedules of `cfg`."""
+        self.schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len, self.granularity)
+        self.total_steps = self.schedules.num_steps(self.granularity)
 
     @functools.cached_property
     def _program(self) -> StepProgram:

@@ -46,9 +46,11 @@ def check_vocabulary(cfg: Config, tokenizer: Tokenizer) -> None:
 
 def abstract_batch(cfg: Config, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Shapes, dtypes and shardings of a whole batch, as `jax.ShapeDtypeStruct`."""
-    names = ("tokens", "segments", "positions") if cfg.data.segments else ("tokens",)
-    shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
-    return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)))
+    shape, sharding = (cfg.train.batch_size, cfg.data.seq_len + 1), batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
+        for name, dtype in cfg.batch_arrays.items()
+    }
 
 
 def granularity(cfg: Config, mesh: Mesh | AbstractMesh) -> int:
