@@ -108,6 +108,11 @@ class ChatTemplate:
         self._tokens = names if tokens is None else dict(tokens)
 
     @property
+    def sources(self) -> Mapping[str, str]:
+        """The Jinja texts by name, and the tokens that they see: what decides a rendering."""
+        return self._sources | self._tokens
+
+    @property
     def source(self) -> str | None:
         """The Jinja text that conversations without tools use."""
         return self._sources.get("default")

@@ -14,12 +14,12 @@ that after any number of sequences each has given its share to within a sequence
 import concurrent.futures
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from deepseek_jax.checks import names_that_differ, require
-from deepseek_jax.data.packing import EpochPacker, PackedStream
+from deepseek_jax.data.packing import Windows
 from deepseek_jax.data.shuffle import permuted
 
 Batch = dict[str, np.ndarray]
@@ -41,6 +41,18 @@ class _Place:
 _Cursor = tuple[_Place, ...]  # one place per source
 
 
+class Packer(Protocol):
+    """The windows of a source, block by block. An epoch may be another than the one before; all have a window."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def block(self, epoch: int, block: int) -> Windows: ...
+
+
 class BatchStream:
     """An endless, shuffled, resumable stream of packed sequences.
 
@@ -59,7 +71,7 @@ class BatchStream:
 
     def __init__(
         self,
-        packers: Sequence[EpochPacker],
+        packers: Sequence[Packer],
         weights: Sequence[float],
         fingerprint: dict[str, Any],
         process_index: int = 0,
@@ -76,7 +88,7 @@ class BatchStream:
         # One worker: blocks are touched by no other thread.
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batch-stream")
         self._ahead: tuple[_Cursor, int, concurrent.futures.Future] | None = None
-        self._open: list[dict[tuple[int, int], tuple[PackedStream, np.ndarray]]] = [{} for _ in packers]
+        self._open: list[dict[tuple[int, int], tuple[Windows, np.ndarray]]] = [{} for _ in packers]
 
     def take(self, num_sequences: int) -> Batch:
         """The next global batch of `num_sequences`, this host's rows of it.
@@ -180,7 +192,7 @@ class BatchStream:
         stream.require_a_window()
         raise AssertionError("an epoch has a window")
 
-    def _block(self, source: int, place: _Place) -> tuple[PackedStream, np.ndarray]:
+    def _block(self, source: int, place: _Place) -> tuple[Windows, np.ndarray]:
         """The windows of the block of `place`, and the order, int64, in which they are handed out."""
         blocks, name = self._open[source], (place.epoch, place.block)
         if name not in blocks:

@@ -19,6 +19,7 @@ Legend: n documents, l = seq_len + 1.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -35,6 +36,16 @@ BLOCK_WINDOWS = 64  # at least
 
 _ORDER = 104  # keeps this random stream apart from FIM's and the splitter's
 _GROUP = 64  # documents decoded and encoded at once
+
+
+class Windows(Protocol):
+    """Windows by number, arrays [l] by name."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+    def require_a_window(self) -> None: ...
 
 
 class PackedStream:

@@ -141,9 +141,12 @@ class Tokenizer:
         backend = self._full if allow_special else self._plain
         return backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, encoded in parallel as plain text."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(
+        self, texts: Sequence[str], allow_special: bool = False, bos: bool = False
+    ) -> list[list[int]]:
+        """Ids of each text, encoded in parallel, as `encode` does; `bos`: as `encode_prompt` does."""
+        backend = self._full if allow_special or bos else self._plain
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=bos)]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to continue, special tokens matched, with the bos if the tokenizer puts one before texts."""

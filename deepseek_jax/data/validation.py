@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepseek_jax.data.packing import PackedStream
+from deepseek_jax.data.packing import Windows
 from deepseek_jax.data.tokenizer import Tokenizer
 
 # Validation windows are held in memory; of a larger split, windows spread evenly over it.
@@ -19,7 +19,8 @@ class Validation:
     All windows of a split up to `MAX_VALIDATION_TOKENS`, else that many tokens, spread evenly over it.
 
     Attributes:
-        batch: "tokens" int32 [n, seq_len + 1]; with segments also "segments" and "positions".
+        batch: "tokens" int32 [n, seq_len + 1]; with segments also "segments" and "positions", of conversations
+            "loss_mask" and "padding" as well.
         bytes_n: int64 [n], UTF-8 bytes of the seq_len tokens that the main model predicts in each window,
             `tokens[:, 1:]`, where they count; special tokens count none.
     """
@@ -41,7 +42,8 @@ class Validation:
 
     @property
     def counted(self) -> np.ndarray:
-        """bool [n, seq_len]: which targets count. With segments, the first token of a document does not."""
+        """bool [n, seq_len]: which targets count. With segments, the first token of a document does not; with a loss mask,
+        those in it do."""
         return _counted(self.batch)
 
     @property
@@ -60,12 +62,15 @@ class Validation:
 
 
 def _counted(batch: dict[str, np.ndarray]) -> np.ndarray:
-    if "segments" not in batch:
-        return np.ones_like(batch["tokens"][:, 1:], bool)
-    return batch["segments"][:, 1:] == batch["segments"][:, :-1]
+    counted = np.ones_like(batch["tokens"][:, 1:], bool)
+    if "segments" in batch:
+        counted &= batch["segments"][:, 1:] == batch["segments"][:, :-1]
+    if "loss_mask" in batch:
+        counted &= batch["loss_mask"][:, 1:]
+    return counted
 
 
-def validation_windows(streams: Sequence[PackedStream], tokenizer: Tokenizer, seq_len: int) -> Validation:
+def validation_windows(streams: Sequence[Windows], tokenizer: Tokenizer, seq_len: int) -> Validation:
     """Windows of all `streams`, one after the other.
 
     Raises:

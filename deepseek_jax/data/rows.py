@@ -1,0 +1,102 @@
+"""Rows of JSON lines and Parquet files, each with its file and line: what conversations and prompts are made of.
+
+A fault ends the reading, with an error of one line that names the row: a set of conversations is made by hand or by
+program, and what is lost of it without a word is found months later. (Plain text is read otherwise: `readers.py`.)
+"""
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from deepseek_jax.checks import named, require
+from deepseek_jax.data import unpacking
+from deepseek_jax.data.files import SHARDS, SourceFile, find_files, spells_out, suffix_of
+from deepseek_jax.data.report import CorpusReport
+from deepseek_jax.json_files import parse_object
+
+_PARQUET_ROWS = 1024  # at once
+_DAMAGED = (EOFError, OSError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pyarrow.ArrowException)
+
+
+class Row(NamedTuple):
+    """name: "FILE:LINE", lines of text from 1, rows of Parquet from 0. values: its fields."""
+
+    name: str
+    values: dict[str, Any]
+
+
+def row_files(source: str, report: CorpusReport) -> list[SourceFile]:
+    """The files of a glob, a folder or one file that hold rows; others of a folder are named in `report`.
+
+    Raises ValueError: there is none.
+    """
+    wanted, spelled = [], spells_out(source)
+    for file in find_files(source, report):
+        if spelled or suffix_of(file.path) in SHARDS:
+            wanted.append(file)
+        else:
+            report.skip(file.path, "not of rows", f"{', '.join(SHARDS)} are")
+    require(bool(wanted), f"no file of {source!r} holds rows{report.reasons()}")
+    return wanted
+
+
+def read_rows(files: Iterable[SourceFile]) -> Iterator[Row]:
+    """Yields the rows of all files in order. Raises ValueError for the first that is none, by name."""
+    for file in files:
+        rows = _parquet(file.path) if suffix_of(file.path) == ".parquet" else _json_lines(file.path)
+        try:
+            yield from rows
+        except _DAMAGED as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{file.path} is damaged, truncated or unreadable: {reason}") from error
+
+
+def _json_lines(path: str) -> Iterator[Row]:
+    for number, line in enumerate(unpacking.lines(unpacking.chunks(path)), start=1):
+        name = f"{path}:{number}"
+        if line is None:
+            raise ValueError(f"{name} is longer than {unpacking.MAX_DOCUMENT_BYTES >> 20} MiB")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield Row(name, parse_object(line, name))
+
+
+def _parquet(path: str) -> Iterator[Row]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        number = 0
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            with named(f"{path}, rows {number} to {number + len(batch) - 1}: "):
+                values = batch.to_pylist()
+            for row in values:
+                yield Row(f"{path}:{number}", row)
+                number += 1
+
+
+# --- held-out rows ----------------------------------------------------------------------------------------------------
+
+
+def share_of(question: str) -> float:
+    """A number in [0, 1) that depends on the words of a question alone: rows below some edge are held out.
+
+    White space does not count: a copy of a question with another line break is on the same side.
+    """
+    words = " ".join(question.split())
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big") / 2**48
+
+
+def held_out(share_n: np.ndarray, fraction: float) -> np.ndarray:
+    """Which rows of these shares (float64 [n]) are held out: bool [n], those below `fraction`.
+
+    Where that leaves a side empty, the rows of the nearest share move over. Raises ValueError: all have the same one.
+    """
+    low, high = share_n.min(), share_n.max()
+    require(low < high, "all rows ask the same: no other is left for validation; give a validation file")
+    return share_n < np.clip(fraction, np.nextafter(low, 1), high)
