@@ -10,8 +10,9 @@ FRACTION = 0.1  # of questions held out, unless a config says otherwise
 
 
 def share(question: str) -> float:
-    """The place in [0, 1) that a question's hash gives it; white space at its ends does not count."""
-    return int.from_bytes(hashlib.sha256(question.strip().encode()).digest()[:6], "big") / 2**48
+    """The place in [0, 1) that the hash of a question's words gives it; white space between them does not count."""
+    words = " ".join(question.split())
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big") / 2**48
 
 
 def is_held_out(question: str, fraction: float = FRACTION) -> bool:

@@ -94,7 +94,7 @@ def test_a_tenth_is_held_out_and_a_smaller_fraction_is_a_part_of_it():
     found = sum(map(is_held_out, questions))
     assert abs(found - 1000) < 4 * (10_000 * 0.1 * 0.9) ** 0.5  # four standard deviations
     assert all(is_held_out(q) for q in questions if is_held_out(q, 0.05))
-    assert share("7 + 8 = ?") == share(" 7 + 8 = ?\n")  # ends do not count
+    assert share("7 + 8 = ?") == share(" 7 +\n8  = ?\n")  # white space does not count
 
 
 def test_rows_are_of_the_seed_and_distinct():

@@ -16,6 +16,8 @@ import numpy as np
 
 from deepseek_jax.checks import require, shown
 
+_NO_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
+
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
@@ -116,9 +118,7 @@ def _called(reward: Weighted, n: int, given: Mapping[str, Any]) -> Sequence[floa
     return scores
 
 
-def columns_of(
-    rows: Sequence[Mapping[str, Any]], without: Iterable[str] = ("prompt",)
-) -> dict[str, list[Any]]:
-    """The rows' columns as lists, for `Rewards`; None where a row lacks one."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names if name not in without}
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' columns as lists, for `Rewards`; None where a row lacks one. Their own completions are left out."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in _NO_COLUMNS)
+    return {name: [row.get(name) for row in rows] for name in names}
