@@ -1,0 +1,107 @@
+"""Supervised fine-tuning (report section 5.1): a run of `training/loop.py` that starts from weights and reads conversations.
+
+Loss, micro-batches, checkpoints, records and several processes are those of pre-training: its objective counts the labels
+that a batch's "loss_mask" leaves, over the whole batch (`training/labels.py`), MTP depths likewise. What is here: the
+config, where the conversations come from, and how long "so many epochs" is.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+from deepseek_jax import data as data_lib
+from deepseek_jax.checks import ranges, require
+from deepseek_jax.config import Config
+from deepseek_jax.data import supervised
+from deepseek_jax.data.supervised import SupervisedConfig, weighted
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.posttraining.task_files import is_task, task_file
+from deepseek_jax.training.loop import Trainer
+from deepseek_jax.training.preflight import check_vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningConfig(SupervisedConfig):
+    """What is learned, and for how long. Sources are files, or generated tasks as "tasks:addition/2" (`tasks.py`)."""
+
+    # how often each sample is learned, on average, which decides train.steps; 0: train.steps stands
+    epochs: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        ranges("sft", self, "epochs", 0, 1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(Config):
+    """Of a run of supervised fine-tuning. Without data.tokenizer, it takes that of train.init_from."""
+
+    sft: LearningConfig = dataclasses.field(default_factory=LearningConfig)
+
+    def __post_init__(self):
+        if self.data.tokenizer is None and self.train.init_from:
+            data = dataclasses.replace(self.data, tokenizer=self.train.init_from)
+            object.__setattr__(self, "data", data)
+        super().__post_init__()
+
+    @property
+    def batch_arrays(self) -> dict[str, str]:
+        """As `Config.batch_arrays`."""
+        whole = dict.fromkeys(("tokens", "segments", "positions"), "int32")
+        return whole | dict.fromkeys(("loss_mask", "padding"), "bool")
+
+
+class Tuner(Trainer):
+    """A run of supervised fine-tuning. Arguments and errors are those of `Trainer`; cfg: an `SFTConfig`."""
+
+    cfg: SFTConfig
+
+    def check(self) -> None:
+        """As `Trainer.check`; raises ValueError for no weights to start from, too."""
+        start = self.cfg.train.init_from
+        if self.checkpointer.latest() is None:
+            require(
+                bool(start),
+                "train.init_from is empty, and fine-tuning starts from weights: name a run, one of its checkpoints or a "
+                "Hugging Face folder, as --config.train.init_from=runs/tiny",
+            )
+            there = Path(start).expanduser().exists()
+            require(there, f"train.init_from={start} does not exist: train it first, or name other weights")
+        super().check()
+
+    @functools.cached_property
+    def data(self) -> data_lib.Data:
+        """The conversations. Reading them decides how many steps `sft.epochs` are. Raises ValueError for what cannot be read,
+        or does not fit the model."""
+        cfg = self.cfg
+        require(cfg.data.tokenizer is not None, "data.tokenizer is not set, nor train.init_from, which has one")
+        tokenizer = Tokenizer.load(str(cfg.data.tokenizer))
+        check_vocabulary(cfg, tokenizer)
+        cache = Path(cfg.data.cache_dir).expanduser()
+        data = supervised.load(in_files(cfg.sft, cache), tokenizer, cfg.data.seq_len, cache, *self.feed.share)
+        if cfg.sft.epochs:
+            steps = max(1, math.ceil(cfg.sft.epochs * data.report.windows / cfg.train.batch_size))
+            self.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps))
+            self._schedule(self.cfg)
+        return data
+
+
+def in_files(cfg: LearningConfig, folder: Path) -> LearningConfig:
+    """The same with generated tasks as files in `folder`; where all sources are such, with their held-out questions for
+    validation, unless it names others."""
+    entries = weighted(cfg.sources, "sft.sources")
+    tasks = [source for source, _ in entries if is_task(source)]
+    if not tasks:
+        return cfg
+    sources = tuple(f"{_train_file(source, folder, cfg.seed)}={weight}" for source, weight in entries)
+    validation = cfg.validation
+    if validation is None and len(tasks) == len(entries):
+        # A glob, as the files of a folder of their own.
+        held = [task_file(source, folder, True, cfg.seed) for source in dict.fromkeys(tasks)]
+        validation = str(held[0])
+    return dataclasses.replace(cfg, sources=sources, validation=validation)
+
+
+def _train_file(source: str, folder: Path, seed: int) -> str:
+    return str(task_file(source, folder, seed=seed)) if is_task(source) else source
