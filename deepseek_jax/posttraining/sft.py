@@ -88,20 +88,18 @@ class Tuner(Trainer):
 
 
 def in_files(cfg: LearningConfig, folder: Path) -> LearningConfig:
-    """The same with generated tasks as files in `folder`; where all sources are such, with their held-out questions for
-    validation, unless it names others."""
+    """The same with generated tasks as files in `folder`. Where all sources are tasks, their held-out questions are for
+    validation, unless the config names others."""
     entries = weighted(cfg.sources, "sft.sources")
     tasks = [source for source, _ in entries if is_task(source)]
-    if not tasks:
-        return cfg
-    sources = tuple(f"{_train_file(source, folder, cfg.seed)}={weight}" for source, weight in entries)
-    validation = cfg.validation
-    if validation is None and len(tasks) == len(entries):
-        # A glob, as the files of a folder of their own.
-        held = [task_file(source, folder, True, cfg.seed) for source in dict.fromkeys(tasks)]
-        validation = str(held[0])
-    return dataclasses.replace(cfg, sources=sources, validation=validation)
+    named = [cfg.validation] if cfg.validation is not None and is_task(cfg.validation) else []
+    held = named or (tasks if cfg.validation is None and len(tasks) == len(entries) else [])
 
+    def file(source: str) -> str:
+        return str(task_file([source], folder, seed=cfg.seed)) if is_task(source) else source
 
-def _train_file(source: str, folder: Path, seed: int) -> str:
-    return str(task_file(source, folder, seed=seed)) if is_task(source) else source
+    return dataclasses.replace(
+        cfg,
+        sources=tuple(f"{file(source)}={weight}" for source, weight in entries),
+        validation=str(task_file(held, folder, True, cfg.seed)) if held else cfg.validation,
+    )
