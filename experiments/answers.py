@@ -1,6 +1,7 @@
 """Shows what a fine-tuned model answers beside the answers of held-out conversations."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data import Tokenizer, Validation
 from deepseek_jax.inference.model import Model
 
+T = TypeVar("T")
 _SHOWN, _COUNTED = 3, 64  # conversations shown, and answered in all
 
 
@@ -39,7 +41,7 @@ def _asked(ids: np.ndarray, learned: np.ndarray) -> Asked | None:
     return Asked(ids[: others[-1] + 1], ids[others[-1] + 1 : end]) if others.size else None
 
 
-def spread(found: list[Asked], count: int) -> list[Asked]:
+def spread(found: Sequence[T], count: int) -> list[T]:
     """Picks at most `count`, spread evenly over all."""
     count = min(count, len(found))
     return [found[i * len(found) // count] for i in range(count)]
@@ -63,4 +65,6 @@ def answers(
         f"conversation_{i}": f"{tokenizer.decode(one.prompt)}>>{tokenizer.decode(got)}\n--- really:\n{tokenizer.decode(want)}"
         for i, (one, got, want) in enumerate(spread(list(zip(chosen, out, wanted, strict=True)), _SHOWN), 1)
     }
-    return texts | {"word_for_word": f"{same} of {len(chosen)} answers are those of the held-out conversations"}
+    return texts | {
+        "word_for_word": f"{same} of {len(chosen)} answers are those of the held-out conversations"
+    }

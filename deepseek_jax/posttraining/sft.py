@@ -75,11 +75,14 @@ class Tuner(Trainer):
         """The conversations. Reading them decides how many steps `sft.epochs` are. Raises ValueError for what cannot be read,
         or does not fit the model."""
         cfg = self.cfg
-        require(cfg.data.tokenizer is not None, "data.tokenizer is not set, nor train.init_from, which has one")
+        require(
+            cfg.data.tokenizer is not None, "data.tokenizer is not set, nor train.init_from, which has one"
+        )
         tokenizer = Tokenizer.load(str(cfg.data.tokenizer))
         check_vocabulary(cfg, tokenizer)
         cache = Path(cfg.data.cache_dir).expanduser()
         data = supervised.load(in_files(cfg.sft, cache), tokenizer, cfg.data.seq_len, cache, *self.feed.share)
+        assert isinstance(data.report, supervised.SupervisedReport)
         if cfg.sft.epochs:
             steps = max(1, math.ceil(cfg.sft.epochs * data.report.windows / cfg.train.batch_size))
             self.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps))
