@@ -41,6 +41,13 @@ class _Place:
 _Cursor = tuple[_Place, ...]  # one place per source
 
 
+def furthest_behind(shares: Sequence[float], given: Sequence[int]) -> int:
+    """The source furthest behind its share of what all have given, the next one counted; of equals, the first."""
+    total = sum(given) + 1
+    behind = [share * total - number for share, number in zip(shares, given, strict=True)]
+    return behind.index(max(behind))
+
+
 class Packer(Protocol):
     """The windows of a source, block by block. An epoch may be another than the one before; all have a window."""
 
@@ -175,10 +182,7 @@ class BatchStream:
         return batch, tuple(places)
 
     def _next_source(self, places: Sequence[_Place]) -> int:
-        """The source furthest behind its share of the sequences, the next one counted; of equals, the first."""
-        total = sum(place.sequences for place in places) + 1
-        behind = [share * total - place.sequences for share, place in zip(self._shares, places, strict=True)]
-        return behind.index(max(behind))
+        return furthest_behind(self._shares, [place.sequences for place in places])
 
     def _next_place(self, source: int, place: _Place) -> _Place:
         """`place`, or the first of a later block or epoch if its block ends before it."""

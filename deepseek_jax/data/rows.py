@@ -5,12 +5,10 @@ program, and what is lost of it without a word is found months later. (Plain tex
 """
 
 import gzip
-import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import zstandard
@@ -44,18 +42,18 @@ def row_files(source: str, report: CorpusReport) -> list[SourceFile]:
         else:
             report.skip(file.path, "not of rows", f"{', '.join(SHARDS)} are")
     require(bool(wanted), f"no file of {source!r} holds rows{report.reasons()}")
+    report.files += len(wanted)
     return wanted
 
 
 def read_rows(files: Iterable[SourceFile]) -> Iterator[Row]:
     """Yields the rows of all files in order. Raises ValueError for the first that is none, by name."""
-    for file in files:
-        rows = _parquet(file.path) if suffix_of(file.path) == ".parquet" else _json_lines(file.path)
+    for path in (file.path for file in files):
         try:
-            yield from rows
+            yield from _parquet(path) if suffix_of(path) == ".parquet" else _json_lines(path)
         except _DAMAGED as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{file.path} is damaged, truncated or unreadable: {reason}") from error
+            raise ValueError(f"{path} is damaged, truncated or unreadable: {reason}") from error
 
 
 def _json_lines(path: str) -> Iterator[Row]:
@@ -78,25 +76,3 @@ def _parquet(path: str) -> Iterator[Row]:
             for row in values:
                 yield Row(f"{path}:{number}", row)
                 number += 1
-
-
-# --- held-out rows ----------------------------------------------------------------------------------------------------
-
-
-def share_of(question: str) -> float:
-    """A number in [0, 1) that depends on the words of a question alone: rows below some edge are held out.
-
-    White space does not count: a copy of a question with another line break is on the same side.
-    """
-    words = " ".join(question.split())
-    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big") / 2**48
-
-
-def held_out(share_n: np.ndarray, fraction: float) -> np.ndarray:
-    """Which rows of these shares (float64 [n]) are held out: bool [n], those below `fraction`.
-
-    Where that leaves a side empty, the rows of the nearest share move over. Raises ValueError: all have the same one.
-    """
-    low, high = share_n.min(), share_n.max()
-    require(low < high, "all rows ask the same: no other is left for validation; give a validation file")
-    return share_n < np.clip(fraction, np.nextafter(low, 1), high)

@@ -7,7 +7,7 @@ An entry of the cache (cache.py) holds
     starts    int64 [n + 1], where each sample begins; the last entry is num_tokens
     labels    int64 [n], how many tokens of each are labels
     rows      int64 [n, 2], of each sample the file and the number of its row
-    shares    float64 [n], of each sample's question (rows.py)
+    shares    float64 [n], of each sample's question (held_out.py)
 """
 
 import dataclasses
@@ -25,8 +25,9 @@ import numpy as np
 from deepseek_jax.checks import named, require
 from deepseek_jax.data import cache
 from deepseek_jax.data.conversations import Conversations, Sample, question_of
+from deepseek_jax.data.held_out import share
 from deepseek_jax.data.report import CorpusReport
-from deepseek_jax.data.rows import read_rows, row_files, share_of
+from deepseek_jax.data.rows import read_rows, row_files
 from deepseek_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # version of an entry; entries of another version are made again
@@ -72,11 +73,10 @@ class Samples:
 
 
 class _Found(NamedTuple):
-    """A sample and its row: which file, which line, which share of the question."""
+    """A sample, the name of its row, and the share of the question."""
 
     sample: Sample
-    file: int
-    number: int
+    row: str
     share: float
 
 
@@ -87,88 +87,81 @@ def samples_of(source: str, tokenizer: Tokenizer, learn: str, cache_dir: Path) -
     """
     report = CorpusReport()
     files = row_files(source, report)
-    template = tokenizer.chat_template.sources if tokenizer.has_chat_template else {}
-    made_of = [FORMAT, os.path.abspath(os.path.expanduser(source)), learn, tokenizer.fingerprint, template]
-    key = hashlib.sha256(json.dumps([*made_of, tokenizer.stop_ids]).encode()).hexdigest()[:16]
-    report.files = len(files)
-
-    def load(folder: Path, meta: cache.Meta) -> Samples | None:
-        return _load(folder, meta, report)
-
+    place = os.path.abspath(os.path.expanduser(source))
+    template = dict(tokenizer.chat_template.sources) if tokenizer.has_chat_template else {}
+    made_of = [FORMAT, place, learn, tokenizer.fingerprint, tokenizer.stop_ids, template]
+    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     return cache.open_entry(
-        cache_dir / f"samples-{key}",
+        cache_dir / f"samples-{name}",
         files,
-        what=f"rendering and tokenizing {source} ({sum(file.size for file in files) / 1e6:,.1f} MB of rows)",
+        what=f"rendering and tokenizing {source} ({sum(file.size for file in files) / 1e6:,.1f} MB of files)",
         files_now=lambda: row_files(source, CorpusReport()),
-        load=load,
+        load=lambda folder, meta: _load(folder, meta, report),
         renewed=lambda _files, _meta: None,
-        make=lambda folder: _make(folder, _found(files, Conversations(tokenizer, learn)), files, tokenizer),
+        make=lambda folder: _make(folder, _found(files, Conversations(tokenizer, learn)), tokenizer),
     )
 
 
 def _found(files: cache.Files, conversations: Conversations) -> Iterator[_Found]:
-    for file, one in enumerate(files):
-        rows = read_rows([one])
-        while batch := list(itertools.islice(rows, _ROWS)):
-            turns, shares = [], []
-            for row in batch:
-                with named(f"{row.name}: "):
-                    turns.append(conversations.turns(row.values))
-                    shares.append(share_of(question_of(row.values)))
-            for row, share, samples in zip(batch, shares, conversations.samples(turns), strict=True):
-                number = int(row.name.rpartition(":")[2])
-                yield from (_Found(sample, file, number, share) for sample in samples)
+    rows = read_rows(files)
+    while batch := list(itertools.islice(rows, _ROWS)):
+        turns, shares = [], []
+        for row in batch:
+            with named(f"{row.name}: "):
+                turns.append(conversations.turns(row.values))
+                shares.append(share(question_of(row.values)))
+        for row, place, samples in zip(batch, shares, conversations.samples(turns), strict=True):
+            yield from (_Found(sample, row.name, place) for sample in samples)
 
 
-def _make(folder: Path, found: Iterable[_Found], files: cache.Files, tokenizer: Tokenizer) -> cache.Meta:
+def _make(folder: Path, found: Iterable[_Found], tokenizer: Tokenizer) -> cache.Meta:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-    digest, starts = hashlib.sha256(), [0]
-    labels, rows, shares = [], [], []
+    digest, files = hashlib.sha256(), dict[str, int]()
+    arrays: dict[str, list[Any]] = {"starts": [0], "labels": [], "rows": [], "shares": []}
     with (folder / "ids").open("wb") as ids, (folder / "learned").open("wb") as learned:
-        for (sample_ids, said), *row, share in found:
-            for file, array in ((ids, sample_ids.astype(dtype)), (learned, said)):
+        for sample, row, place in found:
+            for file, array in ((ids, sample.ids.astype(dtype)), (learned, sample.learned)):
                 file.write(array.tobytes())
                 digest.update(array.tobytes())
-            digest.update(np.float64(share).tobytes())
-            starts.append(starts[-1] + len(sample_ids))
-            labels.append(int(said.sum()))
-            rows.append(row)
-            shares.append(share)
-    require(len(starts) > 1, "there is no row in any file")
-    for name, values, kind in (
-        ("starts", starts, np.int64),
-        ("labels", labels, np.int64),
-        ("rows", rows, np.int64),
-        ("shares", shares, np.float64),
-    ):
-        np.array(values, kind).tofile(folder / name)
+            digest.update(np.float64(place).tobytes())
+            path, _, number = row.rpartition(":")
+            arrays["starts"].append(arrays["starts"][-1] + len(sample.ids))
+            arrays["labels"].append(int(sample.learned.sum()))
+            arrays["rows"].append((files.setdefault(path, len(files)), int(number)))
+            arrays["shares"].append(place)
+    size, tokens = len(arrays["shares"]), arrays["starts"][-1]
+    require(size > 0, "there is no row in any file")
+    shapes = _shapes(size, tokens, dtype.name)
+    for name, values in arrays.items():
+        np.array(values, shapes[name][0]).tofile(folder / name)
     return {
         "dtype": dtype.name,
-        "size": len(shares),
-        "tokens": starts[-1],
-        "files": [file.path for file in files],
+        "size": size,
+        "tokens": tokens,
+        "files": list(files),
         "fingerprint": digest.hexdigest()[:16],
     }
 
 
-def _load(folder: Path, meta: cache.Meta, report: CorpusReport) -> Samples | None:
-    """The entry, or None when it is damaged."""
-    size, tokens = meta["size"], meta["tokens"]
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        "ids": (meta["dtype"], (tokens,)),
+def _shapes(size: int, tokens: int, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of each array."""
+    return {
+        "ids": (dtype, (tokens,)),
         "learned": ("bool", (tokens,)),
         "starts": ("int64", (size + 1,)),
         "labels": ("int64", (size,)),
         "rows": ("int64", (size, 2)),
         "shares": ("float64", (size,)),
     }
+
+
+def _load(folder: Path, meta: cache.Meta, report: CorpusReport) -> Samples | None:
+    """The entry, or None when it is damaged."""
+    shapes = _shapes(meta["size"], meta["tokens"], meta["dtype"])
     arrays = {name: _mapped(folder / name, *shape) for name, shape in shapes.items()}
-    whole = arrays["starts"][0] == 0 and arrays["starts"][-1] == tokens
-    return (
-        Samples(**arrays, files=tuple(meta["files"]), fingerprint=meta["fingerprint"], report=report)
-        if whole
-        else None
-    )
+    if arrays["starts"][0] != 0 or arrays["starts"][-1] != meta["tokens"]:
+        return None
+    return Samples(**arrays, files=tuple(meta["files"]), fingerprint=meta["fingerprint"], report=report)
 
 
 def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,18 +10,21 @@ out by the stream of pre-training (loader.py): several sources by weight, resuma
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from deepseek_jax import data as data_lib
-from deepseek_jax.checks import choice, named, ranges, require, shown
+from deepseek_jax.checks import choice, named, ranges, require
 from deepseek_jax.config import SEEDS
 from deepseek_jax.data import packing
 from deepseek_jax.data.best_fit import PackedSamples, SamplePacker
 from deepseek_jax.data.conversations import LEARN
+from deepseek_jax.data.held_out import FRACTION, those_held_out
 from deepseek_jax.data.loader import BatchStream
-from deepseek_jax.data.rows import held_out
+from deepseek_jax.data.report import CorpusReport
 from deepseek_jax.data.sample_cache import Samples, samples_of
+from deepseek_jax.data.sources import weighted
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.validation import validation_windows
 
@@ -38,7 +41,7 @@ class SupervisedConfig:
     validation: str | None = (
         None  # such files; None: hold out the rows of `validation_fraction` of the questions
     )
-    validation_fraction: float = 0.05  # share of the questions held out, if `validation` is None
+    validation_fraction: float = FRACTION  # share of the questions held out, if `validation` is None
     learn: str = "all"  # which answers of a conversation are learned: "all", or the "last"
     # samples of more than data.seq_len + 1 tokens: "refuse" leaves them out, "cut" takes their beginning; all are counted, the
     # first ones named
@@ -53,21 +56,8 @@ class SupervisedConfig:
         weighted(self.sources, "sft.sources")
 
 
-def weighted(sources: Sequence[str], name: str) -> list[tuple[str, float]]:
-    """(files, weight) of each "FILES=WEIGHT"; one alone needs no weight. Raises ValueError, with the setting's `name`."""
-    found = []
-    for entry in sources:
-        files, _, weight = entry.rpartition("=")
-        number = bool(files) and weight.replace(".", "", 1).isdecimal()
-        require(number or len(sources) == 1, f'{name} entry {shown(entry)} should be "FILES=WEIGHT"')
-        files, share = (files, float(weight)) if number else (entry, 1.0)
-        require(bool(files) and share > 0, f"{name} entry {shown(entry)} needs files and a positive weight")
-        found.append((files, share))
-    return found
-
-
 @dataclasses.dataclass
-class SupervisedReport(data_lib.CorpusReport):
+class SupervisedReport(CorpusReport):
     """Counts of what was read, refused and cut. `documents` are samples.
 
     Attributes:
@@ -106,52 +96,48 @@ def load(
     """
     require(bool(cfg.sources), "sft.sources is empty: name the files of conversations to learn from")
     sources, weights = zip(*weighted(cfg.sources, "sft.sources"), strict=True)
-    found = [samples_of(source, tokenizer, cfg.learn, cache_dir) for source in sources]
-    report, pad = SupervisedReport(), _pad_id(tokenizer)
-    fitting = [_fitting(samples, cfg.too_long, seq_len + 1, report) for samples in found]
+    report, pad = SupervisedReport(), tokenizer.eos_id  # any id will do for padding: nothing sees it
+
+    def read(source: str) -> _Source:
+        samples = samples_of(source, tokenizer, cfg.learn, cache_dir)
+        return _Source(samples, _fitting(samples, cfg.too_long, seq_len + 1, report))
+
+    found = [read(source) for source in sources]
     if cfg.validation:
-        beside = samples_of(cfg.validation, tokenizer, cfg.learn, cache_dir)
-        held = [PackedSamples(beside, _fitting(beside, cfg.too_long, seq_len + 1, report), seq_len, pad)]
-        train = fitting
+        held = [read(cfg.validation)]
+        train = [_without_questions_of(held[0], source, report) for source in found]
     else:
-        sides = _split(found, fitting, cfg.validation_fraction)
-        train = [index[~out] for index, out in zip(fitting, sides, strict=True)]
-        held = [
-            PackedSamples(samples, index[out], seq_len, pad)
-            for samples, index, out in zip(found, fitting, sides, strict=True)
-        ]
-    for source, index in zip(sources, train, strict=True):
-        require(len(index) > 0, f"{source}: no sample is left for training{report.reasons()}")
-    packers = [
-        SamplePacker(samples, index, seq_len, pad, cfg.seed)
-        for samples, index in zip(found, train, strict=True)
-    ]
+        train, held = _split(found, cfg.validation_fraction)
+    for source, one in zip(sources, train, strict=True):
+        require(len(one.taken) > 0, f"{source}: no sample is left for training{report.reasons()}")
+    packers = [SamplePacker(*one, seq_len, pad, cfg.seed) for one in train]
     _describe(report, packers)
-    fingerprint = {
-        "samples": [samples.fingerprint for samples in found],
+    fingerprint: dict[str, object] = {
+        "samples": [one.samples.fingerprint for one in found],
+        "validation": held[0].samples.fingerprint if cfg.validation else cfg.validation_fraction,
         "weights": list(weights),
         "tokenizer": tokenizer.fingerprint,
         "seq_len": seq_len,
         "block_tokens": packing.BLOCK_TOKENS,
-        "validation": cfg.validation or cfg.validation_fraction,
         "too_long": cfg.too_long,
         "seed": cfg.seed,
     }
     with named("validation: "):
-        windows = validation_windows(held, tokenizer, seq_len)
-    return data_lib.Data(
-        tokenizer,
-        BatchStream(packers, weights, fingerprint, process_index, process_count),
-        windows,
-        report,
-        _counts(packers, weights, tokenizer.vocab_size),
-        fingerprint,
-    )
+        windows = validation_windows([PackedSamples(*one, seq_len, pad) for one in held], tokenizer, seq_len)
+    stream = BatchStream(packers, weights, fingerprint, process_index, process_count)
+    counts_v = _counts(packers, weights, tokenizer.vocab_size)
+    return data_lib.Data(tokenizer, stream, windows, report, counts_v, fingerprint)
 
 
-def _pad_id(tokenizer: Tokenizer) -> int:
-    """Any id will do: nothing sees it."""
-    return tokenizer.generation_ids()["pad_token_id"] or tokenizer.eos_id
+class _Source(NamedTuple):
+    """taken: int64 [n], which of the samples."""
+
+    samples: Samples
+    taken: np.ndarray
+
+    @property
+    def shares(self) -> np.ndarray:
+        return self.samples.shares[self.taken]
 
 
 def _fitting(samples: Samples, too_long: str, room: int, report: SupervisedReport) -> np.ndarray:
@@ -171,14 +157,23 @@ def _fitting(samples: Samples, too_long: str, room: int, report: SupervisedRepor
     return np.flatnonzero(taken)
 
 
-def _split(found: Sequence[Samples], fitting: Sequence[np.ndarray], fraction: float) -> list[np.ndarray]:
-    """Of each source, which of the fitting samples are held out: all sources by one edge, so that a question that stands in
-    two is on one side."""
-    shares = [samples.shares[index] for samples, index in zip(found, fitting, strict=True)]
-    if not sum(map(len, shares)):
-        raise ValueError("no sample fits the window: raise data.seq_len, or set sft.too_long=cut")
-    out = held_out(np.concatenate(shares), fraction)
-    return np.split(out, np.cumsum([len(x) for x in shares])[:-1])
+def _split(found: Sequence[_Source], fraction: float) -> tuple[list[_Source], list[_Source]]:
+    """For training and held out, all sources by one edge: a question that stands in two is on one side."""
+    shares = np.concatenate([one.shares for one in found])
+    require(len(shares) > 0, "no sample fits the window: raise data.seq_len, or set sft.too_long=cut")
+    sides = np.split(those_held_out(shares, fraction), np.cumsum([len(one.taken) for one in found])[:-1])
+    pairs = list(zip(found, sides, strict=True))
+    return [one._replace(taken=one.taken[~out]) for one, out in pairs], [
+        one._replace(taken=one.taken[out]) for one, out in pairs
+    ]
+
+
+def _without_questions_of(held: _Source, source: _Source, report: CorpusReport) -> _Source:
+    """The samples whose question is not one of validation."""
+    out = np.isin(source.shares, held.shares)
+    for i in source.taken[out].tolist():
+        report.skip(source.samples.name(i), "that ask what validation asks, left out")
+    return source._replace(taken=source.taken[~out])
 
 
 def _describe(report: SupervisedReport, packers: Sequence[SamplePacker]) -> None:
