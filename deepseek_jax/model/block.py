@@ -93,10 +93,11 @@ def unroll(p: Params) -> int:
 def stack(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_le: jax.Array | None, ctx: Context
 ) -> tuple[jax.Array, BalanceStats]:
-    """Layers of one kind, stacked on a leading axis. Statistics come back stacked likewise."""
+    """Layers of one kind, stacked on a leading axis, with their experts in `ctx.routes` if they are given. Statistics come back
+    stacked likewise."""
 
     def body(x, layer):
-        p_layer, bias_e = layer
-        return block(p_layer, cfg, x, bias_e, ctx)
+        p_layer, bias_e, routes_btk = layer
+        return block(p_layer, cfg, x, bias_e, ctx._replace(routes=routes_btk))
 
-    return lax.scan(recompute(body, ctx.layout.remat), x_btd, (p, bias_le), unroll=unroll(p))
+    return lax.scan(recompute(body, ctx.layout.remat), x_btd, (p, bias_le, ctx.routes), unroll=unroll(p))

@@ -9,7 +9,7 @@ Dims: b sequence, t new token, d hidden, l layer, e expert.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,14 +130,29 @@ def attention_out(
     return x_btd + sequence.scattered(q.attend(heads, cfg, *seen))
 
 
+class Chosen(NamedTuple):
+    """Where the router sends tokens. counts_le: how many of this device's go to each expert of each MoE layer; experts_btlk: those
+    that each token of this device's rows goes to, best first, n_routed_experts where it does not count. Both int32. Inside, of the tokens
+    here: of one layer [e] and [b, t, k], or of all with the layers first."""
+
+    counts_le: jax.Array
+    experts_btlk: Any
+
+
+def by_token(chosen: Chosen, layout: Layout) -> Chosen:
+    """From all layers' choice [l, b, t, k] of the tokens here."""
+    experts_btlk = jnp.moveaxis(chosen.experts_btlk, 0, 2)
+    return chosen._replace(experts_btlk=layout.sequence.own_rows(experts_btlk))
+
+
 def _block(
     p: Params, cfg: ModelConfig, x_btd: jax.Array, view: Any, i: Any, ctx: Context, bias_e: Any
-) -> tuple[jax.Array, Any, jax.Array]:
-    """Layer i: the stream, the view, and how many of this device's tokens go to each expert [e]."""
+) -> tuple[jax.Array, Any, Chosen]:
+    """Layer i: the stream, the view, and which experts were chosen."""
     low, view = attention_in(p, cfg, x_btd, view, i, ctx)
     q = attention_queries(p, cfg, low, view, ctx)
     x_btd, stats = ffn(p, cfg, attention_out(p, cfg, x_btd, q, view, i, ctx), bias_e, ctx)
-    return x_btd, view, stats.counts_e
+    return x_btd, view, Chosen(stats.counts_e, stats.experts_btk)
 
 
 def _scanned(
@@ -145,12 +160,12 @@ def _scanned(
 ) -> Any:
     def body(carry, xs):
         (x, view), (p, bias_e, i) = carry, xs
-        *carry, counts_e = _block(p, cfg, x, view, i, ctx, bias_e)
-        return tuple(carry), counts_e
+        *carry, chosen = _block(p, cfg, x, view, i, ctx, bias_e)
+        return tuple(carry), chosen
 
     layers = jnp.arange(start, start + len(stack["attn_norm_d"]))
-    (x_btd, view), counts_le = lax.scan(body, (x_btd, view), (stack, bias, layers))
-    return x_btd, view, counts_le
+    (x_btd, view), chosen = lax.scan(body, (x_btd, view), (stack, bias, layers))
+    return x_btd, view, chosen
 
 
 def _one_by_one(
@@ -160,12 +175,12 @@ def _one_by_one(
     def block(p: Params, x_btd: jax.Array, view: Any, i: Any, bias_e: Any) -> Any:
         return _block(p, cfg, x_btd, view, i, ctx, bias_e)
 
-    counts = []
+    chosen = []
     for i, p in enumerate(stack):
         bias_e = None if bias is None else bias[i]
-        x_btd, view, counts_e = block(p, x_btd, view, jnp.int32(start + i), bias_e)
-        counts.append(counts_e)
-    return x_btd, view, jnp.stack(counts)
+        x_btd, view, of_layer = block(p, x_btd, view, jnp.int32(start + i), bias_e)
+        chosen.append(of_layer)
+    return x_btd, view, jax.tree.map(lambda *x: jnp.stack(x), *chosen)
 
 
 def decode(
@@ -175,9 +190,9 @@ def decode(
     view: Any,
     balance_bias: jax.Array | None,
     layout: Layout,
-) -> tuple[jax.Array, Any, jax.Array]:
-    """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], the view with their latents, how many of
-    this device's tokens went to each expert of each MoE layer, int32 [l, e]).
+) -> tuple[jax.Array, Any, Chosen]:
+    """t new tokens per sequence. Returns (hidden states after the final norm [b, t, d], the view with their latents, which experts
+    they went to).
 
     ready: from `prepare` with this config. view: of the cache, see `cache.PagedView`. layout: `ONE_DEVICE`, or that of a mesh
     (`parallel/layout.py`): `few_tokens`, or `many_tokens` for prompts, where devices that divide sequences run the rows of
@@ -187,12 +202,14 @@ def decode(
         return layout.in_two(ready, cfg, tokens_bt, view, balance_bias, layout)  # type: ignore[no-any-return]
     x_btd, view, ctx = before_experts(ready, cfg, tokens_bt, view, layout)
     n_moe, dense = cfg.num_moe_layers, cfg.first_k_dense_replace
-    counts_le = jnp.zeros((0, cfg.n_routed_experts), jnp.int32)
+    nowhere = (0, *x_btd.shape[:2], cfg.num_experts_per_tok)
+    chosen = Chosen(jnp.zeros((0, cfg.n_routed_experts), jnp.int32), jnp.zeros(nowhere, jnp.int32))
     if n_moe:
         layers = _one_by_one if unrolled(cfg) else _scanned
         bias_le = None if balance_bias is None else balance_bias[:n_moe]
-        x_btd, view, counts_le = layers(ready["moe_layers"], cfg, x_btd, view, dense, ctx, bias_le)
-    return final_states(ready, cfg, x_btd, layout), layout.sequence.own_view(view), counts_le
+        x_btd, view, chosen = layers(ready["moe_layers"], cfg, x_btd, view, dense, ctx, bias_le)
+    h_btd = final_states(ready, cfg, x_btd, layout)
+    return h_btd, layout.sequence.own_view(view), by_token(chosen, layout)
 
 
 def before_experts(
@@ -232,15 +249,15 @@ def mtp_decode(
 ) -> tuple[jax.Array, Any, jax.Array]:
     """The first MTP module on t positions: hidden states h_i of the main model (after its final norm) and the
     tokens that follow, t_{i+1}. Returns (states after its norm [b, t, d], which predict t_{i+2}; the view of its own
-    cache; tokens by expert [e], as `decode`). layer: of the cache that the view is of, where the module's latents lie."""
+    cache; how many of this device's tokens went to each expert, int32 [e]). layer: of the cache that the view is of, where the module's latents lie."""
     p, sequence = ready["mtp"], layout.sequence
     ctx, view = _context(cfg, view, layout)
     next_btd = embed(ready["embed"], cfg, sequence.own(sequence.all_rows(next_tokens_bt)))
     x_btd = mtp_input(p, cfg, sequence.own_tokens(h_btd), next_btd)
     bias_e = None if balance_bias is None else balance_bias[cfg.num_moe_layers]
-    y_btd, view, counts_e = _block(p["block"], cfg, x_btd, view, layer, ctx, bias_e)
+    y_btd, view, chosen = _block(p["block"], cfg, x_btd, view, layer, ctx, bias_e)
     h_btd = sequence.own_rows(rms_norm(y_btd, p["norm_d"], cfg.rms_norm_eps))
-    return h_btd, sequence.own_view(view), counts_e
+    return h_btd, sequence.own_view(view), chosen.counts_le
 
 
 def mtp_append(

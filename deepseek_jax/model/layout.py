@@ -67,26 +67,32 @@ def _named(axes: Iterable[tuple[str, int]]) -> str:
 
 
 class Inputs(NamedTuple):
-    """What a pass reads, int32 [b, t] but the last.
+    """What a pass reads, int32 [b, t] but the last two.
 
     positions_bt: 0..t-1 by default. segments_bt: tokens of different segments do not see each other; None: all do.
     counted_bt: bool, False for padding, which goes to no routed expert and counts in no load or balance loss; None: all
-    tokens count.
+    tokens count. routes_btlk: integers, the experts that each token goes to in each MoE layer of the main model (dense layers
+    and MTP modules have no place in it), as another pass chose them (`Aux.experts_lbtk`, the engine's `Token.routes`); where
+    the first of k is negative, and in MTP modules, the router chooses. None: everywhere.
     """
 
     tokens_bt: jax.Array
     positions_bt: jax.Array | None = None
     segments_bt: jax.Array | None = None
     counted_bt: jax.Array | None = None
+    routes_btlk: jax.Array | None = None
 
 
 class Context(NamedTuple):
     """What all blocks of one pass share; rope and segments are those of all tokens of a sequence.
 
     counted_bt: which of this device's tokens are routed, and count in loads and balance losses; None for all.
+    routes: experts that are given to this device's tokens: of all MoE layers of the main model [l, b, t, k], for a block its own
+    [b, t, k]; None: the router chooses.
     """
 
     rope: Rope
     layout: Layout
     segments_bt: jax.Array | None = None
     counted_bt: jax.Array | None = None
+    routes: jax.Array | None = None

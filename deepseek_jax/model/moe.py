@@ -77,7 +77,7 @@ def gate(p: Params, cfg: ModelConfig, x_btd: jax.Array, bias_e: jax.Array | None
         return h_btd, affinities(p, cfg, h_btd)
 
     h_btd, s_bte = after_norm(scored, cfg, ctx.layout.remat)(p["ffn"]["gate"], p["ffn_norm_d"], x_btd)
-    routing = only_counted(cfg, route(cfg, s_bte, bias_e), ctx.counted_bt)
+    routing = only_counted(cfg, route(cfg, s_bte, bias_e, ctx.routes), ctx.counted_bt)
     n_local = product(p["ffn"]["experts"]["w_down_efd"]).experts
     placement = p["ffn"].get("placement")
     shared_too = placement is not None and len(placement.count_e) > cfg.n_routed_experts

@@ -94,7 +94,7 @@ def mtp_hidden(
         counted_bt = sequence.own(_read_ahead(inputs, k + 1))
 
         def module(p, h, e, bias_e, counted_bt=counted_bt):
-            return mtp_module(p, cfg, h, e, bias_e, ctx._replace(counted_bt=counted_bt))
+            return mtp_module(p, cfg, h, e, bias_e, ctx._replace(counted_bt=counted_bt, routes=None))
 
         h_btd, out, s = recompute(module, ctx.layout.remat)(p, h_btd, e_btd, bias_e)
         outs.append(out)

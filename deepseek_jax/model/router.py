@@ -26,11 +26,13 @@ class Routing(NamedTuple):
 
 
 class BalanceStats(NamedTuple):
-    """One layer's load, tokens per expert (int32 [e]), and its two balance losses (float32, weight excluded)."""
+    """One layer's load, tokens per expert (int32 [e]), and its two balance losses (float32, weight excluded); of a MoE layer the
+    experts that each token goes to, int32 [b, t, k]."""
 
     counts_e: jax.Array
     seq_loss: jax.Array
     classic_loss: jax.Array
+    experts_btk: jax.Array | None = None
 
 
 def gate_params(cfg: ModelConfig) -> dict[str, Param]:
@@ -57,20 +59,31 @@ def _limit_groups(choice: jax.Array, cfg: ModelConfig, biased: bool) -> jax.Arra
     return jnp.where(keep_btg[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
-def route(cfg: ModelConfig, s_bte: jax.Array, bias_e: jax.Array | None) -> Routing:
+def route(
+    cfg: ModelConfig, s_bte: jax.Array, bias_e: jax.Array | None, given_btk: jax.Array | None = None
+) -> Routing:
     """Top-k experts of each token and their gating values (equations 13, 14, 16).
 
-    `bias_e` (float32) shifts the selection only; it must be None or zero for softmax gating.
+    `bias_e` (float32) shifts the selection only; it must be None or zero for softmax gating. given_btk: experts that were
+    chosen in another pass, integers in the order of that choice; where the first is negative, none were. Gating values
+    are of the affinities at hand, through which the gate gets its gradient.
     """
+    experts = _chosen(cfg, s_bte, bias_e)
+    if given_btk is not None:
+        experts = jnp.where(given_btk[..., :1] < 0, experts, given_btk.astype(jnp.int32))
+    weights = jnp.take_along_axis(s_bte, experts, axis=-1)
+    if cfg.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return Routing(experts, weights * cfg.routed_scaling_factor)
+
+
+def _chosen(cfg: ModelConfig, s_bte: jax.Array, bias_e: jax.Array | None) -> jax.Array:
+    """The k best experts of each token, int32 [b, t, k], best first."""
     choice = jax.lax.stop_gradient(s_bte)
     if cfg.has_balance_bias and bias_e is not None:
         choice = choice + jnp.broadcast_to(jax.lax.stop_gradient(bias_e), choice.shape)
     choice = _limit_groups(choice, cfg, cfg.has_balance_bias)
-    _, experts = jax.lax.top_k(choice, cfg.num_experts_per_tok)
-    weights = jnp.take_along_axis(s_bte, experts, axis=-1)
-    if cfg.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-    return Routing(experts.astype(jnp.int32), weights * cfg.routed_scaling_factor)
+    return jax.lax.top_k(choice, cfg.num_experts_per_tok)[1].astype(jnp.int32)
 
 
 def expert_counts(experts: jax.Array, n_experts: int) -> jax.Array:
@@ -115,7 +128,8 @@ def balance_stats(
     seq_loss = (f_be * share_bte.sum(1) / t_b1).sum(-1).mean()
     counts_e = expert_counts(routing.experts_btk, e)
     f_e = sequence.total(counts_e).astype(jnp.float32) * (e / (k * t))
-    return BalanceStats(counts_e, seq_loss, (f_e * share_bte.sum((0, 1))).sum() / t)
+    classic_loss = (f_e * share_bte.sum((0, 1))).sum() / t
+    return BalanceStats(counts_e, seq_loss, classic_loss, routing.experts_btk)
 
 
 def update_bias(bias_le: jax.Array, counts_le: jax.Array, gamma: jax.Array | float) -> jax.Array:

@@ -40,14 +40,27 @@ def model_params(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def context(cfg: ModelConfig, inputs: Inputs, layout: Layout) -> Context:
-    """What all blocks of a pass share. Raises ValueError for the layout of another mesh."""
+    """What all blocks of a pass share. Raises ValueError for the layout of another mesh, and for routes of another shape."""
     layout.check()
     positions = inputs.positions_bt
     if positions is None:
         positions = jnp.arange(inputs.tokens_bt.shape[1])[None]
     counted_bt = None if inputs.counted_bt is None else layout.sequence.own(inputs.counted_bt)
     rope = rope_table(cfg, positions)
-    return Context(rope, layout, inputs.segments_bt, counted_bt)
+    return Context(rope, layout, inputs.segments_bt, counted_bt, _routes(cfg, inputs, layout))
+
+
+def _routes(cfg: ModelConfig, inputs: Inputs, layout: Layout) -> jax.Array | None:
+    """Given experts of this device's tokens, layers first."""
+    if inputs.routes_btlk is None:
+        return None
+    shape = (*inputs.tokens_bt.shape, cfg.num_moe_layers, cfg.num_experts_per_tok)
+    if inputs.routes_btlk.shape != shape:
+        raise ValueError(
+            f"routes have shape {list(inputs.routes_btlk.shape)}; for these tokens it is {list(shape)}: sequences, tokens, MoE "
+            "layers of the main model (dense ones have no routes), num_experts_per_tok"
+        )
+    return jnp.moveaxis(layout.sequence.own(inputs.routes_btlk), 2, 0)
 
 
 def embedded(params: Params, cfg: ModelConfig, inputs: Inputs, ctx: Context) -> jax.Array:
@@ -77,8 +90,9 @@ def layers(
         p, bias_le = params[name], balance_bias[start:stop] if moe and balance_bias is not None else None
         if stop - start < end - first:
             p = jax.tree.map(lambda w, start=start, stop=stop: w[start:stop], p)
+        routes = ctx.routes[start:stop] if moe and ctx.routes is not None else None
         run = ctx.layout.moe_stack or stack if moe else stack
-        x_btd, stats = run(p, cfg, x_btd, bias_le, ctx)
+        x_btd, stats = run(p, cfg, x_btd, bias_le, ctx._replace(routes=routes))
         if moe:
             all_stats.append(stats)
     return x_btd, all_stats[-1]
@@ -95,12 +109,15 @@ def final_norm(params: Params, cfg: ModelConfig, x_btd: jax.Array) -> jax.Array:
 class Aux(NamedTuple):
     """expert_counts_le int32: tokens per MoE layer (main model, then MTP modules) and expert.
     seq_loss, classic_loss: float32, summed over those layers, weights excluded.
-    mtp: hidden states [depth, b, t, d] of the MTP modules (inside) or their logits (from the module)."""
+    mtp: hidden states [depth, b, t, d] of the MTP modules (inside) or their logits (from the module).
+    experts_lbtk: int32, the experts that each token went to, best first, in the MoE layers of the main model; of padding,
+    n_routed_experts. None where there is no such layer, and over a pipeline."""
 
     expert_counts_le: jax.Array
     seq_loss: jax.Array
     classic_loss: jax.Array
     mtp: jax.Array | None
+    experts_lbtk: jax.Array | None = None
 
 
 def forward(
@@ -125,9 +142,10 @@ def forward(
     ctx = context(cfg, inputs, layout)
     x_btd = embedded(params, cfg, inputs, ctx)
     x_btd, stats = layers(params, cfg, x_btd, balance_bias, ctx)
-    h_btd, hidden = final_norm(params, cfg, x_btd), None
+    h_btd, hidden, chosen = final_norm(params, cfg, x_btd), None, stats.experts_btk
     if mtp and cfg.num_nextn_predict_layers:
         bias = None if balance_bias is None else balance_bias[cfg.num_moe_layers :]
         hidden, of_mtp = mtp_hidden(params, cfg, h_btd, inputs, bias, ctx)
-        stats = jax.tree.map(lambda *x: jnp.concatenate(x), stats, of_mtp)
-    return h_btd, Aux(stats.counts_e, stats.seq_loss.sum(), stats.classic_loss.sum(), hidden)
+        both = (one._replace(experts_btk=None) for one in (stats, of_mtp))
+        stats = jax.tree.map(lambda *x: jnp.concatenate(x), *both)
+    return h_btd, Aux(stats.counts_e, stats.seq_loss.sum(), stats.classic_loss.sum(), hidden, chosen)

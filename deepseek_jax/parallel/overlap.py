@@ -58,11 +58,11 @@ def joined(a: Any, b: Any) -> Any:
 
 
 def _contexts(ctx: Context) -> tuple[Context, Context]:
-    """What each half shares; positions that all sequences have in common stay as they are."""
+    """What the layers of each half share; positions that all sequences have in common stay as they are."""
     ropes = halves(ctx.rope) if len(ctx.rope[0]) > 1 else (ctx.rope, ctx.rope)
     rest = halves((ctx.segments_bt, ctx.counted_bt))
     first, second = (
-        ctx._replace(rope=rope, segments_bt=segments, counted_bt=counted)
+        ctx._replace(rope=rope, segments_bt=segments, counted_bt=counted, routes=None)
         for rope, (segments, counted) in zip(ropes, rest, strict=True)
     )
     return first, second
@@ -168,13 +168,15 @@ def overlapped(
 ) -> tuple[jax.Array, BalanceStats]:
     """`block.stack` of MoE layers with a local batch in two halves, for the dispatcher `Ragged`."""
     (x_a, x_b), contexts = halves(x_btd), _contexts(ctx)
+    routes = (None, None) if ctx.routes is None else tuple(jnp.split(ctx.routes, HALVES, axis=1))
 
     def body(carry, xs):  # type: ignore[no-untyped-def]
-        (x, done), (p_layer, bias_e) = carry, xs
-        return layer(p_layer, cfg, x, done, bias_e, contexts)
+        (x, done), (p_layer, bias_e, given) = carry, xs
+        a, b = (half._replace(routes=routes) for half, routes in zip(contexts, given, strict=True))
+        return layer(p_layer, cfg, x, done, bias_e, (a, b))
 
     start = (x_a, _before_the_first(p, cfg, x_b, contexts[1]))
-    end, stats = lax.scan(recompute(body, ctx.layout.remat), start, (p, bias_le), unroll=unroll(p))
+    end, stats = lax.scan(recompute(body, ctx.layout.remat), start, (p, bias_le, routes), unroll=unroll(p))
     x_a, done_b = end
     x_b, _ = _combined((), done_b, NOTHING, ())
     return joined(x_a, x_b), stats

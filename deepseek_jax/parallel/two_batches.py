@@ -33,6 +33,7 @@ Dims: b row, t token, d hidden, k selected expert.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,10 +45,12 @@ from jax import lax
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import PagedView
 from deepseek_jax.model.decoding import (
+    Chosen,
     attention_in,
     attention_out,
     attention_queries,
     before_experts,
+    by_token,
     final_states,
 )
 from deepseek_jax.model.layers import Params
@@ -137,9 +140,9 @@ class Gated(NamedTuple):
     x_btd: jax.Array
     to: Routed
 
-    def counts(self, n_experts: int) -> jax.Array:
-        """Tokens by expert [e]."""
-        return expert_counts(self.to.routing.experts_btk.reshape(-1), n_experts)
+    @property
+    def experts_btk(self) -> jax.Array:
+        return self.to.routing.experts_btk
 
     def at_experts(self, received: Any = None) -> AtExperts:
         return AtExperts(self.x_btd, self.to.h_btd, self.to.values[1], self.to.plan, received)
@@ -293,8 +296,8 @@ def prompts(a: Layer, b: Layer, following: Layer | None, carry: Carry) -> tuple[
 
 def _layers(
     order: Order, cfg: ModelConfig, stack: Any, bias_le: Any, halves: Any, x_a: Any, x_b: Any, pages_lpsw: Any
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """All MoE layers: listed, or on a stack, and then scanned -> both streams, the pages, tokens by expert [l, e]."""
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """All MoE layers: listed, or on a stack, and then scanned -> both streams, the pages, the experts of both [l, b, t, k]."""
 
     def at(i: Any, half: Half) -> Layer:
         def of_layer(w: jax.Array) -> jax.Array:
@@ -304,29 +307,30 @@ def _layers(
         bias_e = None if bias_le is None else of_layer(bias_le)
         return Layer(cfg, p, bias_e, cfg.first_k_dense_replace + i, half)
 
-    def one(carry: Carry, i: Any, last: bool = False) -> tuple[Carry, jax.Array]:
+    def one(carry: Carry, i: Any, last: bool = False) -> tuple[Carry, Any]:
         a, b = (at(i, half) for half in halves)
         then, gated_b = order(a, b, None if last else at(i + 1, halves[0]), carry)
-        return then, carry[0].counts(cfg.n_routed_experts) + gated_b.counts(cfg.n_routed_experts)
+        return then, (carry[0].experts_btk, gated_b.experts_btk)
 
-    listed, n, e = isinstance(stack, list), cfg.num_moe_layers, cfg.n_routed_experts
+    listed, n, k = isinstance(stack, list), cfg.num_moe_layers, cfg.num_experts_per_tok
     first, then = _attention(at(0, halves[0]))
     x_a, pages_lpsw = then(first((x_a, pages_lpsw)))
     carry = at(0, halves[0]).gated(x_a), x_b, pages_lpsw
-    counts_le = jnp.zeros((n, e), jnp.int32)
+    chosen = tuple(jnp.zeros((n, *x.shape[:2], k), jnp.int32) for x in (x_a, x_b))
 
-    def counting(i: Any, carry: Carry, counts_le: jax.Array, last: bool = False) -> Any:
-        carry, counts_e = one(carry, i, last)
-        return i + 1, carry, lax.dynamic_update_index_in_dim(counts_le, counts_e, i, 0)
+    def keeping(i: Any, carry: Carry, chosen: Any, last: bool = False) -> Any:
+        carry, of_layer = one(carry, i, last)
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return i + 1, carry, jax.tree.map(put, chosen, of_layer)
 
     if listed:
         for i in range(n - 1):
-            _, carry, counts_le = counting(i, carry, counts_le)
+            _, carry, chosen = keeping(i, carry, chosen)
     else:  # by one counter, of which XLA knows where a layer's weights begin: it reads them in place
-        start = jnp.int32(0), carry, counts_le
-        _, carry, counts_le = lax.while_loop(lambda at: at[0] < n - 1, lambda at: counting(*at), start)
-    _, carry, counts_le = counting(n - 1, carry, counts_le, last=True)
-    return *carry, counts_le
+        start = jnp.int32(0), carry, chosen
+        _, carry, chosen = lax.while_loop(lambda at: at[0] < n - 1, lambda at: keeping(*at), start)
+    _, carry, chosen = keeping(n - 1, carry, chosen, last=True)
+    return *carry, chosen
 
 
 def in_two(
@@ -337,7 +341,7 @@ def in_two(
     view: PagedView,
     balance_bias: jax.Array | None,
     layout: Layout,
-) -> tuple[jax.Array, PagedView, jax.Array]:
+) -> tuple[jax.Array, PagedView, Chosen]:
     """`decoding.decode` with the rows in halves: the same to rounding, and bit for bit where a row's sums do not depend on how
     many rows there are.
 
@@ -357,11 +361,14 @@ def in_two(
             xs.append(x_btd)
             halves.append(Half("ab"[half], ctx, of_half))
     bias_le = None if balance_bias is None else balance_bias[: cfg.num_moe_layers]
-    x_a, x_b, pages_lpsw, counts_le = _layers(
+    x_a, x_b, pages_lpsw, experts = _layers(
         order, cfg, ready["moe_layers"], bias_le, halves, xs[0], xs[1], view.pages_lpsw
     )
     states = (final_states(ready, cfg, x_btd, layout) for x_btd in (x_a, x_b))
-    return how.joined(*states), view.over(pages_lpsw), counts_le
+    counted = (jax.vmap(lambda ids: expert_counts(ids, cfg.n_routed_experts))(ids) for ids in experts)
+    counts_le = functools.reduce(jnp.add, counted)
+    a, b = (by_token(Chosen(counts_le, ids), layout).experts_btlk for ids in experts)
+    return how.joined(*states), view.over(pages_lpsw), Chosen(counts_le, how.joined(a, b))
 
 
 def _half(how: EveryOther | InTheMiddle, half: int, view: PagedView, ctx: Context) -> Half:

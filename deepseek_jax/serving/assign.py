@@ -18,7 +18,7 @@ def choose_rank(schedulers: Sequence[Scheduler], request: Request) -> int:
         return 0
     first = schedulers[0]
     page, ahead = first.pool.page, first.limits.drafts
-    keys = page_keys(request.prompt, request.salt, first.version, page=page, ahead=ahead)
+    keys = page_keys(request.prompt, request.page_salt, first.version, page=page, ahead=ahead)
 
     def cost(rank: int) -> tuple[bool, float, float]:
         scheduler = schedulers[rank]

@@ -32,7 +32,15 @@ from deepseek_jax.model.decoding import decode, mtp_append, mtp_decode
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.serving.pace import Pace
-from deepseek_jax.serving.programs import DecodeRows, Part, State, Weights, drawn_by, taking_part
+from deepseek_jax.serving.programs import (
+    DecodeRows,
+    Part,
+    State,
+    Weights,
+    drawn_by,
+    taking_part,
+    with_routes,
+)
 from deepseek_jax.serving.sampler import Drawn
 
 
@@ -64,7 +72,7 @@ def decode_pairs(
     second_r = jnp.where(drafted_r, guess_r, part.token_r)
     new_r = part.counted_r.astype(jnp.int32) + drafted_r
     view = paged_view(state.pages_lpsw, part.table_rn, part.length_r + new_r, 2, new_r)
-    h_rtd, view, counts_le = decode(
+    h_rtd, view, chosen = decode(
         weights.ready, cfg, jnp.stack([first_r, second_r], axis=1), view, weights.bias_le, layout
     )
     logits_rtv = logits(weights.ready, h_rtd)
@@ -83,11 +91,15 @@ def decode_pairs(
         weights.ready, cfg, h_rd[:, None], one.token_b[:, None], behind, cfg.num_hidden_layers
     )
     state = part.written(
-        state._replace(pages_lpsw=behind.pages_lpsw, slots=slots, loads_le=state.loaded(counts_le)),
+        state._replace(pages_lpsw=behind.pages_lpsw, slots=slots, loads_le=state.loaded(chosen.counts_le)),
         part.length_r + 1 + accepted_r,
         jnp.where(accepted_r, two.token_b, one.token_b),
         jnp.where(accepted_r[:, None], h_rtd[:, 1], h_rd),
     )
+    one, two, alone = (with_routes(*x, most) for x in ((one, chosen, 0), (two, chosen, 1), (one, chosen, 1)))
+    if one.routes_blk is not None:
+        drafted_r11 = drafted_r[:, None, None]
+        one = one._replace(routes_blk=jnp.where(drafted_r11, one.routes_blk, alone.routes_blk))
     return state, Pair(one, two, drafted_r, accepted_r)
 
 

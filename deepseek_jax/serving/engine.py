@@ -27,7 +27,8 @@ from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.pages import PagePool
 from deepseek_jax.serving.programs import AT_ONCE, chunk_plan, decode_plan
 from deepseek_jax.serving.request import PromptToken, Request, Token, Update
-from deepseek_jax.serving.results import prompt_tokens, token_of, up_to_the_end, without_kept
+from deepseek_jax.serving.results import asked_for, given_as_asked, prompt_tokens, token_of, up_to_the_end
+from deepseek_jax.serving.routes import PageRoutes
 from deepseek_jax.serving.sampler import most_of
 from deepseek_jax.serving.sampling import ALL
 from deepseek_jax.serving.scheduler import Scheduler
@@ -71,6 +72,7 @@ class Engine:
         self._economy = Economy(device.pace, options.drafts is True) if device.drafts else None
         self.experts = None if device.slots is None else Experts(device, options)
         self._records: dict[str, Record] = {}
+        self._routes = [PageRoutes() for _ in range(device.ranks)]
         self._flights: collections.deque[list[Flight]] = collections.deque()
         self._read_at: float | None = None  # the turn before, if the device went on with the next one at once
         self._ended: list[Update] = []  # without a step: aborted
@@ -224,7 +226,7 @@ class Engine:
                 rows.append((i, row))
         name, run = ("drafts", self.device.decode_pairs) if drafts else ("decode", self.device.decode)
         drawn = run(self._masked(plan, rows), self._most(rows), times)
-        return self._flight((name, each), times, rows, drawn, None)
+        return self._flight((name, each), times, rows, drawn)
 
     def _launch_chunks(self, ranks: list[list[Chunk]]) -> Flight:
         """The longest chunks that are left, as many as go into one program; takes them out of `ranks`."""
@@ -240,7 +242,8 @@ class Engine:
                 rows.append((i, chunk))
             del chunks[:each]
         drawn, given = self.device.prefill(self._masked(plan, rows), self._most(rows))
-        return self._flight(("prefill", each, tokens), 1, rows, drawn, given if plan.asks_r.any() else None)
+        told = plan.asks_r.any() or plan.routes_r.any()
+        return self._flight(("prefill", each, tokens), 1, rows, drawn, given if told else None, plan.table_rn)
 
     def _put(self, plan: Any, i: int, chunk: Chunk) -> None:
         """Row i of a program is this chunk."""
@@ -251,7 +254,7 @@ class Engine:
         following = running.tokens[chunk.start + 1 : end + 1]
         plan.next_rt[i, plan.next_rt.shape[1] - n :][: len(following)] = following
         plan.samples_r[i] = chunk.samples
-        plan.asks_r[i] = running.request.prompt_logprobs is not None
+        plan.asks_r[i], plan.routes_r[i] = running.request.prompt_logprobs is not None, running.request.routes
         plan.table_rn[i, : len(running.pages)] = running.pages
         self._records[running.request.id].paged = len(running.pages)
 
@@ -281,13 +284,20 @@ class Engine:
         return most_of(row.running.request for _, row in rows)
 
     def _flight(
-        self, program: tuple[Any, ...], times: int, rows: list[tuple[int, Any]], drawn: Any, given: Any
+        self,
+        program: tuple[Any, ...],
+        times: int,
+        rows: list[tuple[int, Any]],
+        drawn: Any,
+        given: Any = None,
+        table_rn: Any = None,
     ) -> Flight:
-        if not any(row.running.request.kept for _, row in rows):
-            drawn = without_kept(drawn)
+        requests = [row.running.request for _, row in rows]
+        drawn = asked_for(drawn, requests)
+        given = None if given is None else given_as_asked(given, requests)
         for x in jax.tree.leaves((drawn, given)):
             x.copy_to_host_async()
-        return Flight(program, times, rows, drawn, given, self.version)
+        return Flight(program, times, rows, drawn, given, self.version, table_rn)
 
     # --- results ---
 
@@ -301,6 +311,8 @@ class Engine:
             for i, row in flight.rows:
                 running = row.running
                 request = running.request
+                if request.routes and isinstance(row, Chunk):  # what becomes of it: others find its pages
+                    self._keep_routes(flight, i, row, given)
                 record = self._records.get(request.id)
                 if record is None or record.running is not running or running.epoch != row.epoch:
                     continue
@@ -311,6 +323,10 @@ class Engine:
                         self._end(record)
                         ended.append(self._update(record, "length"))
                     continue
+                if request.routes and record.routes is None:
+                    first = drawn.routes_blk[i]
+                    pages = self._routes[record.rank]
+                    record.routes = pages.first(flight.table_rn[i], len(request.prompt) - 1, first)
                 tokens, reason = up_to_the_end(running, self._tokens(row, drawn, i, flight.version))
                 ids = [token.id for token in tokens]
                 computed = len(row.tokens) if isinstance(row, Chunk) else max(row.times, len(ids))
@@ -326,6 +342,11 @@ class Engine:
                 changed.pop(request.id, None)
                 ended.append(self._update(record, reason))
         return [*(self._update(record) for record in changed.values()), *ended]
+
+    def _keep_routes(self, flight: Flight, i: int, chunk: Chunk, given: Any) -> None:
+        rank = i // flight.program[1]
+        routes_tlk = given.routes_rtlk[i, -len(chunk.tokens) :]
+        self._routes[rank].put(flight.table_rn[i], chunk.start, routes_tlk)
 
     def _end(self, record: Record) -> None:
         self.schedulers[record.rank].finish(record.running)
@@ -356,9 +377,9 @@ class Engine:
     def _update(self, record: Record, reason: str | None = None) -> Update:
         """What is new of a request since the last time."""
         new, record.new = record.new, []
-        running, prompt = record.running, None
+        running, prompt, routes = record.running, None, None
         if not record.told_prompt and (new or reason):
-            record.told_prompt = True
+            record.told_prompt, routes = True, record.routes
             self.stats.prompt += len(running.request.prompt)
             if running.request.prompt_logprobs is not None and (new or reason == "length"):
                 first = PromptToken(running.request.prompt[0], None)
@@ -366,7 +387,8 @@ class Engine:
         if reason is not None:
             self.stats.ended[reason] += 1
         waited = record.queued or 0.0
-        return Update(running.request.id, new, reason, running.cached_tokens, prompt, queued=waited)
+        at = running.request.id
+        return Update(at, new, reason, running.cached_tokens, prompt, queued=waited, routes=routes)
 
 
 def _decoding(scheduler: Scheduler) -> int:

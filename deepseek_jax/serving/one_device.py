@@ -138,7 +138,8 @@ class OneDevice:
     def prefill(self, chunks: Chunks, most: int | None) -> tuple[Drawn, Given]:
         run, args = self._prefilling(chunks, most)
         self._state, drawn, given = run(*args)
-        return self._readable(drawn), self._readable(given) if chunks.asks_r.any() else given
+        told = chunks.asks_r.any() or chunks.routes_r.any()
+        return self._readable(drawn), self._readable(given) if told else given
 
     def _decoding(
         self, program: Callable[..., Any], rows: DecodeRows, most: int | None, times: int = 1

@@ -57,11 +57,12 @@ class Prefixes:
 
         A draft head's latent depends on the token behind as well. So with drafts a page's key has that token, and the page is
         full when it is computed: whoever finds the page finds that latent, too. In `whole_pages`, pages that decode rows have
-        written to are left out, be it that one latent: a chunk would have computed other bits.
+        written to are left out, be it that one latent: a chunk would have computed other bits. So are they where experts of a prompt's
+        tokens are asked for, which are kept beside the pages of chunks alone (`routes.py`).
         """
         page = self.pool.page
         full = (min(running.computed, len(running.tokens)) - self.limits.drafts) // page
-        if self.limits.whole_pages:
+        if self.limits.whole_pages or running.request.routes:
             full = min(full, (running.goal - self.limits.drafts) // page)
         if full <= running.registered or running.generation != self.generation:
             return
@@ -82,4 +83,4 @@ class Prefixes:
         if len(running.tokens) - done >= page + ahead:
             parent = running.keys[-1] if running.keys else None
             tokens = running.tokens[done:]
-            running.keys += page_keys(tokens, running.request.salt, self.version, parent, page, ahead)
+            running.keys += page_keys(tokens, running.request.page_salt, self.version, parent, page, ahead)

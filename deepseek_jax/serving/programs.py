@@ -21,7 +21,7 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import empty_pages, paged_view
-from deepseek_jax.model.decoding import decode, mtp_append
+from deepseek_jax.model.decoding import Chosen, decode, mtp_append
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.serving.request import TOP
@@ -110,7 +110,8 @@ class Chunks(NamedTuple):
 
     slot_r: -1 for no row; start_r: tokens before the chunk; tokens_rt: padded on the left; next_rt: the token after each, -1
     where nobody knows it; new_r: tokens that are no padding; samples_r: whether the next token is drawn; asks_r: whether
-    log-probabilities of next_rt are wanted; table_rn: the pages of the sequence.
+    log-probabilities of next_rt are wanted; routes_r: whether the tokens' experts are, for the host alone; table_rn: the pages of the
+    sequence.
     """
 
     slot_r: Any
@@ -120,17 +121,20 @@ class Chunks(NamedTuple):
     new_r: Any
     samples_r: Any
     asks_r: Any
+    routes_r: Any
     masked_r: Any
     mask_rw: Any
     table_rn: Any
 
 
 class Given(NamedTuple):
-    """Log-probabilities of the tokens of a chunk, given those before: [r, t], and the likeliest ones [r, t, k]."""
+    """Log-probabilities of the tokens of a chunk, given those before: [r, t], and the likeliest ones [r, t, k]. routes_rtlk: experts that
+    the tokens themselves went to, as `Drawn.routes_blk`."""
 
     logprob_rt: Any
     top_ids_rtk: Any
     top_logprobs_rtk: Any
+    routes_rtlk: Any = None
 
 
 # --- the programs -------------------------------------------------------------------------------------------------
@@ -238,13 +242,25 @@ def decode_rows(
         before = paged_view(pages_lpsw, part.table_rn, part.length_r, 1, ones_r)
         pages_lpsw = mtp_append(weights.ready, cfg, *last, before, cfg.num_hidden_layers).pages_lpsw
     view = paged_view(pages_lpsw, part.table_rn, part.length_r + ones_r, 1, ones_r)
-    h_rtd, view, counts_le = decode(weights.ready, cfg, part.token_r[:, None], view, weights.bias_le, layout)
+    h_rtd, view, chosen = decode(weights.ready, cfg, part.token_r[:, None], view, weights.bias_le, layout)
     draw_one = drawn_by(weights, part, most)
     logits_rv = logits(weights.ready, h_rtd[:, 0])
     slots, drawn = draw_one(state.slots, logits_rv, part.length_r + 1, part.counted_r, rows)
-    loads_le = state.loaded(counts_le)
+    drawn = with_routes(drawn, chosen, 0, most)
+    loads_le = state.loaded(chosen.counts_le)
     state = state._replace(pages_lpsw=view.pages_lpsw, slots=slots, loads_le=loads_le)
     return part.written(state, part.length_r + 1, drawn.token_b, h_rtd[:, 0]), drawn
+
+
+def routes(chosen: Chosen, most: int | None) -> jax.Array | None:
+    """Of each token of a pass, int16 [r, t, l, k]; None where the host says that no row asks."""
+    return None if most is not None and most < ALL else chosen.experts_btlk.astype(jnp.int16)
+
+
+def with_routes(drawn: Drawn, chosen: Chosen, t: int, most: int | None) -> Drawn:
+    """What was drawn from the state of token t of each row."""
+    routes_rtlk = routes(chosen, most)
+    return drawn._replace(routes_blk=None if routes_rtlk is None else routes_rtlk[:, t])
 
 
 def prefill_chunks(
@@ -260,7 +276,7 @@ def prefill_chunks(
     new_r = jnp.where(counted_r, chunks.new_r, 0)
     t = chunks.tokens_rt.shape[1]
     view = paged_view(state.pages_lpsw, chunks.table_rn, length_r, t, new_r)
-    h_rtd, view, counts_le = decode(weights.ready, cfg, chunks.tokens_rt, view, weights.bias_le, layout)
+    h_rtd, view, chosen = decode(weights.ready, cfg, chunks.tokens_rt, view, weights.bias_le, layout)
     h_sd = None
     if state.h_sd is not None:
         h_sd = state.h_sd.at[write_r].set(h_rtd[:, -1], mode="drop")
@@ -285,9 +301,10 @@ def prefill_chunks(
         state.token_s.at[_there(slot_r, samples_r, slots)].set(drawn.token_b, mode="drop"),
         sampler,
         h_sd,
-        state.loaded(counts_le),
+        state.loaded(chosen.counts_le),
     )
-    return state, drawn, _given(weights, h_rtd, chunks, most)
+    given = _given(weights, h_rtd, chunks, most)._replace(routes_rtlk=routes(chosen, most))
+    return state, with_routes(drawn, chosen, -1, most), given
 
 
 def taken(pages_lpsw: jax.Array, page_n: jax.Array) -> jax.Array:
@@ -344,6 +361,7 @@ def chunk_plan(rows: int, tokens: int, pages_each: int, words: int) -> Chunks:
         zeros(rows, tokens),
         np.full((rows, tokens), -1, np.int32),
         zeros(rows),
+        zeros(rows, dtype=bool),
         zeros(rows, dtype=bool),
         zeros(rows, dtype=bool),
         zeros(rows, dtype=bool),

@@ -66,6 +66,8 @@ class Request:
         salt: prompts share pages only if theirs is the same.
         priority: smaller ones run first, and take the slots of larger ones, which wait again.
         kept: give the ids that each token of the answer was drawn from.
+        routes: give the experts of all tokens but the last. The prompt is computed here, and shares pages with those of requests that
+            ask the same, as far as they were computed as prompts.
         prefill: "host:port" of the server that is to compute the prompt (`transfer/`), where one was chosen.
         export: the prompt is computed for another server, which is sent its pages; nothing is drawn.
     """
@@ -83,8 +85,14 @@ class Request:
     salt: str = ""
     priority: int = 0
     kept: bool = False
+    routes: bool = False
     prefill: str | None = None
     export: Export | None = None
+
+    @property
+    def page_salt(self) -> str:
+        """Prompts share pages only if theirs is the same."""
+        return f"{self.salt}\0routes" if self.routes else self.salt
 
     def check(self, vocab_size: int, max_model_len: int) -> None:
         """Raises ValueError for what can never run."""
@@ -103,6 +111,10 @@ class Request:
             f"{max_model_len} tokens that a sequence may have",
         )
         require(is_integer(self.seed), f"seed={shown(self.seed)} must be an integer")
+        require(
+            not self.routes or self.export is None,
+            "routes of a prompt that is computed for another server go nowhere: leave routes out",
+        )
         stops = f"stop_ids={shown(self.stop_ids)} must be token ids"
         require(all(map(is_integer, self.stop_ids)), stops)
         biased = max(dict(self.sampling.logit_bias), default=0)
@@ -121,7 +133,8 @@ class Token(NamedTuple):
     logprob: nats, in the model's own distribution, before temperature, penalties, bias and masks; sampled_logprob: in the
     distribution that it was drawn from, 0 where that is greedy. top: the likeliest (id, logprob), of the model's own.
     version: of the weights. kept: a bit for each id that could be drawn, where
-    asked for: uint32 [ceil(vocab_size / 32)], bit i % 32 of word i // 32.
+    asked for: uint32 [ceil(vocab_size / 32)], bit i % 32 of word i // 32. routes: where asked for, the experts, best first, that the
+    token *before* it went to in the pass that drew it: int16 [l, k], l the MoE layers of the main model (`results.routes_of`).
     """
 
     id: int
@@ -130,6 +143,7 @@ class Token(NamedTuple):
     version: int = 0
     top: Sequence[tuple[int, float]] = ()
     kept: np.ndarray | None = None
+    routes: np.ndarray | None = None
 
 
 class PromptToken(NamedTuple):
@@ -146,7 +160,8 @@ class Update(NamedTuple):
     finish_reason: None while it goes on; "stop" (a stop id, or the caller's own end), "length", "abort" or "error".
     cached_tokens: of the prompt, found in the prefix cache. prompt: all of it, once, where log-probabilities are asked for.
     error: what went wrong, in one line; code: its kind, where a router may send the request again (`transfer/errors.py`).
-    queued: seconds that it waited to run for the first time.
+    queued: seconds that it waited to run for the first time. routes: once, of the prompt's tokens but the last, int16 [t, l, k], where
+    asked for (`Token.routes`).
     """
 
     id: str
@@ -157,6 +172,7 @@ class Update(NamedTuple):
     error: str | None = None
     queued: float = 0.0
     code: str | None = None
+    routes: np.ndarray | None = None
 
 
 class QueueFullError(Exception):

@@ -156,5 +156,5 @@ def most_of(requests: Iterable[Request]) -> int | None:
 
 def _most_of(request: Request) -> int:
     more = _looks_back(request) or request.sampling.logit_bias or request.grammar
-    told = request.logprobs or request.prompt_logprobs is not None or request.kept
+    told = request.logprobs or request.prompt_logprobs is not None or request.kept or request.routes
     return ALL if more or told else asked_for(request.sampling)

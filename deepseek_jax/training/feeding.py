@@ -41,6 +41,8 @@ class Feed:
         def one(x: np.ndarray) -> np.ndarray:
             of_each = x.reshape(devices, -1, *x.shape[1:])
             empty = room // devices - of_each.shape[1]
-            return np.pad(of_each, ((0, 0), (0, empty), (0, 0))).reshape(room, *x.shape[1:])
+            return np.pad(of_each, ((0, 0), (0, empty), *((0, 0),) * (x.ndim - 1))).reshape(
+                room, *x.shape[1:]
+            )
 
         return {name: one(x) for name, x in rows.items()}

@@ -23,6 +23,8 @@ from deepseek_jax.model.layout import Inputs
 # "loss_mask" bool: which tokens count as labels (of a conversation, the answers);
 # "padding" bool: what is no token. It goes to no routed expert, counts in no load and no loss. Attention leaves it out
 #   only where it is a segment of its own, or comes after all that reads it.
+# "routes" integers [b, w, l, k]: the experts that each token goes to in each MoE layer of the main model, chosen by another
+#   pass (`model/layout.py: Inputs`); a token's own are in its own column, -1 where the router is to choose.
 Batch = Mapping[str, jax.Array]
 MASKS = ("segments", "loss_mask", "padding")
 
@@ -42,8 +44,14 @@ def check(batch: Batch, t: int) -> None:
         )
     for name, x in batch.items():
         kind = _DTYPES.get(name)
-        if kind is None:
-            close = difflib.get_close_matches(name, _DTYPES, n=1, cutoff=0.8)
+        if name == "routes":
+            if jnp.ndim(x) != 4 or jnp.shape(x)[:2] != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+                raise ValueError(
+                    f'batch["routes"] is {x.dtype}{list(jnp.shape(x))}; it should be integers [{shape[0]}, {shape[1]}, MoE '
+                    "layers, num_experts_per_tok]"
+                )
+        elif kind is None:
+            close = difflib.get_close_matches(name, (*_DTYPES, "routes"), n=1, cutoff=0.8)
             if close:
                 raise ValueError(f"a batch has no {name!r}; did you mean {close[0]!r}?")
         elif jnp.shape(x) != shape or not jnp.issubdtype(x.dtype, kind):
@@ -101,6 +109,7 @@ def inputs(batch: Batch, t: int) -> Inputs:
         cut("positions"),
         cut("segments"),
         None if padding is None else ~padding,
+        cut("routes"),
     )
 
 

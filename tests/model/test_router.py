@@ -150,7 +150,7 @@ def test_tokens_that_do_not_count_have_no_load():
     got = STATS(CFG, s, masked, WHOLE, counted)
     want = STATS(CFG, s[:, :9], ROUTE(CFG, s[:, :9], np.zeros(8, np.float32)))
     np.testing.assert_array_equal(got.counts_e, want.counts_e)
-    np.testing.assert_allclose(got[1:], want[1:], rtol=1e-6)
+    np.testing.assert_allclose(got[1:3], want[1:3], rtol=1e-6)
 
 
 def test_no_gradient_reaches_the_bias_or_the_selection():

@@ -138,8 +138,9 @@ def inputs(case: Case) -> Pass:
 
 def step(ready, cfg, bias, layout, at: Pass):
     view = paged_view(at.pages, at.table, at.lengths, at.tokens.shape[1], at.new)
-    h, view, counts_le = decode(ready, cfg, at.tokens, view, bias, layout)
-    return h, view.pages_lpsw, jax.lax.psum(counts_le, TOKEN_AXES) if layout.mesh else counts_le
+    h, view, chosen = decode(ready, cfg, at.tokens, view, bias, layout)
+    counts_le = jax.lax.psum(chosen.counts_le, TOKEN_AXES) if layout.mesh else chosen.counts_le
+    return h, view.pages_lpsw, counts_le, chosen.experts_btlk
 
 
 def alone(case: Case):
@@ -170,7 +171,7 @@ def over_devices(case: Case, in_halves: bool):
         lambda ready, at: step(ready, cfg, bias, halved(layout) if in_halves else layout, at),
         mesh=devices,
         in_specs=(ready_specs(cfg, parameter_specs(cfg, mesh, devices)), Pass(ROWS, ROWS, ROWS, ROWS, PAGES)),
-        out_specs=(ROWS, PAGES, P()),
+        out_specs=(ROWS, PAGES, P(), ROWS),
         check_vma=False,
     )
     return jax.jit(run, compiler_options=FAST)(ready, inputs(case))
@@ -179,8 +180,9 @@ def over_devices(case: Case, in_halves: bool):
 def differ(case: Case, got, want) -> tuple[float, float]:
     """Of the states of tokens that count, and of pages, which are written in the same places."""
     there = np.arange(case.tokens)[None] >= case.tokens - inputs(case).new[:, None]
-    (h, pages, counts), (h_want, pages_want, counts_want) = (tuple(map(np.asarray, x)) for x in (got, want))
-    np.testing.assert_array_equal(counts, counts_want)
+    (h, pages, *chosen), (h_want, pages_want, *chosen_want) = (tuple(map(np.asarray, x)) for x in (got, want))
+    np.testing.assert_array_equal(chosen[0], chosen_want[0])
+    np.testing.assert_array_equal(chosen[1][there], chosen_want[1][there])
     written = np.isfinite(pages_want)
     assert there.any() and np.isfinite(h[there]).all()
     np.testing.assert_array_equal(np.isfinite(pages), written)

@@ -59,8 +59,11 @@ def put(cfg: Config, nudge: float = 0.0) -> TrainState:
 
 def batch_on(cfg: Config, seed: int = 0, packed: bool = False, padded: bool = False) -> dict[str, jax.Array]:
     """Tokens on the mesh. packed: of two documents per sequence, which end at different places, also on the border
-    of two devices' parts. padded: sequences of different lengths, padding behind them."""
+    of two devices' parts. padded: sequences of different lengths, padding behind them. Of either, experts are given to the
+    tokens of every other sequence, but each third one."""
     batch = {"tokens": tokens(cfg, seed)}
+    if (packed or padded) and cfg.model.num_moe_layers:
+        batch["routes"] = routes_for(cfg, batch["tokens"].shape, seed)
     if packed:
         cut = np.resize([3, 4, 1, 8, 2, 6, 7, 5], cfg.train.batch_size)[:, None]
         at = np.arange(batch["tokens"].shape[1])[None]
@@ -70,6 +73,16 @@ def batch_on(cfg: Config, seed: int = 0, packed: bool = False, padded: bool = Fa
         rows, width = batch["tokens"].shape
         batch["padding"] = np.arange(width)[None] >= 2 + np.arange(rows)[:, None] % (width - 1)
     return jax.device_put(batch, batch_sharding(mesh_of(cfg)))
+
+
+def routes_for(cfg: Config, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Of tokens [b, w], int16 [b, w, l, k]. Any two experts lie in two groups, to which the routers are limited."""
+    e, k, layers = cfg.model.n_routed_experts, cfg.model.num_experts_per_tok, cfg.model.num_moe_layers
+    assert k <= cfg.model.topk_group
+    ids = np.broadcast_to(np.arange(e), (*shape, layers, e))
+    routes = np.random.default_rng(seed).permuted(ids, axis=-1)[..., :k].astype(np.int16)
+    routes[::2] = routes[:, ::3] = -1
+    return routes
 
 
 class Program(NamedTuple):

@@ -26,6 +26,7 @@ from deepseek_jax.serving.programs import Weights
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
 from tests.oracle.tiny import rel
+from tests.serving import routed
 from tests.serving.drafting_requests import CFG, NEW, PAGES, PROMPTS, SIZES, mixed, model
 from tests.serving.tiny_engine import run
 
@@ -61,6 +62,15 @@ def engine(*script: bool) -> Engine:
     if script:
         made._economy = Scripted(script)
     return made
+
+
+def test_routes_with_drafts():
+    """Of the token before each one drawn, whether a draft was accepted, refused or not made."""
+    made = engine(True, False, True)
+    got = routed.run(made, requests(routes=True))
+    assert 0 < made.stats.accepted < made.stats.drafted
+    params, bias = model()
+    routed.assert_same(got, params, CFG, bias)
 
 
 def requests(prompts=PROMPTS, new=NEW, **options):

@@ -13,6 +13,7 @@ from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import Sampling
 from deepseek_jax.serving.thread import EngineThread
 from tests.oracle.sampling import Case, distribution
+from tests.serving import routed
 from tests.serving.greedy import greedy
 from tests.serving.tiny_engine import CFG, OPTIONS, SHOWN, device, engine, model, run
 
@@ -61,6 +62,34 @@ def test_logprobs_of_prompt_and_answer():
     got = [token.logprob for token in (*given[1:], *tokens)]
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert all(len(token.top) == 3 and token.logprob <= token.top[0][1] + 1e-6 for token in given[1:])
+
+
+def test_routes_of_all_tokens_with_prefixes_of_the_cache():
+    """More requests than slots, and fewer pages than they need, so that some are preempted; those of the second wave find pages that chunks
+    of the first filled, and of those who leave at once; who does not ask shares none with them, before or after."""
+    made, m = engine(), model()
+    more = [PROMPTS[6][:150], [*PROMPTS[6][:128], 1, 2], PROMPTS[4][:65]]
+    run(made, requests(PROMPTS))
+    made.submit(Request("leaves", PROMPTS[6], NEW, routes=True))
+    for _ in range(2):
+        made.step()
+    made.abort("leaves")
+    hits = made.stats.cache_hits
+    got = routed.run(made, requests(more, routes=True))
+    assert made.stats.cache_hits - hits == 2 * 128  # the last one's page was filled by one who did not ask
+    got += routed.run(made, requests([*PROMPTS, [*got[0][0], 5]], routes=True))
+    routed.assert_same(got, m.params, m.config, m.balance_bias)
+    assert all((routes >= 0).all() for _, routes in got)
+    (update,) = [u for u in _updates(made, Request("a", PROMPTS[0], 1)) if u.tokens]
+    assert update.routes is None and update.tokens[0].routes is None
+
+
+def _updates(made, request):
+    made.submit(request)
+    found = []
+    while made.has_work:
+        found += made.step()
+    return found
 
 
 class Thirds:

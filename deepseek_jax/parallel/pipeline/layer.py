@@ -37,12 +37,17 @@ class Weights(NamedTuple):
 
 
 class Hand(NamedTuple):
-    """What a layer reads of a micro-batch beside the stream, made again from the batch whenever it is needed."""
+    """What a layer reads of a micro-batch beside the stream, made again from the batch whenever it is needed. routes: as in
+    `Context`."""
 
     rope: Rope
     segments_bt: jax.Array | None
     counted_bt: jax.Array | None
     bias_e: jax.Array | None = None
+    routes: jax.Array | None = None
+
+    def context(self, layout: Layout) -> Context:
+        return Context(self.rope, layout, self.segments_bt, self.counted_bt, self.routes)
 
 
 def picked(tree: Any, names: Any) -> Any:
@@ -113,8 +118,7 @@ class Whole:
 
     def __init__(self, cfg: ModelConfig, layout: Layout, policy: Policy | None):
         def run(p: Any, hand: Hand, x_btd: jax.Array) -> tuple[jax.Array, BalanceStats]:
-            ctx = Context(hand.rope, layout, hand.segments_bt, hand.counted_bt)
-            return block(p, cfg, x_btd, hand.bias_e, ctx)
+            return block(p, cfg, x_btd, hand.bias_e, hand.context(layout))
 
         self._again = layout.remat == "full"
         self._phase = Phase(run, True, policy)
@@ -174,7 +178,7 @@ class Travelling:
 
     def __init__(self, cfg: ModelConfig, layout: Layout, n_local: int, policy: Policy | None):
         def ctx(hand: Hand) -> Context:
-            return Context(hand.rope, layout, hand.segments_bt, hand.counted_bt)
+            return hand.context(layout)
 
         def enter(p: Any, hand: Hand, x_btd: jax.Array) -> Any:
             return attention_in(p, cfg, x_btd, ctx(hand))

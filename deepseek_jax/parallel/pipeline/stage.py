@@ -109,7 +109,7 @@ class Stages:
 
     def _hand(self, part: Any) -> Hand:
         ctx = context(self.cfg, self.batch.inputs(part), self.layout)
-        return Hand(ctx.rope, ctx.segments_bt, ctx.counted_bt)
+        return Hand(ctx.rope, ctx.segments_bt, ctx.counted_bt, routes=ctx.routes)
 
     def _layers(self, chunk: int, content: Content) -> list[tuple[str, int]]:
         """(kind, slot) of each layer, in order."""
@@ -117,11 +117,13 @@ class Stages:
         return [(kind, self.held.chunk_slots(kind, chunk).start + i) for kind, n in numbers for i in range(n)]
 
     def _at(self, kind: str, slot: int, hand: Hand) -> tuple[Any, Weights, Hand]:
-        """(layer, weights, hand with the layer's bias)"""
+        """(layer, weights, hand with the layer's bias and given experts)"""
+        bias_e, routes = None, None
         if kind == "moe_layers":
             number = jnp.asarray(self.held.layers[kind])[self.rank, slot]
-            hand = hand._replace(bias_e=self.gathered.bias_le[number])
-        return self.layers[kind], self._apart[kind][slot], hand
+            bias_e = self.gathered.bias_le[number]
+            routes = None if hand.routes is None else hand.routes[number]
+        return self.layers[kind], self._apart[kind][slot], hand._replace(bias_e=bias_e, routes=routes)
 
     def _onto(self, key: tuple[str, int], w: Weights, sums: Any) -> Weights:
         """The weights of a slot for `weights` of its layer, with sums of gradients to which that adds."""

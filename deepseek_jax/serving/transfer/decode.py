@@ -93,7 +93,7 @@ class Fetching:
         whole_pages = self._thread.engine.options.invariant  # chunks are pages then
         end = (len(running.tokens) - 1) // PAGE * PAGE if whole_pages else len(running.tokens) - 1
         begun = len(running.tokens) > len(request.prompt)
-        if request.export is not None or begun or end - running.computed < self._least:
+        if request.export is not None or request.routes or begun or end - running.computed < self._least:
             return None
         address = self._prefills.address(request)
         if address is None and self._alone:
