@@ -93,6 +93,10 @@ class PromptStream:
         """How many prompts there are."""
         return sum(map(len, self._sources))
 
+    def all(self) -> list[Prompt]:
+        """Each prompt once, in the order of the sources and their rows."""
+        return [prompt for source in self._sources for prompt in source]
+
     def take(self, n: int) -> list[Prompt]:
         """The next n prompts, the same in every process."""
         return [self._next() for _ in range(n)]

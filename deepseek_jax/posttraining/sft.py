@@ -14,9 +14,9 @@ from deepseek_jax import data as data_lib
 from deepseek_jax.checks import ranges, require
 from deepseek_jax.config import Config
 from deepseek_jax.data import supervised
-from deepseek_jax.data.supervised import SupervisedConfig, weighted
+from deepseek_jax.data.supervised import SupervisedConfig
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.posttraining.task_files import is_task, task_file
+from deepseek_jax.posttraining.task_files import in_files
 from deepseek_jax.training.loop import Trainer
 from deepseek_jax.training.preflight import check_vocabulary
 
@@ -81,28 +81,12 @@ class Tuner(Trainer):
         tokenizer = Tokenizer.load(str(cfg.data.tokenizer))
         check_vocabulary(cfg, tokenizer)
         cache = Path(cfg.data.cache_dir).expanduser()
-        data = supervised.load(in_files(cfg.sft, cache), tokenizer, cfg.data.seq_len, cache, *self.feed.share)
+        data = supervised.load(
+            in_files(cfg.sft, cache, "sft.sources"), tokenizer, cfg.data.seq_len, cache, *self.feed.share
+        )
         assert isinstance(data.report, supervised.SupervisedReport)
         if cfg.sft.epochs:
             steps = max(1, math.ceil(cfg.sft.epochs * data.report.windows / cfg.train.batch_size))
             self.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps))
             self._schedule(self.cfg)
         return data
-
-
-def in_files(cfg: LearningConfig, folder: Path) -> LearningConfig:
-    """The same with generated tasks as files in `folder`. Where all sources are tasks, their held-out questions are for
-    validation, unless the config names others."""
-    entries = weighted(cfg.sources, "sft.sources")
-    tasks = [source for source, _ in entries if is_task(source)]
-    named = [cfg.validation] if cfg.validation is not None and is_task(cfg.validation) else []
-    held = named or (tasks if cfg.validation is None and len(tasks) == len(entries) else [])
-
-    def file(source: str) -> str:
-        return str(task_file([source], folder, seed=cfg.seed)) if is_task(source) else source
-
-    return dataclasses.replace(
-        cfg,
-        sources=tuple(f"{file(source)}={weight}" for source, weight in entries),
-        validation=str(task_file(held, folder, True, cfg.seed)) if held else cfg.validation,
-    )

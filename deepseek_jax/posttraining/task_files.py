@@ -1,13 +1,16 @@
 """Rows of generated tasks as files, for whoever reads files: "tasks:addition/2" becomes a path."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+from deepseek_jax.data.sources import weighted
 from deepseek_jax.posttraining.tasks import SCHEME, rows
 
 
@@ -30,3 +33,24 @@ def task_file(sources: Sequence[str], folder: Path, held_out: bool = False, seed
             with contextlib.suppress(FileExistsError):
                 os.link(file.name, path)  # no rename: of several processes, the first one's stays
     return path
+
+
+C = TypeVar("C", bound=Any)
+
+
+def in_files(cfg: C, folder: Path, name: str) -> C:
+    """A config with "sources", "validation" and "seed", generated tasks as files in `folder`. Where all sources are tasks, their
+    held-out questions are for validation, unless the config names others. name: of its sources, for errors."""
+    entries = weighted(cfg.sources, name)
+    tasks = [source for source, _ in entries if is_task(source)]
+    named = [cfg.validation] if cfg.validation is not None and is_task(cfg.validation) else []
+    held = named or (tasks if cfg.validation is None and len(tasks) == len(entries) else [])
+
+    def file(source: str) -> str:
+        return str(task_file([source], folder, seed=cfg.seed)) if is_task(source) else source
+
+    return dataclasses.replace(
+        cfg,
+        sources=tuple(f"{file(source)}={weight}" for source, weight in entries),
+        validation=str(task_file(held, folder, True, cfg.seed)) if held else cfg.validation,
+    )
