@@ -80,6 +80,9 @@ _REDUNDANT = _whole(
     "without copies.",
     0,
 )
+_SHARED = _switch(
+    "shared_routed", False, "With --redundant: the shared expert has slots and copies, too, as one more routed one."
+)
 _REPLAN = _whole(
     "replan", 1000, "With --redundant: steps from one look at the experts' loads to the next.", 1
 )
@@ -191,7 +194,13 @@ def _model(mesh: Any) -> Any:
     import deepseek_jax
 
     model = deepseek_jax.load(
-        _CHECKPOINT.value, step=_STEP.value, ema=_EMA.value, keep_fp8=_FP8.value, mesh=mesh
+        _CHECKPOINT.value,
+        step=_STEP.value,
+        ema=_EMA.value,
+        keep_fp8=_FP8.value,
+        mesh=mesh,
+        redundant=_REDUNDANT.value,
+        shared_routed=_SHARED.value,
     )
     if model.tokenizer is None:
         raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.json: the server needs one")
@@ -210,7 +219,7 @@ def _weights(model: Any) -> str:
         return ""
     from deepseek_jax.serving.transfer.identity import fingerprint
 
-    return fingerprint(model.params)
+    return fingerprint(model.params, model.plan)
 
 
 def _load(mesh: Any, options: Any, events: Any) -> Any:

@@ -44,6 +44,13 @@ class Window:
         self.count_le += new_le
 
 
+def with_shared(count_le: npt.ArrayLike, per_token: int) -> Floats:
+    """Counts with a column more: of the shared expert, where it is one more of the others (`plan.py: Plan`). Every token chooses it,
+    beside `per_token` others."""
+    table = np.asarray(count_le, np.float64)
+    return np.concatenate([table, table.sum(1, keepdims=True) / per_token], 1)
+
+
 def checked(count_le: npt.ArrayLike, layers: int, experts: int, where: str) -> Floats:
     """Counts as float64 [layers, experts]. Raises ValueError, which names `where`: another shape, or a count that is negative or
     not finite."""

@@ -41,6 +41,11 @@ class Plan(NamedTuple):
         return int(self.physical_lp.max()) + 1
 
     @property
+    def redundant(self) -> int:
+        """Slots more than there are experts."""
+        return self.physical_lp.shape[1] - self.experts
+
+    @property
     def logcnt(self) -> Ints:
         """How many copies each expert has: int32 [l, e]."""
         layers = len(self.physical_lp)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.hf.names import unflatten
+from deepseek_jax.hf.slotted import in_slots
 from deepseek_jax.hf.source import Source, stacks
 
 # Fills an array with the given slices of a leaf.
@@ -22,15 +24,20 @@ Fill = Callable[[tuple[slice, ...], np.ndarray], None]
 
 
 def on_devices(
-    source: Source, shardings: Any = None, dtype: np.dtype | None = None, keep_fp8: bool = False
+    source: Source,
+    shardings: Any = None,
+    dtype: np.dtype | None = None,
+    keep_fp8: bool = False,
+    plan: Plan | None = None,
 ) -> dict[str, Any]:
-    """The parameter tree of `source`; for `dtype` and `keep_fp8` see `stacks`.
+    """The parameter tree of `source`; for `dtype` and `keep_fp8` see `stacks`, for `plan` `slotted.in_slots`.
 
     shardings: tree like the parameters of `jax.sharding.Sharding`, of which an FP8 leaf's values and scales have that of the
       leaf; None: the default device.
     """
     flat: dict[str, jax.Array] = {}
-    for stack in stacks(source, dtype, keep_fp8):
+    found = stacks(source, dtype, keep_fp8)
+    for stack in found if plan is None else in_slots(found, plan):
         sharding = None if shardings is None else _sharding(shardings, stack.name)
         flat[stack.name] = filled(stack.shape, stack.dtype, sharding, stack.fill, bool(stack.stack))
         source.forget()

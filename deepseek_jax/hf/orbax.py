@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.checkpoints.files import CheckpointError, MisfitError, first_line, read_meta, verify
 from deepseek_jax.checks import require
 from deepseek_jax.config import ModelConfig, build
@@ -206,17 +207,22 @@ class _Tree:
         return store
 
 
-def load_tree(item: Path, shardings: Callable[[ModelConfig], Any] = lambda cfg: None) -> Any:
+def load_tree(
+    item: Path,
+    shardings: Callable[[ModelConfig], Any] = lambda cfg: None,
+    plan: Callable[[ModelConfig], Plan | None] = lambda cfg: None,
+) -> Any:
     """Reads parameters from `<step>/state` or `<step>/ema`, whose files have been compared with their inventory.
 
     Memory holds a layer at a time, if the chunks are no larger. `shardings` gives a tree of `jax.sharding.Sharding` for
-    a config (None: the default device). FP8 becomes bfloat16.
+    a config (None: the default device), `plan` the slots of experts (None: in their order). FP8 becomes bfloat16.
 
     Raises CheckpointError naming path and array.
     """
     try:
         source = TreeSource(item.parent, item.name == "ema", verified=True)
-        return on_devices(source, _laid_out(shardings, source.cfg))
+        where, slots = (_laid_out(of, source.cfg) for of in (shardings, plan))
+        return on_devices(source, where, plan=slots)
     except CheckpointError:
         raise
     except ValueError as error:

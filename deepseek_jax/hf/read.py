@@ -36,6 +36,7 @@ def load(
     keep_fp8: bool = False,
     mtp: bool = True,
     shardings: Any = None,
+    plan: Any = None,
 ) -> tuple[ModelConfig, Any, jax.Array]:
     """Loads a Hugging Face checkpoint of the family.
 
@@ -48,6 +49,8 @@ def load(
         mtp: False leaves the MTP modules out, as if the files had none: for a fine-tune that carries stale ones.
         shardings: tree like the parameters of `jax.sharding.Sharding`, or a function of the config that gives one; each
             device reads only its slice. None: the default device. See `arrays.on_devices`.
+        plan: `balancing.plan.Plan` in whose slots experts lie, or a function of the config that gives one; None: in their
+            order. See `slotted.in_slots`.
 
     Returns:
         (config, parameters stacked by layer, balance_bias float32 [layer, expert]). Where the config promises MTP
@@ -62,7 +65,8 @@ def load(
         choice("dtype", dtype, tuple(_FLOATS))
         cfg = dataclasses.replace(cfg, dtype=dtype)
     shardings = shardings(checkpoint.cfg) if callable(shardings) else shardings
-    params = on_devices(checkpoint, shardings, None if dtype is None else _FLOATS[dtype], keep_fp8)
+    plan = plan(checkpoint.cfg) if callable(plan) else plan
+    params = on_devices(checkpoint, shardings, None if dtype is None else _FLOATS[dtype], keep_fp8, plan)
     return cfg, params, jax.device_put(checkpoint.bias())
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax import hf, now
+from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.checkpoints.arrays import load_params
 from deepseek_jax.checks import path_of, require, shown
 from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
@@ -19,7 +20,8 @@ from deepseek_jax.inference.model import Model
 from deepseek_jax.json_files import read_object
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
-from deepseek_jax.parallel.prepared import parameter_shardings
+from deepseek_jax.parallel.prepared import declared_in, parameter_shardings
+from deepseek_jax.parallel.slots import plan_over
 from deepseek_jax.precision import preset
 
 
@@ -33,6 +35,8 @@ def load(
     keep_fp8: bool = False,
     shardings: Any = None,
     mesh: MeshConfig | None = None,
+    redundant: int | None = None,
+    shared_routed: bool = False,
 ) -> Model:
     """A Hugging Face folder (config.json and safetensors) or the output folder of a training run.
 
@@ -42,6 +46,9 @@ def load(
         keep_fp8: multiply its FP8 weights as they are instead of dequantising them, activations quantised with scales of
             the kind that its config.json names (`scale_fmt`).
         mesh: generate over these devices, which hold the experts among them (`serving/over_mesh.py`); None: on one.
+        redundant: over a mesh, experts lie in slots, so many more than the model has: copies of busy ones, which move as loads
+            change (`serving.options.Options.redundant`). Such a model generates, and does not score.
+        shared_routed: with `redundant`, the shared expert lies in slots, too, as one more of the routed ones.
 
     Raises:
         ValueError: neither of the two, an argument of another type, or a damaged checkpoint; names the file. Or a mesh
@@ -57,8 +64,22 @@ def load(
     if keep_fp8 and shardings is not None:
         raise ValueError("keep_fp8 has shardings of its own: leave out keep_fp8 or shardings, or give a mesh")
 
+    require(
+        redundant is None or mesh is not None,
+        f"redundant={redundant}: experts are spread over the devices of a mesh, and move among them: give a mesh, or leave "
+        "redundant out",
+    )
+    require(not shared_routed or redundant is not None, "shared_routed is for experts in slots: give redundant, too")
+
     def over_mesh(cfg: ModelConfig) -> Any:
-        return shardings if mesh is None else parameter_shardings(cfg, mesh)
+        if mesh is None:
+            return shardings
+        return parameter_shardings(cfg, mesh, redundant is not None, shared_routed)
+
+    def plan_of(cfg: ModelConfig) -> Plan | None:
+        if mesh is None or redundant is None:
+            return None
+        return plan_over(cfg, mesh, redundant, shared_routed)
 
     folder = path_of(path, "path")
     require(
@@ -70,29 +91,39 @@ def load(
         if (folder / "config.json").is_file():
             config = read_object(folder / "config.json")
             text = _text_side(folder, config)
-            cfg, params, router_bias = hf.load(folder, dtype, mtp=mtp, keep_fp8=keep_fp8, shardings=over_mesh)
-            params = _as_stored(folder, config, cfg, params) if keep_fp8 else params
-            return Model(cfg, params, router_bias, *text, mesh)
+            kinds: dict[str, Any] = {"shardings": over_mesh, "plan": plan_of}
+            cfg, params, router_bias = hf.load(folder, dtype, mtp=mtp, keep_fp8=keep_fp8, **kinds)
+            plan = plan_of(cfg)
+            params = _as_stored(folder, config, _declared(cfg, plan), params) if keep_fp8 else params
+            return Model(cfg, params, router_bias, *text, mesh, plan)
         if (folder / "checkpoints").is_dir():
             if keep_fp8:
                 raise ValueError(
                     f"{folder} is a training run, whose weights are not in FP8: leave out keep_fp8"
                 )
             saved, params, bias, meta = load_params(
-                folder / "checkpoints", step, ema, lambda item: hf.load_tree(item, over_mesh)
+                folder / "checkpoints", step, ema, lambda item: hf.load_tree(item, over_mesh, plan_of)
             )
             text = _text_side(folder, meta.get("huggingface", {}).get("config", {}))
-            return Model(build(Config, saved).model, params, jnp.asarray(bias), *text, mesh)
+            cfg = build(Config, saved).model
+            return Model(cfg, params, jnp.asarray(bias), *text, mesh, plan_of(cfg))
     raise ValueError(f"{folder} holds neither config.json (Hugging Face) nor checkpoints/ (a training run)")
 
 
-def _as_stored(folder: Path, config: Mapping[str, Any], cfg: ModelConfig, params: Any) -> Any:
+def _declared(cfg: ModelConfig, plan: Plan | None) -> Any:
+    """The parameters as they were read."""
+    if plan is None:
+        return model_params(cfg)
+    return declared_in(cfg, plan.physical_lp.shape[1], plan.experts > cfg.n_routed_experts)
+
+
+def _as_stored(folder: Path, config: Mapping[str, Any], declared: Any, params: Any) -> Any:
     """Weights that are multiplied in FP8, activations with the kind of scales that the checkpoint's own have."""
     if not any("fp8" in jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)):
         raise ValueError(f"{folder} has no weights in FP8: leave out keep_fp8")
     policy = preset("deepseek_fp8_ue8m0" if quantization(config) == "ue8m0" else "deepseek_fp8")
     assert policy is not None
-    return multiplied_as_stored(params, model_params(cfg), policy)
+    return multiplied_as_stored(params, declared, policy)
 
 
 def _text_side(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer | None, tuple[int, ...]]:

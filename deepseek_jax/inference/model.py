@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.checks import choice, is_integer, require, shown
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.data.chat import ChatTemplate
@@ -47,6 +48,8 @@ class Model:
         params, balance_bias: as for `DeepSeekV3.apply`.
         tokenizer: None where the checkpoint has none; then pass token ids instead of text.
         mesh: None for one device; else over which devices `generate` runs.
+        plan: of the slots that the experts of `params` lie in, over `mesh`; None: they lie in their order. What reads parameters
+            itself (`logits`, `score`, `hf.save`) wants them in their order.
         stop_ids: the ids that end a generation, if a call names no others.
         last_stats: acceptance of the last speculative generation, or None.
     """
@@ -59,9 +62,10 @@ class Model:
         tokenizer: Tokenizer | None = None,
         stop_ids: Sequence[int] | None = None,
         mesh: MeshConfig | None = None,
+        plan: Plan | None = None,
     ):
         self.config, self.params, self.balance_bias = config, params, balance_bias
-        self.tokenizer, self.mesh = tokenizer, mesh
+        self.tokenizer, self.mesh, self.plan = tokenizer, mesh, plan
         own = () if tokenizer is None else tokenizer.stop_ids
         self.stop_ids = own if stop_ids is None else tuple(stop_ids)
         self.last_stats: Stats | None = None
@@ -103,6 +107,7 @@ class Model:
         return self._each(scoring.logprobs, text)
 
     def _each(self, fn: Any, text: Any) -> Any:
+        require(self.plan is None, "experts lie in slots, for generation: load without redundant to score")
         text = _as_lists(text)
         if not _is_single(text):
             return [self._each(fn, one) for one in text]
@@ -207,10 +212,12 @@ class Model:
     def ready(self, keep: bool = True) -> Any:
         """The parameters as decoding reads them, made once for `self.params`, or, not to be kept, for this call."""
         if self._prepared is None or self._prepared[0] is not self.params:
+            experts = self.config.n_routed_experts
             if self.mesh is None:
                 made = prepare(self.params, decoding_config(self.config))
             else:
-                made = preparing(self.config, self.mesh)(self.params)
+                slots = self.plan is not None, self.plan is not None and self.plan.experts > experts
+                made = preparing(self.config, self.mesh, None, *slots)(self.params)
             if not keep:
                 return made
             self._prepared = self.params, made

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.checks import require
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.experts import expert_params
 from deepseek_jax.model.ffn import mlp, mlp_params
@@ -94,29 +93,6 @@ def with_shared(cfg: ModelConfig, routing: Routing) -> Routing:
     shared_bt1 = jnp.where(there_btk[..., :1], cfg.n_routed_experts, -1)
     more = shared_bt1, jnp.ones(shared_bt1.shape, routing.weights_btk.dtype)
     return Routing(*(jnp.concatenate(pair, axis=-1) for pair in zip(own, more, strict=True)))
-
-
-def shared_among_routed(ffn: Params, cfg: ModelConfig) -> Params:
-    """Parameters of MoE layers, stacked or one layer's, with the shared expert behind the routed ones, and none apart; the same
-    function. Values are multiplied as they are, or in FP8. Raises ValueError for several shared experts, which are one FFN."""
-    require(
-        cfg.n_shared_experts == 1,
-        f"n_shared_experts={cfg.n_shared_experts}: one shared expert can be routed as one more of the others; leave it apart",
-    )
-
-    def behind(experts: Any, one: Any) -> Any:
-        return jnp.concatenate([experts, one[..., None, :, :]], axis=-3)
-
-    experts = {}
-    for name, w in ffn["experts"].items():
-        one = ffn["shared"][name.replace("_edf", "_df").replace("_efd", "_fd")]
-        if hasattr(w, "fprop_operand"):
-            operand = jax.tree.map(behind, w.fprop_operand, one.fprop_operand)
-            shape = (w.shape[0] + 1, *w.shape[1:])
-            experts[name] = w.replace(fprop_operand=operand, master_shape=shape)
-        else:
-            experts[name] = behind(w, one)
-    return {**{key: x for key, x in ffn.items() if key != "shared"}, "experts": experts}
 
 
 def shared(p: Params, cfg: ModelConfig, at: AtExperts, ctx: Context) -> jax.Array:

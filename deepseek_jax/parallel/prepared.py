@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.decoding import decoding_config, prepare, unrolled
+from deepseek_jax.model.params import tree_map
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.compiler import compiler_options
 from deepseek_jax.parallel.mesh import (
@@ -47,23 +48,44 @@ def generation_mesh(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> A
     return devices
 
 
+def declared_in(cfg: ModelConfig, slots: int, shared_routed: bool = False) -> Any:
+    """The parameters of a model whose experts lie in so many slots of each layer; shared_routed: the shared one, too."""
+    tree = model_params(cfg)
+    blocks = [tree["moe_layers"]] if "moe_layers" in tree else []
+    blocks += [tree["mtp"]["block"]] if "mtp" in tree else []
+    for block in blocks:
+        block["ffn"]["experts"] = tree_map(
+            lambda p: dataclasses.replace(p, shape=(p.shape[0], slots, *p.shape[2:])), block["ffn"]["experts"]
+        )
+        if shared_routed:
+            del block["ffn"]["shared"]
+    return tree
+
+
 def parameter_specs(
-    cfg: ModelConfig, mesh: MeshConfig, devices: Mesh | AbstractMesh, in_slots: bool = False
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+    devices: Mesh | AbstractMesh,
+    in_slots: bool = False,
+    shared_routed: bool = False,
 ) -> Any:
     """Of each parameter: experts over the devices that share them, all else whole. in_slots: experts lie in slots (`slots.py`), of
-    which all devices have as many, whether the model's own experts divide over them or not. Raises ValueError if they do not."""
+    which all devices have as many, whether the model's own experts divide over them or not; shared_routed: the shared one, too.
+    Raises ValueError if they do not."""
     spread = "expert" in rules(mesh, devices)
-    if in_slots and spread:
-        cfg = dataclasses.replace(cfg, n_routed_experts=math.lcm(cfg.n_routed_experts, devices.size))
-    return param_specs(model_params(cfg), devices, WHOLE_ATTENTION if spread else {})
+    slots = math.lcm(cfg.n_routed_experts, devices.size) if in_slots and spread else cfg.n_routed_experts
+    tree = declared_in(cfg, slots, shared_routed)
+    return param_specs(tree, devices, WHOLE_ATTENTION if spread else {})
 
 
-def parameter_shardings(cfg: ModelConfig, mesh: MeshConfig) -> Any:
+def parameter_shardings(
+    cfg: ModelConfig, mesh: MeshConfig, in_slots: bool = False, shared_routed: bool = False
+) -> Any:
     """Where generation over a mesh reads each parameter: a tree of shardings, for `deepseek_jax.hf.load`. A weight in FP8 lies
-    as a whole weight does, its scales beside it."""
+    as a whole weight does, its scales beside it. in_slots, shared_routed: as for `parameter_specs`."""
     devices = generation_mesh(cfg, mesh)
     put = functools.partial(NamedSharding, devices)
-    specs = parameter_specs(cfg, mesh, devices)
+    specs = parameter_specs(cfg, mesh, devices, in_slots, shared_routed)
     return jax.tree.map(put, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
@@ -82,20 +104,18 @@ def experts_spec(specs: Any, name: str) -> PartitionSpec:
     return block["ffn"]["experts"]["w_up_edf"]  # type: ignore[no-any-return]
 
 
-def ready_specs(cfg: ModelConfig, specs: Any, in_slots: bool = False, shared_routed: bool = False) -> Any:
+def ready_specs(cfg: ModelConfig, specs: Any, placed: bool = False) -> Any:
     """Of what `preparing` makes of parameters that lie as `specs` say. A prefix of the tree, which fits whatever a weight
-    brings: values and scales have experts where an array has them. cfg: that decoding runs with. in_slots: of experts in slots
-    (`slots.py`). shared_routed: the shared expert is one of them (`model/moe.py`)."""
-    declared = model_params(cfg)
+    brings: values and scales have experts where an array has them. cfg: that decoding runs with. placed: with the `placement` of
+    experts in slots (`slots.py`)."""
+    declared = specs
     ready: dict[str, Any] = dict.fromkeys(declared, WHOLE)
 
     def moe_block(declared: Any, of_experts: PartitionSpec) -> dict[str, Any]:
         block: dict[str, Any] = dict.fromkeys(declared, WHOLE)
         block["ffn"] = dict.fromkeys(declared["ffn"], WHOLE) | {"experts": of_experts}
-        if in_slots:
+        if placed:
             block["ffn"]["placement"] = WHOLE
-        if shared_routed:
-            block["ffn"].pop("shared")
         return block
 
     if n := cfg.num_moe_layers:
@@ -112,10 +132,16 @@ def ready_specs(cfg: ModelConfig, specs: Any, in_slots: bool = False, shared_rou
 
 
 @functools.cache
-def preparing(cfg: ModelConfig, mesh: MeshConfig, at: Devices = None) -> Callable[[Any], Any]:
+def preparing(
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+    at: Devices = None,
+    in_slots: bool = False,
+    shared_routed: bool = False,
+) -> Callable[[Any], Any]:
     """Jitted: parameters that lie by `parameter_shardings` -> the same as decoding reads them."""
     devices, decoding = generation_mesh(cfg, mesh, at), decoding_config(cfg)
-    specs = parameter_specs(cfg, mesh, devices)
+    specs = parameter_specs(cfg, mesh, devices, in_slots, shared_routed)
     over_devices = jax.shard_map(
         lambda params: prepare(params, decoding, whole=False),
         mesh=devices,

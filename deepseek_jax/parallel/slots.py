@@ -19,7 +19,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.balancing.eplb import even
+from deepseek_jax.balancing.eplb import planned
+from deepseek_jax.balancing.loads import with_shared
 from deepseek_jax.balancing.moves import sources
 from deepseek_jax.balancing.plan import Ints, Plan, Unit
 from deepseek_jax.checks import require
@@ -33,8 +34,11 @@ from deepseek_jax.parallel.mesh import EXPERT_AXES, expert_exchange
 from deepseek_jax.parallel.prepared import WHOLE, Devices, experts_spec, generation_mesh, parameter_specs
 
 
-def unit_over(cfg: ModelConfig, mesh: MeshConfig, devices: Mesh, redundant: int) -> Unit:
-    """What plans are made for: slots for the model's experts and `redundant` more, over the devices that share them.
+def unit_over(
+    cfg: ModelConfig, mesh: MeshConfig, devices: Mesh, redundant: int, shared_routed: bool = False
+) -> Unit:
+    """What plans are made for: slots for the model's experts and `redundant` more, over the devices that share them. shared_routed:
+    the shared expert is one of them, which is of none of the gate's groups: plans then do not look at groups.
 
     Raises ValueError for experts that all devices have, and for a number of slots that does not divide.
     """
@@ -45,13 +49,34 @@ def unit_over(cfg: ModelConfig, mesh: MeshConfig, devices: Mesh, redundant: int)
         "that shares the experts (mesh.experts), or leave redundant experts and plans out",
     )
     node, holders = devices.shape["node"], int(np.prod([devices.shape[a] for a in EXPERT_AXES]))
-    slots = cfg.n_routed_experts + redundant
+    experts = cfg.n_routed_experts + shared_routed
+    slots = experts + redundant
     require(
         slots % holders == 0,
-        f"{cfg.n_routed_experts} experts and redundant={redundant} more do not divide over {holders} devices of "
-        f"node x local x tensor: give {-cfg.n_routed_experts % holders} more, or that and a multiple of {holders}",
+        f"{experts} experts and redundant={redundant} more do not divide over {holders} devices of "
+        f"node x local x tensor: give {-experts % holders} more, or that and a multiple of {holders}",
     )
-    return Unit(slots, cfg.n_group, node, holders)
+    return Unit(slots, 1 if shared_routed else cfg.n_group, node, holders)
+
+
+def plan_over(
+    cfg: ModelConfig, mesh: MeshConfig, redundant: int, shared_routed: bool = False, at: Devices = None
+) -> Plan:
+    """The plan to begin with, when no load is known: of the MoE layers, and of the MTP module. Raises ValueError as `unit_over`,
+    and for a shared expert that cannot be one of the others."""
+    require(
+        not shared_routed or cfg.n_shared_experts == 1,
+        f"shared_routed: the model has {cfg.n_shared_experts} shared experts, and one can be routed as one more of the others; leave "
+        "it out",
+    )
+    unit = unit_over(cfg, mesh, generation_mesh(cfg, mesh, at), redundant, shared_routed)
+    load_le: Any = np.ones((_layers(cfg), cfg.n_routed_experts))
+    return planned(with_shared(load_le, cfg.num_experts_per_tok) if shared_routed else load_le, unit)
+
+
+def _layers(cfg: ModelConfig) -> int:
+    """With experts in slots: of the model, and of the MTP module that drafts."""
+    return cfg.num_moe_layers + min(1, cfg.num_nextn_predict_layers)
 
 
 def bytes_in_slots(ready: Any, cfg: ModelConfig, redundant: int) -> int:
@@ -82,7 +107,8 @@ def programs(cfg: ModelConfig, mesh: MeshConfig, slots: int, stacked: bool, at: 
     devices = generation_mesh(cfg, mesh, at)
     options = compiler_options(mesh, devices)
     new = slots // int(np.prod([devices.shape[a] for a in EXPERT_AXES]))
-    spec = experts_spec(parameter_specs(cfg, mesh, devices), "moe_layers" if cfg.num_moe_layers else "mtp")
+    specs = parameter_specs(cfg, mesh, devices, in_slots=True)
+    spec = experts_spec(specs, "moe_layers" if cfg.num_moe_layers else "mtp")
     spec = spec if stacked else PartitionSpec(*spec[1:])
     over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
 
@@ -135,19 +161,24 @@ class Slots:
 
     Args:
         cfg: the config that decoding runs with.
+        plan: in whose slots the experts come, as `deepseek_jax.hf.load` reads them; None: they come in their order.
 
     Attributes:
         plan: which expert each slot holds, of all MoE layers, the MTP module's last.
+        shared_routed: whether the shared expert is one of them, the last.
 
     Raises:
         ValueError: as `unit_over`.
     """
 
-    def __init__(self, cfg: ModelConfig, mesh: MeshConfig, redundant: int, at: Devices = None):
-        self.devices = generation_mesh(cfg, mesh, at)
-        self.unit = unit_over(cfg, mesh, self.devices, redundant)
-        self.cfg, self.layers = cfg, cfg.num_moe_layers + min(1, cfg.num_nextn_predict_layers)
-        self.plan = even(self.layers, cfg.n_routed_experts, self.unit)
+    def __init__(
+        self, cfg: ModelConfig, mesh: MeshConfig, redundant: int, at: Devices = None, plan: Plan | None = None
+    ):
+        self.devices, self.came_in_slots = generation_mesh(cfg, mesh, at), plan is not None
+        self.shared_routed = plan is not None and plan.experts > cfg.n_routed_experts
+        self.unit = unit_over(cfg, mesh, self.devices, redundant, self.shared_routed)
+        self.cfg, self.layers = cfg, _layers(cfg)
+        self.plan = plan_over(cfg, mesh, redundant, at=at) if plan is None else Plan(plan.physical_lp.copy())
         self._stacked = cfg.num_moe_layers > 0 and not unrolled(cfg)
         self._of_layer, self._of_stack = (
             programs(cfg, mesh, self.unit.slots, stacked, at) for stacked in (False, True)
@@ -155,16 +186,20 @@ class Slots:
         self._copies = redundant + 1  # of an expert, at most
 
     def filled(self, ready: Any) -> Any:
-        """`ready`, whose experts lie in their order, with experts in the slots of the plan. What does not change is shared with
-        it."""
+        """`ready` with experts in the slots of the plan, where they do not lie there already, and their placement. What does not
+        change is shared with it."""
         source_lp, tables = self.plan.physical_lp, self._placements(self.plan)
         first = self.cfg.num_moe_layers if self._stacked else 0  # of those that lie apart
+
+        def fill(programs: Programs, experts: Any, source: Any) -> Any:
+            return experts if self.came_in_slots else programs.fill(experts, source)
+
         if self._stacked:
-            experts = self._of_stack.fill(ready["moe_layers"]["ffn"]["experts"], source_lp[:first])
+            experts = fill(self._of_stack, ready["moe_layers"]["ffn"]["experts"], source_lp[:first])
             placement = self._put(_rows(tables, slice(0, first)))
             ready = {**ready, "moe_layers": _with(ready["moe_layers"], experts, placement)}
         for layer in range(first, self.layers):
-            experts = self._of_layer.fill(_ffn(ready, self.cfg, layer)["experts"], source_lp[layer])
+            experts = fill(self._of_layer, _ffn(ready, self.cfg, layer)["experts"], source_lp[layer])
             ready = _replaced(ready, self.cfg, layer, experts, self._put(_rows(tables, layer)))
         return ready
 

@@ -37,13 +37,23 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
     """The devices that `model` is for, with its weights; nothing is compiled yet. Raises ValueError as `build`."""
     cfg = decoding_config(model.config)
     drafts = check_drafts(cfg, options.drafts, options.invariant)
+    redundant = options.redundant if model.plan is None else model.plan.redundant
+    require(
+        options.redundant in (None, redundant),
+        f"redundant={options.redundant}: the model was loaded with {redundant}; leave one of them out",
+    )
+    require(
+        model.plan is None or not options.invariant,
+        "invariant=True: which copy of an expert a token goes to depends on others; load the model without redundant experts",
+    )
     require(
         options.redundant is None or model.mesh is not None,
         f"redundant={options.redundant}: experts are spread over the devices of a mesh, and move among them: give a mesh, or leave "
         "redundant out",
     )
-    ready = jax.block_until_ready(model.ready(keep=options.redundant is None))
-    to_come = 0 if options.redundant is None else bytes_in_slots(ready, cfg, options.redundant)
+    to_fill = redundant is not None and model.plan is None
+    ready = jax.block_until_ready(model.ready(keep=redundant is None))
+    to_come = bytes_in_slots(ready, cfg, redundant) if to_fill else 0
     pages = options.pages_for(cfg, layers_in_pages(cfg, drafts), to_come)
     if model.mesh is not None:  # of one device, the other processes know nothing
         pages = lowest(pages)
@@ -55,7 +65,7 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
         over: dict[str, Any] = {"mesh": model.mesh, "policy": policy_of(model.params)}
         overlap = overlap_from(options.overlap, cfg, **over)
         sizes = dataclasses.replace(sizes, overlap=overlap)
-        over["redundant"] = options.redundant
+        over |= {"redundant": options.redundant, "plan": model.plan}
         if jax.process_count() == 1:
             device = OverMesh(cfg, sizes, *cache, **over)
         else:

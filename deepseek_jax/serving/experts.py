@@ -47,9 +47,10 @@ class Experts:
         self._device, self._file = device, _writable(options.expert_loads)
         self._every = min(READ, options.replan)
         unit, plan = device.slots.unit, device.slots.plan
-        window = Window(len(plan.physical_lp), device.cfg.n_routed_experts)
+        layers, experts = len(plan.physical_lp), device.cfg.n_routed_experts
+        window = Window(layers, plan.experts)
         if self._file is not None and self._file.exists():
-            window.count_le[:] = loads.read(self._file, *window.count_le.shape)
+            window.count_le[:] = self._of_all(loads.read(self._file, layers, experts))
             plan = planned(window.count_le, unit)
         when = When(every=options.replan, below=options.replan_below)
         self.planner = Planner(Plan(plan.physical_lp.copy()), unit, when, window)
@@ -85,7 +86,8 @@ class Experts:
     def close(self) -> None:
         """Keeps the loads for the next start."""
         if self._file is not None:
-            loads.write(self._file, self.planner.window.count_le)
+            routed = self._device.cfg.n_routed_experts
+            loads.write(self._file, self.planner.window.count_le[:, :routed])
 
     def _read(self) -> None:
         if self._reading is not None and self._reading[0].is_ready():  # type: ignore[attr-defined]
@@ -96,9 +98,14 @@ class Experts:
 
     def _offer(self, counts_le: np.ndarray, steps: int) -> None:
         try:
-            self.planner.offer(counts_le, steps)
+            self.planner.offer(self._of_all(counts_le), steps)
         except PlanningError:
             return
+
+    def _of_all(self, count_le: Any) -> Any:
+        """Counts of the routed experts, and of the shared one where that is one more of them."""
+        shared = self._device.slots.shared_routed
+        return loads.with_shared(count_le, self._device.cfg.num_experts_per_tok) if shared else count_le
 
     def _aim(self, plan: Plan) -> None:
         self._plan = plan

@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.balancing.plan import Ints
+from deepseek_jax.balancing.plan import Ints, Plan
 from deepseek_jax.checks import require
 from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.layout import Layout
@@ -133,8 +133,8 @@ def programs(
     and for experts that do not divide where they are in no slots."""
     devices = generation_mesh(cfg, mesh, at)
     wire = wire_of(policy)
-    specs = parameter_specs(cfg, mesh, devices, in_slots)
-    of_ready = ready_specs(cfg, specs, in_slots, shared_routed)
+    specs = parameter_specs(cfg, mesh, devices, in_slots, shared_routed)
+    of_ready = ready_specs(cfg, specs, placed=in_slots)
     weights_specs = Weights(of_ready, WHOLE, WHOLE)
     over_devices = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
     options = compiler_options(mesh, devices)
@@ -198,6 +198,7 @@ class OverMesh(OneDevice):
         mesh: `data`, `node`, `local`, `tensor`; `experts`, `dispatch`, `combine` and `receive` as in training.
         policy: of weights in FP8.
         redundant: experts more than the model has, in each layer; None: they lie in their order, and never move.
+        plan: in whose slots the experts of `weights` come, in the place of `redundant`; None: these come in their order.
 
     Attributes:
         slots: in which experts lie, where they move.
@@ -217,13 +218,16 @@ class OverMesh(OneDevice):
         mesh: MeshConfig,
         policy: Policy | None = None,
         redundant: int | None = None,
+        plan: Plan | None = None,
         at: Devices = None,
     ):
         self.devices: Mesh = generation_mesh(cfg, mesh, at)
         self.ranks = self.devices.size
+        redundant = redundant if plan is None else plan.redundant
         if redundant is not None:
-            self.slots = Slots(cfg, mesh, redundant, at)
-        self._run = programs(cfg, mesh, policy, at, redundant is not None, sizes.overlap)
+            self.slots = Slots(cfg, mesh, redundant, at, plan)
+        shared_routed = self.slots is not None and self.slots.shared_routed
+        self._run = programs(cfg, mesh, policy, at, redundant is not None, sizes.overlap, shared_routed)
         self._layout_of = functools.partial(
             layout_of,
             cfg=cfg,
@@ -266,6 +270,10 @@ class OverMesh(OneDevice):
             require(
                 self._weights is None or self._rows.is_fully_addressable,
                 "an engine over several processes keeps its weights: start the processes again for others",
+            )
+            require(
+                self._weights is None or self.slots is None or not self.slots.came_in_slots,
+                "experts that were read into slots have moved since: give an engine of new weights a model of its own",
             )
             bias_le, num_ids = jax.tree.map(lambda x: self._put(np.asarray(x), self._whole), new[1:])
             ready = new.ready if self.slots is None else self.slots.filled(new.ready)

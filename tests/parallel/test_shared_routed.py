@@ -13,14 +13,12 @@ from deepseek_jax.balancing.eplb import rebalance_experts
 from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.model.experts import routed_experts
 from deepseek_jax.model.layout import Context, Layout, single_device
-from deepseek_jax.model.moe import moe, moe_params, shared_among_routed, with_shared
+from deepseek_jax.model.moe import moe, moe_params, with_shared
 from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import Routing
 from deepseek_jax.parallel.exchange.dispatcher import Ragged
 from deepseek_jax.parallel.exchange.low_latency import LowLatency
 from deepseek_jax.parallel.exchange.placement import Placement
-from deepseek_jax.precision import preset
-from deepseek_jax.precision.product import from_blocks, quantise_weight
 from tests.parallel.comparison import BOUND, difference
 from tests.parallel.harness import on_mesh
 from tests.tiny_run import tiny
@@ -48,8 +46,11 @@ def plan() -> Plan:
 def in_slots(p):
     """The same layer with the shared expert among the routed ones, in the slots of the plan."""
     made = plan()
-    ffn = shared_among_routed(p["ffn"], CFG)
-    experts = jax.tree.map(lambda x: x[made.physical_lp[0]], ffn["experts"])
+    ffn = dict(p["ffn"])
+    shared = ffn.pop("shared")
+    of_shared = [shared[name.replace("edf", "df").replace("efd", "fd")] for name in ffn["experts"]]
+    both = (jnp.concatenate([x, one[None]]) for x, one in zip(ffn["experts"].values(), of_shared, strict=True))
+    experts = {name: x[made.physical_lp[0]] for name, x in zip(ffn["experts"], both, strict=True)}
     placement = Placement(jnp.maximum(made.copies()[0], 0), jnp.asarray(made.logcnt[0]))
     return p | {"ffn": ffn | {"experts": experts, "placement": placement}}
 
@@ -98,31 +99,3 @@ def test_absent_experts_stay_absent():
     to = with_shared(CFG, routing)
     np.testing.assert_array_equal(to.experts_btk, [[[3, 0, 7, 8], [-1, -1, -1, -1]]])
     np.testing.assert_array_equal(to.weights_btk, [[[0.5, 0.5, 0.5, 1.0]] * 2])
-
-
-def test_weights_in_fp8_are_the_same_bytes():
-    policy = preset("deepseek_fp8")
-    rng = np.random.default_rng(0)
-
-    def stored(*shape):
-        operand = quantise_weight(jnp.asarray(rng.normal(size=shape), jnp.float32), policy)[0]
-        return from_blocks(operand.q, operand.scale, shape[-len(shape) + (len(shape) > 3) :], policy)
-
-    names = {"gate": ("edf", "df"), "up": ("edf", "df"), "down": ("efd", "fd")}
-    ffn = {
-        "experts": {f"w_{name}_{dims}": stored(2, 8, 256, 128) for name, (dims, _) in names.items()},
-        "shared": {f"w_{name}_{dims}": stored(2, 256, 128) for name, (_, dims) in names.items()},
-    }
-    made = shared_among_routed(ffn, CFG)
-    assert "shared" not in made
-    for name, (dims, own) in names.items():
-        w, one = made["experts"][f"w_{name}_{dims}"], ffn["shared"][f"w_{name}_{own}"]
-        assert w.shape == (9, 256, 128)
-        for got, last in zip(jax.tree.leaves(w), jax.tree.leaves(one), strict=True):
-            np.testing.assert_array_equal(np.asarray(got[:, -1], np.float32), np.asarray(last, np.float32))
-
-
-def test_several_shared_experts_stay_apart():
-    cfg = tiny(model={"n_shared_experts": 2}).model
-    with pytest.raises(ValueError, match="n_shared_experts=2"):
-        shared_among_routed({}, cfg)

@@ -62,7 +62,7 @@ def test_slots_hold_what_plans_say(monkeypatch):
         np.testing.assert_array_equal(made.plan.physical_lp[layer], new_p)
         check(ready, made.plan)
     assert ready["embed"] is gate and ready["moe_layers"]["ffn"]["gate"] is gate
-    spec = prepared.ready_specs(CFG, prepared.parameter_specs(CFG, MESH, made.devices), in_slots=True)
+    spec = prepared.ready_specs(CFG, prepared.parameter_specs(CFG, MESH, made.devices), placed=True)
     assert {"experts", "placement"} <= spec["moe_layers"][0]["ffn"].keys()
 
 

@@ -75,8 +75,10 @@ async def in_state(fleet: Fleet, tap: Tap, state: str, before: dict[str, float])
     raise AssertionError(f"the request did not come into the state {state}")
 
 
-async def one(fleet: Fleet, tap: Tap, side: str, state: str, draw: random.Random) -> tuple[str, float]:
-    """(what came of the request, seconds that it took)"""
+async def one(
+    fleet: Fleet, tap: Tap, side: str, state: str, draw: random.Random
+) -> tuple[str, float] | None:
+    """(what came of the request, seconds that it took); None: it was answered before it could be killed."""
     wanted, name = body(draw, state), f"{side}-0"
     before = fleet.servers["decode-0"].metrics()
     if state in STATES:
@@ -84,7 +86,9 @@ async def one(fleet: Fleet, tap: Tap, side: str, state: str, draw: random.Random
     began = time.monotonic()
     asked = asyncio.create_task(ask(fleet, wanted))
     await in_state(fleet, tap, state, before)
-    assert not asked.done(), "it was answered before the kill"
+    if asked.done():  # on a busy machine this process may be late
+        await asked
+        return None
     fleet.kill(name)
     await asyncio.to_thread(fleet.start, name, side != "prefill")
     outcome = await asked
@@ -121,8 +125,14 @@ def main() -> None:
             for state in args.state or ALL:
                 came: collections.Counter[str] = collections.Counter()
                 longest = 0.0
-                for _ in range(args.times):
-                    what, seconds = asyncio.run(one(fleet, tap, side, state, draw))
+                late = 0
+                while came.total() < args.times:
+                    done = asyncio.run(one(fleet, tap, side, state, draw))
+                    if done is None:
+                        late += 1
+                        assert late <= args.times, "requests are answered before the kill"
+                        continue
+                    what, seconds = done
                     came[what] += 1
                     longest = max(longest, seconds)
                 print(

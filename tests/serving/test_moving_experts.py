@@ -45,7 +45,7 @@ class Devices:
 
     def __init__(self):
         self.cfg = SimpleNamespace(n_routed_experts=EXPERTS)
-        self.slots = SimpleNamespace(unit=UNIT, plan=even(LAYERS, EXPERTS, UNIT))
+        self.slots = SimpleNamespace(unit=UNIT, plan=even(LAYERS, EXPERTS, UNIT), shared_routed=False)
         self.moved: list[int] = []
         self.waited = 0
 
