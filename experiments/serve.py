@@ -37,6 +37,7 @@ from typing import Any
 
 from absl import flags
 
+from deepseek_jax.checks import require
 from deepseek_jax.config import DistributedConfig
 from deepseek_jax.parallel.processes import joining
 from deepseek_jax.parallel.processes.together import is_first
@@ -81,7 +82,9 @@ _REDUNDANT = _whole(
     0,
 )
 _SHARED = _switch(
-    "shared_routed", False, "With --redundant: the shared expert has slots and copies, too, as one more routed one."
+    "shared_routed",
+    False,
+    "With --redundant: the shared expert has slots and copies, too, as one more routed one.",
 )
 _REPLAN = _whole(
     "replan", 1000, "With --redundant: steps from one look at the experts' loads to the next.", 1
@@ -190,6 +193,19 @@ def _options() -> Any:
     )
 
 
+def _slots() -> Any:
+    """How experts are read, where they move."""
+    from deepseek_jax.parallel.slots import InSlots
+
+    if _REDUNDANT.value is None:
+        require(
+            not _SHARED.value, "--shared_routed is for experts that move: give --redundant, too, 0 or more"
+        )
+        return None
+    require(_MESH.value != "", f"--redundant={_REDUNDANT.value} is for a mesh of devices: give --mesh, too")
+    return InSlots(_REDUNDANT.value, _SHARED.value)
+
+
 def _model(mesh: Any) -> Any:
     import deepseek_jax
 
@@ -199,8 +215,7 @@ def _model(mesh: Any) -> Any:
         ema=_EMA.value,
         keep_fp8=_FP8.value,
         mesh=mesh,
-        redundant=_REDUNDANT.value,
-        shared_routed=_SHARED.value,
+        slots=_slots(),
     )
     if model.tokenizer is None:
         raise ValueError(f"{_CHECKPOINT.value} has no tokenizer.json: the server needs one")

@@ -21,7 +21,7 @@ from deepseek_jax.json_files import read_object
 from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import multiplied_as_stored
 from deepseek_jax.parallel.prepared import declared_in, parameter_shardings
-from deepseek_jax.parallel.slots import plan_over
+from deepseek_jax.parallel.slots import InSlots, plan_over
 from deepseek_jax.precision import preset
 
 
@@ -35,8 +35,7 @@ def load(
     keep_fp8: bool = False,
     shardings: Any = None,
     mesh: MeshConfig | None = None,
-    redundant: int | None = None,
-    shared_routed: bool = False,
+    slots: InSlots | None = None,
 ) -> Model:
     """A Hugging Face folder (config.json and safetensors) or the output folder of a training run.
 
@@ -46,9 +45,8 @@ def load(
         keep_fp8: multiply its FP8 weights as they are instead of dequantising them, activations quantised with scales of
             the kind that its config.json names (`scale_fmt`).
         mesh: generate over these devices, which hold the experts among them (`serving/over_mesh.py`); None: on one.
-        redundant: over a mesh, experts lie in slots, so many more than the model has: copies of busy ones, which move as loads
-            change (`serving.options.Options.redundant`). Such a model generates, and does not score.
-        shared_routed: with `redundant`, the shared expert lies in slots, too, as one more of the routed ones.
+        slots: over a mesh, experts lie in slots, so many more of them than the model has, and move as loads change
+            (`parallel/slots.py`); None: in their order. Such a model generates, and does not score.
 
     Raises:
         ValueError: neither of the two, an argument of another type, or a damaged checkpoint; names the file. Or a mesh
@@ -65,21 +63,18 @@ def load(
         raise ValueError("keep_fp8 has shardings of its own: leave out keep_fp8 or shardings, or give a mesh")
 
     require(
-        redundant is None or mesh is not None,
-        f"redundant={redundant}: experts are spread over the devices of a mesh, and move among them: give a mesh, or leave "
-        "redundant out",
+        slots is None or mesh is not None,
+        f"{slots}: experts are spread over the devices of a mesh, and move among them: give a mesh, or leave "
+        "slots out",
     )
-    require(not shared_routed or redundant is not None, "shared_routed is for experts in slots: give redundant, too")
 
     def over_mesh(cfg: ModelConfig) -> Any:
         if mesh is None:
             return shardings
-        return parameter_shardings(cfg, mesh, redundant is not None, shared_routed)
+        return parameter_shardings(cfg, mesh, slots is not None, slots is not None and slots.shared_routed)
 
     def plan_of(cfg: ModelConfig) -> Plan | None:
-        if mesh is None or redundant is None:
-            return None
-        return plan_over(cfg, mesh, redundant, shared_routed)
+        return None if mesh is None or slots is None else plan_over(cfg, mesh, slots)
 
     folder = path_of(path, "path")
     require(

@@ -59,19 +59,25 @@ def unit_over(
     return Unit(slots, 1 if shared_routed else cfg.n_group, node, holders)
 
 
-def plan_over(
-    cfg: ModelConfig, mesh: MeshConfig, redundant: int, shared_routed: bool = False, at: Devices = None
-) -> Plan:
+class InSlots(NamedTuple):
+    """How the experts of a checkpoint are read: so many more than the model has, copies of busy ones (0: none has copies, and all
+    move); shared_routed: the shared expert as one more routed one, with copies."""
+
+    redundant: int = 0
+    shared_routed: bool = False
+
+
+def plan_over(cfg: ModelConfig, mesh: MeshConfig, asked: InSlots, at: Devices = None) -> Plan:
     """The plan to begin with, when no load is known: of the MoE layers, and of the MTP module. Raises ValueError as `unit_over`,
     and for a shared expert that cannot be one of the others."""
     require(
-        not shared_routed or cfg.n_shared_experts == 1,
+        not asked.shared_routed or cfg.n_shared_experts == 1,
         f"shared_routed: the model has {cfg.n_shared_experts} shared experts, and one can be routed as one more of the others; leave "
         "it out",
     )
-    unit = unit_over(cfg, mesh, generation_mesh(cfg, mesh, at), redundant, shared_routed)
+    unit = unit_over(cfg, mesh, generation_mesh(cfg, mesh, at), *asked)
     load_le: Any = np.ones((_layers(cfg), cfg.n_routed_experts))
-    return planned(with_shared(load_le, cfg.num_experts_per_tok) if shared_routed else load_le, unit)
+    return planned(with_shared(load_le, cfg.num_experts_per_tok) if asked.shared_routed else load_le, unit)
 
 
 def _layers(cfg: ModelConfig) -> int:
@@ -178,7 +184,9 @@ class Slots:
         self.shared_routed = plan is not None and plan.experts > cfg.n_routed_experts
         self.unit = unit_over(cfg, mesh, self.devices, redundant, self.shared_routed)
         self.cfg, self.layers = cfg, _layers(cfg)
-        self.plan = plan_over(cfg, mesh, redundant, at=at) if plan is None else Plan(plan.physical_lp.copy())
+        self.plan = (
+            plan_over(cfg, mesh, InSlots(redundant), at) if plan is None else Plan(plan.physical_lp.copy())
+        )
         self._stacked = cfg.num_moe_layers > 0 and not unrolled(cfg)
         self._of_layer, self._of_stack = (
             programs(cfg, mesh, self.unit.slots, stacked, at) for stacked in (False, True)

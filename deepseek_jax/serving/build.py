@@ -65,7 +65,7 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
         over: dict[str, Any] = {"mesh": model.mesh, "policy": policy_of(model.params)}
         overlap = overlap_from(options.overlap, cfg, **over)
         sizes = dataclasses.replace(sizes, overlap=overlap)
-        over |= {"redundant": options.redundant, "plan": model.plan}
+        over["redundant"] = options.redundant if model.plan is None else model.plan
         if jax.process_count() == 1:
             device = OverMesh(cfg, sizes, *cache, **over)
         else:

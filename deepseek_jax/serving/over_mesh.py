@@ -197,8 +197,8 @@ class OverMesh(OneDevice):
         sizes, pages, fp8, drafts: of each device.
         mesh: `data`, `node`, `local`, `tensor`; `experts`, `dispatch`, `combine` and `receive` as in training.
         policy: of weights in FP8.
-        redundant: experts more than the model has, in each layer; None: they lie in their order, and never move.
-        plan: in whose slots the experts of `weights` come, in the place of `redundant`; None: these come in their order.
+        redundant: experts more than the model has, in each layer, of which `weights` brings the model's own in their order; or the
+            plan in whose slots they come; None: they lie in their order, and never move.
 
     Attributes:
         slots: in which experts lie, where they move.
@@ -217,13 +217,13 @@ class OverMesh(OneDevice):
         *,
         mesh: MeshConfig,
         policy: Policy | None = None,
-        redundant: int | None = None,
-        plan: Plan | None = None,
+        redundant: int | Plan | None = None,
         at: Devices = None,
     ):
         self.devices: Mesh = generation_mesh(cfg, mesh, at)
         self.ranks = self.devices.size
-        redundant = redundant if plan is None else plan.redundant
+        plan = redundant if isinstance(redundant, Plan) else None
+        redundant = redundant.redundant if isinstance(redundant, Plan) else redundant
         if redundant is not None:
             self.slots = Slots(cfg, mesh, redundant, at, plan)
         shared_routed = self.slots is not None and self.slots.shared_routed

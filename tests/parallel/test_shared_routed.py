@@ -49,7 +49,9 @@ def in_slots(p):
     ffn = dict(p["ffn"])
     shared = ffn.pop("shared")
     of_shared = [shared[name.replace("edf", "df").replace("efd", "fd")] for name in ffn["experts"]]
-    both = (jnp.concatenate([x, one[None]]) for x, one in zip(ffn["experts"].values(), of_shared, strict=True))
+    both = (
+        jnp.concatenate([x, one[None]]) for x, one in zip(ffn["experts"].values(), of_shared, strict=True)
+    )
     experts = {name: x[made.physical_lp[0]] for name, x in zip(ffn["experts"], both, strict=True)}
     placement = Placement(jnp.maximum(made.copies()[0], 0), jnp.asarray(made.logcnt[0]))
     return p | {"ffn": ffn | {"experts": experts, "placement": placement}}

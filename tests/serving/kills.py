@@ -75,9 +75,7 @@ async def in_state(fleet: Fleet, tap: Tap, state: str, before: dict[str, float])
     raise AssertionError(f"the request did not come into the state {state}")
 
 
-async def one(
-    fleet: Fleet, tap: Tap, side: str, state: str, draw: random.Random
-) -> tuple[str, float] | None:
+async def one(fleet: Fleet, tap: Tap, side: str, state: str, draw: random.Random) -> tuple[str, float] | None:
     """(what came of the request, seconds that it took); None: it was answered before it could be killed."""
     wanted, name = body(draw, state), f"{side}-0"
     before = fleet.servers["decode-0"].metrics()

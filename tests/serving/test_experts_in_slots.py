@@ -12,6 +12,7 @@ import pytest
 import deepseek_jax
 from deepseek_jax import hf
 from deepseek_jax.config import MeshConfig
+from deepseek_jax.parallel.slots import InSlots
 from deepseek_jax.serving.build import cold
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.transfer.identity import fingerprint
@@ -36,11 +37,13 @@ def test_slots_hold_what_the_checkpoint_has(format, shared, tmp_path):
     hf.save(tmp_path, CFG, params, bias, format=format)
     fp8 = format == "fp8"
     want = deepseek_jax.load(tmp_path, keep_fp8=fp8)
-    got = deepseek_jax.load(tmp_path, keep_fp8=fp8, mesh=MESH, redundant=4 - shared, shared_routed=shared)
+    got = deepseek_jax.load(tmp_path, keep_fp8=fp8, mesh=MESH, slots=InSlots(4 - shared, shared))
     assert got.plan.physical_lp.shape == (CFG.num_moe_layers + 1, 12)
     assert got.plan.experts == 8 + shared and got.plan.redundant == 4 - shared
     for name, layers in (("moe_layers", slice(0, CFG.num_moe_layers)), ("mtp", slice(-1, None))):
-        here, there = (tree[name] if name == "moe_layers" else tree[name]["block"] for tree in (got.params, want.params))
+        here, there = (
+            tree[name] if name == "moe_layers" else tree[name]["block"] for tree in (got.params, want.params)
+        )
         assert ("shared" in here["ffn"]) != shared
         for key, x in there["ffn"]["experts"].items():
             one = there["ffn"]["shared"][key.replace("edf", "df").replace("efd", "fd")]
@@ -56,7 +59,7 @@ def test_slots_hold_what_the_checkpoint_has(format, shared, tmp_path):
 def test_an_engine_with_the_shared_expert_among_the_routed_ones(folder):
     """The tokens of one device, in whatever slots the experts lie and while they move; the shared expert's rows are counted."""
     requests = tight()[:12]
-    model = deepseek_jax.load(folder, mesh=MESH, redundant=3, shared_routed=True)
+    model = deepseek_jax.load(folder, mesh=MESH, slots=InSlots(3, True))
     made = Engine(cold(model, dataclasses.replace(OPTIONS, redundant=3, pages=8)), OPTIONS)
     rng, moved = np.random.default_rng(0), []
 
@@ -79,15 +82,14 @@ def test_several_shared_experts_stay_apart(tmp_path):
     cfg = dataclasses.replace(CFG, n_shared_experts=2)
     hf.save(tmp_path, cfg, *weights(cfg, seed=4), format="f32")
     with pytest.raises(ValueError, match="shared_routed: the model has 2 shared experts"):
-        deepseek_jax.load(tmp_path, mesh=MESH, redundant=3, shared_routed=True)
+        deepseek_jax.load(tmp_path, mesh=MESH, slots=InSlots(3, True))
 
 
 @pytest.mark.parametrize(
     "asked, says",
     [
-        ({"redundant": 2}, "redundant=2: experts are spread over the devices of a mesh"),
-        ({"mesh": MESH, "shared_routed": True}, "shared_routed is for experts in slots: give redundant, too"),
-        ({"mesh": MESH, "redundant": 3}, "8 experts and redundant=3 more do not divide over 6 devices"),
+        ({"slots": InSlots(2)}, "redundant=2.*: experts are spread over the devices of a mesh"),
+        ({"mesh": MESH, "slots": InSlots(3)}, "8 experts and redundant=3 more do not divide over 6 devices"),
     ],
 )
 def test_what_cannot_be_loaded(asked, says, folder):
