@@ -51,9 +51,8 @@ def cold(model: Any, options: Options, say: Callable[[str], None] = _silent) -> 
         f"redundant={options.redundant}: experts are spread over the devices of a mesh, and move among them: give a mesh, or leave "
         "redundant out",
     )
-    to_fill = redundant is not None and model.plan is None
     ready = jax.block_until_ready(model.ready(keep=redundant is None))
-    to_come = bytes_in_slots(ready, cfg, redundant) if to_fill else 0
+    to_come = 0 if redundant is None or model.plan is not None else bytes_in_slots(ready, cfg, redundant)
     pages = options.pages_for(cfg, layers_in_pages(cfg, drafts), to_come)
     if model.mesh is not None:  # of one device, the other processes know nothing
         pages = lowest(pages)
