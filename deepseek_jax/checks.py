@@ -113,11 +113,13 @@ def build(cls: Any, values: Mapping[str, Any], path: str = "") -> Any:
 
 
 def _tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
-    """A tuple of strings or integers, or JSON's list of them, as a tuple."""
-    ok = isinstance(value, tuple | list) and all(type(entry) is kind for entry in value)
-    words = {str: "strings", int: "integers"}[kind]
+    """A tuple of strings, integers or numbers, or JSON's list of them, as a tuple."""
+    kinds, words = {str: ((str,), "strings"), int: ((int,), "integers"), float: ((int, float), "numbers")}[
+        kind
+    ]
+    ok = isinstance(value, tuple | list) and all(type(entry) in kinds for entry in value)
     require(ok, f"config key {name}={shown(value)} should be a tuple of {words}")
-    return tuple(value)
+    return tuple(map(kind, value))
 
 
 def _check_key(cls: Any, key: Any, path: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -36,6 +37,7 @@ class Run:
         step, tokens: taken and consumed so far.
         changes: how the config differs from that of the checkpoint resumed from.
         differences: how the model's config differs from that of the weights in `train.init_from`.
+        provenance: of those weights, see `Start.provenance`; None for a run from random ones.
 
     Raises:
         ValueError: a folder in which another process trains (`run_lock.py`). OSError: a folder that cannot be written.
@@ -47,6 +49,7 @@ class Run:
         self.step, self.tokens = 0, 0
         self.changes = Changes([], [])
         self.differences: list[str] = []
+        self.provenance: dict[str, Any] | None = None
         self._evaluated: tuple[int, Evaluation] | None = None
         with contextlib.ExitStack() as failing:
             self._lock = self._locked() if is_first() else None
@@ -82,7 +85,7 @@ class Run:
                 return init_state(self.cfg, self.mesh)
         start = Start(self.cfg, self.mesh)
         start.check_tokenizer(self.data.tokenizer)
-        self.differences = start.differences
+        self.differences, self.provenance = start.differences, start.provenance
         with now.doing(f"reading the weights of {self.cfg.train.init_from}"):
             return start.read()
 
@@ -117,6 +120,7 @@ class Run:
         self.data.train.restore(restored.meta["data"])
         self.state, self.step, self.tokens = restored.state, restored.step, restored.meta["tokens"]
         self.ema = EMA(restored.ema["params"], self.cfg.train.ema_decay, restored.ema["updates"])
+        self.provenance = restored.meta.get("provenance")
         self.changes = config_changes(restored.meta["config"], self.cfg)
         self.checkpointer.discard_newer(self.step)
         return True
@@ -134,6 +138,7 @@ class Run:
             "data": self.data.train.state(),
             "tokens": self.tokens,
             "validation_loss": self._validation_loss(),
+            **({} if self.provenance is None else {"provenance": self.provenance}),
         }
         self.checkpointer.save(self.step, self.state, self.ema.state(), meta)
 

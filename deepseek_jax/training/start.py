@@ -4,7 +4,9 @@ Parameters are read straight onto the mesh, each device its own slices, in float
 bias. The average of the parameters begins anew: it is that of one run.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +32,7 @@ class Start:
     """Where a run starts. The constructor looks at configs and shapes only.
 
     differences: what the source's model config says otherwise without another shape, in words.
+    trained_length: tokens of the windows that a run's weights were trained on; None: not known (Hugging Face).
 
     Raises ValueError (CheckpointError): no checkpoint there, a damaged one, FP8 in orbax; parameters of other shapes,
     all named.
@@ -46,13 +49,25 @@ class Start:
             checkpoint = hf.Checkpoint(self._path, self._with_mtp)
             model = to_dict(checkpoint.cfg)
             found = {path: leaf.shape for path, leaf in leaves(checkpoint.cfg).items()}
+            self._meta: Mapping[str, Any] = {}
         else:
             self._path, self._root = locate(self._path)
             verify(self._path, ("meta",))
-            model = read_meta(self._path)["config"].get("model", {})
+            self._meta = read_meta(self._path)
+            model = self._meta["config"].get("model", {})
             found = array_shapes(self._path / "state", "params")
         self.differences = differing(model, to_dict(cfg.model), "model.")
+        ours = bool(self._meta) and "huggingface" not in self._meta  # trained here, not converted
+        self.trained_length: int | None = self._meta["config"]["data"]["seq_len"] if ours else None
         self._compare(found)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights come from, as checkpoints keep it: the folder, with a run's step and tokens, how its model config
+        differed, and where the weights of that run came from in turn."""
+        known = {name: self._meta[name] for name in ("step", "tokens") if name in self._meta}
+        before = {"before": self._meta["provenance"]} if self._meta.get("provenance") else {}
+        return {"weights": str(self._path), **known, "differences": self.differences, **before}
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises ValueError if the source has another tokenizer: its ids would mean other text."""

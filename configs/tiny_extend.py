@@ -1,0 +1,40 @@
+"""A tiny model's context from 256 to 1,024 to 2,048 tokens, one YaRN factor (report section 4.3).
+
+    make train
+    python -m experiments.extend --config=configs/tiny_extend.py
+
+As in the report, the factor, 10, is a quarter more than 2,048 / 256, and a step has as many tokens in both phases. Grids show
+which needles are found in how long haystacks by the model before, the same with YaRN and no training, after both phases,
+and after as many steps on as many tokens in windows of 256. A model of 5M parameters that read 0.6M tokens of code cannot
+recall what was said before: all four learn that first, at 256 tokens, and a share of their texts in all runs asks for it.
+"""
+
+import ml_collections
+
+from configs import tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = tiny.get_config()
+    config.model.max_position_embeddings = 2560
+    config.model.rope_scaling = {"factor": 10.0, "original_max_position_embeddings": 256}
+    config.data.segments = True
+    config.phases = {
+        "seq_len": (1024, 2048),
+        "batch_size": (8, 4),
+        "steps": (40, 40),
+        "lr": (5e-4, 5e-4),
+    }
+    config.recall = {"share": 0.25, "steps": 150, "lr": 1e-3}
+    config.control = True
+    config.needle = {"lengths": (128, 256, 512, 1024, 2048)}
+    config.train.update(
+        {
+            "init_from": "runs/tiny",
+            "out_dir": "runs/tiny_extend",
+            "eval_every": 50,
+            "checkpoint_every": 20,
+            "sample_tokens": 0,
+        }
+    )
+    return config

@@ -1,0 +1,208 @@
+"""A needle in a haystack (report section 4.3): at which lengths and depths does a model find what was said once?
+
+The hay is lines of ordinary text without digits, the needle a line that says a number, put behind a share of the hay, its
+depth; the prompt ends with the needle's beginning, and the answer is right if it begins with the number. All models that
+are compared get the same prompts. `documents` makes texts of the same kind to learn from, for models that cannot do it yet.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.checks import ranges, require, shown
+from deepseek_jax.config import DataConfig
+from deepseek_jax.data.corpus import TRAIN, VALIDATION, Corpus, Reading
+from deepseek_jax.data.tokenizer import Tokenizer
+
+_VALUE = "{value}"
+_MOST = 1 << 24  # tokens of a prompt
+_MENTIONS = 3  # of the number in a document to learn from, before the last
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleConfig:
+    """Which cells a grid has, and what the needle says."""
+
+    lengths: tuple[int, ...] = ()  # tokens of a prompt with its answer; empty: no grid is made
+    depths: tuple[int, ...] = (0, 25, 50, 75, 100)  # per cent of the hay that come before the needle
+    samples: int = 8  # prompts of each length and depth
+    needle: str = "# key: {value}\n"  # what is said; a prompt ends with what comes before {value}
+    digits: int = 1  # of the number
+    seed: int = 0  # decides hay and numbers
+
+    def __post_init__(self):
+        ranges("needle", self, "samples", 1, 100_000)
+        ranges("needle", self, "digits", 1, 100)
+        ranges("needle", self, "seed", 0, (1 << 32) - 1)
+        for name, most, what in (("lengths", _MOST, "tokens"), ("depths", 100, "per cent")):
+            values = getattr(self, name)
+            ok = all(0 <= value <= most for value in values)
+            require(ok, f"needle.{name}={shown(values)} must be {what} in [0, {most}]")
+        parts = self.needle.split(_VALUE)
+        ok = len(parts) == 2 and bool(parts[0].strip()) and not any(map(str.isdigit, self.needle))
+        require(
+            ok, f'needle.needle={shown(self.needle)} should be a text without digits, as "# key: {{value}}"'
+        )
+
+    @property
+    def question(self) -> str:
+        """The end of a prompt. Without the space before the number, which many tokenizers join with it."""
+        return self.needle.split(_VALUE)[0].rstrip()
+
+    def says(self, value: str) -> str:
+        return self.needle.replace(_VALUE, value)
+
+    def number(self, rng: np.random.Generator) -> str:
+        return "".join(map(str, rng.integers(0, 10, self.digits)))
+
+
+class Hay:
+    """Lines of texts, with their token ids.
+
+    Those with a digit or with the question are left out, so that the needle's number is the only one; blank lines too.
+
+    Args:
+        enough: tokens after which no more texts are read.
+
+    Raises:
+        ValueError: no line is left.
+    """
+
+    def __init__(self, texts: Iterable[str], cfg: NeedleConfig, tokenizer: Tokenizer, enough: int = 1 << 20):
+        self.lines: list[str] = []
+        self.ids: list[list[int]] = []
+        tokens = 0
+        for text in texts:
+            lines = [f"{line}\n" for line in text.splitlines() if self._is_hay(line, cfg.question)]
+            ids = tokenizer.encode_batch(lines)
+            self.lines += lines
+            self.ids += ids
+            tokens += sum(map(len, ids))
+            if tokens >= enough:
+                break
+        require(bool(self.lines), "the hay has no line without digits: give other texts")
+
+    @staticmethod
+    def _is_hay(line: str, question: str) -> bool:
+        return bool(line.strip()) and question not in line and not any(map(str.isdigit, line))
+
+    def some(self, tokens: int, rng: np.random.Generator) -> list[int]:
+        """Numbers of lines that follow each other from a random one on, round the end: as many as fit into `tokens`."""
+        at, chosen = int(rng.integers(len(self.ids))), []
+        while tokens >= len(self.ids[at]):
+            tokens -= len(self.ids[at])
+            chosen.append(at)
+            at = (at + 1) % len(self.ids)
+        return chosen
+
+
+def hay_of(data: DataConfig, cfg: NeedleConfig, tokenizer: Tokenizer, held_out: bool) -> Hay:
+    """Hay of a run's texts: of those that it holds out for validation, or of those that it trains on."""
+    return Hay(_texts(data, held_out), cfg, tokenizer)
+
+
+def _texts(data: DataConfig, held_out: bool) -> Iterator[str]:
+    split, fraction = (VALIDATION if held_out else TRAIN), data.validation_fraction
+    sources = [source for source, _ in data.weighted_sources()]
+    if data.validation:
+        split, fraction, sources = TRAIN, None, [data.validation] if held_out else sources
+    for source in sources:
+        corpus = Corpus(source, data.text_field, fraction, None if held_out else data.validation)
+        yield from (document.text for side, document in corpus.read(Reading()) if side == split)
+
+
+class Question(NamedTuple):
+    """One prompt: token ids of at most `length` with the answer, the needle behind `depth` per cent of the hay."""
+
+    length: int
+    depth: int
+    prompt: list[int]
+    value: str
+
+
+def questions(cfg: NeedleConfig, hay: Hay, tokenizer: Tokenizer) -> list[Question]:
+    """All prompts of a grid. The depths of one sample share hay and number.
+
+    Raises ValueError for a length that has no room for the needle and the question.
+    """
+    begin, question = tokenizer.encode_prompt(""), tokenizer.encode(cfg.question)
+    found = []
+    for length in cfg.lengths:
+        for sample in range(cfg.samples):
+            rng = np.random.default_rng((cfg.seed, length, sample))
+            value = cfg.number(rng)
+            needle = tokenizer.encode(cfg.says(value))
+            room = length - len(begin) - len(needle) - len(question) - answer_tokens(cfg)
+            require(room >= 0, f"needle.lengths: {length} tokens have no room for needle and question")
+            lines = [hay.ids[i] for i in hay.some(room, rng)]
+            for depth in cfg.depths:
+                place = _behind(lines, depth)
+                parts = [begin, *lines[:place], needle, *lines[place:], question]
+                found.append(Question(length, depth, [i for part in parts for i in part], value))
+    return found
+
+
+def answer_tokens(cfg: NeedleConfig) -> int:
+    """Tokens that an answer has room for: a space and the digits, of each a token."""
+    return cfg.digits + 1
+
+
+def _behind(lines: Sequence[Sequence[int]], depth: int) -> int:
+    """How many lines come before the needle: those that end within `depth` per cent of the tokens."""
+    ends = np.cumsum([len(line) for line in lines])
+    return int(np.searchsorted(ends, depth / 100 * ends[-1], side="right")) if len(lines) else 0
+
+
+# --- what a model makes of it ---------------------------------------------------------------------------------------
+
+
+class Grid(NamedTuple):
+    """Share of right answers of each length and depth, [length, depth] in [0, 1]."""
+
+    lengths: tuple[int, ...]
+    depths: tuple[int, ...]
+    right: np.ndarray
+    samples: int
+
+    @property
+    def mean(self) -> float:
+        return float(self.right.mean())
+
+    def mean_of(self, least: int, most: int) -> float:
+        """Mean over the lengths in [least, most]; NaN if there is none."""
+        chosen = [least <= length <= most for length in self.lengths]
+        return float(self.right[chosen].mean()) if any(chosen) else float("nan")
+
+
+Answer = Callable[[list[list[int]], int], Iterable[Sequence[int]]]
+
+
+def grid(cfg: NeedleConfig, asked: Sequence[Question], tokenizer: Tokenizer, answer: Answer) -> Grid:
+    """The grid of one model. answer: (prompts, tokens of an answer) -> ids of each answer, the likeliest at every place."""
+    answers = answer([question.prompt for question in asked], answer_tokens(cfg))
+    right = np.zeros((len(cfg.lengths), len(cfg.depths)))
+    for question, ids in zip(asked, answers, strict=True):
+        cell = cfg.lengths.index(question.length), cfg.depths.index(question.depth)
+        right[cell] += tokenizer.decode(ids).lstrip().startswith(question.value)
+    return Grid(cfg.lengths, cfg.depths, right / cfg.samples, cfg.samples)
+
+
+# --- texts to learn from --------------------------------------------------------------------------------------------
+
+
+def documents(
+    cfg: NeedleConfig, hay: Hay, tokenizer: Tokenizer, tokens: int, longest: int, seed: int
+) -> Iterator[str]:
+    """Texts of about `tokens` in all, each of a quarter of `longest` tokens up to that: hay in which one number is said again
+    and again at random places, the last time at the end."""
+    rng = np.random.default_rng((cfg.seed, seed, longest))
+    while tokens > 0:
+        size = int(rng.integers(longest // 4, longest + 1))
+        said = cfg.says(cfg.number(rng))
+        lines = [hay.lines[i] for i in hay.some(size - (_MENTIONS + 1) * len(tokenizer.encode(said)), rng)]
+        for place in sorted(rng.integers(0, len(lines) + 1, _MENTIONS), reverse=True):
+            lines.insert(int(place), said)
+        yield "".join((*lines, said))
+        tokens -= size
