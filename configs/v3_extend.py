@@ -7,9 +7,10 @@ the end of pre-training. The learning rate stays at 7.3e-6, that of pre-training
 and the routers' bias. s = 40 from the first step on, a quarter more than 128K / 4K.
 
 Hardware: 2,048 GPUs, as for pre-training (configs/v3_671b.py): a pipeline of 16 ranks, two replicas of each, experts over
-64 devices, of which eight on a node share a sequence and its heads. A device then holds 4K tokens of a sequence of 32K, and
-16K of one of 128K. The report says nothing of how it was spread. With 30 micro-batches of 128K DualPipe's schedules have
-too few for 16 ranks: zero bubble takes any number. Not run: there is no expected loss. Without a GPU,
+64 devices, of which the eight of a node share a sequence and its heads: each has 4K tokens of a sequence of 32K, and 16K of
+one of 128K. How the report spread it is not known. A device has 30 sequences of 128K in a step, too few for both directions
+of DualPipe over 16 ranks: 1F1B. `plan` predicts 47 GiB and 83 s a step, then 74 GiB, which is all that an 80 GB GPU has, and
+225 s. Not run: there is no expected loss. Without a GPU,
 
     python -m experiments.extend --config=configs/v3_extend.py --dry_run     # checks the config and traces both phases
 """
@@ -30,6 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
         "lr": (7.3e-6, 7.3e-6),
         "grad_accumulation": (120, 30),
     }
-    config.mesh.update({"local": 1, "tensor": 8, "schedule": "zero_bubble", "overlap": False})
-    config.train.update({"checkpoint_every": 100, "eval_every": 100, "out_dir": "runs/v3_extend"})
+    config.mesh.update({"local": 1, "tensor": 8, "schedule": "one_f_one_b", "overlap": False, "receive": 9.0})
+    config.train.update(
+        {"loss_chunk": 1024, "checkpoint_every": 100, "eval_every": 100, "out_dir": "runs/v3_extend"}
+    )
     return config

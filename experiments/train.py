@@ -219,6 +219,12 @@ def main(argv: Sequence[str], command: Command = PRE_TRAINING) -> int:
         print(dry_run.report(cfg))
         return 0
     profile_steps = _first_and_last(_PROFILE_STEPS.value)
+    resuming = _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value, _DISCARD_NEWER.value
+    return joined(cfg, lambda: run(cfg, *resuming, profile_steps, command))
+
+
+def joined(cfg: Config, run: Callable[[], int]) -> int:
+    """Chooses this process's devices, meets the other processes, if there are any, and runs; returns the exit status."""
     join = joining.find(cfg.distributed, os.environ)
     processes = (join.processes if join else None) or 1
     devices_of_run(cfg, processes)
@@ -230,8 +236,7 @@ def main(argv: Sequence[str], command: Command = PRE_TRAINING) -> int:
             os._exit(joining.ABANDONED)  # a thread waits for the others, and would abort the process
         SCREEN.quiet = not is_first()
     try:
-        resuming = _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value, _DISCARD_NEWER.value
-        status = run(cfg, *resuming, profile_steps, command)
+        status = run()
     except ValueError as error:
         step = getattr(error, "older_step", None)
         if step is None:

@@ -104,7 +104,8 @@ def hay_of(data: DataConfig, cfg: NeedleConfig, tokenizer: Tokenizer, held_out: 
 
 
 def _texts(data: DataConfig, held_out: bool) -> Iterator[str]:
-    split, fraction = (VALIDATION if held_out else TRAIN), data.validation_fraction
+    split = VALIDATION if held_out else TRAIN
+    fraction: float | None = data.validation_fraction
     sources = [source for source, _ in data.weighted_sources()]
     if data.validation:
         split, fraction, sources = TRAIN, None, [data.validation] if held_out else sources

@@ -126,7 +126,8 @@ class Comparison:
             weights = whole_copy(held, self.mesh) if self._questions else None
             if weights is None or not is_first():
                 return Found(loss, None)
-            model = Model(arm.model, *weights, self._tokenizer)
+            params, bias = weights
+            model = Model(arm.model, params, bias, self._tokenizer)
             return Found(loss, grid(self.cfg.needle, self._questions, self._tokenizer, _likeliest(model)))
 
     def _read(self, known: dict[str, Any]) -> Found:

@@ -79,18 +79,17 @@ def cut(run: Run, stage: Stage) -> float:
 
 
 def _working(run: Run) -> float:
-    """Arrays of the layer at hand: of an attention's backward pass queries, keys, values, output and their gradients, and
-    four blocks of float32 scores of an eighth of the queries; of experts, rows of inputs, results and SwiGLU, twice."""
+    """Arrays of the layer at hand: of an attention's backward pass queries, keys, values, output and their gradients (scores
+    never leave the kernel's registers); of experts, rows of inputs, results and SwiGLU, twice."""
     m, w, a = run.model, widths(run), run.act
     heads = 2 * (2 * w.queries + 2 * w.values) * a
-    scores = 4 * m.num_attention_heads / run.size("tensor") * run.cfg.data.seq_len / 8 * 4
     rows = (
         run.capacity * (2 * m.hidden_size + 3 * m.moe_intermediate_size) * a
         if run.model.num_moe_layers
         else 0
     )
     both = 2 if run.pipeline and run.cfg.mesh.overlap else 1
-    return both * run.tokens * (max(heads + scores, 2 * rows) if both == 1 else (heads + scores) / 2 + rows)
+    return both * run.tokens * (max(heads, 2 * rows) if both == 1 else heads / 2 + rows)
 
 
 def _end(run: Run) -> float:
