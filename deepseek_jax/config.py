@@ -218,6 +218,7 @@ class TrainConfig:
     grad_accumulation: int = 1  # micro-batches of a step, one after the other
     # what the backward pass recomputes: "deepseek": norms, MLA up-projections; "full": all
     remat: str = "none"
+    detached_mtp: bool = False  # MTP modules learn without moving the rest of the model
     # on GPUs: sums in a fixed order, so that resuming is bitwise there too; slower
     deterministic: bool = False
     loss_chunk: int = 1024  # tokens whose logits are in memory at once

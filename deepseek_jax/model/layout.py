@@ -23,6 +23,7 @@ class Layout:
     dispatcher: brings tokens to their routed experts, wherever they are.
     sequence: where the tokens of a sequence are.
     remat: what the backward pass computes again, a name of `config.REMAT`.
+    detached_mtp: the gradients of MTP modules end at what they read of the rest of the model.
     moe_stack: runs the MoE layers of the main model; None: `block.stack`, with the batch whole.
     in_two: a pass over pages with its rows in two halves (`parallel/two_batches.py`), as `decoding.decode`; None: with all rows
       at once.
@@ -32,6 +33,7 @@ class Layout:
     dispatcher: Dispatcher
     sequence: Whole = WHOLE
     remat: str = "none"
+    detached_mtp: bool = False
     moe_stack: Callable[..., Any] | None = None
     in_two: Callable[..., Any] | None = None
     mesh: tuple[tuple[str, int], ...] = ()

@@ -86,10 +86,12 @@ def mtp_hidden(
     they go to no routed expert and count in no load (equation 22 has T - k positions).
     `inputs` are those of whole sequences, `h_btd` those of this device.
     """
-    outs, stats, sequence = [], [], ctx.layout.sequence
+    outs, stats, sequence, embedding = [], [], ctx.layout.sequence, params["embed"]
+    if ctx.layout.detached_mtp:
+        h_btd, embedding = jax.lax.stop_gradient((h_btd, embedding))
     for k in range(cfg.num_nextn_predict_layers):
         p = jax.tree.map(lambda x, k=k: x[k], params["mtp"])
-        e_btd = embed(params["embed"], cfg, sequence.own(jnp.roll(inputs.tokens_bt, -(k + 1), axis=1)))
+        e_btd = embed(embedding, cfg, sequence.own(jnp.roll(inputs.tokens_bt, -(k + 1), axis=1)))
         bias_e = None if bias_le is None else bias_le[k]
         counted_bt = sequence.own(_read_ahead(inputs, k + 1))
 

@@ -111,4 +111,6 @@ def layout_over(cfg: Config, mesh: Mesh | AbstractMesh, anywhere: bool = False) 
             "config.mesh.overlap=False"
         )
     stack = overlapped if cfg.mesh.overlap and mesh.shape["pipe"] == 1 else None
-    return dataclasses.replace(layout, remat=cfg.train.remat, moe_stack=stack)
+    return dataclasses.replace(
+        layout, remat=cfg.train.remat, detached_mtp=cfg.train.detached_mtp, moe_stack=stack
+    )

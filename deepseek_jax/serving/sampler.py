@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.model.id_sets import packed, unpacked, words
 from deepseek_jax.serving.request import TOP
 from deepseek_jax.serving.sampling import (
     ALL,
@@ -47,10 +48,7 @@ from deepseek_jax.serving.slots import (
     empty_slots,
     most_of,
     of_request,
-    packed,
     put,
-    unpacked,
-    words,
 )
 
 __all__ = [

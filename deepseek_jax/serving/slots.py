@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.model.id_sets import words
 from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampling import ALL, GREEDY, MOST_BIASES, asked_for, plain_numbers
@@ -46,26 +47,8 @@ class Slots(NamedTuple):
     count_sv: Array
 
 
-def unpacked(mask_bw: jax.Array, v: int) -> jax.Array:
-    """A bit mask as bool [b, v]."""
-    bits = (mask_bw[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
-    return bits.reshape(len(mask_bw), -1)[:, :v].astype(bool)
-
-
-def packed(mask_bv: jax.Array) -> jax.Array:
-    """A bool mask as bits, uint32 [b, w]."""
-    b, v = mask_bv.shape
-    bits = jnp.pad(mask_bv, ((0, 0), (0, -v % 32))).reshape(b, -1, 32).astype(jnp.uint32)
-    return (bits << jnp.arange(32, dtype=jnp.uint32)[None, None]).sum(axis=-1, dtype=jnp.uint32)
-
-
 # The entries of one slot, on the host; the last three are None where the request does not ask for them.
 Row = Slots
-
-
-def words(vocab: int) -> int:
-    """32-bit words with a bit for each id."""
-    return -(-vocab // 32)
 
 
 def empty_slots(slots: int, vocab: int) -> Slots:

@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     eval_fn: Callable[..., Any], params: Any, bias: jax.Array, windows: Validation, feed: Feed
 ) -> Evaluation:
-    """Of parameters laid out for `eval_fn`, which `step.make_eval_step` made. All processes call it."""
+    """Of parameters laid out for `eval_fn`, which `passes.make_eval_step` made. All processes call it."""
     size = feed.shards * max(1, _WINDOWS // feed.shards)
     found: list[list[np.ndarray]] = []  # nats and labels of each window
     with now.doing("evaluating"):

@@ -17,6 +17,7 @@ from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.model.transformer import forward
 from deepseek_jax.model.weights import adding, attach
+from deepseek_jax.parallel.parts import plus
 from deepseek_jax.precision import preset
 from deepseek_jax.precision.policy import Policy
 from deepseek_jax.training.labels import Batch, Totals, inputs
@@ -103,7 +104,7 @@ def by_micro_batches(cfg: Config, layout: Layout, objective: Objective) -> Gradi
             onto = jax.tree.map(lambda added, p, s: s if added else p, added, params, sums)
             grads, parts = grad(onto, part)
             sums = jax.tree.map(lambda added, s, g: g if added else s + g, added, sums, grads)
-            return sums, jax.tree.map(jnp.add, done, parts)
+            return sums, plus(done, parts)
 
         shapes = jax.eval_shape(grad, params, {name: x[0] for name, x in micro.items()})
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -63,11 +63,12 @@ def check(batch: Batch, t: int) -> None:
 
 class Totals(NamedTuple):
     """Of a global batch, what its losses are divided by: sequences, and labels of the main model (depth 0) and of each
-    MTP depth. room: tokens of the largest batch, which is static."""
+    MTP depth. room: tokens of the largest batch, which is static. answers: sequences with a label of depth 0."""
 
     sequences: int | jax.Array
     labels: tuple[int | jax.Array, ...]
     room: int
+    answers: int | jax.Array
 
 
 def totals(
@@ -88,13 +89,14 @@ def totals(
         # Float32: times t, an int32 would overflow from 2^31 tokens on.
         there = micro_batches.astype(jnp.float32) * (sequences // cfg.train.grad_accumulation)
     if not any(name in batch for name in MASKS):
-        return Totals(there, (there * t,) * depths, room)
+        return Totals(there, (there * t,) * depths, room, there)
     present_b1 = jnp.arange(rows)[:, None] < here
-    counts = [(targets(batch, t, depth)[1] & present_b1).sum() for depth in range(depths)]
-    counts.append((with_tokens(batch, t) & present_b1[:, 0]).sum())
+    valid = [targets(batch, t, depth)[1] & present_b1 for depth in range(depths)]
+    counts = [x.sum() for x in (*valid, with_tokens(batch, t) & present_b1[:, 0], valid[0].any(1))]
     total = lax.psum(jnp.stack(counts), axes) if axes else jnp.stack(counts)
     numbers = tuple(jnp.maximum(total, 1).astype(jnp.float32))
-    return Totals(numbers[-1] if "padding" in batch else there, numbers[:depths], room)
+    sequences, answers = numbers[depths:]
+    return Totals(sequences if "padding" in batch else there, numbers[:depths], room, answers)
 
 
 def inputs(batch: Batch, t: int) -> Inputs:

@@ -24,6 +24,7 @@ from deepseek_jax.parallel.processes.together import StopVote, is_first
 from deepseek_jax.training.boards import wandb_for
 from deepseek_jax.training.evaluation import Evaluation, evaluate
 from deepseek_jax.training.finite import NonFiniteError
+from deepseek_jax.training.passes import make_eval_step
 from deepseek_jax.training.preflight import StepProgram, check_tokenizer, granularity
 from deepseek_jax.training.profiling import StepProfile
 from deepseek_jax.training.records import Records, Step
@@ -31,7 +32,7 @@ from deepseek_jax.training.run import Run
 from deepseek_jax.training.schedules import Schedules, StepPlan
 from deepseek_jax.training.start import Start
 from deepseek_jax.training.state import TrainState
-from deepseek_jax.training.step import make_eval_step, make_train_step
+from deepseek_jax.training.step import make_train_step
 from deepseek_jax.training.stopping import stop_on_signals
 
 __all__ = ["Evaluation", "NonFiniteError", "Result", "Trainer", "stop_on_signals"]

@@ -3,7 +3,8 @@
     objective(outputs, batch, total, hyper) -> (scalar, metrics)
 
 Both are this device's part, sums over its tokens divided by what the global batch has in `total`, so that they add up
-over micro-batches and devices; metrics are float32 [] by name, among them "loss". No loss is summed over devices inside
+over micro-batches and devices; metrics are float32 [] by name, among them "loss"; of those whose name ends in "_max" the
+largest part is taken (`parallel/parts.py`). No loss is summed over devices inside
 what is differentiated: each differentiates its own part, and the collectives of experts and attention carry cotangents
 to where they belong.
 
@@ -49,24 +50,45 @@ def pretraining(cfg: Config) -> Objective:
     Nats per label, over the labels that count: with a "loss_mask" in the batch it is that of supervised fine-tuning.
     Metrics: "loss" of the main model, "mtp_loss" where there are MTP modules, "balance_loss".
     """
-    depths, t = cfg.model.num_nextn_predict_layers, cfg.data.seq_len
 
     def objective(out: Outputs, batch: Batch, total: Totals, hyper: Hyper) -> tuple[jax.Array, Scalars]:
-        def nll(h_btd: jax.Array, depth: int) -> jax.Array:
-            labels, valid = map(out.sequence.own, targets(batch, t, depth))
-            weights = valid.astype(jnp.float32).reshape(-1) / total.labels[depth]
-            h_nd = h_btd.reshape(-1, h_btd.shape[-1])
-            return weighted_nll(h_nd, out.head_dv, labels.reshape(-1), weights, cfg.train.loss_chunk)
-
-        main, mtp = nll(out.h_btd, 0), jnp.zeros((), jnp.float32)
-        for k in range(depths):
-            assert out.aux.mtp is not None
-            mtp = mtp + nll(out.aux.mtp[k], k + 1) / depths
-        balance = _balance_loss(cfg, out.aux, batch, total)
-        metrics = {"loss": main, **({"mtp_loss": mtp} if depths else {}), "balance_loss": balance}
-        return main + hyper.mtp_lambda * mtp + balance, metrics
+        main = _nll(cfg, out.h_btd, out.head_dv, 0, out.sequence, batch, total)
+        beside, metrics = losses_beside(cfg, out, batch, total, hyper)
+        return main + beside, {"loss": main, **metrics}
 
     return objective
+
+
+def losses_beside(
+    cfg: Config, out: Outputs, batch: Batch, total: Totals, hyper: Hyper
+) -> tuple[jax.Array, Scalars]:
+    """(sum of what is made small beside the main loss, metrics): MTP, where there are modules, and balance."""
+    depths = cfg.model.num_nextn_predict_layers
+    balance = _balance_loss(cfg, out.aux, batch, total)
+    if not depths:
+        return balance, {"balance_loss": balance}
+    assert out.aux.mtp is not None
+    head_dv = jax.lax.stop_gradient(out.head_dv) if cfg.train.detached_mtp else out.head_dv
+    mtp = jnp.zeros((), jnp.float32)
+    for k in range(depths):
+        mtp = mtp + _nll(cfg, out.aux.mtp[k], head_dv, k + 1, out.sequence, batch, total) / depths
+    return hyper.mtp_lambda * mtp + balance, {"mtp_loss": mtp, "balance_loss": balance}
+
+
+def _nll(
+    cfg: Config,
+    h_btd: jax.Array,
+    head_dv: jax.Array,
+    depth: int,
+    sequence: Whole,
+    batch: Batch,
+    total: Totals,
+) -> jax.Array:
+    """Negative log-likelihood of the labels of a depth, per label of the global batch."""
+    labels, valid = map(sequence.own, targets(batch, cfg.data.seq_len, depth))
+    weights = valid.astype(jnp.float32).reshape(-1) / total.labels[depth]
+    h_nd = h_btd.reshape(-1, h_btd.shape[-1])
+    return weighted_nll(h_nd, head_dv, labels.reshape(-1), weights, cfg.train.loss_chunk)
 
 
 def _balance_loss(cfg: Config, aux: Aux, batch: Batch, total: Totals) -> jax.Array:

@@ -15,6 +15,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.model.transformer import Aux
 from deepseek_jax.parallel.mesh import PIPE
+from deepseek_jax.parallel.parts import over_devices
 from deepseek_jax.parallel.pipeline.executor import Forwards, Steps
 from deepseek_jax.parallel.pipeline.pipeline import pipeline_over
 from deepseek_jax.parallel.pipeline.stage import Done, Gathered, MicroBatches, Stages
@@ -63,7 +64,7 @@ def pipelined(cfg: Config, layout: Layout, objective: Objective) -> Gradients:
         scale = loss_scale(policy, total)
         grads, done = Steps(schedule, run, scale, cfg.mesh.overlap).run()
         parts = Parts(done.metrics, _by_layer(cfg, held, run.rank, done))
-        return jax.tree.map(lambda g: g / scale, grads), lax.psum(parts, PIPE)
+        return jax.tree.map(lambda g: g / scale, grads), over_devices(parts, PIPE)
 
     return gradients
 

@@ -13,32 +13,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.config import Config
-from deepseek_jax.model.layers import head_weight
 from deepseek_jax.model.layout import Layout
-from deepseek_jax.model.loss import weighted_nll
 from deepseek_jax.model.params import initialise
 from deepseek_jax.model.router import update_bias
-from deepseek_jax.model.transformer import final_norm, forward, model_params
-from deepseek_jax.model.weights import attach
+from deepseek_jax.model.transformer import model_params
 from deepseek_jax.parallel.compiler import compiler_options
-from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import BATCH_AXES, TOKEN_AXES, batch_shards, replicated
+from deepseek_jax.parallel.parts import over_devices
 from deepseek_jax.parallel.pipeline.pipeline import Pipeline, pipeline_over
-from deepseek_jax.parallel.slots import check_plan, in_slots
 from deepseek_jax.parallel.zero import gather, held_specs, scatter
 from deepseek_jax.precision import preset
 from deepseek_jax.training.frozen import frozen_leaves, trained
 from deepseek_jax.training.gradients import Gradients, by_micro_batches
-from deepseek_jax.training.labels import Batch, inputs, targets, totals
+from deepseek_jax.training.labels import Batch, totals
 from deepseek_jax.training.objectives import Objective, Scalars, pretraining
 from deepseek_jax.training.optimizer import adamw, apply_if_finite, global_norm
-from deepseek_jax.training.pipelined import evaluated, pipelined
+from deepseek_jax.training.pipelined import pipelined
 from deepseek_jax.training.state import Hyper, TrainState, parameter_shares, state_shardings
 from pallas_kernels.tiles import leave_sms
 
@@ -138,7 +132,7 @@ def make_train_step(
             read = gather(params, shares, declared, policy, cfg.model.dtype, layers)
             total = totals(cfg, batch, n, hyper.micro_batches, BATCH_AXES)
             grads, parts = grads_of(*read, batch, bias, total, hyper)
-            return scatter(grads, shares, layers), lax.psum(parts, TOKEN_AXES)
+            return scatter(grads, shares, layers), over_devices(parts, TOKEN_AXES)
 
         grads, parts = jax.shard_map(
             local,
@@ -171,67 +165,5 @@ def make_train_step(
         leave_sms(cfg.mesh.comm_channels)(step),
         donate_argnums=0,
         out_shardings=(state_shardings(cfg, mesh), replicated(mesh)),
-        compiler_options=compiler_options(cfg.mesh, mesh, cfg.train.deterministic),
-    )
-
-
-def make_eval_step(
-    cfg: Config, mesh: Mesh | AbstractMesh, plan: Plan | None = None
-) -> Callable[[Any, jax.Array, Batch], tuple[jax.Array, jax.Array]]:
-    """The jitted evaluation: (params, balance_bias, batch) -> of each window, summed nats and number of labels that
-    count, both float32 [b].
-
-    plan: of the MoE layers, over the devices that share the experts; before each pass these go where it has them, copies and
-    all, as they lie while serving (`parallel/slots.py`). Raises ValueError for what does not divide over the mesh, and for a plan
-    over a pipeline.
-    """
-    model, t, policy = cfg.model, cfg.data.seq_len, preset(cfg.precision)
-    shares = parameter_shares(cfg, mesh)
-    layout = layout_over(cfg, mesh, anywhere=plan is not None).forward_only
-    if plan is not None:
-        check_plan(plan, model, cfg.mesh, mesh)
-
-    pipeline = pipeline_over(cfg, mesh.shape)
-    if pipeline is not None and plan is not None:
-        raise ValueError(
-            f"a plan of experts goes over one stage, and mesh.pipe={pipeline.ranks}: leave plan out"
-        )
-    layers = None if pipeline is None else pipeline.held.layers
-
-    def nats(params, batch, h_btd):
-        labels, valid = map(layout.sequence.own, targets(batch, t, 0))
-        w_dv = head_weight(params)
-
-        def window(args):
-            h, y, v = args
-            weights = v.astype(jnp.float32)
-            return weighted_nll(h, w_dv, y, weights, cfg.train.loss_chunk), weights.sum()
-
-        return lax.map(window, (h_btd, labels, valid))
-
-    def local(params, bias, batch):
-        read = gather(params, shares, model_params(model), policy, model.dtype, layers)
-        if pipeline is None:
-            params = attach(*read, policy)
-            if plan is not None:
-                params = in_slots(params, plan)
-                bias = after(
-                    bias, params["moe_layers"]["ffn"]["experts"]
-                )  # on CPUs, one exchange behind the other
-            h_btd, _ = forward(params, model, inputs(batch, t), bias, layout, mtp=False)
-            return layout.sequence.total(nats(params, batch, h_btd))
-
-        def of(part, x_btd):
-            return nats(read[0], part, final_norm(read[0], model, x_btd))
-
-        return layout.sequence.total(evaluated(cfg, layout, *read, batch, bias, of))
-
-    sharded = PartitionSpec(BATCH_AXES)
-    in_specs = (held_specs(shares), PartitionSpec(), sharded)
-    nats_of = jax.shard_map(
-        local, mesh=mesh, in_specs=in_specs, out_specs=(sharded, sharded), check_vma=False
-    )
-    return jax.jit(
-        leave_sms(cfg.mesh.comm_channels)(nats_of),
         compiler_options=compiler_options(cfg.mesh, mesh, cfg.train.deterministic),
     )

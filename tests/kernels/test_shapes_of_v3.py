@@ -17,7 +17,8 @@ from deepseek_jax.model.transformer import model_params
 from deepseek_jax.model.weights import as_matrices, multiplied_as_stored
 from deepseek_jax.parallel.mesh import abstract_mesh
 from deepseek_jax.precision import preset
-from deepseek_jax.training.step import abstract_state, make_eval_step, make_train_step
+from deepseek_jax.training.passes import make_eval_step
+from deepseek_jax.training.step import abstract_state, make_train_step
 from pallas_kernels.blocks import cdiv
 from pallas_kernels.fp8_gemm.shapes import DECODED, TOKENS
 from pallas_kernels.testing.workloads import workloads

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.balancing.plan import Plan
+from deepseek_jax.training.passes import make_eval_step
 from deepseek_jax.training.state import state_shardings
-from deepseek_jax.training.step import init_state, make_eval_step, make_train_step
+from deepseek_jax.training.step import init_state, make_train_step
 from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
 from tests.parallel.harness import SINGLE, batch_on, config, mesh_of, put, run
 from tests.tiny_run import HYPER, fresh_state

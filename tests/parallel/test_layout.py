@@ -17,7 +17,8 @@ from deepseek_jax.model.params import abstract
 from deepseek_jax.model.transformer import forward, model_params
 from deepseek_jax.parallel.layout import few_tokens, layout_over
 from deepseek_jax.parallel.mesh import BATCH_AXES, abstract_mesh
-from deepseek_jax.training.step import make_eval_step, make_train_step
+from deepseek_jax.training.passes import make_eval_step
+from deepseek_jax.training.step import make_train_step
 from tests.tiny_run import tiny
 
 MESHES = {

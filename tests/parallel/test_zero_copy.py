@@ -16,8 +16,8 @@ from deepseek_jax.model.weights import quantise_weights
 from deepseek_jax.parallel.zero import gather, held_specs, read_dtype, share_of
 from deepseek_jax.precision import preset
 from deepseek_jax.training.labels import totals
+from deepseek_jax.training.passes import make_eval_step
 from deepseek_jax.training.state import parameter_shares
-from deepseek_jax.training.step import make_eval_step
 from tests.parallel.comparison import difference
 from tests.parallel.harness import SHALLOW, SINGLE, batch_on, config, mesh_of, put
 from tests.tiny_run import fresh_state, losses, tokens

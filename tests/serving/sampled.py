@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 
+from deepseek_jax.model.id_sets import words
 from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.sampler import Rows, draw, empty_slots, of_request, put
 from deepseek_jax.serving.sampling import Sampling
-from deepseek_jax.serving.slots import words
 from tests.oracle.sampling import Case
 
 V = 16

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.model.id_sets import packed, unpacked, words
 from deepseek_jax.serving.request import TOP, Request
 from deepseek_jax.serving.sampler import (
     Rows,
@@ -32,7 +33,6 @@ from deepseek_jax.serving.sampling import (
     keys_at,
     sample,
 )
-from deepseek_jax.serving.slots import packed, unpacked, words
 from tests.oracle import sampling as oracle
 from tests.programs import equations
 from tests.serving.sampled import (

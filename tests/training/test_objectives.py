@@ -88,7 +88,7 @@ def policy(cfg):
     def objective(out, batch, total, hyper):
         labels, valid = map(out.sequence.own, targets(batch, cfg.data.seq_len, 0))
         h_nd = out.h_btd.reshape(-1, out.h_btd.shape[-1])
-        logp = token_logprobs(h_nd, out.head_dv, labels.reshape(-1), cfg.train.loss_chunk).reshape(
+        logp = token_logprobs(h_nd, out.head_dv, labels.reshape(-1), cfg.train.loss_chunk).logp.reshape(
             labels.shape
         )
         ratio = jnp.exp(logp - jax.lax.stop_gradient(logp) + 0.1 * jnp.sin(jnp.arange(labels.shape[1])[None]))

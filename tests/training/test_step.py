@@ -13,7 +13,8 @@ from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.transformer import forward
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from deepseek_jax.training.labels import inputs, totals
-from deepseek_jax.training.step import make_eval_step, make_train_step
+from deepseek_jax.training.passes import make_eval_step
+from deepseek_jax.training.step import make_train_step
 from tests.oracle.tiny import weights
 from tests.tiny_run import HYPER, fresh_state, losses, tiny, tokens
 

@@ -20,6 +20,7 @@ from jax import lax
 
 from deepseek_jax.parallel.exchange.order import after
 from deepseek_jax.parallel.mesh import PIPE
+from deepseek_jax.parallel.parts import plus
 from deepseek_jax.parallel.pipeline.rings import Flat, Form, Ring, nothing, put, ring, take, widths
 from deepseek_jax.parallel.pipeline.stage import Done, Stages
 from deepseek_jax.parallel.pipeline.stages import Content
@@ -329,13 +330,13 @@ class Steps(_Ticks):
 
 
 def _with_done(sums: Sums, done: Done) -> Sums:
-    return sums._replace(done=jax.tree.map(jnp.add, sums.done, done))
+    return sums._replace(done=plus(sums.done, done))
 
 
 def _with_end(sums: Sums, dp: Any) -> Sums:
     """With gradients of the parameters outside of the layers, if there are any."""
-    added = {name: jax.tree.map(_add, sums.grads[name], of) for name, of in (dp or {}).items()}
-    return sums._replace(grads=sums.grads | added)
+    of_end = {name: jax.tree.map(_add, sums.grads[name], of) for name, of in (dp or {}).items()}
+    return sums._replace(grads=sums.grads | of_end)
 
 
 def _put_at(slot: int, sum_: jax.Array, g: jax.Array, added: bool) -> jax.Array:

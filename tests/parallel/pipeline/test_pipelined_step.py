@@ -10,8 +10,9 @@ import pytest
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.ema import EMA
+from deepseek_jax.training.passes import make_eval_step
 from deepseek_jax.training.state import state_shardings
-from deepseek_jax.training.step import abstract_state, make_eval_step, make_train_step
+from deepseek_jax.training.step import abstract_state, make_train_step
 from tests.parallel import harness
 from tests.parallel.comparison import BOUND, assert_same_step, assert_tracks, difference
 from tests.parallel.pipeline.runs import MTP, config, without

@@ -117,7 +117,7 @@ PARTS = {
     "mlp": swiglu_ffn,
     "attention": attention,
     "head": head,
-    "head, each token's own": lambda: head(token_logprobs, lambda fn: fn),
+    "head, each token's own": lambda: head(lambda *x: token_logprobs(*x).logp, lambda fn: fn),
 }
 LAYERS = [
     ("dense", "none", "bf16"),
