@@ -26,8 +26,8 @@ from deepseek_jax.parallel.processes.together import is_first, whole_copy
 from deepseek_jax.posttraining.extend import CONTROL, PHASE, ExtendConfig, before, stages
 from deepseek_jax.training.evaluation import evaluate
 from deepseek_jax.training.feeding import Feed
+from deepseek_jax.training.passes import make_eval_step
 from deepseek_jax.training.start import Start
-from deepseek_jax.training.step import make_eval_step
 
 FILE = "needle.json"
 

@@ -95,8 +95,8 @@ def totals(
     counts = [x.sum() for x in (*valid, with_tokens(batch, t) & present_b1[:, 0], valid[0].any(1))]
     total = lax.psum(jnp.stack(counts), axes) if axes else jnp.stack(counts)
     numbers = tuple(jnp.maximum(total, 1).astype(jnp.float32))
-    sequences, answers = numbers[depths:]
-    return Totals(sequences if "padding" in batch else there, numbers[:depths], room, answers)
+    with_any, answers = numbers[depths:]
+    return Totals(with_any if "padding" in batch else there, numbers[:depths], room, answers)
 
 
 def inputs(batch: Batch, t: int) -> Inputs:
