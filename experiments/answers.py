@@ -33,12 +33,12 @@ def asked(validation: Validation) -> list[Asked]:
 
 
 def _asked(ids: np.ndarray, learned: np.ndarray) -> Asked | None:
-    """Splits a conversation; None where nothing comes before what is learned, as of a text."""
+    """Splits a conversation; None for a text, of which all is learned but the first token."""
     if not learned.any():
         return None
     end = int(np.flatnonzero(learned)[-1]) + 1
     others = np.flatnonzero(~learned[:end])
-    return Asked(ids[: others[-1] + 1], ids[others[-1] + 1 : end]) if others.size else None
+    return Asked(ids[: others[-1] + 1], ids[others[-1] + 1 : end]) if others.size > 1 else None
 
 
 def spread(found: Sequence[T], count: int) -> list[T]:

@@ -7,6 +7,7 @@
     python -m experiments.bench exchange   # experts over a mesh: ragged exchange beside padded and all-gather
     python -m experiments.bench pipeline   # CPU seconds of a step over pipeline stages beside one without them
     python -m experiments.bench serve      # the engine and the server beside vLLM and transformers (serve --help)
+    python -m experiments.bench sft        # fine-tuning of packed conversations beside TRL
     python -m experiments.bench gpu        # steps and decoding on a GPU, losses beside the CPU's, kernels of a profile
 
 Each side has a process of its own, idle while the other measures; the rounds alternate, and medians are compared.
@@ -202,7 +203,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "command",
-        choices=("train", "decode", "experts", "speculative", "exchange", "pipeline", "serve", "gpu"),
+        choices=("train", "decode", "experts", "speculative", "exchange", "pipeline", "serve", "sft", "gpu"),
     )
     parser.add_argument("--checkpoint", default="runs/tiny", help="of `speculative`: a run or a checkpoint")
     parser.add_argument(
@@ -240,6 +241,10 @@ def main(argv: Sequence[str]) -> int:
 
         bench_exchange.run(args) if args.command == "exchange" else bench_pipeline.run(args, _alternate)
         return 0
+    if args.command == "sft":
+        from experiments import bench_sft
+
+        return bench_sft.run(args, _config(), _alternate)
     if args.command == "speculative":
         _speculative(args)
         return 0

@@ -31,38 +31,92 @@ def setup(spec: Mapping[str, Any]) -> Measure:
     if spec["kind"] == "engine":
         return _loop(spec)
     cfg = build(Config, spec["config"])
-    return (_train if spec["kind"] == "train" else _decode)(cfg, spec)
+    return {"train": _train, "decode": _decode, "sft": _sft}[spec["kind"]](cfg, spec)
 
 
 def _train(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
     from experiments.devices import devices_of_run
 
     devices_of_run(cfg, at_most=spec["threads"])
-    import jax
     import numpy as np
 
-    from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
+    shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, np.int32)
+    run = _steps(cfg, lambda: {"tokens": tokens})
+    run(2)
+    return lambda: run(spec["steps"]) / spec["steps"]
+
+
+def _sft(cfg: Any, spec: Mapping[str, Any]) -> Callable[[], float]:
+    """Packed conversations; seconds are per token that is no padding."""
+    from experiments.devices import devices_of_run
+
+    devices_of_run(cfg, at_most=spec["threads"])
+    import numpy as np
+
+    from deepseek_jax.data.best_fit import SamplePacker
+    from deepseek_jax.data.loader import BatchStream
+    from deepseek_jax.data.report import CorpusReport
+    from deepseek_jax.data.sample_cache import Samples
+
+    ids = [np.array(row["input_ids"], np.int32) for row in spec["samples"]]
+    learned = [np.array(row["labels"]) >= 0 for row in spec["samples"]]
+    number, starts = len(ids), np.cumsum([0, *map(len, ids)])
+    samples = Samples(
+        np.concatenate(ids),
+        np.concatenate(learned),
+        starts,
+        np.array([x.sum() for x in learned]),
+        np.zeros((number, 2), np.int64),
+        np.zeros(number),
+        ("random",),
+        "",
+        CorpusReport(),
+    )
+    stream = BatchStream([SamplePacker(samples, np.arange(number), cfg.data.seq_len, 0)], [1.0], {})
+    taken = 0
+
+    def take() -> Mapping[str, Any]:
+        nonlocal taken
+        batch = stream.take(cfg.train.batch_size)
+        taken += int((~batch["padding"]).sum())
+        return batch
+
+    run = _steps(cfg, take)
+    run(2)
+
+    def measure() -> float:
+        before = taken
+        seconds = run(spec["steps"])
+        return seconds / (taken - before)
+
+    return measure
+
+
+def _steps(cfg: Any, take: Callable[[], Mapping[str, Any]]) -> Callable[[int], float]:
+    """Seconds of so many training steps, on batches that `take` gives."""
+    import jax
+
+    from deepseek_jax.parallel.mesh import make_mesh
+    from deepseek_jax.training.feeding import Feed
     from deepseek_jax.training.schedules import Schedules
     from deepseek_jax.training.step import init_state, make_train_step
 
     mesh = make_mesh(cfg.mesh)
-    shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
-    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, np.int32)
-    batch = {"tokens": jax.device_put(tokens, batch_sharding(mesh))}
     schedules = Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len)
-    step, state, taken = make_train_step(cfg, mesh), init_state(cfg, mesh), 0
+    step, state, taken, feed = make_train_step(cfg, mesh), init_state(cfg, mesh), 0, Feed(mesh)
+    tokens = cfg.train.batch_size * cfg.data.seq_len
 
     def run(steps: int) -> float:
         nonlocal state, taken
         began = time.perf_counter()
         for _ in range(steps):
-            state, metrics = step(state, batch, schedules.hyper(taken, taken * batch["tokens"].size))
+            state, metrics = step(state, feed.put(take()), schedules.hyper(taken, taken * tokens))
             taken += 1
         jax.block_until_ready((state, metrics))
-        return (time.perf_counter() - began) / steps
+        return time.perf_counter() - began
 
-    run(2)
-    return lambda: run(spec["steps"])
+    return run
 
 
 def peak(size: int, products: int) -> Measure:

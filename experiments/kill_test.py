@@ -1,6 +1,7 @@
 """Kills a training run by SIGKILL at random moments, resumes it each time, and compares it with an undisturbed one.
 
     python -m experiments.kill_test --config=tests/golden/config.py --kills=20
+    python -m experiments.kill_test --command=sft --config=configs/tiny_sft.py --steps=60     # after make train
 
 Half of the moments are drawn from the whole life of the process, start-up included, the other half from its
 training, so that steps, evaluations and checkpoints being written are all hit. A run that reaches its end is
@@ -42,13 +43,14 @@ class Run:
     Args:
         folder: holds its output; a compilation and a data cache beside it are shared between runs.
         arguments: those of `experiments.train`, config first.
+        command: another one of `experiments` that trains.
     """
 
-    def __init__(self, folder: Path, arguments: Sequence[str]):
+    def __init__(self, folder: Path, arguments: Sequence[str], command: str = "train"):
         self.folder = folder
         cache = folder.parent / "cache"
         self.command = [
-            *(sys.executable, "-m", "experiments.train", *arguments),
+            *(sys.executable, "-m", f"experiments.{command}", *arguments),
             *(f"--config.train.out_dir={folder}", f"--config.data.cache_dir={cache / 'data'}"),
         ]
         self.environment = {
@@ -157,10 +159,10 @@ def differences(run: Run, want: Run) -> list[str]:
     return found + ([] if run.records() == want.records() else [METRICS_FILE])
 
 
-def kill_test(folder: Path, arguments: Sequence[str], kills: int, seed: int) -> bool:
+def kill_test(folder: Path, arguments: Sequence[str], kills: int, seed: int, command: str = "train") -> bool:
     """Runs the whole test; prints the moments and the verdict; returns whether all runs were equal."""
     rng = random.Random(seed)
-    reference = Run(folder / "undisturbed", arguments)
+    reference = Run(folder / "undisturbed", arguments, command)
     timing = undisturbed(reference)
     print(
         f"undisturbed: {reference.step()} steps, start-up {timing.start_up:.1f} s, then {timing.training:.1f} s"
@@ -168,7 +170,7 @@ def kill_test(folder: Path, arguments: Sequence[str], kills: int, seed: int) -> 
     equal, done, runs = True, 0, 0
     while done < kills:
         runs += 1
-        run, complete = Run(folder / f"killed{runs}", arguments), False
+        run, complete = Run(folder / f"killed{runs}", arguments, command), False
         while done < kills and not complete:
             moment = kill_at_random(run, timing, rng, while_training=done % 2 == 1)
             if moment is None:
@@ -188,7 +190,9 @@ def kill_test(folder: Path, arguments: Sequence[str], kills: int, seed: int) -> 
 
 def main(argv: Sequence[str]) -> int:
     parser = command_line.Parser(description="Kill and resume a training run; compare it bitwise.")
-    parser.add_argument("--config", default="tests/golden/config.py", help="of experiments.train")
+    parser.add_argument("--command", choices=("train", "sft"), default="train", help="which of experiments")
+    parser.add_argument("--config", default="tests/golden/config.py", help="of the command")
+    parser.add_argument("--init_from", help="its weights to start from, if not those of the config")
     parser.add_argument("--steps", type=int, default=300, help="length of the run")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -200,8 +204,9 @@ def main(argv: Sequence[str]) -> int:
         f"--config.train.steps={args.steps}",
         f"--config.train.checkpoint_every={max(1, args.steps // 15)}",
     ]
+    arguments += [f"--config.train.init_from={args.init_from}"] if args.init_from else []
     with tempfile.TemporaryDirectory() as folder:
-        return 0 if kill_test(Path(folder), arguments, args.kills, args.seed) else 1
+        return 0 if kill_test(Path(folder), arguments, args.kills, args.seed, args.command) else 1
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from deepseek_jax import hf, now
 from deepseek_jax.balancing.plan import Plan
 from deepseek_jax.checkpoints.arrays import load_params
 from deepseek_jax.checks import path_of, require, shown
-from deepseek_jax.config import Config, MeshConfig, ModelConfig, build
+from deepseek_jax.config import MeshConfig, ModelConfig, build
 from deepseek_jax.data import text_files
 from deepseek_jax.data.special_tokens import stop_ids
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ def load(
                 folder / "checkpoints", step, ema, lambda item: hf.load_tree(item, over_mesh, plan_of)
             )
             text = _text_side(folder, meta.get("huggingface", {}).get("config", {}))
-            cfg = build(Config, saved).model
+            cfg = build(ModelConfig, saved.get("model", {}), "model.")  # whatever trained it
             return Model(cfg, params, jnp.asarray(bias), *text, mesh, plan_of(cfg))
     raise ValueError(f"{folder} holds neither config.json (Hugging Face) nor checkpoints/ (a training run)")
 
