@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.checks import named, names_that_differ, ranges, require, shown
+from deepseek_jax.checks import names_that_differ, ranges, require, shown
 from deepseek_jax.config import SEEDS
-from deepseek_jax.data.conversations import messages_of, options_of, question_of
 from deepseek_jax.data.held_out import FRACTION, share, those_held_out
 from deepseek_jax.data.loader import furthest_behind
 from deepseek_jax.data.report import CorpusReport
-from deepseek_jax.data.rows import Row, read_rows, row_files
+from deepseek_jax.data.row_fields import messages_of, options_of, question_of
+from deepseek_jax.data.rows import Row, of_row, read_rows, row_files
 from deepseek_jax.data.shuffle import permuted
 from deepseek_jax.data.sources import weighted
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -202,7 +202,7 @@ def prompts_of(rows: Iterable[Row], tokenizer: Tokenizer) -> list[Prompt]:
     """The prompts of rows, rendered and encoded. Raises ValueError for a row that is none, by name."""
     made = list[tuple[Row, str | list[dict[str, Any]], dict[str, Any], str]]()
     for row in rows:
-        with named(f"{row.name}: "):
+        with of_row(row):
             prompt, columns = split_row(row.values)
             text = prompt if isinstance(prompt, str) else _rendered(tokenizer, prompt, row.values)
             made.append((row, prompt, columns, text))

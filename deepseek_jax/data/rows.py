@@ -4,6 +4,7 @@ A fault ends the reading, with an error of one line that names the row: a set of
 program, and what is lost of it without a word is found months later. (Plain text is read otherwise: `readers.py`.)
 """
 
+import contextlib
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,15 @@ class Row(NamedTuple):
 
     name: str
     values: dict[str, Any]
+
+
+@contextlib.contextmanager
+def of_row(row: Row) -> Iterator[None]:
+    """Puts the row's name before a ValueError that the block raises, and makes one line of it: templates write several."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{row.name}: {' '.join(str(error).split())}") from error
 
 
 def row_files(source: str, report: CorpusReport) -> list[SourceFile]:

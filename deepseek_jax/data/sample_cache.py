@@ -10,24 +10,28 @@ An entry of the cache (cache.py) holds
     shares    float64 [n], of each sample's question (held_out.py)
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.checks import named, require
+from deepseek_jax.checks import require
 from deepseek_jax.data import cache
-from deepseek_jax.data.conversations import Conversations, Sample, question_of
+from deepseek_jax.data.conversations import Conversations, Sample
 from deepseek_jax.data.held_out import share
 from deepseek_jax.data.report import CorpusReport
-from deepseek_jax.data.rows import read_rows, row_files
+from deepseek_jax.data.row_fields import question_of
+from deepseek_jax.data.rows import of_row, read_rows, row_files
+from deepseek_jax.data.token_cache import CHECKED_BYTES
 from deepseek_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # version of an entry; entries of another version are made again
@@ -107,39 +111,55 @@ def _found(files: cache.Files, conversations: Conversations) -> Iterator[_Found]
     while batch := list(itertools.islice(rows, _ROWS)):
         turns, shares = [], []
         for row in batch:
-            with named(f"{row.name}: "):
+            with of_row(row):
                 turns.append(conversations.turns(row.values))
                 shares.append(share(question_of(row.values)))
         for row, place, samples in zip(batch, shares, conversations.samples(turns), strict=True):
             yield from (_Found(sample, row.name, place) for sample in samples)
 
 
+class _File:
+    """An array written piece by piece; crc32 of all so far."""
+
+    def __init__(self, path: Path, dtype: str):
+        self._file, self._dtype, self.crc32 = path.open("wb"), dtype, 0
+
+    def write(self, piece: np.ndarray) -> bytes:
+        data = piece.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def _make(folder: Path, found: Iterable[_Found], tokenizer: Tokenizer) -> cache.Meta:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-    digest, files = hashlib.sha256(), dict[str, int]()
-    arrays: dict[str, list[Any]] = {"starts": [0], "labels": [], "rows": [], "shares": []}
-    with (folder / "ids").open("wb") as ids, (folder / "learned").open("wb") as learned:
-        for sample, row, place in found:
-            for file, array in ((ids, sample.ids.astype(dtype)), (learned, sample.learned)):
-                file.write(array.tobytes())
-                digest.update(array.tobytes())
-            digest.update(np.float64(place).tobytes())
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
+    digest, names = hashlib.sha256(), dict[str, int]()
+    lists: dict[str, list[Any]] = {"starts": [0], "labels": [], "rows": [], "shares": []}
+    with (
+        contextlib.closing(_File(folder / "ids", dtype)) as ids,
+        contextlib.closing(_File(folder / "learned", "bool")) as learned,
+    ):
+        for (sample_ids, said), row, place in found:
+            digest.update(ids.write(sample_ids) + learned.write(said) + np.float64(place).tobytes())
             path, _, number = row.rpartition(":")
-            arrays["starts"].append(arrays["starts"][-1] + len(sample.ids))
-            arrays["labels"].append(int(sample.learned.sum()))
-            arrays["rows"].append((files.setdefault(path, len(files)), int(number)))
-            arrays["shares"].append(place)
-    size, tokens = len(arrays["shares"]), arrays["starts"][-1]
+            lists["starts"].append(lists["starts"][-1] + len(sample_ids))
+            lists["labels"].append(int(said.sum()))
+            lists["rows"].append((names.setdefault(path, len(names)), int(number)))
+            lists["shares"].append(place)
+    size, tokens = len(lists["shares"]), lists["starts"][-1]
     require(size > 0, "there is no row in any file")
-    shapes = _shapes(size, tokens, dtype.name)
-    for name, values in arrays.items():
-        np.array(values, shapes[name][0]).tofile(folder / name)
+    for name, values in lists.items():
+        np.array(values, _shapes(size, tokens, dtype)[name][0]).tofile(folder / name)
     return {
-        "dtype": dtype.name,
+        "dtype": dtype,
         "size": size,
         "tokens": tokens,
-        "files": list(files),
+        "files": list(names),
         "fingerprint": digest.hexdigest()[:16],
+        "crc32": {"ids": ids.crc32, "learned": learned.crc32},
     }
 
 
@@ -159,7 +179,10 @@ def _load(folder: Path, meta: cache.Meta, report: CorpusReport) -> Samples | Non
     """The entry, or None when it is damaged."""
     shapes = _shapes(meta["size"], meta["tokens"], meta["dtype"])
     arrays = {name: _mapped(folder / name, *shape) for name, shape in shapes.items()}
-    if arrays["starts"][0] != 0 or arrays["starts"][-1] != meta["tokens"]:
+    whole = arrays["starts"][0] == 0 and arrays["starts"][-1] == meta["tokens"]
+    if arrays["ids"].nbytes <= CHECKED_BYTES:
+        whole &= all(zlib.crc32(arrays[name].data) == crc32 for name, crc32 in meta["crc32"].items())
+    if not whole:
         return None
     return Samples(**arrays, files=tuple(meta["files"]), fingerprint=meta["fingerprint"], report=report)
 
