@@ -92,6 +92,10 @@ class Engine:
         """Raises ValueError for what can never run, QueueFullError where the queue is full."""
         request.check(self.device.cfg.vocab_size, self.device.sizes.max_model_len)
         untold = (update.id for update in self._ended)
+        require(
+            request.answer is None or not self.device.drafts,
+            "an answer that is given is not drafted: build the engine with drafts=False",
+        )
         free = request.id not in self._records and request.id not in untold
         require(free, f"request id {request.id!r} is in use: give another")
         rank = choose_rank(self.schedulers, request)
@@ -223,6 +227,7 @@ class Engine:
                 if record.paged < len(running.pages):
                     plan.page_r[i], plan.index_r[i] = running.pages[record.paged], record.paged
                     record.paged += 1
+                plan.answer_rt[i, :times] = _given(running, running.computed - times + 1, times)
                 rows.append((i, row))
         name, run = ("drafts", self.device.decode_pairs) if drafts else ("decode", self.device.decode)
         drawn = run(self._masked(plan, rows), self._most(rows), times)
@@ -254,6 +259,7 @@ class Engine:
         following = running.tokens[chunk.start + 1 : end + 1]
         plan.next_rt[i, plan.next_rt.shape[1] - n :][: len(following)] = following
         plan.samples_r[i] = chunk.samples
+        plan.answer_r[i] = _given(running, end, 1)[0]
         plan.asks_r[i], plan.routes_r[i] = running.request.prompt_logprobs is not None, running.request.routes
         plan.table_rn[i, : len(running.pages)] = running.pages
         self._records[running.request.id].paged = len(running.pages)
@@ -389,6 +395,16 @@ class Engine:
         waited = record.queued or 0.0
         at = running.request.id
         return Update(at, new, reason, running.cached_tokens, prompt, queued=waited, routes=routes)
+
+
+def _given(running: Running, place: int, count: int) -> list[int]:
+    """The tokens at this place of a sequence, and behind it, that are taken and not drawn; -1 for others."""
+    request, found = running.request, [-1] * count
+    if request.answer is not None and place >= len(request.prompt):
+        first = place - len(request.prompt)
+        answer = list(request.answer[first : first + count])
+        found[: len(answer)] = answer
+    return found
 
 
 def _decoding(scheduler: Scheduler) -> int:

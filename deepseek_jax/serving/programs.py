@@ -96,13 +96,15 @@ def layers_in_pages(cfg: ModelConfig, drafts: bool) -> int:
 
 class DecodeRows(NamedTuple):
     """The next token of sequences. slot_r: -1 for no row; page_r: a page more of the sequence, -1 for none; index_r: which
-    of its pages that is; mask_rw: ids that may be drawn, of rows whose masked_r is set (`request.Grammar`)."""
+    of its pages that is; mask_rw: ids that may be drawn, of rows whose masked_r is set (`request.Grammar`); answer_rt: tokens that are
+    taken instead of drawn ones, of each of several times, -1 for none (`Request.answer`)."""
 
     slot_r: Any
     page_r: Any
     index_r: Any
     masked_r: Any
     mask_rw: Any
+    answer_rt: Any
 
 
 class Chunks(NamedTuple):
@@ -110,7 +112,7 @@ class Chunks(NamedTuple):
 
     slot_r: -1 for no row; start_r: tokens before the chunk; tokens_rt: padded on the left; next_rt: the token after each, -1
     where nobody knows it; new_r: tokens that are no padding; samples_r: whether the next token is drawn; asks_r: whether
-    log-probabilities of next_rt are wanted; routes_r: whether the tokens' experts are, for the host alone; table_rn: the pages of the
+    log-probabilities of next_rt are wanted; answer_r: the token that is taken instead of a drawn one, -1 for none; routes_r: whether the tokens' experts are, for the host alone; table_rn: the pages of the
     sequence.
     """
 
@@ -121,6 +123,7 @@ class Chunks(NamedTuple):
     new_r: Any
     samples_r: Any
     asks_r: Any
+    answer_r: Any
     routes_r: Any
     masked_r: Any
     mask_rw: Any
@@ -177,12 +180,14 @@ def taking_part(state: State, rows: DecodeRows) -> tuple[State, Part]:
 
 
 def drawn_by(weights: Weights, part: Part, most: int | None) -> Callable[..., tuple[Slots, Drawn]]:
-    """(slots, logits, positions, which rows count, whose masks) -> the slots, and one token of each row."""
+    """(slots, logits, positions, which rows count, whose masks, and tokens that are given) -> the slots, and one token of each row."""
 
     def one(
         slots: Slots, logits_rv: jax.Array, position_r: jax.Array, counted_r: jax.Array, masks: Any = None
     ) -> tuple[Slots, Drawn]:
-        more = {} if masks is None else {"masked_b": masks.masked_r, "mask_bw": masks.mask_rw}
+        more = {}
+        if masks is not None:
+            more = {"masked_b": masks.masked_r, "mask_bw": masks.mask_rw, "answer_b": masks.answer_rt[:, 0]}
         return draw(
             slots,
             part.slot_r,
@@ -215,17 +220,18 @@ def decode_times(
     """
 
     @jax.jit  # traced once, for its shapes and in the loop
-    def one(weights: Weights, state: State, rows: DecodeRows) -> tuple[State, Any]:
-        return program(weights, cfg, layout, state, rows, most)  # type: ignore[no-any-return]
+    def one(weights: Weights, state: State, rows: DecodeRows, i: Any) -> tuple[State, Any]:
+        answer_rt = lax.dynamic_slice_in_dim(rows.answer_rt, i, 1, axis=1)
+        return program(weights, cfg, layout, state, rows._replace(answer_rt=answer_rt), most)  # type: ignore[no-any-return]
 
     if times is None:
-        state, drawn = one(weights, state, rows)
+        state, drawn = one(weights, state, rows, 0)
         return state, jax.tree.map(lambda x: x[None], drawn)
-    _, shapes = jax.eval_shape(one, weights, state, rows)
+    _, shapes = jax.eval_shape(one, weights, state, rows, jnp.int32(0))
     room = jax.tree.map(lambda x: jnp.zeros((AT_ONCE, *x.shape), x.dtype), shapes)
 
     def again(i: jax.Array, carry: tuple[State, Any]) -> tuple[State, Any]:
-        state, drawn = one(weights, carry[0], rows)
+        state, drawn = one(weights, carry[0], rows, i)
         return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), carry[1], drawn)
 
     return lax.fori_loop(0, times, again, (state, room))
@@ -291,6 +297,7 @@ def prefill_chunks(
         samples_r,
         masked_b=chunks.masked_r,
         mask_bw=chunks.mask_rw,
+        answer_b=chunks.answer_r,
         num_ids=weights.num_ids,
         most=most,
     )
@@ -345,7 +352,12 @@ def decode_plan(rows: int, words: int) -> DecodeRows:
     """No row yet; host arrays."""
     none = np.full(rows, -1, np.int32)
     return DecodeRows(
-        none, none.copy(), np.zeros(rows, np.int32), np.zeros(rows, bool), _no_mask(rows, words)
+        slot_r=none,
+        page_r=none.copy(),
+        index_r=np.zeros(rows, np.int32),
+        masked_r=np.zeros(rows, bool),
+        mask_rw=_no_mask(rows, words),
+        answer_rt=np.full((rows, AT_ONCE), -1, np.int32),
     )
 
 
@@ -363,6 +375,7 @@ def chunk_plan(rows: int, tokens: int, pages_each: int, words: int) -> Chunks:
         zeros(rows),
         zeros(rows, dtype=bool),
         zeros(rows, dtype=bool),
+        np.full(rows, -1, np.int32),
         zeros(rows, dtype=bool),
         zeros(rows, dtype=bool),
         _no_mask(rows, words),

@@ -66,6 +66,8 @@ class Request:
         salt: prompts share pages only if theirs is the same.
         priority: smaller ones run first, and take the slots of larger ones, which wait again.
         kept: give the ids that each token of the answer was drawn from.
+        answer: max_tokens token ids that are taken instead of drawn ones, each with the log-probabilities, kept ids and experts that it
+            has where it is drawn, by the same programs.
         routes: give the experts of all tokens but the last. The prompt is computed here, and shares pages with those of requests that
             ask the same, as far as they were computed as prompts.
         prefill: "host:port" of the server that is to compute the prompt (`transfer/`), where one was chosen.
@@ -85,6 +87,7 @@ class Request:
     salt: str = ""
     priority: int = 0
     kept: bool = False
+    answer: Sequence[int] | None = None
     routes: bool = False
     prefill: str | None = None
     export: Export | None = None
@@ -111,6 +114,7 @@ class Request:
             f"{max_model_len} tokens that a sequence may have",
         )
         require(is_integer(self.seed), f"seed={shown(self.seed)} must be an integer")
+        self._check_answer(vocab_size)
         require(
             not self.routes or self.export is None,
             "routes of a prompt that is computed for another server go nowhere: leave routes out",
@@ -125,6 +129,18 @@ class Request:
             value = getattr(self, name)
             good = value is None or (is_integer(value) and 0 <= value <= TOP)
             require(good, f"{name}={shown(value)} must be an integer from 0 to {TOP}")
+
+    def _check_answer(self, vocab_size: int) -> None:
+        if self.answer is None:
+            return
+        good = all(is_integer(token) and 0 <= token < vocab_size for token in self.answer)
+        require(
+            good, f"answer={shown(list(self.answer[:8]))} must be token ids below vocab_size={vocab_size}"
+        )
+        require(
+            len(self.answer) == self.max_tokens,
+            f"answer of {len(self.answer)} tokens with max_tokens={self.max_tokens}: they must be as many",
+        )
 
 
 class Token(NamedTuple):

@@ -35,6 +35,7 @@ from deepseek_jax.serving.sampling import (
     ALL,
     DRAWN,
     RowSampling,
+    best_token,
     either,
     filtered_logits,
     keys_at,
@@ -82,6 +83,7 @@ class Rows(NamedTuple):
         num_ids: ids from here on are never drawn; None: there are none.
         masked_b: bool; the masks of other rows are not heard; None: all are.
         most: what the rows ask for at most, GREEDY to ALL; None: the program sees it itself.
+        answer_b: the tokens that are taken instead of drawn ones; -1: one is drawn. None: in all rows.
     """
 
     slot_b: Array
@@ -91,6 +93,7 @@ class Rows(NamedTuple):
     num_ids: Array | None = None
     masked_b: Array | None = None
     most: int | None = None
+    answer_b: Array | None = None
 
     def ask(self, slots: Slots, what: int) -> Any:
         """Whether a row that counts asks for `what` or more: bool, or an array where the host does not know."""
@@ -222,9 +225,10 @@ def draw(
     num_ids: Array | None = None,
     masked_b: Array | None = None,
     most: int | None = None,
+    answer_b: Array | None = None,
 ) -> tuple[Slots, Drawn]:
     """One token of each row, and the slots whose answers have it; for the arguments see `Rows`."""
-    rows = Rows(slot_b, position_b, counted_b, mask_bw, num_ids, masked_b, most)
+    rows = Rows(slot_b, position_b, counted_b, mask_bw, num_ids, masked_b, most, answer_b)
     logits_bv = logits_bv.astype(jnp.float32)
     as_asked = functools.partial(each_row, functools.partial(_as_asked, slots), rows)
     greedily = functools.partial(_greedily, rows)
@@ -236,7 +240,7 @@ def _as_asked(slots: Slots, rows: Rows, logits_bv: jax.Array) -> tuple[Any, ...]
     """`Drawn` without logprob_b."""
     settings = row_settings(slots, rows)
     x_bv = adjusted(slots, rows, settings, logits_bv)
-    token_b, sampled_b = sample(keys_at(settings, rows.position_b), x_bv, settings)
+    token_b, sampled_b = sample(keys_at(settings, rows.position_b), x_bv, settings, rows.answer_b)
     some_b = slots.kept_s[rows.slot_b]
     kept_bw = either(rows.change(some_b), functools.partial(_kept, settings), _none_kept, x_bv)
     return token_b, sampled_b, *alternatives(slots, rows, logits_bv), kept_bw
@@ -244,9 +248,8 @@ def _as_asked(slots: Slots, rows: Rows, logits_bv: jax.Array) -> tuple[Any, ...]
 
 def _greedily(rows: Rows, logits_bv: jax.Array) -> tuple[Any, ...]:
     """The same where no row asks for more."""
-    token_b = jnp.argmax(allowed(rows, logits_bv), axis=-1).astype(jnp.int32)
-    zero_b = jnp.zeros(len(token_b), jnp.float32)
-    return token_b, zero_b, *_no_alternatives(logits_bv), _none_kept(logits_bv)
+    token_b, sampled_b = best_token(allowed(rows, logits_bv), rows.answer_b)
+    return token_b, sampled_b, *_no_alternatives(logits_bv), _none_kept(logits_bv)
 
 
 def _kept(settings: RowSampling, adjusted_bv: jax.Array) -> jax.Array:

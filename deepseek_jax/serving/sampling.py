@@ -223,15 +223,30 @@ def log_prob(logits_bv: jax.Array, token_b: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits_bv, axis=-1)
 
 
-def sample(key_b: jax.Array, logits_bv: jax.Array, rows: RowSampling) -> tuple[jax.Array, jax.Array]:
-    """One token per row, int32 [b], and its log-probability under `filtered_logits`, float32 [b]."""
+def sample(
+    key_b: jax.Array, logits_bv: jax.Array, rows: RowSampling, answer_b: Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """One token per row, int32 [b], and its log-probability under `filtered_logits`, float32 [b]. answer_b: see `or_given`."""
 
     def drawn(logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
         filtered = filtered_logits(logits_bv, rows)
         token_b = jax.vmap(jax.random.categorical)(key_b, filtered).astype(jnp.int32)
+        token_b = or_given(token_b, answer_b)
         return token_b, log_prob(filtered, token_b)
 
     def best(logits_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), jnp.zeros(len(logits_bv), jnp.float32)
+        return best_token(logits_bv, answer_b)
 
     return either(rows.asks(DRAWN), drawn, best, logits_bv)
+
+
+def or_given(token_b: jax.Array, answer_b: Array | None) -> jax.Array:
+    """Tokens that were drawn; where answer_b is not negative that one instead, with the probability that it had."""
+    return token_b if answer_b is None else jnp.where(answer_b < 0, token_b, answer_b)
+
+
+def best_token(logits_bv: jax.Array, answer_b: Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """`sample` where all rows are greedy: the likeliest token has the whole probability."""
+    best_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+    token_b = or_given(best_b, answer_b)
+    return token_b, jnp.where(token_b == best_b, 0.0, -jnp.inf)
