@@ -25,7 +25,8 @@ from deepseek_jax.serving.flight import Flight, Record
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.pages import PagePool
-from deepseek_jax.serving.programs import AT_ONCE, chunk_plan, decode_plan
+from deepseek_jax.serving.plans import answers, chunk_plan, decode_plan, put_chunk
+from deepseek_jax.serving.programs import AT_ONCE
 from deepseek_jax.serving.request import PromptToken, Request, Token, Update
 from deepseek_jax.serving.results import asked_for, given_as_asked, prompt_tokens, token_of, up_to_the_end
 from deepseek_jax.serving.routes import PageRoutes
@@ -227,7 +228,7 @@ class Engine:
                 if record.paged < len(running.pages):
                     plan.page_r[i], plan.index_r[i] = running.pages[record.paged], record.paged
                     record.paged += 1
-                plan.answer_rt[i, :times] = _given(running, running.computed - times + 1, times)
+                plan.answer_rt[i, :times] = answers(running, running.computed - times + 1, times)
                 rows.append((i, row))
         name, run = ("drafts", self.device.decode_pairs) if drafts else ("decode", self.device.decode)
         drawn = run(self._masked(plan, rows), self._most(rows), times)
@@ -243,26 +244,13 @@ class Engine:
         rows = []
         for rank, chunks in enumerate(ranks):
             for i, chunk in enumerate(chunks[:each], rank * each):
-                self._put(plan, i, chunk)
+                put_chunk(plan, i, chunk)
+                self._records[chunk.running.request.id].paged = len(chunk.running.pages)
                 rows.append((i, chunk))
             del chunks[:each]
         drawn, given = self.device.prefill(self._masked(plan, rows), self._most(rows))
         told = plan.asks_r.any() or plan.routes_r.any()
         return self._flight(("prefill", each, tokens), 1, rows, drawn, given if told else None, plan.table_rn)
-
-    def _put(self, plan: Any, i: int, chunk: Chunk) -> None:
-        """Row i of a program is this chunk."""
-        running, n = chunk.running, len(chunk.tokens)
-        end = chunk.start + n
-        plan.slot_r[i], plan.start_r[i], plan.new_r[i] = running.slot, chunk.start, n
-        plan.tokens_rt[i, -n:] = chunk.tokens
-        following = running.tokens[chunk.start + 1 : end + 1]
-        plan.next_rt[i, plan.next_rt.shape[1] - n :][: len(following)] = following
-        plan.samples_r[i] = chunk.samples
-        plan.answer_r[i] = _given(running, end, 1)[0]
-        plan.asks_r[i], plan.routes_r[i] = running.request.prompt_logprobs is not None, running.request.routes
-        plan.table_rn[i, : len(running.pages)] = running.pages
-        self._records[running.request.id].paged = len(running.pages)
 
     def _masked(self, plan: Any, rows: list[tuple[int, Any]]) -> Any:
         """The plan with what the grammars of its rows allow."""
@@ -395,16 +383,6 @@ class Engine:
         waited = record.queued or 0.0
         at = running.request.id
         return Update(at, new, reason, running.cached_tokens, prompt, queued=waited, routes=routes)
-
-
-def _given(running: Running, place: int, count: int) -> list[int]:
-    """The tokens at this place of a sequence, and behind it, that are taken and not drawn; -1 for others."""
-    request, found = running.request, [-1] * count
-    if request.answer is not None and place >= len(request.prompt):
-        first = place - len(request.prompt)
-        answer = list(request.answer[first : first + count])
-        found[: len(answer)] = answer
-    return found
 
 
 def _decoding(scheduler: Scheduler) -> int:

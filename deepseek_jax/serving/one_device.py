@@ -17,6 +17,7 @@ from deepseek_jax.model.decoding import ONE_DEVICE
 from deepseek_jax.model.platform import on_cpu
 from deepseek_jax.serving.drafting import Pair, decode_pairs
 from deepseek_jax.serving.pace import Pace
+from deepseek_jax.serving.plans import chunk_plan, decode_plan
 from deepseek_jax.serving.programs import (
     Chunks,
     DecodeRows,
@@ -24,8 +25,6 @@ from deepseek_jax.serving.programs import (
     State,
     Weights,
     brought,
-    chunk_plan,
-    decode_plan,
     decode_rows,
     decode_times,
     empty_state,

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
@@ -25,7 +24,7 @@ from deepseek_jax.model.decoding import Chosen, decode, mtp_append
 from deepseek_jax.model.layers import logits
 from deepseek_jax.model.layout import Layout
 from deepseek_jax.serving.request import TOP
-from deepseek_jax.serving.sampler import Drawn, Slots, draw, empty_slots, given
+from deepseek_jax.serving.sampler import Drawn, Rows, Slots, draw, empty_slots, given
 from deepseek_jax.serving.sampling import ALL
 
 AT_ONCE = 8  # tokens of each row in one program, on a CPU
@@ -185,19 +184,12 @@ def drawn_by(weights: Weights, part: Part, most: int | None) -> Callable[..., tu
     def one(
         slots: Slots, logits_rv: jax.Array, position_r: jax.Array, counted_r: jax.Array, masks: Any = None
     ) -> tuple[Slots, Drawn]:
-        more = {}
+        rows = Rows(part.slot_r, position_r, counted_r, num_ids=weights.num_ids, most=most)
         if masks is not None:
-            more = {"masked_b": masks.masked_r, "mask_bw": masks.mask_rw, "answer_b": masks.answer_rt[:, 0]}
-        return draw(
-            slots,
-            part.slot_r,
-            logits_rv,
-            position_r,
-            counted_r,
-            num_ids=weights.num_ids,
-            most=most,
-            **more,
-        )
+            rows = rows._replace(
+                masked_b=masks.masked_r, mask_bw=masks.mask_rw, answer_b=masks.answer_rt[:, 0]
+            )
+        return draw(slots, rows, logits_rv)
 
     return one
 
@@ -289,18 +281,9 @@ def prefill_chunks(
         known = view._replace(positions_bt=jnp.where(chunks.next_rt < 0, -1, view.positions_bt))
         next_rt = jnp.maximum(chunks.next_rt, 0)
         view = mtp_append(weights.ready, cfg, h_rtd, next_rt, known, cfg.num_hidden_layers)
-    sampler, drawn = draw(
-        state.slots,
-        slot_r,
-        logits(weights.ready, h_rtd[:, -1]),
-        length_r,
-        samples_r,
-        masked_b=chunks.masked_r,
-        mask_bw=chunks.mask_rw,
-        answer_b=chunks.answer_r,
-        num_ids=weights.num_ids,
-        most=most,
-    )
+    asked = chunks.mask_rw, weights.num_ids, chunks.masked_r, most, chunks.answer_r
+    rows = Rows(slot_r, length_r, samples_r, *asked)
+    sampler, drawn = draw(state.slots, rows, logits(weights.ready, h_rtd[:, -1]))
     state = State(
         view.pages_lpsw,
         state.table_sn.at[write_r].set(chunks.table_rn, mode="drop"),
@@ -346,44 +329,3 @@ def _given(weights: Weights, h_rtd: jax.Array, chunks: Chunks, most: int | None)
     if most is not None and most < ALL:
         return nobody()
     return lax.cond(jnp.any(chunks.asks_r), asked, nobody)
-
-
-def decode_plan(rows: int, words: int) -> DecodeRows:
-    """No row yet; host arrays."""
-    none = np.full(rows, -1, np.int32)
-    return DecodeRows(
-        slot_r=none,
-        page_r=none.copy(),
-        index_r=np.zeros(rows, np.int32),
-        masked_r=np.zeros(rows, bool),
-        mask_rw=_no_mask(rows, words),
-        answer_rt=np.full((rows, AT_ONCE), -1, np.int32),
-    )
-
-
-def chunk_plan(rows: int, tokens: int, pages_each: int, words: int) -> Chunks:
-    """No row yet; host arrays."""
-
-    def zeros(*shape: int, dtype: Any = np.int32) -> np.ndarray:
-        return np.zeros(shape, dtype)
-
-    return Chunks(
-        np.full(rows, -1, np.int32),
-        zeros(rows),
-        zeros(rows, tokens),
-        np.full((rows, tokens), -1, np.int32),
-        zeros(rows),
-        zeros(rows, dtype=bool),
-        zeros(rows, dtype=bool),
-        np.full(rows, -1, np.int32),
-        zeros(rows, dtype=bool),
-        zeros(rows, dtype=bool),
-        _no_mask(rows, words),
-        zeros(rows, pages_each),
-    )
-
-
-@functools.cache
-def _no_mask(rows: int, words: int) -> jax.Array:
-    """Everything may be drawn; on the device, since it is an argument of nearly all steps."""
-    return jnp.full((rows, words), 2**32 - 1, jnp.uint32)

@@ -215,20 +215,8 @@ class Drawn(NamedTuple):
     routes_blk: Any = None
 
 
-def draw(
-    slots: Slots,
-    slot_b: Array,
-    logits_bv: jax.Array,
-    position_b: Array,
-    counted_b: Array,
-    mask_bw: Array | None = None,
-    num_ids: Array | None = None,
-    masked_b: Array | None = None,
-    most: int | None = None,
-    answer_b: Array | None = None,
-) -> tuple[Slots, Drawn]:
-    """One token of each row, and the slots whose answers have it; for the arguments see `Rows`."""
-    rows = Rows(slot_b, position_b, counted_b, mask_bw, num_ids, masked_b, most, answer_b)
+def draw(slots: Slots, rows: Rows, logits_bv: jax.Array) -> tuple[Slots, Drawn]:
+    """One token of each row, and the slots whose answers have it."""
     logits_bv = logits_bv.astype(jnp.float32)
     as_asked = functools.partial(each_row, functools.partial(_as_asked, slots), rows)
     greedily = functools.partial(_greedily, rows)

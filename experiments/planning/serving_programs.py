@@ -12,7 +12,8 @@ from deepseek_jax.parallel.prepared import Devices
 from deepseek_jax.precision import preset
 from deepseek_jax.serving.deployment import POLICY, Deployment
 from deepseek_jax.serving.over_mesh import programs
-from deepseek_jax.serving.programs import Weights, chunk_plan, decode_plan
+from deepseek_jax.serving.plans import chunk_plan, decode_plan
+from deepseek_jax.serving.programs import Weights
 from deepseek_jax.serving.sampling import FILTERED
 from experiments.planning.serving_weights import main_model, weights
 

@@ -22,7 +22,8 @@ from deepseek_jax.parallel.prepared import preparing
 from deepseek_jax.precision import preset
 from deepseek_jax.serving.deployment import POLICY
 from deepseek_jax.serving.over_mesh import programs
-from deepseek_jax.serving.programs import Weights, chunk_plan, decode_plan
+from deepseek_jax.serving.plans import chunk_plan, decode_plan
+from deepseek_jax.serving.programs import Weights
 from deepseek_jax.serving.sampling import FILTERED
 from deepseek_jax.serving.sizes import Sizes
 from experiments import command_line

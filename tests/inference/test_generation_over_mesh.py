@@ -17,7 +17,7 @@ from deepseek_jax.parallel.prepared import generation_mesh, parameter_shardings
 from deepseek_jax.serving import over_mesh
 from deepseek_jax.serving.build import cold
 from deepseek_jax.serving.options import Options
-from deepseek_jax.serving.programs import decode_plan
+from deepseek_jax.serving.plans import decode_plan
 from experiments.mesh_flag import named_by_the_flag, parse_mesh
 from tests.inference.checkpoint import save_checkpoint, save_run
 from tests.oracle.tiny import weights

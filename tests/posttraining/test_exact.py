@@ -7,11 +7,11 @@ import pytest
 from deepseek_jax.inference.scoring import logprobs
 from deepseek_jax.posttraining.exact import exact_logprobs
 from deepseek_jax.posttraining.rollouts import Sample, Sampling
-from deepseek_jax.serving import sampling as serving
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.request import Request
 from tests.oracle.tiny import mostly_agreeing
+from tests.posttraining.samples import drawn
 from tests.serving import invariant
 
 CFG = invariant.CFG
@@ -22,40 +22,6 @@ PROMPTS = [[*BEGIN, 5, 6, 7], [*BEGIN, 9], RNG.integers(0, CFG.vocab_size, 64).t
 STOP = 2
 
 
-def drawn(made: Engine, sampling: Sampling, n: int = 3) -> list[Sample]:
-    """n samples of each prompt, all at once; some end with STOP."""
-    asked = [
-        Request(
-            f"{at}.{i}",
-            prompt,
-            sampling.max_tokens,
-            serving.Sampling(sampling.temperature, sampling.top_p, sampling.top_k),
-            seed=100 * at + i,
-            stop_ids=sampling.stop_ids,
-            kept=sampling.kept,
-        )
-        for at, prompt in enumerate(PROMPTS)
-        for i in range(n)
-    ]
-    out: dict = {request.id: [] for request in asked}
-    for request in asked:
-        made.submit(request)
-    while made.has_work:
-        for update in made.step():
-            out[update.id] += update.tokens
-    return [
-        Sample(
-            int(name.partition(".")[0]),
-            np.array([t.id for t in tokens], np.int32),
-            np.array([t.sampled_logprob for t in tokens], np.float32),
-            "stop" if tokens[-1].id == STOP else "length",
-            tokens[0].version,
-            kept=np.stack([t.kept for t in tokens]) if sampling.kept else None,
-        )
-        for name, tokens in out.items()
-    ]
-
-
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(40, (STOP,), 0.8), Sampling(40, (STOP,), 1.0, top_p=0.8, kept=True)],
@@ -64,7 +30,7 @@ def drawn(made: Engine, sampling: Sampling, n: int = 3) -> list[Sample]:
 def test_bits_are_those_of_the_sampler(sampling):
     """Together and in another order, and some alone, from the cache and from none."""
     made = invariant.engine(drafts=False)
-    samples = drawn(made, sampling)
+    samples = drawn(made, PROMPTS, sampling)
     assert len({len(s.tokens) for s in samples}) > 4 and made.stats.cache_hits
     order = np.random.default_rng(1).permutation(len(samples))
     again = exact_logprobs(made, PROMPTS, [samples[i] for i in order], sampling)
@@ -79,7 +45,7 @@ def test_bits_are_those_of_the_sampler(sampling):
 def test_other_weights_and_the_distance_of_the_trainers_own_pass():
     """After other weights came, values are theirs, to 1e-4 of the trainer's whole pass in float32: so near is the normal mode."""
     sampling, made = Sampling(40, (STOP,), 1.0), invariant.engine(drafts=False)
-    samples = drawn(made, sampling)
+    samples = drawn(made, PROMPTS, sampling)
     before = made.device.weights
     params, bias = jax.tree.map(jax.numpy.asarray, mostly_agreeing(CFG, 2, 0.4))
     made.load(before._replace(ready=invariant.prepare(params, CFG), bias_le=bias), 1)

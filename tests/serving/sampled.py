@@ -101,7 +101,15 @@ def any_case(rng: np.random.Generator, vocab: int) -> Case:
 
 
 jit_put = jax.jit(put, donate_argnums=0)
-jit_draw = jax.jit(draw, static_argnames="most")
+
+
+def draw_rows(
+    slots, slot_b, logits_bv, position_b, counted_b, mask_bw=None, num_ids=None, masked_b=None, most=None
+):
+    return draw(slots, Rows(slot_b, position_b, counted_b, mask_bw, num_ids, masked_b, most), logits_bv)
+
+
+jit_draw = jax.jit(draw_rows, static_argnames="most")
 
 
 def slots_of(cases, places=None, slots=None, vocab=V):

@@ -16,7 +16,6 @@ from deepseek_jax.serving.request import TOP, Request
 from deepseek_jax.serving.sampler import (
     Rows,
     adjusted,
-    draw,
     each_row,
     empty_slots,
     given,
@@ -48,6 +47,7 @@ from tests.serving.sampled import (
     any_case,
     bits,
     case,
+    draw_rows,
     draws,
     jit_draw,
     jit_put,
@@ -419,7 +419,7 @@ def primitives(most) -> list[str]:
     """Of a draw of two rows, those of inner programs too."""
     slots = jax.eval_shape(lambda: empty_slots(4, 64))
     row = np.zeros(2, np.int32)
-    jaxpr = jax.make_jaxpr(functools.partial(draw, most=most))(
+    jaxpr = jax.make_jaxpr(functools.partial(draw_rows, most=most))(
         slots, row, np.zeros((2, 64), np.float32), row, row == 0
     )
     return [equation.primitive.name for equation in equations(jaxpr.jaxpr)]
@@ -445,7 +445,7 @@ def test_the_state_is_small_and_is_not_copied():
     total = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
     assert total < 43.1e6
     row = jax.ShapeDtypeStruct((2,), jnp.int32)
-    jitted = jax.jit(draw, donate_argnums=0)
+    jitted = jax.jit(draw_rows, donate_argnums=0)
     compiled = jitted.lower(
         shapes, row, jax.ShapeDtypeStruct((2, 129_280), jnp.float32), row, jax.ShapeDtypeStruct((2,), bool)
     ).compile()

@@ -1,0 +1,122 @@
+"""How far the trainer's log-probabilities are from the sampler's, and what it costs that they are the same bits.
+
+    python -m tests.posttraining.exact_cost [--prompts=8] [--samples=8] [--tokens=48] [--rows=64]
+
+A model of the size of `configs/tiny.py`, random, answers prompts that begin alike: by an engine as it is, by one whose rows do not
+depend on each other, and by the latter once more with the answers given. Beside them, one forward and backward pass of training
+over the same samples. Seconds are of CPU, programs compiled before.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import tiny
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.inference.model import Model
+from deepseek_jax.model.layers import head_weight
+from deepseek_jax.model.layout import Inputs, single_device
+from deepseek_jax.model.loss import token_logprobs
+from deepseek_jax.model.transformer import forward
+from deepseek_jax.posttraining.exact import exact_logprobs
+from deepseek_jax.posttraining.rollouts import Sampling
+from deepseek_jax.serving.build import cold
+from deepseek_jax.serving.engine import Engine
+from deepseek_jax.serving.options import Options
+from tests.oracle.tiny import weights
+from tests.posttraining.samples import drawn
+
+CFG = dataclasses.replace(from_config_dict(tiny.get_config()).model, initializer_range=0.06)
+REPEATS = 3
+
+
+def engine(model: Model, args: argparse.Namespace, invariant: bool) -> Engine:
+    options = Options(
+        rows=args.rows, max_model_len=256, chunk=256, invariant=invariant, waiting=1 << 30, stall=1e9
+    )
+    return Engine(cold(model, options), options)
+
+
+def timed(run):
+    """(what it gives, seconds of CPU: the least of some repetitions behind the first)"""
+    found, took = run(), []
+    for _ in range(REPEATS):
+        began = time.process_time()
+        found = run()
+        took.append(time.process_time() - began)
+    return found, min(took)
+
+
+def windows(prompts, samples, width):
+    """Samples as rows of a batch: tokens, and which of them were drawn."""
+    tokens, mask = np.zeros((len(samples), width), np.int32), np.zeros((len(samples), width), bool)
+    for row, sample in enumerate(samples):
+        ids = [*prompts[sample.prompt], *sample.tokens.tolist()]
+        tokens[row, : len(ids)] = ids
+        mask[row, len(prompts[sample.prompt]) : len(ids)] = True
+    return tokens, mask
+
+
+@functools.partial(jax.jit, static_argnames="temperature")
+def trained(params, bias, tokens, mask, temperature):
+    """(gradients of the mean, log-probabilities [b, w - 1]) of the trainer's own pass."""
+
+    def value(params):
+        h, _ = forward(params, CFG, Inputs(tokens[:, :-1]), bias, single_device(), mtp=False)
+        h_nd = h.reshape(-1, h.shape[-1]) / temperature
+        logp = token_logprobs(h_nd, head_weight(params), tokens[:, 1:].reshape(-1), 1024)
+        logp = getattr(logp, "logprob_n", logp).reshape(mask[:, 1:].shape)
+        return jnp.where(mask[:, 1:], logp, 0).mean(), logp
+
+    return jax.grad(value, has_aux=True)(params)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (("prompts", 8), ("samples", 8), ("tokens", 48), ("rows", 64)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    begin = rng.integers(0, CFG.vocab_size, 64).tolist()
+    prompts = [
+        begin[: 64 * (i % 2)] + rng.integers(0, CFG.vocab_size, 5 + 7 * i).tolist()
+        for i in range(args.prompts)
+    ]
+    params, bias = jax.tree.map(jnp.asarray, weights(CFG, seed=0))
+    model, sampling = Model(CFG, params, bias), Sampling(args.tokens, (2, 3, 4, 5), 0.7)
+    plain, exact = (engine(model, args, invariant) for invariant in (False, True))
+
+    _, sampled = timed(lambda: drawn(plain, prompts, sampling, args.samples))
+    samples, invariantly = timed(lambda: drawn(exact, prompts, sampling, args.samples))
+    again, given = timed(lambda: exact_logprobs(exact, prompts, samples, sampling))
+    same = all(np.array_equal(x, s.logprobs) for x, s in zip(again, samples, strict=True))
+
+    width = -(-max(len(prompts[s.prompt]) + len(s.tokens) for s in samples) // 32) * 32 + 1
+    tokens, mask = windows(prompts, samples, width)
+    (_, logp), training = timed(
+        lambda: jax.block_until_ready(trained(params, bias, tokens, mask, sampling.temperature))
+    )
+    apart = np.abs(np.asarray(logp)[mask[:, 1:]] - np.concatenate([s.logprobs for s in samples]))
+    drawn_tokens = sum(len(s.tokens) for s in samples)
+    print(
+        f"{len(samples)} samples, {drawn_tokens} tokens of {len({len(s.tokens) for s in samples})} lengths; given once more: "
+        f"{'the same bits' if same else 'OTHER BITS'}"
+    )
+    print(f"the trainer's own pass is up to {apart.max():.1e} nats away, in the mean {apart.mean():.1e}")
+    normal, whole = sampled + training, invariantly + given + training
+    print(
+        f"sampling {sampled:.2f} s, with rows that do not depend on each other {invariantly:.2f} s, given once more {given:.2f} s, "
+        f"forward and backward {training:.2f} s: {whole / normal:.2f} times the time of a step"
+    )
+    assert same and apart.max() < 1e-4
+
+
+if __name__ == "__main__":
+    main()
