@@ -8,7 +8,7 @@ from deepseek_jax.checkpoints.files import steps_in
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import abstract_mesh, named_devices
 from deepseek_jax.parallel.pipeline.pipeline import described
-from deepseek_jax.training.preflight import StepProgram, check_tokenizer, granularity
+from deepseek_jax.training.preflight import StepProgram, abstract_batch, check_tokenizer, granularity
 from deepseek_jax.training.schedules import Schedules
 from deepseek_jax.training.start import Start
 from deepseek_jax.training.step import make_train_step
@@ -33,7 +33,7 @@ def report(cfg: Config) -> str:
     check_tokenizer(cfg)
     if cfg.train.init_from and not steps_in(Path(cfg.train.out_dir) / "checkpoints"):
         Start(cfg, mesh)
-    StepProgram(make_train_step(cfg, mesh), cfg, mesh, schedules)
+    StepProgram(make_train_step(cfg, mesh), cfg, mesh, schedules, abstract_batch(cfg, mesh))
     pipeline = described(cfg, mesh.shape)
     return "\n".join((model_line(cfg), *_run(cfg, schedules, size), *pipeline, *_memory(cfg, mesh, at_hand)))
 

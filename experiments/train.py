@@ -57,8 +57,9 @@ class Command(NamedTuple):
     default: str
     whole: type[Config]
     trainer: Callable[[Any], Any]
-    samples: Callable[[Any, Any, Any], Mapping[str, str]]
+    samples: Callable[[Any, Any, Any], Mapping[str, str]] | None
     heading: str
+    finish: Callable[..., None] | None = None
 
 
 def _pre_trainer(cfg: Config) -> Any:
@@ -116,6 +117,7 @@ def _draw(trainer) -> list[str]:
 
 
 def _show_samples(command: Command, trainer, step: int, weights) -> None:
+    assert command.samples is not None
     texts = command.samples(trainer, *weights)
     trainer.records.samples(step, texts)
     for name, text in texts.items():
@@ -206,7 +208,7 @@ def run(
             held = (result.state.params, result.state.balance_bias)
             weights = whole_copy(held, trainer.mesh) if cfg.train.sample_tokens else None
             if is_first():
-                _finish(command, trainer, result, weights)
+                (command.finish or _finish)(command, trainer, result, weights)
             return 0
 
 

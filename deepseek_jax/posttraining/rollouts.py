@@ -50,7 +50,7 @@ class Sample(NamedTuple):
             top-k; 0 where that is greedy.
         finish_reason: "stop" (a stop id) or "length" (`Sampling.max_tokens`).
         version: of the oldest weights that drew one of its tokens.
-        routes: int32 [s - 1, l, k], the experts that the tokens of prompt and answer went to, but the last one, which went
+        routes: int16 [s - 1, l, k], the experts that the tokens of prompt and answer went to, but the last one, which went
             through no layer; None where not asked for.
         kept: uint32 [t, w], for each token the ids that could be drawn, bit i % 32 of word i // 32; None where not asked for.
     """

@@ -172,19 +172,23 @@ class Engine:
             self.device.pace.took(flights[0].program, (self._read_at - began) / flights[0].times)
 
     def _times(self, drafts: bool) -> int:
-        """How often one program runs the rows (`programs.decode_times`), no more than takes LOOK; once until it has run."""
+        """How often one program runs the rows (`programs.decode_times`), no more than takes LOOK; once until it has run. Where
+        times must not matter, so often that it computes AT_ONCE tokens."""
         rows = max(map(_decoding, self.schedulers))
         if not on_cpu() or not rows:
             return 1
-        took = self.device.pace.of("drafts" if drafts else "decode", self.device.sizes.rows_for(rows))
+        size = self.device.sizes.rows_for(rows)
+        took = self.device.pace.of("drafts" if drafts else "decode", size)
         few = 1 if took is None else max(1, int(LOOK / max(1e-6, took)))
+        if self.options.steady:
+            few = max(1, AT_ONCE // size)
         tokens = min(scheduler.at_once() for scheduler in self.schedulers)
         return min(AT_ONCE, few, max(1, tokens // (1 + drafts)))
 
     def _budget(self, scheduler: Scheduler) -> int | None:
         """Tokens of chunks in this turn: as many as do not hold the decode rows up for long. None: no bound."""
         rows = _decoding(scheduler)
-        if not rows or self.options.invariant:
+        if not rows or self.options.invariant or self.options.steady:
             return None
         sizes, pace = self.device.sizes, self.device.pace
         allowed = max(LOOK, self.options.stall * (pace.of("decode", sizes.rows_for(rows)) or 0.0))

@@ -33,6 +33,8 @@ class Options:
         waiting: requests that may wait, at most, for one to end.
         invariant: a sequence's tokens and log-probabilities are the same bits whatever runs beside it. One size of decode rows
             and of chunks, and no sequence begins before all its pages are there. Not for experts that move or have copies.
+        steady: the order of programs does not depend on how long they take: the same requests, submitted at once, are answered in
+            the same bits. Prompts then hold up those who decode as long as they take.
         drafts: True, False, or "auto": whether the MTP module drafts, always, never, or where it pays.
         redundant: over a mesh, experts more than the model has, in each layer: copies of those with much load, which share it. All
             experts then lie where plans say, and move. 0: they move, and none has copies; None: they stay where they are.
@@ -52,6 +54,7 @@ class Options:
     stall: float = 2.0
     waiting: int = 256
     invariant: bool = False
+    steady: bool = False
     drafts: bool | str = False
     redundant: int | None = None
     replan: int = 1000
@@ -73,6 +76,10 @@ class Options:
         )
         require(
             self.drafts in (True, False, "auto"), f"drafts={shown(self.drafts)} must be True, False or 'auto'"
+        )
+        require(
+            not self.steady or self.drafts != "auto",
+            "steady=True with drafts='auto': whether these pay is measured; set drafts to True or False",
         )
         require(
             isinstance(self.replan_below, int | float) and 0 < self.replan_below <= 1,

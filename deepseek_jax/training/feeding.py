@@ -1,6 +1,7 @@
 """How batches reach the devices: as global arrays [b, w], sharded over the batch axes of the mesh."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from deepseek_jax.parallel.mesh import batch_sharding, batch_shards
 from deepseek_jax.parallel.processes.together import batch_share
 
-Rows = Mapping[str, np.ndarray]
+Rows = Mapping[str, Any]  # NumPy's arrays
 
 
 class Feed:
@@ -21,10 +22,12 @@ class Feed:
         self._sharding = batch_sharding(mesh)
 
     def put(self, rows: Rows) -> dict[str, jax.Array]:
-        """A batch, from this process's rows of it."""
+        """A batch, from this process's rows of it; what lies on the devices already stays as it is."""
         parts = self.share[1]
         return {
-            name: jax.make_array_from_process_local_data(self._sharding, x, (len(x) * parts, *x.shape[1:]))
+            name: x
+            if isinstance(x, jax.Array)
+            else jax.make_array_from_process_local_data(self._sharding, x, (len(x) * parts, *x.shape[1:]))
             for name, x in rows.items()
         }
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -25,7 +26,7 @@ from deepseek_jax.training.boards import wandb_for
 from deepseek_jax.training.evaluation import Evaluation, evaluate
 from deepseek_jax.training.finite import NonFiniteError
 from deepseek_jax.training.passes import make_eval_step
-from deepseek_jax.training.preflight import StepProgram, check_tokenizer, granularity
+from deepseek_jax.training.preflight import StepProgram, abstract_batch, check_tokenizer, granularity
 from deepseek_jax.training.profiling import StepProfile
 from deepseek_jax.training.records import Records, Step
 from deepseek_jax.training.run import Run
@@ -73,7 +74,10 @@ class Trainer(Run):
 
     @functools.cached_property
     def _program(self) -> StepProgram:
-        return StepProgram(self.step_fn, self.cfg, self.mesh, self.schedules)
+        return StepProgram(self.step_fn, self.cfg, self.mesh, self.schedules, self._abstract_batch())
+
+    def _abstract_batch(self) -> dict[str, Any]:
+        return abstract_batch(self.cfg, self.mesh)
 
     def check(self) -> None:
         """Raises ValueError for whatever of the config cannot be computed, in seconds: it traces a step.
@@ -141,7 +145,7 @@ class Trainer(Run):
         stopped = False
         try:
             for plan in self.schedules.plan(self.granularity, self.step, self.tokens):
-                if stopped := self._vote(stop.is_set()):
+                if stopped := self._stops(stop.is_set()):
                     break
                 with profile.around(plan.step + 1):
                     self._one_step(plan, records)
@@ -156,17 +160,29 @@ class Trainer(Run):
             profile.close(self.step)
             records.end()
 
+    def _stops(self, wish: bool) -> bool:
+        """Whether the run ends before this step. Is asked before each, by all processes."""
+        return self._vote(wish)
+
+    def _take(self, plan: StepPlan) -> Mapping[str, Any]:
+        """This process's rows of the next batch."""
+        return self.data.train.take(plan.batch_size)
+
+    def _told(self) -> Mapping[str, float]:
+        """What the host knows of the last batch, for its record."""
+        return {}
+
     def _one_step(self, plan: StepPlan, records: Records) -> None:
         cfg = self.cfg.train
         hyper = self.schedules.of_step(plan, self.granularity)
         began = time.perf_counter()
-        rows = self.data.train.take(plan.batch_size)
+        rows = self._take(plan)
         waited = time.perf_counter() - began
         if hyper.micro_batches is not None:
             rows = self.feed.filled_up(rows, cfg.batch_size)
         self.state, metrics = self.step_fn(self.state, self.feed.put(rows), hyper)
         self.step, self.tokens = plan.step + 1, plan.tokens + plan.batch_size * self.cfg.data.seq_len
-        records.add(Step(self.step, self.tokens, plan.batch_size, hyper, metrics, waited))
+        records.add(Step(self.step, self.tokens, plan.batch_size, hyper, metrics, waited, self._told()))
         if self.step % cfg.ema_every == 0:
             self.ema.update(self.state.params, metrics.finite)
             if not self._averaged:  # the first update compiles its program

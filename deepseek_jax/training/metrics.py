@@ -19,7 +19,9 @@ import numpy as np
 
 METRICS_FILE = "metrics.jsonl"
 # Fields that differ from run to run.
-TIMINGS = frozenset({"step_seconds", "data_seconds", "tokens_per_s", "mfu"})
+TIMINGS = frozenset(
+    {"step_seconds", "data_seconds", "tokens_per_s", "mfu", "sampling_seconds", "scoring_seconds"}
+)
 
 
 def max_vio(counts_le: Any) -> np.ndarray:

@@ -81,13 +81,15 @@ def in_background(f: Callable[[], Any]) -> Future:
 class StepProgram:
     """The step for a whole batch before it runs: traced at once, compiled in a thread.
 
-    Raises ValueError for what cannot be computed.
+    batch: of the shapes, dtypes and shardings of one. Raises ValueError for what cannot be computed.
     """
 
-    def __init__(self, step_fn: Any, cfg: Config, mesh: Mesh | AbstractMesh, schedules: Schedules):
+    def __init__(
+        self, step_fn: Any, cfg: Config, mesh: Mesh | AbstractMesh, schedules: Schedules, batch: Any
+    ):
         size = granularity(cfg, mesh)
         hyper = schedules.of_step(next(schedules.plan(size)), size)
-        self._traced = step_fn.trace(abstract_state(cfg, mesh), abstract_batch(cfg, mesh), hyper)
+        self._traced = step_fn.trace(abstract_state(cfg, mesh), batch, hyper)
         self._compiled: Future | None = None
 
     def compile(self) -> None:

@@ -26,7 +26,7 @@ class Progress:
         self._bar: tqdm.tqdm | None = None
 
     def update(self, step: int, values: Mapping[str, Any], seconds_left: float | None = None) -> None:
-        """Shows `step` steps taken, and of `values` (a record): loss, mtp_loss, tokens_per_s, mfu, max_vio."""
+        """Shows `step` steps taken, and of `values` (a record): loss, mtp_loss, reward, tokens_per_s, mfu, max_vio."""
         left = "" if seconds_left is None else f", {tqdm.tqdm.format_interval(seconds_left)} left"
         first = self._bar is None
         bar = self._bar = self._bar or self._begin()
@@ -62,6 +62,7 @@ def progress_text(values: Mapping[str, Any]) -> str:
     formats: dict[str, Callable[[Any], str]] = {
         "loss": lambda x: f"loss {x:.3f}",
         "mtp_loss": lambda x: f"MTP {x:.3f}",
+        "reward": lambda x: f"reward {x:.3f}",
         "tokens_per_s": lambda x: f"{x:,.0f} tok/s",
         "mfu": lambda x: f"MFU {x:.1%}",
         "max_vio": lambda x: f"MaxVio {np.mean(x):.2f}" if np.size(x) else "",

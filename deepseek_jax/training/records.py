@@ -6,6 +6,7 @@ Of several processes, only the first writes and shows; all of them read, so that
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ _COUNTS = 256  # numbers of `expert_counts` that a record may hold on average
 
 class Step(NamedTuple):
     """What is known of a step when it has been dispatched; `metrics` are still on the devices. data_seconds: how long
-    the host waited for its batch."""
+    the host waited for its batch; told: what else it knows of it, by name."""
 
     step: int
     tokens: int
@@ -36,6 +37,7 @@ class Step(NamedTuple):
     hyper: Hyper
     metrics: Metrics
     data_seconds: float
+    told: Mapping[str, float] = MappingProxyType({})
 
 
 class Written:
@@ -129,6 +131,7 @@ class Records:
             "max_vio": max_vio(host.counts_le),
             "expert_counts": np.asarray(host.counts_le) if counted else None,
             "skipped": int(host.skipped),
+            **done.told,
             **({"data_seconds": done.data_seconds, **speed} if speed else {}),
         }
         values = {name: value for name, value in values.items() if value is not None}
@@ -169,6 +172,13 @@ class Records:
             if one.about not in self._said and step < self._total_steps:
                 self._said.add(one.about)
                 self.say(f"warning: {one.text}")
+
+    def held_out(self, step: int, values: Mapping[str, float], text: str) -> None:
+        """Writes and shows what answers to held-out questions were like."""
+        self.pause()
+        if self._written is not None:
+            self._written.write("eval", step, values)
+            self.say(f"step {step}: {text}")
 
     def samples(self, step: int, texts: Mapping[str, str]) -> None:
         """Texts that the model wrote, by title."""

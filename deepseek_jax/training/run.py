@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax import data as data_lib
 from deepseek_jax import now
+from deepseek_jax.checkpoints.arrays import PyTree
 from deepseek_jax.checkpoints.changes import Changes, config_changes
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.processes.together import is_first
@@ -116,10 +117,10 @@ class Run:
             )
         model = to_dict(self.cfg)["model"]
         wanted = abstract_state(self.cfg, self.mesh)
-        restored = self.checkpointer.restore(wanted, step, model, abstract_average(wanted.params))
+        restored = self.checkpointer.restore(wanted, step, model, self.abstract_beside(wanted.params))
         self.data.train.restore(restored.meta["data"])
         self.state, self.step, self.tokens = restored.state, restored.step, restored.meta["tokens"]
-        self.ema = EMA(restored.ema["params"], self.cfg.train.ema_decay, restored.ema["updates"])
+        self.take_beside(restored.ema)
         self.provenance = restored.meta.get("provenance")
         self.changes = config_changes(restored.meta["config"], self.cfg)
         self.checkpointer.discard_newer(self.step)
@@ -140,7 +141,19 @@ class Run:
             "validation_loss": self._validation_loss(),
             **({} if self.provenance is None else {"provenance": self.provenance}),
         }
-        self.checkpointer.save(self.step, self.state, self.ema.state(), meta)
+        self.checkpointer.save(self.step, self.state, self.beside(), meta)
+
+    # What a checkpoint keeps beside the state: the average of the parameters.
+
+    def beside(self) -> PyTree:
+        return self.ema.state()
+
+    def abstract_beside(self, params: PyTree) -> PyTree:
+        """Of abstract parameters: `beside` as `Checkpointer.restore` is asked for it."""
+        return abstract_average(params)
+
+    def take_beside(self, restored: PyTree) -> None:
+        self.ema = EMA(restored["params"], self.cfg.train.ema_decay, restored["updates"])
 
     def _validation_loss(self) -> float | None:
         """Of the parameters as they are now; None where they were not evaluated."""

@@ -1,0 +1,339 @@
+"""Group Relative Policy Optimization (DeepSeek-V3 report section 5.2.2): a training run whose batches are rollouts.
+
+    state -> rollout: prompts, G answers to each, what they are worth -> `rollouts.updates` batches -> as many steps
+
+All else is a training run's: folder, checkpoints, average, records, mesh. A checkpoint lies between two rollouts. So a run
+that was killed while it sampled, or between the updates of a rollout, makes that rollout again, and it is the same: the
+weights are, and the key of each answer is made of (seed, step, place of its prompt, number of the answer).
+
+Every process answers its share of the prompts, and scores its share of the answers. Held-out prompts are answered every
+`train.eval_every` steps.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from deepseek_jax import now
+from deepseek_jax.checks import require
+from deepseek_jax.data.prompts import Prompt, PromptStream, load
+from deepseek_jax.data.report import CorpusReport
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.processes.together import of_each
+from deepseek_jax.posttraining.by_length import ByLength
+from deepseek_jax.posttraining.engine_rollouts import EngineRollouts, Parameters
+from deepseek_jax.posttraining.experience import Group, abstract_rows, means, rows_of, summary, width_for
+from deepseek_jax.posttraining.grpo_settings import GRPOConfig
+from deepseek_jax.posttraining.logprobs import make_logprob_step
+from deepseek_jax.posttraining.objective import grpo
+from deepseek_jax.posttraining.rewards import Rewards, columns_of, rewards_named
+from deepseek_jax.posttraining.rollouts import Rollouts, Sample, Sampling, seed_of
+from deepseek_jax.posttraining.task_files import in_files
+from deepseek_jax.serving.options import Options
+from deepseek_jax.training.loop import Result, Trainer
+from deepseek_jax.training.preflight import check_vocabulary
+from deepseek_jax.training.records import Records
+from deepseek_jax.training.schedules import StepPlan
+from deepseek_jax.training.step import make_train_step
+
+HELD_OUT = 1 << 32  # in the place of a step: seeds of held-out answers are those of no step
+
+
+class HeldOut(NamedTuple):
+    """Answers to held-out prompts. pass_at_1: share of right ones; pass_at_k: of prompts with a right one among k."""
+
+    pass_at_1: float
+    pass_at_k: float
+    k: int
+    reward: float
+    answer_tokens: float
+
+    @property
+    def loss(self) -> float:
+        """By which `train.keep_best` chooses."""
+        return 1.0 - self.pass_at_1
+
+
+class Asked(NamedTuple):
+    """Prompts, and how they are read and written."""
+
+    tokenizer: Tokenizer
+    train: PromptStream
+    validation: list[Prompt]
+    report: CorpusReport
+
+
+class GRPO(Trainer):
+    """A run.
+
+    Args:
+        cfg, mesh: as of `Trainer`.
+        data: default: of `cfg.prompts`.
+        rewards: default: those that `cfg.rewards` names.
+        rollouts: who samples; default: the serving engine, on the first device of each process.
+
+    Raises ValueError for groups that do not divide over the processes, and as `Trainer`.
+    """
+
+    cfg: GRPOConfig
+
+    def __init__(
+        self,
+        cfg: GRPOConfig,
+        mesh: Mesh | None = None,
+        data: Asked | None = None,
+        rewards: Rewards | None = None,
+        rollouts: Rollouts | None = None,
+    ):
+        mesh = make_mesh(cfg.mesh) if mesh is None else mesh
+        super().__init__(cfg, mesh, data)  # type: ignore[arg-type]
+        temperature = cfg.rollouts.temperature
+        self.step_fn = ByLength(
+            lambda cfg, mesh: make_train_step(cfg, mesh, grpo(cfg, cfg.loss, temperature)), cfg, mesh, at=1
+        )
+        self._logprobs = ByLength(
+            functools.partial(make_logprob_step, temperature=temperature), cfg, mesh, at=2
+        )
+        if rewards is not None:
+            self.rewards = rewards
+        if rollouts is not None:
+            self.rollouts = rollouts
+        self._batches: list[Mapping[str, Any]] = []
+        self._loaded, self._stopping, self._scoring = -1, False, 0.0
+        self._of_rollout: dict[str, float] = {}
+        self.last_held_out: list[Group] = []
+        require(
+            not self.schedules.ramps(self.granularity),
+            "the batch of a GRPO run has one size: set optimizer.batch_start=0, or optimizer.schedule",
+        )
+        groups, processes = cfg.train.batch_size // cfg.rollouts.samples, self.feed.share[1]
+        require(
+            groups % processes == 0,
+            f"{groups} groups of train.batch_size={cfg.train.batch_size} do not divide over {processes} processes",
+        )
+
+    # --- what it has --------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def data(self) -> Asked:  # type: ignore[override]
+        """Raises ValueError for prompts that cannot be read, and where none leaves room for an answer."""
+        cfg, room = self.cfg, self.cfg.data.seq_len + 1 - self.cfg.rollouts.max_tokens
+        require(
+            cfg.data.tokenizer is not None, "data.tokenizer is not set, nor train.init_from, which has one"
+        )
+        tokenizer = Tokenizer.load(str(cfg.data.tokenizer))
+        check_vocabulary(cfg, tokenizer)
+        prompts = in_files(cfg.prompts, Path(cfg.data.cache_dir).expanduser(), "prompts.sources")
+        found = load(dataclasses.replace(prompts, max_tokens=min(prompts.max_tokens, room)), tokenizer)
+        return Asked(tokenizer, found.train, found.validation, found.report)
+
+    @functools.cached_property
+    def rewards(self) -> Rewards:
+        return rewards_named(self.cfg.rewards, self.cfg.reward)
+
+    @functools.cached_property
+    def rollouts(self) -> Rollouts:
+        chosen = self.cfg.rollouts
+        options = Options(
+            rows=chosen.rows, max_model_len=self.cfg.data.seq_len + 1, waiting=1 << 30, steady=True
+        )
+        return EngineRollouts(self.cfg.model, self.mesh, options, self.data.tokenizer.vocab_size)
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """Parameters that the model should stay near to; None where nothing weighs that."""
+        return _copied(self.state.params) if self.cfg.loss.beta else None
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as whatever_fails:
+            if "rollouts" in vars(self):
+                whatever_fails.callback(self.rollouts.close)
+            super().close()
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def beside(self) -> Any:
+        own = {"reference": self.reference} if self.cfg.loss.beta else {}
+        return super().beside() | own
+
+    def abstract_beside(self, params: Any) -> Any:
+        own = {"reference": params} if self.cfg.loss.beta else {}
+        return super().abstract_beside(params) | own
+
+    def take_beside(self, restored: Any) -> None:
+        super().take_beside(restored)
+        if self.cfg.loss.beta:
+            self.reference = restored["reference"]
+
+    def _stops(self, wish: bool) -> bool:
+        """Between two rollouts."""
+        self._stopping |= super()._stops(wish)
+        return self._stopping and self.step % self.cfg.rollouts.updates == 0
+
+    def _abstract_batch(self) -> dict[str, Any]:
+        return abstract_rows(self.cfg, self.mesh)
+
+    # --- a rollout ----------------------------------------------------------------------------------------------------
+
+    def _take(self, plan: StepPlan) -> Mapping[str, Any]:
+        at = plan.step % self.cfg.rollouts.updates
+        if at == 0:
+            every = self.cfg.rollouts.reference_every
+            if self.cfg.loss.beta and every and plan.step and plan.step % every == 0:
+                self.reference = _copied(self.state.params)
+            _ = self.reference
+            self._batches = self._rollout(plan.step)
+        return self._batches[at]
+
+    def _told(self) -> Mapping[str, float]:
+        return self._of_rollout
+
+    def _rollout(self, step: int) -> list[Mapping[str, Any]]:
+        """The batches of a rollout with the weights as they are."""
+        began, self._scoring = time.perf_counter(), 0.0
+        self._load()
+        groups = self._groups(step)
+        self._of_rollout |= {
+            "sampling_seconds": time.perf_counter() - began - self._scoring,
+            "scoring_seconds": self._scoring,
+        }
+        each = len(groups) // self.cfg.rollouts.updates
+        parts = [groups[at : at + each] for at in range(0, len(groups), each)]
+        longest = of_each(np.array([max(group.longest for group in part) for part in parts])).max(0)
+        batches: list[Mapping[str, Any]] = []
+        for part, tokens in zip(parts, longest, strict=True):
+            width = width_for(int(tokens), self.cfg.data.seq_len, self.cfg.rollouts.buckets)
+            batches.append(self._with_logprobs(self.feed.put(rows_of(part, self.cfg.loss, width))))
+        return batches
+
+    def _with_logprobs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the log-probabilities of its tokens before the updates, and the reference's."""
+        of = {"old_logp": self.state.params, "ref_logp": self.reference}
+        bias = self.state.balance_bias
+        return batch | {name: self._logprobs(of[name], bias, batch).logp for name in self.cfg.logprobs}
+
+    def _load(self) -> None:
+        if self._loaded != self.step:
+            with now.doing("arranging the weights"):
+                self.rollouts.load(Parameters(self.state.params, self.state.balance_bias), self.step)
+            self._loaded = self.step
+
+    def _groups(self, step: int) -> list[Group]:
+        """This process's: of each batch, its share."""
+        cfg = self.cfg
+        asked = self.data.train.take(cfg.prompts_each)
+        mine = np.split(np.arange(cfg.prompts_each), cfg.rollouts.updates)
+        part, parts = self.feed.share
+        places = np.concatenate([np.split(places, parts)[part] for places in mine])
+        sampling = cfg.rollouts.sampling(self.data.tokenizer.stop_ids)
+
+        def answered(asked: Mapping[int, Prompt], again: int) -> dict[int, Group]:
+            seeds = [seed_of(cfg.train.seed, step, again, place) for place in asked]
+            groups = self.answer(list(asked.values()), cfg.rollouts.samples, sampling, seeds)
+            return dict(zip(asked, groups, strict=True))
+
+        found = answered({int(place): asked[place] for place in places}, 0)
+        replaced = 0
+        for again in range(1, cfg.rollouts.resample + 1):
+            silent = np.zeros(cfg.prompts_each, bool)
+            silent[[place for place in found if found[place].silent]] = True
+            anywhere = np.flatnonzero(of_each(silent).any(0))
+            if not anywhere.size:
+                break
+            replaced += len(anywhere)
+            others = dict(zip(anywhere.tolist(), self.data.train.take(len(anywhere)), strict=True))
+            found |= answered({place: asked for place, asked in others.items() if place in found}, again)
+        groups = [found[int(place)] for place in places]
+        self._of_rollout = means(_over_processes(summary(groups))) | (
+            {"replaced": replaced} if cfg.rollouts.resample else {}
+        )
+        return groups
+
+    def answer(
+        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Group]:
+        """n scored answers to each prompt. Raises what a reward raises."""
+        samples = self.rollouts.sample([prompt.ids.tolist() for prompt in prompts], n, sampling, seeds)
+        texts = self.data.tokenizer.decode_batch([_said(sample, sampling) for sample in samples])
+        asked = [prompts[sample.prompt] for sample in samples]
+        began = time.perf_counter()
+        scores = self.rewards(
+            [prompt.prompt for prompt in asked],
+            texts,
+            [sample.tokens.tolist() for sample in samples],
+            **columns_of([prompt.columns for prompt in asked]),
+        )
+        self._scoring += time.perf_counter() - began
+        groups = []
+        for at, prompt in enumerate(prompts):
+            own = slice(at * n, (at + 1) * n)
+            parts = {name: x[own] for name, x in scores.parts.items()}
+            groups.append(Group(prompt, samples[own], texts[own], scores.total[own], parts))
+        return groups
+
+    # --- held-out prompts ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, params: Any = None) -> HeldOut:  # type: ignore[override]
+        """Of the present weights. All processes call it."""
+        chosen = self.cfg.rollouts
+        self._load()
+        asked = self.data.validation[: chosen.eval_prompts]
+        part, parts = self.feed.share
+        mine = range(part, len(asked), parts)
+        seeds = [seed_of(self.cfg.train.seed, HELD_OUT, place) for place in mine]
+        sampling = chosen.evaluation(self.data.tokenizer.stop_ids)
+        groups = self.answer([asked[i] for i in mine], chosen.eval_samples, sampling, seeds)
+        self.last_held_out = groups
+        sums = _over_processes(summary(groups) | _right(groups))
+        found = means(sums)
+        return HeldOut(
+            found["right"], found["one_right"], chosen.eval_samples, found["reward"], found["answer_tokens"]
+        )
+
+    def _evaluate_now(self, records: Records) -> HeldOut:  # type: ignore[override]
+        if self._evaluated is None or self._evaluated[0] != self.step:
+            found = self.evaluate()
+            self._evaluated = self.step, found  # type: ignore[assignment]
+            text = f"held-out pass@1 {found.pass_at_1:.1%}, pass@{found.k} {found.pass_at_k:.1%}"
+            records.held_out(self.step, found._asdict(), f"{text}, {found.answer_tokens:.1f} tokens")
+        return self._evaluated[1]  # type: ignore[index,return-value]
+
+    def _finish(self, records: Records) -> Result:
+        evaluation = self._evaluate_now(records)
+        with now.doing("saving"):
+            self.checkpointer.wait()
+        return Result(self.state, self.step, self.tokens, False, evaluation, None)  # type: ignore[arg-type]
+
+
+def _right(groups: Sequence[Group]) -> dict[str, np.ndarray]:
+    """Sums, as of `experience.summary`, of right answers and of groups that have one: by the first reward, from 1 on."""
+    right = np.array([next(iter(group.parts.values())) >= 1 for group in groups])
+    return {
+        "right": np.array([right.sum(), right.size], float),
+        "one_right": np.array([right.any(1).sum(), len(groups)], float),
+    }
+
+
+def _over_processes(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(zip(sums, of_each(np.stack(list(sums.values()))).sum(0), strict=True))
+
+
+def _said(sample: Sample, sampling: Sampling) -> list[int]:
+    """Without the token that ended it."""
+    tokens: list[int] = sample.tokens.tolist()
+    return tokens[:-1] if tokens[-1] in sampling.stop_ids else tokens
+
+
+def _copied(params: Any) -> Any:
+    """That outlive the step which consumes these."""
+    return jax.tree.map(jnp.copy, params)

@@ -1,0 +1,121 @@
+"""Configuration of a GRPO run: that of a training run, with where prompts come from, how they are answered, what answers are
+worth, and what is learned from them."""
+
+import dataclasses
+
+from deepseek_jax.checks import choice, ranges, require
+from deepseek_jax.config import Config
+from deepseek_jax.data.prompts import PromptConfig
+from deepseek_jax.posttraining.grpo_config import GRPOLossConfig
+from deepseek_jax.posttraining.rewards import RewardConfig, rewards_named
+from deepseek_jax.posttraining.rollouts import Sampling
+
+_MANY = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How answers are sampled. A rollout has `train.batch_size` x `updates` / `samples` prompts."""
+
+    samples: int = 16  # answers to each prompt: a group
+    updates: int = 1  # steps of train.batch_size answers each that one rollout is for
+    max_tokens: int = 128  # of an answer, its end token included
+    temperature: float = 1.0  # of what is sampled, and of what is learned
+    top_p: float = 1.0  # see serving.sampling.Sampling
+    top_k: int = 0  # see serving.sampling.Sampling
+    # train over the ids that each token was drawn from, where top_p or top_k leaves ids out
+    keep_mask: bool = True
+    keep_routes: bool = True  # train with the experts that sampling chose
+    # whose log-probabilities are those before the updates: "trainer", a pass of its own where there are several
+    # updates; or "sampler"
+    old: str = "trainer"
+    reference_every: int = 0  # steps after which the reference becomes the model as it is then; 0: never
+    # dynamic sampling: so many times at most, prompts whose answers are all worth the same are replaced by others
+    resample: int = 0
+    rows: int = 64  # sequences that the engine runs at the same time
+    buckets: int = 2  # programs, for windows of data.seq_len tokens, of half as many, of a quarter, ...
+    eval_prompts: int = 64  # held-out prompts that are answered every train.eval_every steps
+    eval_samples: int = 4  # answers to each, of which pass@1 is the mean and pass@eval_samples the best
+    eval_temperature: float = 1.0  # of these
+
+    def __post_init__(self):
+        ranges(
+            "rollouts", self, "samples updates max_tokens rows buckets eval_prompts eval_samples", 1, _MANY
+        )
+        ranges("rollouts", self, "reference_every resample", 0, _MANY)
+        choice("rollouts.old", self.old, ("trainer", "sampler"))
+        require(
+            self.temperature > 0,
+            f"rollouts.temperature={self.temperature} must be > 0: greedy answers are all alike",
+        )
+        require(
+            self.samples > 1,
+            "rollouts.samples=1: an answer is compared with the others of its group; give 2 or more",
+        )
+        self.sampling(())
+        self.evaluation(())
+
+    def sampling(self, stop_ids: tuple[int, ...]) -> Sampling:
+        """Of answers that are learned from."""
+        cut = self.top_p < 1 or self.top_k > 0
+        return Sampling(
+            self.max_tokens,
+            stop_ids,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            kept=self.keep_mask and cut,
+            routes=self.keep_routes,
+        )
+
+    def evaluation(self, stop_ids: tuple[int, ...]) -> Sampling:
+        """Of answers to held-out prompts."""
+        return Sampling(self.max_tokens, stop_ids, self.eval_temperature, self.top_p, self.top_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig(Config):
+    """The frozen whole of a GRPO run. Without data.tokenizer, it takes that of train.init_from."""
+
+    rollouts: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    loss: GRPOLossConfig = dataclasses.field(default_factory=GRPOLossConfig)
+    # the questions; a source may be a task as well, "tasks:addition/2" (posttraining/tasks.py)
+    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    rewards: tuple[str, ...] = (
+        "answer",
+    )  # "NAME" or "NAME=WEIGHT"; the first says whether an answer is right
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+
+    def __post_init__(self):
+        if self.data.tokenizer is None and self.train.init_from:
+            data = dataclasses.replace(self.data, tokenizer=self.train.init_from)
+            object.__setattr__(self, "data", data)
+        super().__post_init__()
+        rewards_named(self.rewards, self.reward)
+        train, rollouts = self.train, self.rollouts
+        require(
+            train.batch_size % rollouts.samples == 0,
+            f"train.batch_size={train.batch_size} answers must be whole groups of rollouts.samples={rollouts.samples}",
+        )
+        for name in ("steps", "checkpoint_every", "eval_every"):
+            value = getattr(train, name)
+            require(
+                value % rollouts.updates == 0,
+                f"train.{name}={value} must be a multiple of rollouts.updates={rollouts.updates}: checkpoints and "
+                "evaluations lie between rollouts",
+            )
+        require(
+            rollouts.max_tokens <= self.data.seq_len,
+            f"rollouts.max_tokens={rollouts.max_tokens} leaves no room for a prompt in data.seq_len={self.data.seq_len}",
+        )
+
+    @property
+    def logprobs(self) -> tuple[str, ...]:
+        """Of the batches' tokens, beside the sampler's: "old_logp", before the updates; "ref_logp", of the reference."""
+        old = ("old_logp",) if self.rollouts.updates > 1 and self.rollouts.old == "trainer" else ()
+        return (*old, *(("ref_logp",) if self.loss.beta else ()))
+
+    @property
+    def prompts_each(self) -> int:
+        """Prompts of one rollout."""
+        return self.train.batch_size * self.rollouts.updates // self.rollouts.samples
