@@ -11,8 +11,13 @@ best of these answers, and draws `report.png`.
 from collections.abc import Sequence
 from typing import Any
 
+from absl import flags
+
+from deepseek_jax import now
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
 from experiments import command_line, train
+
+flags.adopt_module_key_flags(train)
 
 
 def _trainer(cfg: GRPOConfig) -> Any:
@@ -23,8 +28,22 @@ def _trainer(cfg: GRPOConfig) -> Any:
 
 def _finish(command: train.Command, trainer: Any, result: Any, weights: Any) -> None:
     """Reports a finished run."""
+    from deepseek_jax.posttraining.experience import ends
+    from deepseek_jax.posttraining.grpo_report import write_grpo_report
+    from deepseek_jax.training.metrics import METRICS_FILE, read_records
+
     found, out_dir = result.evaluation, trainer.out_dir
-    print(f"\nheld-out questions: pass@1 {found.pass_at_1:.1%}, pass@{found.k} {found.pass_at_k:.1%}")
+    texts = ends(trainer.last_held_out, trainer.cfg.rollouts.samples_shown)
+    trainer.records.samples(result.step, texts)
+    for name, text in texts.items():
+        print(f"\n--- held-out question, {name} ".ljust(76, "-"))
+        print(text)
+    print("-" * 75)
+    with now.doing("drawing the picture"):
+        write_grpo_report(read_records(out_dir / METRICS_FILE), out_dir / "report.png", out_dir.name)
+    print(f"held-out questions: pass@1 {found.pass_at_1:.1%}, pass@{found.k} {found.pass_at_k:.1%}")
+    print(f"picture: {out_dir / 'report.png'}\nmetrics: {out_dir / METRICS_FILE}, {out_dir / 'tensorboard'}")
+    print(f"checkpoints: {out_dir / 'checkpoints'}", flush=True)
 
 
 COMMAND = train.Command("configs/tiny_grpo.py", GRPOConfig, _trainer, None, "", _finish)

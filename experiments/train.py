@@ -51,7 +51,8 @@ class Command(NamedTuple):
     """What is different in the commands that train, of which this is one.
 
     default: the config's file where none is named. whole: the config's dataclass. trainer: of a config. samples: of a trainer,
-    whole parameters and bias, texts by title of what the model makes of held-out ones. heading: of a title.
+    whole parameters and bias, texts by title of what the model makes of held-out ones. heading: of a title. finish: reports a
+    finished run; None: as of pre-training, with the samples.
     """
 
     default: str

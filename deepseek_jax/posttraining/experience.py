@@ -136,3 +136,24 @@ def summary(groups: Sequence[Group]) -> dict[str, np.ndarray]:
 def means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Of `summary`; a reward that applied nowhere is left out."""
     return {name: float(total / count) for name, (total, count) in sums.items() if count}
+
+
+def ends(groups: Sequence[Group], shown: int) -> dict[str, str]:
+    """Answers with the largest and with the smallest rewards, as texts by "best_1", ..., "worst_1", ...; no prompt twice at one
+    end."""
+    found = {}
+    for name, pick, order in (("best", np.argmax, -1), ("worst", np.argmin, 1)):
+        chosen = sorted(
+            ((float(group.rewards[pick(group.rewards)]), at) for at, group in enumerate(groups)),
+            key=lambda one: order * one[0],
+        )
+        for i, (reward, at) in enumerate(chosen[:shown], 1):
+            group = groups[at]
+            question, answer = _question(group.prompt), group.texts[int(pick(group.rewards))]
+            found[f"{name}_{i}"] = f"{question}\n>> {answer}\n(reward {reward:.3g})"
+    return found
+
+
+def _question(prompt: Prompt) -> str:
+    said = prompt.prompt
+    return said if isinstance(said, str) else "\n".join(str(message.get("content", "")) for message in said)

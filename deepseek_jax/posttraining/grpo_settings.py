@@ -37,12 +37,13 @@ class RolloutConfig:
     eval_prompts: int = 64  # held-out prompts that are answered every train.eval_every steps
     eval_samples: int = 4  # answers to each, of which pass@1 is the mean and pass@eval_samples the best
     eval_temperature: float = 1.0  # of these
+    samples_shown: int = 3  # of the best and of the worst of them, at the end
 
     def __post_init__(self):
         ranges(
             "rollouts", self, "samples updates max_tokens rows buckets eval_prompts eval_samples", 1, _MANY
         )
-        ranges("rollouts", self, "reference_every resample", 0, _MANY)
+        ranges("rollouts", self, "reference_every resample samples_shown", 0, _MANY)
         choice("rollouts.old", self.old, ("trainer", "sampler"))
         require(
             self.temperature > 0,
