@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.update(
         {"schedule": "constant", "peak_lr": 1e-4, "warmup_steps": 2, "weight_decay": 0.0, "gamma": 0.0}
     )
+    config.train.detached_mtp = True
     config.prompts.sources = ("tasks:addition/2",)
     config.rollouts.update(
         {

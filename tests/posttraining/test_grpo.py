@@ -1,0 +1,144 @@
+"""A GRPO run: stopped, interrupted in a rollout, resumed: the same, bit for bit; what its records say."""
+
+import contextlib
+import dataclasses
+import io
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.posttraining.experience import width_for
+from deepseek_jax.posttraining.rewards import Rewards, Weighted
+from deepseek_jax.training.metrics import TIMINGS, read_records
+from tests.golden.run import StopAfter
+from tests.posttraining import grpo_cases
+from tests.posttraining.grpo_cases import config, trainer
+
+
+def raw(tree):
+    return [(x.dtype, x.shape, x.tobytes()) for x in map(np.asarray, jax.tree.leaves(tree))]
+
+
+def records(run):
+    found = read_records(run.out_dir / "metrics.jsonl")
+    return [{name: x for name, x in record.items() if name not in TIMINGS} for record in found]
+
+
+_shared = []
+
+
+def run_on(cfg, steps=1000, rewards=None):
+    """Resumes, runs at most `steps` steps; (run, its last state and average). Programs are traced once."""
+    run = trainer(cfg)
+    if rewards is not None:
+        run.rewards = rewards
+    _shared.append(run)
+    run.step_fn, run._logprobs = _shared[0].step_fn, _shared[0]._logprobs
+    with contextlib.closing(run):
+        run.resume()
+        result = run.run(StopAfter(steps), io.StringIO())
+        return run, result, raw((result.state, run.beside()))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    run, result, arrays = run_on(config(folder))
+    return folder, run, result, arrays
+
+
+def in_another_folder(folder, tmp_path, **changes):
+    cfg = config(folder, **changes)
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, out_dir=str(tmp_path / "run")))
+
+
+def test_what_the_records_say(undisturbed):
+    _, run, result, _ = undisturbed
+    found = records(run)
+    train = [r for r in found if r["kind"] == "train"]
+    assert [r["step"] for r in train] == [1, 2, 3, 4] and not result.stopped
+    assert [r["step"] for r in found if r["kind"] == "eval"] == [2, 4]
+    for record in train:
+        assert 1 <= record["answer_tokens"] <= 12 and 0 <= record["silent_groups"] <= 1
+        assert record["reward"] == pytest.approx(record["reward_tests.posttraining.grpo_cases:even"])
+        assert record["entropy"] > 0
+    # Of the rollout's weights, the first of its two updates: the trainer's log-probabilities are the sampler's.
+    for record in train[::2]:
+        assert record["sampler_gap"] <= record["sampler_gap_max"] < 1e-4
+        assert record["ratio_distance"] < 1e-4 and record["clip_share"] == 0
+    # The second has moved; the reference is replaced by the model of step 2 there, so that the KL of step 3 is that of no step.
+    assert train[1]["ratio_distance"] > 1e-3 and train[1]["kl"] > 1e-6
+    assert train[0]["kl"] < 1e-9 and train[2]["kl"] < 1e-9
+
+
+def test_stopped_between_the_updates_of_a_rollout_and_resumed(undisturbed, tmp_path):
+    """It stops where the rollout ends, and goes on from there."""
+    folder, whole, _, arrays = undisturbed
+    cfg = in_another_folder(folder, tmp_path)
+    run, result, _ = run_on(cfg, steps=1)
+    assert (result.step, result.stopped) == (2, True)
+    run, _, again = run_on(cfg)
+    assert again == arrays and records(run) == records(whole)
+
+
+def test_interrupted_in_a_rollout_it_is_made_again(undisturbed, tmp_path):
+    """As by SIGKILL: nothing of the rollout is kept. (In processes: `experiments.kill_test --command=grpo`.)"""
+    folder, whole, _, arrays = undisturbed
+    cfg, calls = in_another_folder(folder, tmp_path), []
+
+    def killed(**given):
+        calls.append(len(given["prompts"]))
+        if len(calls) == 3:  # those of the first rollout, of the evaluation, and of the second rollout
+            raise KeyboardInterrupt
+        return grpo_cases.even(**given)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on(cfg, rewards=Rewards([Weighted("tests.posttraining.grpo_cases:even", 1.0, killed)]))
+    run, _, again = run_on(cfg)
+    assert again == arrays and records(run) == records(whole)
+
+
+def test_no_program_is_compiled_again(undisturbed, tmp_path, caplog):
+    """A rollout with other weights runs the programs of the first."""
+    folder, *_ = undisturbed
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        run_on(in_another_folder(folder, tmp_path))
+    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(")]
+    engines = [
+        text for text in said if re.match(r"Compiling jit\(_?(decode|prefill|admit|arranged|step)\)", text)
+    ]
+    assert engines and len(engines) == len(set(engines)), engines
+
+
+@pytest.mark.parametrize(
+    ("tokens", "buckets", "width"),
+    [(1, 3, 17), (17, 3, 17), (18, 3, 33), (34, 3, 65), (65, 3, 65), (5, 1, 65)],
+)
+def test_a_batch_is_as_wide_as_the_smallest_window_that_it_fits_into(tokens, buckets, width):
+    assert width_for(tokens, 64, buckets) == width
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train": {"batch_size": 3}},
+            "train.batch_size=3 answers must be whole groups of rollouts.samples=2",
+        ),
+        (
+            {"train": {"checkpoint_every": 3}},
+            "train.checkpoint_every=3 must be a multiple of rollouts.updates=2",
+        ),
+        ({"rollouts": {"samples": 1}}, "rollouts.samples=1: an answer is compared with the others"),
+        (
+            {"rollouts": {"max_tokens": 60}},
+            "rollouts.max_tokens=60 leaves no room for a prompt in data.seq_len=48",
+        ),
+        ({"rewards": ("answr",)}, "did you mean 'answer'"),
+    ],
+)
+def test_what_is_refused(undisturbed, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(undisturbed[0], **changes)
