@@ -4,6 +4,7 @@ is sampled, and the worst and the best answers to held-out questions."""
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -164,5 +165,5 @@ def _draw_texts(axes: Axes, texts: Sequence[Sequence[str]]) -> None:
     axes.set_title("Answers to held-out questions", **drawing.TITLE)
     for x, lines in zip((0.0, 0.5), _columns(texts), strict=True):
         shown = "\n".join(lines).replace("$", r"\$")
-        place = {"va": "top", "fontsize": 8, "family": "monospace", "transform": axes.transAxes}
-        axes.text(x, 1.0, shown, **place)
+        place: dict[str, Any] = {"va": "top", "fontsize": 8, "family": "monospace"}
+        axes.text(x, 1.0, shown, transform=axes.transAxes, **place)
