@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
         "steps": (40, 40),
         "lr": (5e-4, 5e-4),
     }
-    config.recall = {"share": 0.25, "steps": 150, "lr": 1e-3}
+    config.recall = {"share": 0.25, "steps": 160, "lr": 2e-3}
     config.control = True
     config.needle = {"lengths": (128, 256, 512, 1024, 2048)}
     config.train.update(

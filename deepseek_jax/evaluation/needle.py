@@ -1,8 +1,9 @@
 """A needle in a haystack (report section 4.3): at which lengths and depths does a model find what was said once?
 
 The hay is lines of ordinary text without digits, the needle a line that says a number, put behind a share of the hay, its
-depth; the prompt ends with the needle's beginning, and the answer is right if it begins with the number. All models that
-are compared get the same prompts. `documents` makes texts of the same kind to learn from, for models that cannot do it yet.
+depth; the prompt ends with the needle's beginning. A model is as good as the probability that it gives to the number, which
+is how often it would be drawn. All models that are compared get the same prompts. `documents` makes texts of the same kind to
+learn from, for models that cannot do it yet.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 
 _VALUE = "{value}"
 _MOST = 1 << 24  # tokens of a prompt
-_MENTIONS = 3  # of the number in a document to learn from, before the last
+_CLOSEST = 10  # tokens of a text to learn from in which the number is said once on average, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +116,13 @@ def _texts(data: DataConfig, held_out: bool) -> Iterator[str]:
 
 
 class Question(NamedTuple):
-    """One prompt: token ids of at most `length` with the answer, the needle behind `depth` per cent of the hay."""
+    """One prompt and its answer: `tokens`, at most `length`, of which the last `answer` say the number; the needle lies behind
+    `depth` per cent of the hay."""
 
     length: int
     depth: int
-    prompt: list[int]
-    value: str
+    tokens: list[int]
+    answer: int
 
 
 def questions(cfg: NeedleConfig, hay: Hay, tokenizer: Tokenizer) -> list[Question]:
@@ -128,26 +130,26 @@ def questions(cfg: NeedleConfig, hay: Hay, tokenizer: Tokenizer) -> list[Questio
 
     Raises ValueError for a length that has no room for the needle and the question.
     """
-    begin, question = tokenizer.encode_prompt(""), tokenizer.encode(cfg.question)
-    found = []
+    begin, found = tokenizer.encode_prompt(""), []
     for length in cfg.lengths:
         for sample in range(cfg.samples):
             rng = np.random.default_rng((cfg.seed, length, sample))
-            value = cfg.number(rng)
-            needle = tokenizer.encode(cfg.says(value))
-            room = length - len(begin) - len(needle) - len(question) - answer_tokens(cfg)
+            said = cfg.says(cfg.number(rng))
+            needle, asked = tokenizer.encode(said), tokenizer.encode(said.rstrip())
+            answer = len(asked) - _alike(asked, tokenizer.encode(cfg.question))
+            room = length - len(begin) - len(needle) - len(asked)
             require(room >= 0, f"needle.lengths: {length} tokens have no room for needle and question")
             lines = [hay.ids[i] for i in hay.some(room, rng)]
             for depth in cfg.depths:
                 place = _behind(lines, depth)
-                parts = [begin, *lines[:place], needle, *lines[place:], question]
-                found.append(Question(length, depth, [i for part in parts for i in part], value))
+                parts = [begin, *lines[:place], needle, *lines[place:], asked]
+                found.append(Question(length, depth, [i for part in parts for i in part], answer))
     return found
 
 
-def answer_tokens(cfg: NeedleConfig) -> int:
-    """Tokens that an answer has room for: a space and the digits, of each a token."""
-    return cfg.digits + 1
+def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many of the first ids are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _behind(lines: Sequence[Sequence[int]], depth: int) -> int:
@@ -160,7 +162,7 @@ def _behind(lines: Sequence[Sequence[int]], depth: int) -> int:
 
 
 class Grid(NamedTuple):
-    """Share of right answers of each length and depth, [length, depth] in [0, 1]."""
+    """Of each length and depth the mean probability of the right answer, [length, depth] in [0, 1]."""
 
     lengths: tuple[int, ...]
     depths: tuple[int, ...]
@@ -177,17 +179,32 @@ class Grid(NamedTuple):
         return float(self.right[chosen].mean()) if any(chosen) else float("nan")
 
 
-Answer = Callable[[list[list[int]], int], Iterable[Sequence[int]]]
+def windows(asked: Sequence[Question], length: int) -> dict[str, np.ndarray]:
+    """The questions of a length as a batch: "tokens" int32 [n, length + 1], filled up behind the answer, which no token before
+    sees; "loss_mask" bool [n, length + 1], true where the answer is."""
+    rows = [question for question in asked if question.length == length]
+    batch = {
+        "tokens": np.zeros((len(rows), length + 1), np.int32),
+        "loss_mask": np.zeros((len(rows), length + 1), bool),
+    }
+    for i, row in enumerate(rows):
+        end = len(row.tokens)
+        batch["tokens"][i, :end] = row.tokens
+        batch["loss_mask"][i, end - row.answer : end] = True
+    return batch
 
 
-def grid(cfg: NeedleConfig, asked: Sequence[Question], tokenizer: Tokenizer, answer: Answer) -> Grid:
-    """The grid of one model. answer: (prompts, tokens of an answer) -> ids of each answer, the likeliest at every place."""
-    answers = answer([question.prompt for question in asked], answer_tokens(cfg))
+Nats = Callable[[dict[str, np.ndarray]], np.ndarray]
+
+
+def grid(cfg: NeedleConfig, asked: Sequence[Question], nats: Nats) -> Grid:
+    """The grid of one model. nats: of a batch as `windows` has it -> [n], minus the log-probability of each row's labels that
+    count."""
     right = np.zeros((len(cfg.lengths), len(cfg.depths)))
-    for question, ids in zip(asked, answers, strict=True):
-        cell = cfg.lengths.index(question.length), cfg.depths.index(question.depth)
-        right[cell] += tokenizer.decode(ids).lstrip().startswith(question.value)
-    return Grid(cfg.lengths, cfg.depths, right / cfg.samples, cfg.samples)
+    for i, length in enumerate(cfg.lengths):
+        found = np.exp(-nats(windows(asked, length)).astype(np.float64))
+        right[i] = found.reshape(cfg.samples, len(cfg.depths)).mean(0)
+    return Grid(cfg.lengths, cfg.depths, right, cfg.samples)
 
 
 # --- texts to learn from --------------------------------------------------------------------------------------------
@@ -196,14 +213,16 @@ def grid(cfg: NeedleConfig, asked: Sequence[Question], tokenizer: Tokenizer, ans
 def documents(
     cfg: NeedleConfig, hay: Hay, tokenizer: Tokenizer, tokens: int, longest: int, seed: int
 ) -> Iterator[str]:
-    """Texts of about `tokens` in all, each of a quarter of `longest` tokens up to that: hay in which one number is said again
-    and again at random places, the last time at the end."""
+    """Texts of about `tokens` in all, each of a quarter of `longest` tokens up to that: hay in which one number is said at
+    random places and at the end. How often is drawn log-uniformly from twice to every `_CLOSEST` tokens: texts that say it
+    often teach it fast, those that say it twice over long distances."""
     rng = np.random.default_rng((cfg.seed, seed, longest))
     while tokens > 0:
         size = int(rng.integers(longest // 4, longest + 1))
+        times = int(np.exp(rng.uniform(np.log(2), np.log(max(3, size // _CLOSEST)))))
         said = cfg.says(cfg.number(rng))
-        lines = [hay.lines[i] for i in hay.some(size - (_MENTIONS + 1) * len(tokenizer.encode(said)), rng)]
-        for place in sorted(rng.integers(0, len(lines) + 1, _MENTIONS), reverse=True):
+        lines = [hay.lines[i] for i in hay.some(size - times * len(tokenizer.encode(said)), rng)]
+        for place in sorted(rng.integers(0, len(lines) + 1, times - 1), reverse=True):
             lines.insert(int(place), said)
         yield "".join((*lines, said))
         tokens -= size

@@ -25,7 +25,7 @@ def draw(grids: Mapping[str, Grid], path: str | Path, notes: Sequence[str] = ())
         image = _panel(axes, name, grid)
     panels[0].set_ylabel("depth of the needle, % of the text")
     bar = figure.colorbar(image, ax=list(panels), shrink=0.9)
-    bar.set_label(f"right answers, of {first.samples} for each cell")
+    bar.set_label(f"probability of the right answer, mean of {first.samples}")
     if notes:
         figure.supxlabel("\n".join(notes), fontsize=9, x=0.01, ha="left")
     figure.savefig(path)

@@ -79,13 +79,15 @@ class RecallConfig:
 
     share: float = 0.0  # of the windows of every phase, the control's too
     steps: int = 0  # before the phases, at data.seq_len and without YaRN, from where all models that are compared start
+    steps_share: float = 0.5  # of the windows of these steps
     lr: float = 1e-3  # learning rate of these steps
 
     def __post_init__(self):
-        ranges("recall", self, "share", 0, 0.99)
+        ranges("recall", self, "share steps_share", 0, 0.99)
         ranges("recall", self, "steps", 0, 1 << 31)
         ranges("recall", self, "lr", 0, 1)
-        require(self.steps == 0 or self.share > 0, f"recall.steps={self.steps} needs a recall.share")
+        taught = self.steps == 0 or self.steps_share > 0
+        require(taught, f"recall.steps={self.steps} needs a recall.steps_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +183,10 @@ def _stage(cfg: ExtendConfig, name: str, phase: Phase, source: str) -> Stage:
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)}
     run = Config(**values)
     folder = Path(cfg.train.out_dir) / name
-    sources = run.data.sources
-    if cfg.recall.share:
-        own = [(s, w * (1 - cfg.recall.share)) for s, w in _shares(run)]
-        recall = (str(recall_file(cfg, phase.seq_len)), cfg.recall.share)
+    sources, share = run.data.sources, cfg.recall.steps_share if name == TEACH else cfg.recall.share
+    if share:
+        own = [(s, w * (1 - share)) for s, w in _shares(run)]
+        recall = (str(recall_file(cfg, phase.seq_len)), share)
         sources = tuple(f"{s}={w:.6f}" for s, w in (*own, recall))
     tokenizer = run.data.tokenizer or cfg.train.init_from or None
     stage = dataclasses.replace(

@@ -19,12 +19,11 @@ from deepseek_jax.config import Config, ModelConfig, to_dict
 from deepseek_jax.data.text_files import from_object, write_file
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.validation import Validation
-from deepseek_jax.evaluation.needle import Answer, Grid, Question, grid, hay_of, questions
-from deepseek_jax.inference.model import Model
+from deepseek_jax.evaluation.needle import Grid, Question, grid, hay_of, questions
 from deepseek_jax.json_files import read_object
-from deepseek_jax.parallel.processes.together import is_first, whole_copy
+from deepseek_jax.parallel.processes.together import is_first
 from deepseek_jax.posttraining.extend import CONTROL, PHASE, ExtendConfig, before, stages
-from deepseek_jax.training.evaluation import evaluate
+from deepseek_jax.training.evaluation import evaluate, nats_and_labels
 from deepseek_jax.training.feeding import Feed
 from deepseek_jax.training.passes import make_eval_step
 from deepseek_jax.training.start import Start
@@ -123,19 +122,18 @@ class Comparison:
             state = Start(run, self.mesh).read()
             held = state.params, state.balance_bias
             loss = evaluate(make_eval_step(run, self.mesh), *held, self._windows, Feed(self.mesh)).loss
-            weights = whole_copy(held, self.mesh) if self._questions else None
-            if weights is None or not is_first():
+            if not self._questions:
                 return Found(loss, None)
-            params, bias = weights
-            model = Model(arm.model, params, bias, self._tokenizer)
-            return Found(loss, grid(self.cfg.needle, self._questions, self._tokenizer, _likeliest(model)))
+
+            def nats(batch: dict[str, np.ndarray]) -> np.ndarray:
+                data = dataclasses.replace(run.data, seq_len=batch["tokens"].shape[1] - 1)
+                step = make_eval_step(dataclasses.replace(run, data=data), self.mesh)
+                return nats_and_labels(step, *held, batch, Feed(self.mesh))[0]
+
+            return Found(loss, grid(self.cfg.needle, self._questions, nats))
 
     def _read(self, known: dict[str, Any]) -> Found:
         right, cfg = known["right"], self.cfg.needle
         if right is None:
             return Found(known["short_loss"], None)
         return Found(known["short_loss"], Grid(cfg.lengths, cfg.depths, np.array(right), cfg.samples))
-
-
-def _likeliest(model: Model) -> Answer:
-    return lambda prompts, tokens: model.generate(prompts, tokens, stop_ids=())

@@ -13,22 +13,20 @@ _SPARE = 1.5  # times the tokens that a stage reads, so that few are read twice
 
 
 def write_recall(cfg: ExtendConfig, stages: list[Stage]) -> None:
-    """Writes the file of each length that `stages` have, as long as the longest of them needs; a function of the config alone.
-
-    All processes call it; they go on when the first has written.
-    """
-    if not cfg.recall.share:
-        return
-    if is_first():
+    """Writes the file of each length at which `stages` read one, as long as the longest of them needs; a function of the config
+    alone. All processes call it; they go on when the first has written."""
+    needed: dict[int, float] = {}
+    for stage in stages:
+        seq_len = stage.cfg.data.seq_len
+        share = dict(stage.cfg.data.weighted_sources()).get(str(recall_file(cfg, seq_len)), 0.0)
+        tokens = share * stage.cfg.train.steps * stage.cfg.train.batch_size * seq_len
+        needed[seq_len] = max(needed.get(seq_len, 0.0), tokens)
+    if is_first() and any(needed.values()):
         with now.doing("writing texts to learn recall from"):
-            for seq_len in sorted({stage.cfg.data.seq_len for stage in stages}):
-                needed = max(_tokens(stage) for stage in stages if stage.cfg.data.seq_len == seq_len)
-                _write(cfg, stages[0], seq_len, int(_SPARE * cfg.recall.share * needed))
+            for seq_len, tokens in needed.items():
+                if tokens:
+                    _write(cfg, stages[0], seq_len, int(_SPARE * tokens))
     from_first(0)
-
-
-def _tokens(stage: Stage) -> int:
-    return stage.cfg.train.steps * stage.cfg.train.batch_size * stage.cfg.data.seq_len
 
 
 def _write(cfg: ExtendConfig, stage: Stage, seq_len: int, tokens: int) -> None:

@@ -91,7 +91,9 @@ def test_deepseek_v3s_phases():
 def test_each_phase_starts_from_the_one_before():
     runs = stages(
         config(
-            control=True, recall={"share": 0.25, "steps": 7, "lr": 2e-3}, phases={"grad_accumulation": (2, 1)}
+            control=True,
+            recall={"share": 0.25, "steps": 7, "steps_share": 0.5, "lr": 2e-3},
+            phases={"grad_accumulation": (2, 1)},
         )
     )
     assert [(r.name, Path(r.cfg.train.init_from).name) for r in runs] == [
@@ -112,7 +114,8 @@ def test_each_phase_starts_from_the_one_before():
     assert all(r.cfg.data.tokenizer == "/nowhere/before" for r in runs)
     shares = [dict(r.cfg.data.weighted_sources()) for r in runs]
     assert shares[2] == {TEXT: 0.75, "/nowhere/run/recall_128.jsonl": 0.25}
-    assert shares[0] == shares[3] == {TEXT: 0.75, "/nowhere/run/recall_32.jsonl": 0.25}
+    assert shares[0] == {TEXT: 0.5, "/nowhere/run/recall_32.jsonl": 0.5}
+    assert shares[3] == {TEXT: 0.75, "/nowhere/run/recall_32.jsonl": 0.25}
     [plain, *_] = stages(config())
     assert plain.name == "phase_1" and plain.cfg.data.weighted_sources() == [(TEXT, 1.0)]
 
@@ -159,7 +162,7 @@ def test_the_models_that_are_compared():
             {"needle": {"lengths": (64, 161)}},
             r"needle.lengths=\(64, 161\) exceed model.max_position_embeddings=160",
         ),
-        ({"recall": {"steps": 5}}, "recall.steps=5 needs a recall.share"),
+        ({"recall": {"steps": 5, "steps_share": 0.0}}, "recall.steps=5 needs a recall.steps_share"),
     ],
 )
 def test_what_is_refused(sections, message):
