@@ -20,10 +20,10 @@ def largest_squares(jaxpr, tokens: int) -> list[tuple[int, ...]]:
     return sorted(shape for shape in shapes if sum(n >= tokens / 4 for n in shape) >= 2)
 
 
-@pytest.mark.parametrize(("tokens", "tensor"), [(32_768, 1), (131_072, 2)])
-def test_memory_of_a_step_is_linear_in_the_tokens(tokens, tensor):
+@pytest.mark.parametrize(("tokens", "tensor", "depths"), [(32_768, 1, 0), (131_072, 2, 1)])
+def test_memory_of_a_step_is_linear_in_the_tokens(tokens, tensor, depths):
     """Traced, which takes no memory. Rows of experts are tokens x hidden: 32 here."""
-    model = {"max_position_embeddings": 163_840, "rope_scaling": YARN}
+    model = {"max_position_embeddings": 163_840, "rope_scaling": YARN, "num_nextn_predict_layers": depths}
     cfg = tiny(
         model=model, data={"seq_len": tokens}, train={"batch_size": 2}, mesh={"data": 1, "tensor": tensor}
     )
