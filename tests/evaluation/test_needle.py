@@ -13,7 +13,7 @@ from deepseek_jax.inference import scoring
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.evaluation import nats_and_labels
 from deepseek_jax.training.feeding import Feed
-from deepseek_jax.training.step import make_eval_step
+from deepseek_jax.training.passes import make_eval_step
 from tests.golden.config import HERE
 from tests.tiny_run import fresh_state, tiny
 
