@@ -1,9 +1,10 @@
 """A needle in a haystack (report section 4.3): at which lengths and depths does a model find what was said once?
 
-The hay is lines of ordinary text without digits, the needle a line that says a number, put behind a share of the hay, its
-depth; the prompt ends with the needle's beginning. A model is as good as the probability that it gives to the number, which
-is how often it would be drawn. All models that are compared get the same prompts. `documents` makes texts of the same kind to
-learn from, for models that cannot do it yet.
+The hay is lines without digits, of ordinary text or a few that are said in turn (the noise of RULER, arXiv 2404.06654, which
+small models learn to look through). The needle is a line that says a number, put behind a share of the hay, its depth; the
+prompt ends with the needle's beginning. A model is as good as the probability that it gives to the number, which is how often
+it would be drawn. All models that are compared get the same prompts. `documents` makes texts of the same kind to learn from, for
+models that cannot do it yet.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ class NeedleConfig:
     lengths: tuple[int, ...] = ()  # tokens of a prompt with its answer; empty: no grid is made
     depths: tuple[int, ...] = (0, 25, 50, 75, 100)  # per cent of the hay that come before the needle
     samples: int = 8  # prompts of each length and depth
+    hay: tuple[str, ...] = ()  # lines that are said in turn; empty: those of the run's texts
     needle: str = "# key: {value}\n"  # what is said; a prompt ends with what comes before {value}
     digits: int = 1  # of the number
     seed: int = 0  # decides hay and numbers
@@ -100,8 +102,8 @@ class Hay:
 
 
 def hay_of(data: DataConfig, cfg: NeedleConfig, tokenizer: Tokenizer, held_out: bool) -> Hay:
-    """Hay of a run's texts: of those that it holds out for validation, or of those that it trains on."""
-    return Hay(_texts(data, held_out), cfg, tokenizer)
+    """Hay of the lines that `cfg` names, or of a run's texts: those that it holds out for validation, or trains on."""
+    return Hay(["\n".join(cfg.hay)] if cfg.hay else _texts(data, held_out), cfg, tokenizer)
 
 
 def _texts(data: DataConfig, held_out: bool) -> Iterator[str]:

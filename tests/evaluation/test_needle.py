@@ -137,6 +137,8 @@ def test_hay_of_the_texts_that_are_held_out(tokenizer):
     data = DataConfig(source=str(HERE / "text" / "*.txt"), validation_fraction=0.1)
     held_out, trained = (set(hay_of(data, CFG, tokenizer, side).lines) for side in (True, False))
     assert held_out - trained and trained - held_out
+    noise = hay_of(data, NeedleConfig(hay=("the sky is blue", "the grass is green")), tokenizer, True)
+    assert noise.lines == ["the sky is blue\n", "the grass is green\n"]
     apart = DataConfig(source=data.source, validation=str(HERE / "text" / "*a*.txt"))
     assert hay_of(apart, CFG, tokenizer, True).lines and hay_of(apart, CFG, tokenizer, False).lines
 
