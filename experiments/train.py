@@ -92,9 +92,9 @@ def _finish(command: Command, trainer, result, weights) -> None:
     print(f"\nvalidation loss {last.loss:.3f} nats per token, {last.bits_per_byte:.3f} bits per byte")
     print(f"  averaged parameters: {averaged.loss:.3f}, {averaged.bits_per_byte:.3f}")
     print(f"  unigram model:       {unigram.nats_per_token:.3f}, {unigram.bits_per_byte:.3f}")
-    warnings = _draw(trainer)
     if weights is not None:
         _show_samples(command, trainer, result.step, weights)
+    warnings = _draw(trainer)
     for warning in warnings:
         print(f"warning: {warning}")
     print(

@@ -1,10 +1,12 @@
 """Parts of a run's picture: curves as measured and smoothed, labels beside them, an axis of tokens above the steps."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 Records = Sequence[Mapping[str, Any]]
@@ -13,6 +15,8 @@ LINE = 0.19  # inches, of a line of text
 BLUE, ORANGE, GREEN, RED, GREY = "#2166ac", "#e08214", "#1b7837", "#b2182b", "0.45"
 TITLE: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "loc": "left"}
 _SMOOTH_SHARE = 0.02  # share of a curve over which it is smoothed
+_FONT = FontProperties(family="monospace", size=8)
+_WIDTH, _LINES = 84, 12  # of a text that the model wrote
 
 
 def smoothed(values: np.ndarray, decay: float) -> np.ndarray:
@@ -123,3 +127,32 @@ def tokens_above(axes: Axes, train: Records) -> None:
     second = axes.secondary_xaxis("top", functions=functions)
     second.xaxis.set_major_formatter(FuncFormatter(number))
     second.set_xlabel("tokens")
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def columns(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The lines of a record's texts under their titles, in two columns; both empty where it has none."""
+    texts = [_lines(name, text) for name, text in record.items() if isinstance(text, str) and name != "kind"]
+    half = -(-len(texts) // 2)
+    left, right = ([line for text in part for line in text] for part in (texts[:half], texts[half:]))
+    rows = max(len(left), len(right))
+    return left + [""] * (rows - len(left)), right
+
+
+def _lines(name: str, text: str) -> list[str]:
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, _WIDTH) or [""]]
+    cut = [*lines[: _LINES - 1], "..."] if len(lines) > _LINES else lines
+    return [name.replace("_", " ").upper(), *cut, ""]
+
+
+def draw_texts(axes: Axes, both: tuple[Sequence[str], Sequence[str]]) -> None:
+    """Writes two columns of lines; a character that the font has not becomes a box."""
+    axes.set_axis_off()
+    axes.set_title("What the model writes, from >> on", **TITLE)
+    known = get_font(findfont(_FONT)).get_charmap()
+    for x, lines in zip((0.0, 0.5), both, strict=True):
+        shown = "".join(c if ord(c) in known or c == "\n" else "\u25a1" for c in "\n".join(lines))
+        place: dict[str, Any] = {"va": "top", "fontproperties": _FONT, "transform": axes.transAxes}
+        axes.text(x, 1.0, shown, parse_math=False, **place)

@@ -1,4 +1,5 @@
-"""`write_report` draws a run's records: loss, schedule, gradient, speed, expert load [layer, expert], balance.
+"""`write_report` draws a run's records: loss, schedule, gradient, speed, expert load [layer, expert], balance, and texts
+that the model wrote.
 
 Curves are drawn as measured, pale, and smoothed, with their names beside them. It uses matplotlib's Figure with the
 Agg canvas directly: no pyplot, no global state, no display.
@@ -33,8 +34,8 @@ def write_report(
     """Draws the records of a run.
 
     Reads from records of kind "train": loss, mtp_loss, tokens, lr, batch_size, grad_norm, tokens_per_s, mfu,
-    step_seconds, data_seconds, max_vio [L], expert_counts [L, E]; of kind "eval": loss, bits_per_byte. What no record
-    has is left out of the picture, or said to be missing in it.
+    step_seconds, data_seconds, max_vio [L], expert_counts [L, E]; of kind "eval": loss, bits_per_byte; of the last one of
+    kind "samples", its texts. What no record has is left out of the picture, or said to be missing in it.
 
     Args:
         records: as `metrics.read_records` gives them.
@@ -50,18 +51,24 @@ def write_report(
     evals = [r for r in records if r["kind"] == "eval"]
     if not train:
         raise ValueError("no record of kind 'train': nothing to draw")
+    texts = drawing.columns(next((r for r in reversed(records) if r["kind"] == "samples"), {}))
+    below = 0.5 + 0.155 * len(texts[0]) if texts[0] else 0.0
     lines = [line for text in warnings for line in textwrap.wrap(f"! {text}", 165, subsequent_indent="   ")]
     above = (LINE + 0.03) * len(lines) + 0.3 * bool(lines)
-    figure = Figure(figsize=(13, 11.5 + above), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
+    size = (13, 11.5 + above + below)
+    figure = Figure(figsize=size, dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     FigureCanvasAgg(figure)
-    heights = [*([above] if lines else []), 4.6, 2.9, 4.0]
+    heights = [height for height in (above, 4.6, 2.9, 4.0, below) if height]
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     if title:
         figure.suptitle(title, fontsize=14, fontweight="bold")
     if lines:
         _draw_warnings(figure.add_subplot(grid[0]), lines)
-    _draw_loss(figure.add_subplot(grid[-3]), train, evals, unigram_loss)
-    of_steps, of_experts = grid[-2].subgridspec(1, 3), grid[-1].subgridspec(1, 2)
+    if below:
+        drawing.draw_texts(figure.add_subplot(grid[-1]), texts)
+    first = bool(lines)
+    _draw_loss(figure.add_subplot(grid[first]), train, evals, unigram_loss)
+    of_steps, of_experts = grid[first + 1].subgridspec(1, 3), grid[first + 2].subgridspec(1, 2)
     for i, draw in enumerate((_draw_schedule, _draw_gradient, _draw_speed)):
         draw(figure.add_subplot(of_steps[i]), train)
     number = max((np.shape(r["max_vio"])[0] for r in train if "max_vio" in r), default=0)

@@ -31,6 +31,7 @@ from tests.oracle.tiny import weights
 from tests.posttraining.sft_cases import (
     CFG,
     REORDERED,
+    ROWS,
     alone,
     apart,
     conversations,
@@ -54,7 +55,10 @@ def test_packed_samples_are_learned_as_if_alone(seed):
     for name in ("loss", "mtp_loss"):
         assert got[name] == pytest.approx(want[name], rel=REORDERED)
     assert apart(gradient, wanted) < REORDERED
-    # Mutations: samples that see each other; sums divided by what each micro-batch has.
+    # Mutations: the mean of four samples' means each; samples that see each other.
+    parts = [{name: x[i : i + ROWS] for name, x in each.items()} for i in range(0, len(each["tokens"]), ROWS)]
+    means = [loss_and_gradient(PARAMS, BIAS, part)[0]["loss"] for part in parts]
+    assert abs(np.mean(means) / want["loss"] - 1) > 1e-3
     seeing = together | {"segments": np.zeros_like(together["segments"])}
     assert apart(loss_and_gradient(PARAMS, BIAS, seeing, labels_of(together))[1], wanted) > 0.01
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from deepseek_jax.training.drawing import smoothed, trend
+from deepseek_jax.training.drawing import columns, smoothed, trend
 from deepseek_jax.training.metrics import MetricsFile, max_vio, read_records
 from deepseek_jax.training.report import write_report
 
@@ -80,9 +80,20 @@ def test_warnings_stand_above(tmp_path):
     assert share(ill) > 0.3 and share(well) == 0
 
 
-def test_a_dense_model_and_no_evaluation(tmp_path):
-    write_report(make_records(tmp_path, steps=1, moe=False), tmp_path / "report.png")
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+def test_a_dense_model_without_evaluation_and_what_it_writes(tmp_path):
+    """Texts stand below, cut where they are long; nothing of them is taken for mathematics, or warned of."""
+    said = {
+        "kind": "samples",
+        "step": 1,
+        "conversation_1": "2 + $2$ ｜ 汉>>\\boxed{4}\n" * 20,
+        "of_a_text": "x" * 90,
+    }
+    left, right = columns(said)
+    assert left[0] == "CONVERSATION 1" and left[12] == "..." and len(left) == 14
+    assert right == ["OF A TEXT", "x" * 84, "x" * 6, ""] and columns({"kind": "samples"}) == ([], [])
+    write_report([*make_records(tmp_path, steps=1, moe=False), said], tmp_path / "report.png")
+    image = imread(tmp_path / "report.png")
+    assert len(image) > 110 * (11.5 + 0.155 * 14) and ink(image[-110:, : image.shape[1] // 2]) > 20
 
 
 def test_nothing_to_draw(tmp_path):
