@@ -279,6 +279,11 @@ class Config:
         )
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a dry run should say of settings that mean something only when the data are read."""
+        return ()
+
+    @property
     def batch_arrays(self) -> dict[str, str]:
         """Name -> dtype of the arrays [b, seq_len + 1] that a batch of this run holds."""
         packed = {"segments": "int32", "positions": "int32"} if self.data.segments else {}

@@ -105,7 +105,9 @@ def _trainer(model: Any, dataset: Any, spec: Mapping[str, Any], folder: str, ste
         report_to=[],
         disable_tqdm=True,
     )
-    return Counting(model, args, train_dataset=dataset, processing_class=_of_ids(), callbacks=[times]), times
+    trainer = Counting(model, args, train_dataset=dataset, processing_class=_of_ids(), callbacks=[times])
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer, times
 
 
 def _of_ids() -> Any:

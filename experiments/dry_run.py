@@ -35,7 +35,9 @@ def report(cfg: Config) -> str:
         Start(cfg, mesh)
     StepProgram(make_train_step(cfg, mesh), cfg, mesh, schedules, abstract_batch(cfg, mesh))
     pipeline = described(cfg, mesh.shape)
-    return "\n".join((model_line(cfg), *_run(cfg, schedules, size), *pipeline, *_memory(cfg, mesh, at_hand)))
+    return "\n".join(
+        (model_line(cfg), *_run(cfg, schedules, size), *cfg.remarks, *pipeline, *_memory(cfg, mesh, at_hand))
+    )
 
 
 def _run(cfg: Config, schedules: Schedules, size: int) -> tuple[str, ...]:

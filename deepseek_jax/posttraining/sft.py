@@ -46,6 +46,13 @@ class SFTConfig(Config):
         super().__post_init__()
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """As `Config.remarks`."""
+        epochs = self.sft.epochs
+        said = f"sft.epochs={epochs:g}: the conversations decide how many steps; train.steps={self.train.steps} stands for them"
+        return (said,) if epochs else ()
+
+    @property
     def batch_arrays(self) -> dict[str, str]:
         """As `Config.batch_arrays`."""
         whole = dict.fromkeys(("tokens", "segments", "positions"), "int32")
@@ -88,5 +95,13 @@ class Tuner(Trainer):
         if cfg.sft.epochs:
             steps = max(1, math.ceil(cfg.sft.epochs * data.report.windows / cfg.train.batch_size))
             self.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps))
-            self._schedule(self.cfg)
+            super()._schedule(self.cfg)
         return data
+
+    def _schedule(self, cfg: Config) -> None:
+        """Of enough steps for any warm-up, where the data will say how many there are."""
+        assert isinstance(cfg, SFTConfig)
+        if cfg.sft.epochs:
+            steps = max(cfg.train.steps, 100 * (cfg.optimizer.warmup_steps + 1))
+            cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps))
+        super()._schedule(cfg)

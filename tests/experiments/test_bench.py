@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from experiments import bench_sft
 from experiments.bench import OURS, PEER, _report
 from experiments.bench_worker import Round, _timed
 
@@ -23,6 +24,19 @@ def test_a_report_gives_rates_cpu_seconds_and_shares_of_the_peak(capsys):
     assert "100 tokens/s" in peer and "1.600 CPU s, 25% of the peak" in peer
     # CPU seconds of the rounds: 1.5, 2 and 2.
     assert ratio.strip() == "ratio 2.00x   (rounds 1.50 to 2.50; in CPU time 2.00x)"
+
+
+def test_fine_tuning_is_compared_with_the_faster_of_trls_two_ways():
+    """Rounds are of one token."""
+    rounds = {
+        bench_sft.OURS: [Round(1e-3, 2e-3), Round(2e-3, 2e-3), Round(1e-3, 3e-3)],
+        bench_sft.PADDED: [Round(9e-3, 9e-3)] * 3,
+        bench_sft.PACKED: [Round(2e-3, 4e-3), Round(3e-3, 4e-3), Round(3e-3, 4e-3)],
+    }
+    ours, padded, packed, ratio = bench_sft.report(rounds).splitlines()
+    assert "1,000 tokens/s   (500 to 1,000; 2,000 CPU us per token)" in ours
+    assert "111 tokens/s" in padded and "333 tokens/s" in packed
+    assert ratio.strip() == "ratio to TRL, packed 3.00x   (rounds 1.50 to 3.00)"
 
 
 def test_sleep_takes_no_cpu_time():

@@ -91,7 +91,7 @@ def _program():
     value = value_of(CFG, single_device(), pretraining(CFG))
 
     def run(params, bias, batch, labels, mtp_lambda):
-        totals = Totals(float(ROWS), tuple(labels), 1)
+        totals = Totals(float(ROWS), tuple(labels), 1, float(ROWS))
         return value(params, batch, bias, totals, HYPER._replace(mtp_lambda=mtp_lambda))
 
     return jax.jit(jax.grad(run, has_aux=True))

@@ -80,7 +80,7 @@ def test_a_prompts_labels_have_no_influence():
     @jax.jit
     def losses(tokens, mask):
         changed = batch | {"tokens": tokens, "loss_mask": mask}
-        metrics = pretraining(CFG)(outputs, changed, Totals(rows, (1, 1), 1), HYPER)[1]
+        metrics = pretraining(CFG)(outputs, changed, Totals(rows, (1, 1), 1, rows), HYPER)[1]
         return jnp.stack([metrics["loss"], metrics["mtp_loss"]])
 
     def flipped(places):
@@ -149,7 +149,13 @@ def test_epochs_decide_the_steps(config):
     with contextlib.closing(tuner(config)) as run:
         assert run.data.report.windows > 8 and run.total_steps == config.train.steps
         windows = run.data.report.windows
-    twice = dataclasses.replace(config, sft=dataclasses.replace(config.sft, epochs=2.0))
+    twice = dataclasses.replace(
+        config,
+        sft=dataclasses.replace(config.sft, epochs=2.0),
+        optimizer=dataclasses.replace(config.optimizer, schedule="cosine", warmup_steps=5),
+        train=dataclasses.replace(config.train, steps=3),
+    )
+    assert twice.remarks[0].startswith("sft.epochs=2: the conversations decide") and config.remarks == ()
     with contextlib.closing(tuner(twice)) as run:
         assert run.data.tokenizer.has_chat_template
         assert run.total_steps == run.cfg.train.steps == -(-2 * windows // 4)
