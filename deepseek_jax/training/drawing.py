@@ -153,6 +153,7 @@ def draw_texts(axes: Axes, both: tuple[Sequence[str], Sequence[str]]) -> None:
     axes.set_title("What the model writes, from >> on", **TITLE)
     known = get_font(findfont(_FONT)).get_charmap()
     for x, lines in zip((0.0, 0.5), both, strict=True):
-        shown = "".join(c if ord(c) in known or c == "\n" else "\u25a1" for c in "\n".join(lines))
+        text = "\n".join(lines).replace("\uff5c", "|")  # of special tokens
+        shown = "".join(c if ord(c) in known or c == "\n" else "\u25a1" for c in text)
         place: dict[str, Any] = {"va": "top", "fontproperties": _FONT, "transform": axes.transAxes}
         axes.text(x, 1.0, shown, parse_math=False, **place)
