@@ -7,11 +7,11 @@ tokens and 128 of them a step are DeepSeek-R1's. The routers' bias and the weigh
 How many steps two epochs are, the data say: of 1.5M instances of 1,500 tokens, some 1,070.
 
 Hardware: 512 GPUs of 80 GB. A pipeline of 8 ranks, experts over 64 devices, of which the eight of a node share a window and its
-heads, so that each has 4K tokens at a time, as in pre-training. The 128 windows come in 16 micro-batches. `plan`
-predicts 66 GiB and 26 s a step on H800, 8 hours in all. Not run:
-there is no expected loss. Without a GPU,
+heads, so that each has 4K tokens at a time, as in pre-training. The 128 windows come in 16 micro-batches. `plan` predicts 66 GiB
+and 26 s a step on H800, 8 hours in all. Not run: there is no expected loss. Without a GPU,
 
     python -m experiments.sft --config=configs/v3_sft.py --dry_run --config.train.init_from=DIR     # checks it and traces the step
+    python -m experiments.plan step --config=configs/v3_sft.py
 """
 
 import ml_collections

@@ -33,7 +33,11 @@ class Settings(NamedTuple):
 
 
 def parse(
-    argv: Sequence[str], default: str, values: flags.FlagValues = flags.FLAGS, whole: Any = Config
+    argv: Sequence[str],
+    default: str,
+    values: flags.FlagValues = flags.FLAGS,
+    whole: Any = Config,
+    any_stage: bool = False,
 ) -> Any:
     """Returns the checked config, a `whole`; parses the other arguments as absl's flags (`command_line.parse_flags`).
 
@@ -44,6 +48,7 @@ def parse(
         default: the file where the command line names none.
         values: which flags.
         whole: the dataclass that the file's keys are of.
+        any_stage: sections of the file that `whole` has not, as of a stage after pre-training, are left out.
 
     Raises:
         ValueError: names the key, the nearest valid one, or the line of the file; OSError: the file cannot be read.
@@ -51,15 +56,20 @@ def parse(
     settings, rest = take(argv, whole)
     file = settings.file or default
     if command_line.asks_for_help(argv):
-        cfg = build(whole, _changed(read(file), settings.values, whole))
+        cfg = build(whole, _changed(_of(whole, read(file), any_stage), settings.values, whole))
         command_line.parse_flags(argv, values, config_help.keys(cfg, file))
     printed = "--print_config" in rest
     command_line.parse_flags([a for a in rest if a != "--print_config"], values)
-    cfg = build(whole, _changed(read(file), settings.values, whole))
+    cfg = build(whole, _changed(_of(whole, read(file), any_stage), settings.values, whole))
     if printed:
         print(config_help.listing(cfg), end="")
         sys.exit(0)
     return cfg
+
+
+def _of(whole: Any, values: dict[str, Any], any_stage: bool) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(whole)}
+    return {name: value for name, value in values.items() if name in known or not any_stage}
 
 
 # --- the command line -----------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     devices = flags.DEFINE_integer(
         "devices", 0, "How many; 0: what config.mesh names.", lower_bound=0, flag_values=values
     )
-    cfg = config_flag.parse(argv, "configs/v3_671b.py", values)
+    cfg = config_flag.parse(argv, "configs/v3_671b.py", values, any_stage=True)
     mesh = abstract_mesh(cfg.mesh, devices.value or named_devices(cfg.mesh))
     memory = state_memory(cfg, mesh)
     axes = " x ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "no axes"

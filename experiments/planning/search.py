@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     common_flags(values)
     flags.DEFINE_integer("devices", 2048, "How many.", 1, 1 << 16, flag_values=values)
-    cfg = config_flag.parse(argv, "configs/v3_671b.py", values)
+    cfg = config_flag.parse(argv, "configs/v3_671b.py", values, any_stage=True)
     hardware = PRESETS[values.hardware]
     found = search(cfg, values.devices, hardware)
     if not found.tried:

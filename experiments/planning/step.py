@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_boolean(
         "compile", False, "Compile the step for H100s, without a GPU, too.", flag_values=values
     )
-    cfg = config_flag.parse(argv, "configs/v3_671b.py", values)
+    cfg = config_flag.parse(argv, "configs/v3_671b.py", values, any_stage=True)
     run = run_of(cfg, values.devices or named_devices(cfg.mesh), PRESETS[values.hardware])
     if values.compile:
         xla.check(run)

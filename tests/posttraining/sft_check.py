@@ -3,8 +3,8 @@
     python -m tests.posttraining.sft_check --batches=100
     python -m tests.float64 tests.posttraining.sft_check --batches=20 --notrl     # rounding 2^29 times as small
 
-Packed samples against each alone; both against the training step in micro-batches and over two devices; labels, loss and
-gradients against TRL's, of conversations and of texts.
+Packed samples against each alone; both against the training step in micro-batches, over devices, and with experts and windows
+divided; labels, loss and gradients against TRL's, of conversations and of texts.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, named_devices
 from deepseek_jax.training.optimizer import adamw
-from deepseek_jax.training.state import TrainState
+from deepseek_jax.training.state import TrainState, state_shardings
 from deepseek_jax.training.step import make_train_step
 from tests.oracle.tiny import weights
 from tests.posttraining.sft_cases import (
@@ -38,19 +39,20 @@ PARAMS, BIAS = jax.tree.map(lambda x: x.astype(jnp.float32), weights(CFG.model, 
 
 
 class Steps:
-    """The training step in so many micro-batches over so many devices; the gradient is read off the first moment."""
+    """The training step in so many micro-batches over a mesh; the gradient is read off the first moment."""
 
-    def __init__(self, micro_batches: int, devices: int):
+    def __init__(self, micro_batches: int, **mesh: int):
         train = dataclasses.replace(CFG.train, batch_size=_ROWS, grad_accumulation=micro_batches)
-        self._cfg = dataclasses.replace(CFG, train=train)
-        self._mesh = make_mesh(CFG.mesh, jax.devices()[:devices])
+        over = MeshConfig(**{"data": 1} | mesh)
+        self._cfg = dataclasses.replace(CFG, train=train, mesh=over)
+        self._mesh = make_mesh(over, jax.devices()[: named_devices(over)])
         self._step = make_train_step(self._cfg, self._mesh)
 
     def __call__(self, batch):
         """({metric: float}, gradient)"""
         params = jax.tree.map(jnp.asarray, PARAMS)
         state = TrainState.create(params, adamw(self._cfg.optimizer).init(params), jnp.asarray(BIAS))
-        state = jax.device_put(state, replicated(self._mesh))
+        state = jax.device_put(state, state_shardings(self._cfg, self._mesh))
         state, metrics = self._step(state, jax.device_put(batch, batch_sharding(self._mesh)), HYPER)
         b1 = self._cfg.optimizer.b1
         mu = jax.tree.map(lambda x: np.asarray(x, np.float64) / (1 - b1), state.opt_state.mu)
@@ -62,10 +64,12 @@ def of_packing(batches: int) -> None:
     and of the parameter where it is largest."""
     ways = {
         "packed": lambda found: loss_and_gradient(PARAMS, BIAS, packed(found)),
-        "the step": _fed(Steps(1, 1)),
-        "4 micro-batches": _fed(Steps(4, 1)),
-        "2 devices": _fed(Steps(1, 2)),
-        "2 x 2": _fed(Steps(2, 2)),
+        "the step": _fed(Steps(1)),
+        "4 micro-batches": _fed(Steps(4)),
+        "2 devices": _fed(Steps(1, data=2)),
+        "2 x 2": _fed(Steps(2, data=2)),
+        "experts over 2 x 2": _fed(Steps(2, node=2, local=2)),
+        "and 2 per window": _fed(Steps(1, node=2, tensor=2)),
     }
     worst = {way: np.zeros(4) for way in ways}
     for seed in range(batches):
@@ -79,7 +83,7 @@ def of_packing(batches: int) -> None:
             )
     print(f"from samples alone, worst of {batches}:")
     for way, (loss, mtp, gradient, one) in worst.items():
-        print(f"  {way:16} loss {loss:.1e}, MTP {mtp:.1e}, gradient {gradient:.1e} (a parameter's {one:.1e})")
+        print(f"  {way:20} loss {loss:.1e}, MTP {mtp:.1e}, gradient {gradient:.1e} (a parameter's {one:.1e})")
 
 
 def _fed(steps: Steps):
@@ -111,7 +115,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=100)
     parser.add_argument("--notrl", action="store_true", help="without TRL")
     args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_num_cpu_devices", 4)
     of_packing(args.batches)
     if not args.notrl:
         of_trl(args.batches)
