@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 import deepseek_jax
 from configs import tiny as tiny_base
 from configs import tiny_sft, v3_sft
 from deepseek_jax import hf
-from deepseek_jax.config import YarnConfig, build, from_config_dict
+from deepseek_jax.config import Config, YarnConfig, build, from_config_dict
 from deepseek_jax.data import Tokenizer, Validation
 from deepseek_jax.data.conversations import Conversations
 from deepseek_jax.model.sequence import WHOLE
@@ -25,6 +26,7 @@ from deepseek_jax.posttraining.task_files import in_files
 from deepseek_jax.training.labels import Totals
 from deepseek_jax.training.objectives import Outputs, pretraining
 from deepseek_jax.training.schedules import Schedules
+from experiments import config_flag, config_help
 from experiments.answers import asked, spread
 from tests.golden.config import HERE
 from tests.oracle.tiny import weights
@@ -235,6 +237,15 @@ def test_shipped_configs_have_the_reports_values():
     tiny = from_config_dict(tiny_sft.get_config(), SFTConfig)
     assert tiny.model == from_config_dict(tiny_base.get_config()).model
     assert (tiny.train.init_from, tiny.data.tokenizer) == ("runs/tiny", "runs/tiny")
+    assert [key for key, _, doc in config_help.fields(tiny) if not doc] == []
+
+
+def test_what_plans_a_step_reads_what_it_knows_of_a_stages_config():
+    argv, none = ["--config=configs/v3_sft.py", "--config.mesh.node=4"], flags.FlagValues()
+    planned = config_flag.parse(argv, "", none, any_stage=True)
+    assert type(planned) is Config and (planned.data.seq_len, planned.mesh.node) == (32768, 4)
+    with pytest.raises(ValueError, match="unknown config key sft"):
+        config_flag.parse(argv, "", none)
 
 
 def test_labels_loss_and_gradients_are_trls(tmp_path):
