@@ -5,6 +5,7 @@ Weights of a training mesh are arranged as decoding reads them by one program, s
 when they come.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,17 +13,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax.checks import require
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MeshConfig, ModelConfig
 from deepseek_jax.model.decoding import decoding_config, prepare
 from deepseek_jax.parallel.mesh import replicated
+from deepseek_jax.parallel.prepared import WHOLE, generation_mesh, parameter_specs, preparing
+from deepseek_jax.posttraining.exact import exact_logprobs
 from deepseek_jax.posttraining.rollouts import Sample, Sampling, seed_of_sample, seeds_of_prompts
 from deepseek_jax.serving import sampling as serving
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.one_device import OneDevice
 from deepseek_jax.serving.options import Options
+from deepseek_jax.serving.over_mesh import OverMesh
 from deepseek_jax.serving.programs import Weights, layers_in_pages
 from deepseek_jax.serving.request import Request, Token, Update
 from deepseek_jax.serving.results import routes_of
@@ -36,17 +40,23 @@ class Parameters(NamedTuple):
 
 
 class EngineRollouts:
-    """On the first device of this process.
+    """On the devices of one process, or, of several, on the first device of each.
 
     Args:
         cfg: the model's.
-        mesh: on which the parameters lie that `load` is given.
-        options: of the engine; `waiting` is not looked at.
+        mesh: on which the parameters lie that `load` is given. over: by which config, whose experts the engine spreads as training
+            does; its pipeline and ZeRO are training's alone.
+        options: of the engine.
         num_ids: ids from there on are never drawn: the tokenizer's size.
     """
 
-    def __init__(self, cfg: ModelConfig, mesh: Mesh, options: Options, num_ids: int):
+    def __init__(self, cfg: ModelConfig, mesh: Mesh, over: MeshConfig, options: Options, num_ids: int):
         self._cfg, self._mesh, self._options, self._num_ids = cfg, mesh, options, num_ids
+        several = mesh.size > 1 and jax.process_count() == 1
+        # Of each device, rows of its own; what the other axes leave are replicas of the experts.
+        alone = dataclasses.replace(over, pipe=1, data=0, zero=False, overlap=False)
+        self._over = alone if several else None
+        self._at = tuple(mesh.devices.flat)
         self._engine: Engine | None = None
 
     @property
@@ -75,6 +85,12 @@ class EngineRollouts:
         answers = _answers(self.engine, asked)
         return [_sample(at, answers[request.id]) for (at, _), request in zip(numbered, asked, strict=True)]
 
+    def again(self, pairs: Sequence[tuple[list[int], Sample]], sampling: Sampling) -> list[np.ndarray]:
+        """Log-probabilities of the tokens of (prompt, sample) pairs by the weights as they are, in the bits of the programs that
+        drew them: `exact.exact_logprobs`, with its errors."""
+        samples = [sample._replace(prompt=i) for i, (_, sample) in enumerate(pairs)]
+        return exact_logprobs(self.engine, [prompt for prompt, _ in pairs], samples, sampling)
+
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
@@ -90,15 +106,26 @@ class EngineRollouts:
         return jax.jit(arranged, out_shardings=replicated(self._mesh))
 
     def _arranged(self, params: Parameters) -> Weights:
-        """Whole, on the first device of this process."""
-        held = self._arrange(params.params, params.balance_bias)
-        ready, bias = jax.tree.map(lambda x: x.addressable_data(0), held)
+        """Over the mesh, or whole on the first device of this process."""
+        if self._over is not None:
+            specs = parameter_specs(self._cfg, self._over, generation_mesh(self._cfg, self._over, self._at))
+            devices = generation_mesh(self._cfg, self._over, self._at)
+            held = jax.device_put(params.params, jax.tree.map(lambda s: NamedSharding(devices, s), specs))
+            ready = preparing(self._cfg, self._over, self._at)(held)
+            bias = jax.device_put(params.balance_bias, NamedSharding(devices, WHOLE), may_alias=False)
+        else:
+            held = self._arrange(params.params, params.balance_bias)
+            ready, bias = jax.tree.map(lambda x: x.addressable_data(0), held)
         return Weights(ready, bias, min(self._num_ids, self._cfg.vocab_size))
 
     def _device(self, weights: Weights) -> OneDevice:
-        cfg = decoding_config(self._cfg)
-        pages = self._options.pages_for(cfg, layers_in_pages(cfg, drafts=False))
-        device = OneDevice(cfg, self._options.sizes(cfg), pages, self._options.cache == "fp8")
+        cfg, options = decoding_config(self._cfg), self._options
+        pages = options.pages_for(cfg, layers_in_pages(cfg, drafts=False))
+        cache = (options.sizes(cfg), pages, options.cache == "fp8")
+        if self._over is None:
+            device = OneDevice(cfg, *cache)
+        else:
+            device = OverMesh(cfg, *cache, mesh=self._over, at=self._at)
         device.weights = weights
         return device
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax import now
 from deepseek_jax.checks import require
@@ -47,6 +47,11 @@ from deepseek_jax.training.schedules import StepPlan
 from deepseek_jax.training.step import make_train_step
 
 HELD_OUT = 1 << 32  # in the place of a step: seeds of held-out answers are those of no step
+
+
+def make_step(cfg: GRPOConfig, mesh: Mesh | AbstractMesh) -> Any:
+    """`make_train_step` with the objective of GRPO."""
+    return make_train_step(cfg, mesh, grpo(cfg, cfg.loss, cfg.rollouts.temperature))
 
 
 class HeldOut(NamedTuple):
@@ -80,7 +85,7 @@ class GRPO(Trainer):
         cfg, mesh: as of `Trainer`.
         data: default: of `cfg.prompts`.
         rewards: default: those that `cfg.rewards` names.
-        rollouts: who samples; default: the serving engine, on the first device of each process.
+        rollouts: who samples; default: the serving engine, on all devices of one process, or on the first of each of several.
 
     Raises ValueError for groups that do not divide over the processes, and as `Trainer`.
     """
@@ -97,10 +102,8 @@ class GRPO(Trainer):
     ):
         mesh = make_mesh(cfg.mesh) if mesh is None else mesh
         super().__init__(cfg, mesh, data)  # type: ignore[arg-type]
+        self.step_fn = ByLength(make_step, cfg, mesh, at=1)
         temperature = cfg.rollouts.temperature
-        self.step_fn = ByLength(
-            lambda cfg, mesh: make_train_step(cfg, mesh, grpo(cfg, cfg.loss, temperature)), cfg, mesh, at=1
-        )
         self._logprobs = ByLength(
             functools.partial(make_logprob_step, temperature=temperature), cfg, mesh, at=2
         )
@@ -109,6 +112,7 @@ class GRPO(Trainer):
         if rollouts is not None:
             self.rollouts = rollouts
         self._batches: list[Mapping[str, Any]] = []
+        self._parts: list[list[Group]] = []  # the groups of each
         self._loaded, self._stopping, self._scoring = -1, False, 0.0
         self._of_rollout: dict[str, float] = {}
         self.last_held_out: list[Group] = []
@@ -145,9 +149,14 @@ class GRPO(Trainer):
     def rollouts(self) -> Rollouts:
         chosen = self.cfg.rollouts
         options = Options(
-            rows=chosen.rows, max_model_len=self.cfg.data.seq_len + 1, waiting=1 << 30, steady=True
+            rows=chosen.rows,
+            max_model_len=self.cfg.data.seq_len + 1,
+            waiting=1 << 30,
+            invariant=chosen.exact,
+            steady=True,
         )
-        return EngineRollouts(self.cfg.model, self.mesh, options, self.data.tokenizer.vocab_size)
+        num_ids = self.data.tokenizer.vocab_size
+        return EngineRollouts(self.cfg.model, self.mesh, self.cfg.mesh, options, num_ids)
 
     @functools.cached_property
     def reference(self) -> Any:
@@ -193,7 +202,21 @@ class GRPO(Trainer):
                 self.reference = _copied(self.state.params)
             _ = self.reference
             self._batches = self._rollout(plan.step)
-        return self._batches[at]
+        return self._exactly(at) if self.cfg.rollouts.exact else self._batches[at]
+
+    def _exactly(self, at: int) -> Mapping[str, Any]:
+        """Batch `at` of the rollout with what the sampler's programs say of it now."""
+        batch, groups = self._batches[at], self._parts[at]
+        if at == 0:  # as it was drawn
+            return {**batch, "exact_logp": batch["sampler_logp"]}
+        self._load()
+        assert isinstance(self.rollouts, EngineRollouts)
+        pairs = [(group.prompt.ids.tolist(), sample) for group in groups for sample in group.samples]
+        found = self.rollouts.again(pairs, self.cfg.rollouts.sampling(self.data.tokenizer.stop_ids))
+        exact = np.zeros((len(pairs), batch["tokens"].shape[1]), np.float32)
+        for row, (prompt, _), logprobs in zip(exact, pairs, found, strict=True):
+            row[len(prompt) :][: len(logprobs)] = logprobs
+        return {**batch, **self.feed.put({"exact_logp": exact})}
 
     def _told(self) -> Mapping[str, float]:
         return self._of_rollout
@@ -208,7 +231,7 @@ class GRPO(Trainer):
             "scoring_seconds": self._scoring,
         }
         each = len(groups) // self.cfg.rollouts.updates
-        parts = [groups[at : at + each] for at in range(0, len(groups), each)]
+        parts = self._parts = [groups[at : at + each] for at in range(0, len(groups), each)]
         longest = of_each(np.array([max(group.longest for group in part) for part in parts])).max(0)
         batches: list[Mapping[str, Any]] = []
         for part, tokens in zip(parts, longest, strict=True):
@@ -218,9 +241,11 @@ class GRPO(Trainer):
 
     def _with_logprobs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with the log-probabilities of its tokens before the updates, and the reference's."""
-        of = {"old_logp": self.state.params, "ref_logp": self.reference}
-        bias = self.state.balance_bias
-        return batch | {name: self._logprobs(of[name], bias, batch).logp for name in self.cfg.logprobs}
+        of, bias = {"old_logp": self.state.params, "ref_logp": self.reference}, self.state.balance_bias
+        found = {"old_logp": batch["sampler_logp"]} if self.cfg.old_of_sampler else {}
+        for name in [name for name in of if name in self.cfg.logprobs and name not in found]:
+            found[name] = self._logprobs(of[name], bias, batch).logp
+        return batch | {name: found[name] for name in found if name in self.cfg.logprobs}
 
     def _load(self) -> None:
         if self._loaded != self.step:

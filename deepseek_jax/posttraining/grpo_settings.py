@@ -26,9 +26,10 @@ class RolloutConfig:
     # train over the ids that each token was drawn from, where top_p or top_k leaves ids out
     keep_mask: bool = True
     keep_routes: bool = True  # train with the experts that sampling chose
-    # whose log-probabilities are those before the updates: "trainer", a pass of its own where there are several
-    # updates; or "sampler"
+    # whose log-probabilities are those before the updates, where there are several: "trainer", a pass of its own; "sampler"
     old: str = "trainer"
+    # values of the sampler's own programs in training, bit for bit (posttraining/exact.py); old is "sampler" then
+    exact: bool = False
     reference_every: int = 0  # steps after which the reference becomes the model as it is then; 0: never
     # dynamic sampling: so many times at most, prompts whose answers are all worth the same are replaced by others
     resample: int = 0
@@ -52,6 +53,16 @@ class RolloutConfig:
         require(
             self.samples > 1,
             "rollouts.samples=1: an answer is compared with the others of its group; give 2 or more",
+        )
+        require(
+            self.reference_every % self.updates == 0,
+            f"rollouts.reference_every={self.reference_every} must be a multiple of rollouts.updates={self.updates}: the "
+            "reference is replaced between rollouts",
+        )
+        require(
+            not self.exact or self.updates == 1 or not self.keep_routes,
+            f"rollouts.exact with updates={self.updates}: the later ones' values are routed by the weights as they are then; set "
+            "rollouts.keep_routes=False",
         )
         self.sampling(())
         self.evaluation(())
@@ -112,9 +123,18 @@ class GRPOConfig(Config):
 
     @property
     def logprobs(self) -> tuple[str, ...]:
-        """Of the batches' tokens, beside the sampler's: "old_logp", before the updates; "ref_logp", of the reference."""
-        old = ("old_logp",) if self.rollouts.updates > 1 and self.rollouts.old == "trainer" else ()
-        return (*old, *(("ref_logp",) if self.loss.beta else ()))
+        """Of the batches' tokens, beside "sampler_logp": "old_logp", before the updates, where there are several; "ref_logp", of
+        the reference; "exact_logp", of the sampler's programs with the weights as they are."""
+        asked = {
+            "old_logp": self.rollouts.updates > 1,
+            "ref_logp": self.loss.beta,
+            "exact_logp": self.rollouts.exact,
+        }
+        return tuple(name for name, wanted in asked.items() if wanted)
+
+    @property
+    def old_of_sampler(self) -> bool:
+        return self.rollouts.old == "sampler" or self.rollouts.exact
 
     @property
     def prompts_each(self) -> int:

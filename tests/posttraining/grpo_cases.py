@@ -16,12 +16,18 @@ from tests.golden.config import HERE
 from tests.oracle.tiny import weights
 from tests.tiny_run import tiny
 
-CFG = tiny(model={"initializer_range": 0.2})
+MODEL = {
+    "initializer_range": 0.2,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "num_nextn_predict_layers": 0,
+}
+CFG = tiny(model=MODEL)
 ROLLOUTS = {
     "samples": 2,
     "updates": 2,
     "max_tokens": 12,
-    "rows": 4,
+    "rows": 2,
     "buckets": 1,
     "eval_prompts": 2,
     "eval_samples": 2,

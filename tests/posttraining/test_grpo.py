@@ -9,12 +9,21 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.posttraining.experience import width_for
+from configs import v3_grpo
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.mesh import abstract_mesh
+from deepseek_jax.posttraining.experience import abstract_rows, width_for
+from deepseek_jax.posttraining.grpo import make_step
+from deepseek_jax.posttraining.grpo_config import preset
+from deepseek_jax.posttraining.grpo_settings import GRPOConfig
 from deepseek_jax.posttraining.rewards import Rewards, Weighted
 from deepseek_jax.training.metrics import TIMINGS, read_records
+from deepseek_jax.training.schedules import Schedules
+from deepseek_jax.training.step import abstract_state
 from tests.golden.run import StopAfter
 from tests.posttraining import grpo_cases
 from tests.posttraining.grpo_cases import config, trainer
+from tests.tiny_run import HYPER
 
 
 def raw(tree):
@@ -30,7 +39,8 @@ _shared = []
 
 
 def run_on(cfg, steps=1000, rewards=None):
-    """Resumes, runs at most `steps` steps; (run, its last state and average). Programs are traced once."""
+    """Resumes, runs at most `steps` steps; (run, result, its last state and what a checkpoint keeps beside it). Programs are
+    traced once."""
     run = trainer(cfg)
     if rewards is not None:
         run.rewards = rewards
@@ -112,6 +122,42 @@ def test_no_program_is_compiled_again(undisturbed, tmp_path, caplog):
     assert engines and len(engines) == len(set(engines)), engines
 
 
+def test_exact_values_are_the_samplers(undisturbed, tmp_path):
+    """Before the first update of a rollout in every bit, and with the weights of the second as these would draw now."""
+    folder, *_ = undisturbed
+    exact = {"exact": True, "keep_routes": False, "reference_every": 0}
+    run = trainer(in_another_folder(folder, tmp_path, rollouts=exact, loss={"beta": 0.0}))
+    with contextlib.closing(run):
+        run.run(StopAfter(2), io.StringIO())
+    first, second = [r for r in records(run) if r["kind"] == "train"]
+    assert first["sampler_gap_max"] == 0 and first["ratio"] == 1 and first["clip_share"] == 0
+    assert second["ratio_distance"] > 1e-3 and second["sampler_gap"] == pytest.approx(
+        second["ratio_distance"], rel=0.2
+    )
+
+
+def test_silent_groups_are_replaced_no_more_often_than_allowed(undisturbed, tmp_path):
+    """Of rewards that are all the same, every group is, each time; of others, those that were."""
+    folder, *_ = undisturbed
+    run = trainer(in_another_folder(folder, tmp_path, rollouts={"resample": 2}))
+    with contextlib.closing(run):
+        run.rewards = Rewards([Weighted("same", 1.0, lambda prompts, **_: [0.5] * len(prompts))])
+        run._load()
+        assert all(group.silent for group in run._groups(0)) and run._of_rollout["replaced"] == 2 * 4
+        assert run.data.train.state()["taken"] == [3 * 4]
+        run.rewards = Rewards(
+            [
+                Weighted(
+                    "differs",
+                    1.0,
+                    lambda completion_ids, **_: [float(hash(tuple(x)) % 99) for x in completion_ids],
+                )
+            ]
+        )
+        once = run._groups(4)
+        assert run._of_rollout["replaced"] <= 1 and sum(group.silent for group in once) <= 1
+
+
 @pytest.mark.parametrize(
     ("tokens", "buckets", "width"),
     [(1, 3, 17), (17, 3, 17), (18, 3, 33), (34, 3, 65), (65, 3, 65), (5, 1, 65)],
@@ -136,9 +182,39 @@ def test_a_batch_is_as_wide_as_the_smallest_window_that_it_fits_into(tokens, buc
             {"rollouts": {"max_tokens": 60}},
             "rollouts.max_tokens=60 leaves no room for a prompt in data.seq_len=48",
         ),
+        (
+            {"rollouts": {"exact": True}},
+            "rollouts.exact with updates=2: the later ones' values are routed by the weights as they are then",
+        ),
         ({"rewards": ("answr",)}, "did you mean 'answer'"),
     ],
 )
 def test_what_is_refused(undisturbed, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config(undisturbed[0], **changes)
+
+
+def test_the_shipped_config_has_the_values_of_deepseek_r1():
+    cfg = from_config_dict(v3_grpo.get_config(), GRPOConfig)
+    rollouts, schedules = cfg.rollouts, Schedules.of_steps(cfg.optimizer, cfg.train, cfg.data.seq_len)
+    assert (rollouts.samples, rollouts.temperature, rollouts.max_tokens) == (16, 1.0, 32768)
+    assert (cfg.train.batch_size // rollouts.samples, cfg.train.batch_size) == (32, 512)
+    assert (cfg.prompts_each * rollouts.samples, rollouts.updates, rollouts.reference_every) == (
+        8192,
+        16,
+        400,
+    )
+    assert (cfg.loss.beta, cfg.loss.clip_low, cfg.loss.clip_high) == (0.001, 10.0, 10.0)
+    # The rest is DeepSeek-V3.2's.
+    assert dataclasses.replace(cfg.loss, clip_low=0.2, clip_high=0.2) == preset("v32")
+    assert rollouts.keep_mask and rollouts.keep_routes
+    assert {schedules.lr(step, 0) for step in (0, 800, 1696)} == {3e-6}
+
+
+def test_the_shipped_config_lowers_over_its_mesh():
+    """Of 512 devices, none of which is there: the step for the longest windows is traced, and becomes a program."""
+    cfg = from_config_dict(v3_grpo.get_config(), GRPOConfig)
+    mesh = abstract_mesh(cfg.mesh, 512)
+    assert mesh.size == 512
+    traced = make_step(cfg, mesh).trace(abstract_state(cfg, mesh), abstract_rows(cfg, mesh), HYPER)
+    assert traced.out_info[1].objective["clip_share"].shape == ()
