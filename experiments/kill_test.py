@@ -190,7 +190,9 @@ def kill_test(folder: Path, arguments: Sequence[str], kills: int, seed: int, com
 
 def main(argv: Sequence[str]) -> int:
     parser = command_line.Parser(description="Kill and resume a training run; compare it bitwise.")
-    parser.add_argument("--command", choices=("train", "sft", "grpo"), default="train", help="which of experiments")
+    parser.add_argument(
+        "--command", choices=("train", "sft", "grpo"), default="train", help="which of experiments"
+    )
     parser.add_argument("--config", default="tests/golden/config.py", help="of the command")
     parser.add_argument("--init_from", help="its weights to start from, if not those of the config")
     parser.add_argument("--steps", type=int, default=300, help="length of the run")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.checks import require
 from deepseek_jax.config import MeshConfig, ModelConfig
@@ -108,11 +108,12 @@ class EngineRollouts:
     def _arranged(self, params: Parameters) -> Weights:
         """Over the mesh, or whole on the first device of this process."""
         if self._over is not None:
-            specs = parameter_specs(self._cfg, self._over, generation_mesh(self._cfg, self._over, self._at))
             devices = generation_mesh(self._cfg, self._over, self._at)
-            held = jax.device_put(params.params, jax.tree.map(lambda s: NamedSharding(devices, s), specs))
-            ready = preparing(self._cfg, self._over, self._at)(held)
-            bias = jax.device_put(params.balance_bias, NamedSharding(devices, WHOLE), may_alias=False)
+            specs = parameter_specs(self._cfg, self._over, devices)
+            put = functools.partial(NamedSharding, devices)
+            where = jax.tree.map(put, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+            ready = preparing(self._cfg, self._over, self._at)(jax.device_put(params.params, where))
+            bias = jax.device_put(params.balance_bias, put(WHOLE), may_alias=False)
         else:
             held = self._arrange(params.params, params.balance_bias)
             ready, bias = jax.tree.map(lambda x: x.addressable_data(0), held)

@@ -29,7 +29,11 @@ def run(folder: Path, processes: int, init_from: str, steps: int) -> list[dict]:
         *(f"--config.train.out_dir={folder}", f"--config.data.cache_dir={folder}_cache"),
         *(f"--config.train.steps={steps}", "--config.mesh.data=2"),
     ]
-    launch = ["-m", "experiments.launch", f"--processes={processes}", "--", sys.executable] if processes > 1 else []
+    launch = (
+        ["-m", "experiments.launch", f"--processes={processes}", "--", sys.executable]
+        if processes > 1
+        else []
+    )
     devices = {"JAX_NUM_CPU_DEVICES": str(2 // processes), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, *launch, "-m", "experiments.grpo", *arguments]
     done = subprocess.run(command, env=os.environ | devices, capture_output=True, text=True)

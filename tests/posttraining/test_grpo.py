@@ -11,19 +11,15 @@ import pytest
 
 from configs import v3_grpo
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.parallel.mesh import abstract_mesh
-from deepseek_jax.posttraining.experience import abstract_rows, width_for
-from deepseek_jax.posttraining.grpo import make_step
+from deepseek_jax.posttraining.experience import width_for
 from deepseek_jax.posttraining.grpo_config import preset
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
 from deepseek_jax.posttraining.rewards import Rewards, Weighted
 from deepseek_jax.training.metrics import TIMINGS, read_records
 from deepseek_jax.training.schedules import Schedules
-from deepseek_jax.training.step import abstract_state
 from tests.golden.run import StopAfter
 from tests.posttraining import grpo_cases
 from tests.posttraining.grpo_cases import config, trainer
-from tests.tiny_run import HYPER
 
 
 def raw(tree):
@@ -122,20 +118,6 @@ def test_no_program_is_compiled_again(undisturbed, tmp_path, caplog):
     assert engines and len(engines) == len(set(engines)), engines
 
 
-def test_exact_values_are_the_samplers(undisturbed, tmp_path):
-    """Before the first update of a rollout in every bit, and with the weights of the second as these would draw now."""
-    folder, *_ = undisturbed
-    exact = {"exact": True, "keep_routes": False, "reference_every": 0}
-    run = trainer(in_another_folder(folder, tmp_path, rollouts=exact, loss={"beta": 0.0}))
-    with contextlib.closing(run):
-        run.run(StopAfter(2), io.StringIO())
-    first, second = [r for r in records(run) if r["kind"] == "train"]
-    assert first["sampler_gap_max"] == 0 and first["ratio"] == 1 and first["clip_share"] == 0
-    assert second["ratio_distance"] > 1e-3 and second["sampler_gap"] == pytest.approx(
-        second["ratio_distance"], rel=0.2
-    )
-
-
 def test_silent_groups_are_replaced_no_more_often_than_allowed(undisturbed, tmp_path):
     """Of rewards that are all the same, every group is, each time; of others, those that were."""
     folder, *_ = undisturbed
@@ -209,12 +191,3 @@ def test_the_shipped_config_has_the_values_of_deepseek_r1():
     assert dataclasses.replace(cfg.loss, clip_low=0.2, clip_high=0.2) == preset("v32")
     assert rollouts.keep_mask and rollouts.keep_routes
     assert {schedules.lr(step, 0) for step in (0, 800, 1696)} == {3e-6}
-
-
-def test_the_shipped_config_lowers_over_its_mesh():
-    """Of 512 devices, none of which is there: the step for the longest windows is traced, and becomes a program."""
-    cfg = from_config_dict(v3_grpo.get_config(), GRPOConfig)
-    mesh = abstract_mesh(cfg.mesh, 512)
-    assert mesh.size == 512
-    traced = make_step(cfg, mesh).trace(abstract_state(cfg, mesh), abstract_rows(cfg, mesh), HYPER)
-    assert traced.out_info[1].objective["clip_share"].shape == ()
