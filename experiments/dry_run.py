@@ -1,8 +1,11 @@
 """`python -m experiments.train --dry_run` says what a run would be and checks what this machine can; it reads no data."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from deepseek_jax.checkpoints.files import steps_in
 from deepseek_jax.config import Config
@@ -24,8 +27,13 @@ def model_line(cfg: Config) -> str:
     )
 
 
-def report(cfg: Config) -> str:
-    """Describes the run in several lines. Raises ValueError for what a run would refuse before it reads its data."""
+def pre_training(cfg: Config, mesh: AbstractMesh) -> tuple[Any, Any]:
+    """Returns the step of pre-training, and an abstract batch of it."""
+    return make_train_step(cfg, mesh), abstract_batch(cfg, mesh)
+
+
+def report(cfg: Config, step: Callable[[Any, AbstractMesh], tuple[Any, Any]] = pre_training) -> str:
+    """Describes the run in several lines. step: of a config, its step and an abstract batch, as `pre_training`. Raises ValueError for what a run would refuse before it reads its data."""
     at_hand, named = jax.device_count(), named_devices(cfg.mesh)
     mesh = abstract_mesh(cfg.mesh, max(at_hand, named))
     size = granularity(cfg, mesh)
@@ -33,7 +41,8 @@ def report(cfg: Config) -> str:
     check_tokenizer(cfg)
     if cfg.train.init_from and not steps_in(Path(cfg.train.out_dir) / "checkpoints"):
         Start(cfg, mesh)
-    StepProgram(make_train_step(cfg, mesh), cfg, mesh, schedules, abstract_batch(cfg, mesh))
+    step_fn, batch = step(cfg, mesh)
+    StepProgram(step_fn, cfg, mesh, schedules, batch)
     pipeline = described(cfg, mesh.shape)
     return "\n".join(
         (model_line(cfg), *_run(cfg, schedules, size), *cfg.remarks, *pipeline, *_memory(cfg, mesh, at_hand))

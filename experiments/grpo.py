@@ -46,7 +46,14 @@ def _finish(command: train.Command, trainer: Any, result: Any, weights: Any) -> 
     print(f"checkpoints: {out_dir / 'checkpoints'}", flush=True)
 
 
-COMMAND = train.Command("configs/tiny_grpo.py", GRPOConfig, _trainer, None, "", _finish)
+def _step(cfg: GRPOConfig, mesh: Any) -> tuple[Any, Any]:
+    from deepseek_jax.posttraining.experience import abstract_rows
+    from deepseek_jax.posttraining.grpo import make_step
+
+    return make_step(cfg, mesh), abstract_rows(cfg, mesh)
+
+
+COMMAND = train.Command("configs/tiny_grpo.py", GRPOConfig, _trainer, None, "", _finish, _step)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -52,7 +52,7 @@ class Command(NamedTuple):
 
     default: the config's file where none is named. whole: the config's dataclass. trainer: of a config. samples: of a trainer,
     whole parameters and bias, texts by title of what the model makes of held-out ones. heading: of a title. finish: reports a
-    finished run; None: as of pre-training, with the samples.
+    finished run; None: as of pre-training, with the samples. step: which --dry_run traces.
     """
 
     default: str
@@ -61,6 +61,7 @@ class Command(NamedTuple):
     samples: Callable[[Any, Any, Any], Mapping[str, str]] | None
     heading: str
     finish: Callable[..., None] | None = None
+    step: Callable[..., tuple[Any, Any]] = dry_run.pre_training
 
 
 def _pre_trainer(cfg: Config) -> Any:
@@ -219,7 +220,7 @@ def main(argv: Sequence[str], command: Command = PRE_TRAINING) -> int:
         SCREEN.line(f"the config is {command.default}, as no --config names another")
     if _DRY_RUN.value:
         devices_of_run(cfg)
-        print(dry_run.report(cfg))
+        print(dry_run.report(cfg, command.step))
         return 0
     profile_steps = _first_and_last(_PROFILE_STEPS.value)
     resuming = _FROM_STEP.value, _FRESH.value, _STOPPED_STATUS.value, _DISCARD_NEWER.value

@@ -76,7 +76,8 @@ class EngineRollouts:
     def sample(
         self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int | Sequence[int]
     ) -> list[Sample]:
-        """As `Rollouts.sample`."""
+        """As `Rollouts.sample`. No page of an earlier call is found: with the same weights, the same call has the same bits."""
+        self.engine.load(self.engine.device.weights, self.engine.version)
         seeds = seeds_of_prompts(seed, len(prompts))
         numbered = [(at, i) for at in range(len(prompts)) for i in range(n)]
         asked = [

@@ -10,12 +10,11 @@ Every process answers its share of the prompts, and scores its share of the answ
 `train.eval_every` steps.
 """
 
+import collections
 import contextlib
-import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,23 +24,22 @@ from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax import now
 from deepseek_jax.checks import require
-from deepseek_jax.data.prompts import Prompt, PromptStream, load
-from deepseek_jax.data.report import CorpusReport
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.prompts import Prompt
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.processes.together import of_each
+from deepseek_jax.posttraining.asked_prompts import Asked, read_prompts
 from deepseek_jax.posttraining.by_length import ByLength
 from deepseek_jax.posttraining.engine_rollouts import EngineRollouts, Parameters
 from deepseek_jax.posttraining.experience import Group, abstract_rows, means, rows_of, summary, width_for
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
 from deepseek_jax.posttraining.logprobs import make_logprob_step
 from deepseek_jax.posttraining.objective import grpo
+from deepseek_jax.posttraining.ray_rollouts import RayRollouts
 from deepseek_jax.posttraining.rewards import Rewards, columns_of, rewards_named
-from deepseek_jax.posttraining.rollouts import Rollouts, Sample, Sampling, seed_of
-from deepseek_jax.posttraining.task_files import in_files
+from deepseek_jax.posttraining.right_answers import HeldOut, right
+from deepseek_jax.posttraining.rollouts import Rollouts, Sample, seed_of
 from deepseek_jax.serving.options import Options
 from deepseek_jax.training.loop import Result, Trainer
-from deepseek_jax.training.preflight import check_vocabulary
 from deepseek_jax.training.records import Records
 from deepseek_jax.training.schedules import StepPlan
 from deepseek_jax.training.step import make_train_step
@@ -54,28 +52,12 @@ def make_step(cfg: GRPOConfig, mesh: Mesh | AbstractMesh) -> Any:
     return make_train_step(cfg, mesh, grpo(cfg, cfg.loss, cfg.rollouts.temperature))
 
 
-class HeldOut(NamedTuple):
-    """Answers to held-out prompts. pass_at_1: share of right ones; pass_at_k: of prompts with a right one among k."""
+class Begun(NamedTuple):
+    """A rollout that was asked. state: of the stream before its prompts. asked: this process's, by their places in it."""
 
-    pass_at_1: float
-    pass_at_k: float
-    k: int
-    reward: float
-    answer_tokens: float
-
-    @property
-    def loss(self) -> float:
-        """By which `train.keep_best` chooses."""
-        return 1.0 - self.pass_at_1
-
-
-class Asked(NamedTuple):
-    """Prompts, and how they are read and written."""
-
-    tokenizer: Tokenizer
-    train: PromptStream
-    validation: list[Prompt]
-    report: CorpusReport
+    state: Any
+    asked: Mapping[int, Prompt]
+    samples: Callable[[], list[Sample]]
 
 
 class GRPO(Trainer):
@@ -112,6 +94,7 @@ class GRPO(Trainer):
         if rollouts is not None:
             self.rollouts = rollouts
         self._batches: list[Mapping[str, Any]] = []
+        self._begun: collections.deque[Begun] = collections.deque()
         self._parts: list[list[Group]] = []  # the groups of each
         self._loaded, self._stopping, self._scoring = -1, False, 0.0
         self._of_rollout: dict[str, float] = {}
@@ -130,16 +113,7 @@ class GRPO(Trainer):
 
     @functools.cached_property
     def data(self) -> Asked:  # type: ignore[override]
-        """Raises ValueError for prompts that cannot be read, and where none leaves room for an answer."""
-        cfg, room = self.cfg, self.cfg.data.seq_len + 1 - self.cfg.rollouts.max_tokens
-        require(
-            cfg.data.tokenizer is not None, "data.tokenizer is not set, nor train.init_from, which has one"
-        )
-        tokenizer = Tokenizer.load(str(cfg.data.tokenizer))
-        check_vocabulary(cfg, tokenizer)
-        prompts = in_files(cfg.prompts, Path(cfg.data.cache_dir).expanduser(), "prompts.sources")
-        found = load(dataclasses.replace(prompts, max_tokens=min(prompts.max_tokens, room)), tokenizer)
-        return Asked(tokenizer, found.train, found.validation, found.report)
+        return read_prompts(self.cfg)
 
     @functools.cached_property
     def rewards(self) -> Rewards:
@@ -152,10 +126,13 @@ class GRPO(Trainer):
             rows=chosen.rows,
             max_model_len=self.cfg.data.seq_len + 1,
             waiting=1 << 30,
+            pages=chosen.pages,
             invariant=chosen.exact,
             steady=True,
         )
         num_ids = self.data.tokenizer.vocab_size
+        if chosen.replicas:
+            return RayRollouts(self.cfg.model, options, num_ids, chosen.replicas)
         return EngineRollouts(self.cfg.model, self.mesh, self.cfg.mesh, options, num_ids)
 
     @functools.cached_property
@@ -170,6 +147,10 @@ class GRPO(Trainer):
             super().close()
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def data_state(self) -> Any:
+        """What was begun and not trained on is asked again."""
+        return self._begun[0].state if self._begun else super().data_state()
 
     def beside(self) -> Any:
         own = {"reference": self.reference} if self.cfg.loss.beta else {}
@@ -255,41 +236,62 @@ class GRPO(Trainer):
 
     def _groups(self, step: int) -> list[Group]:
         """This process's: of each batch, its share."""
-        cfg = self.cfg
-        asked = self.data.train.take(cfg.prompts_each)
-        mine = np.split(np.arange(cfg.prompts_each), cfg.rollouts.updates)
-        part, parts = self.feed.share
-        places = np.concatenate([np.split(places, parts)[part] for places in mine])
-        sampling = cfg.rollouts.sampling(self.data.tokenizer.stop_ids)
-
-        def answered(asked: Mapping[int, Prompt], again: int) -> dict[int, Group]:
-            seeds = [seed_of(cfg.train.seed, step, again, place) for place in asked]
-            groups = self.answer(list(asked.values()), cfg.rollouts.samples, sampling, seeds)
-            return dict(zip(asked, groups, strict=True))
-
-        found = answered({int(place): asked[place] for place in places}, 0)
-        replaced = 0
-        for again in range(1, cfg.rollouts.resample + 1):
-            silent = np.zeros(cfg.prompts_each, bool)
-            silent[[place for place in found if found[place].silent]] = True
-            anywhere = np.flatnonzero(of_each(silent).any(0))
-            if not anywhere.size:
-                break
-            replaced += len(anywhere)
-            others = dict(zip(anywhere.tolist(), self.data.train.take(len(anywhere)), strict=True))
-            found |= answered({place: asked for place, asked in others.items() if place in found}, again)
-        groups = [found[int(place)] for place in places]
-        self._of_rollout = means(_over_processes(summary(groups))) | (
-            {"replaced": replaced} if cfg.rollouts.resample else {}
-        )
+        begun = self._begun_for(step)
+        found = dict(zip(begun.asked, self._scored(list(begun.asked.values()), begun.samples()), strict=True))
+        replaced = self._resampled(step, found)
+        groups = list(found.values())
+        stale = step - min(sample.version for group in groups for sample in group.samples)
+        chosen = self.cfg.rollouts
+        more = {"replaced": replaced} if chosen.resample else {"staleness": stale} if chosen.ahead else {}
+        self._of_rollout = means(_over_processes(summary(groups))) | more
         return groups
 
-    def answer(
-        self, prompts: Sequence[Prompt], n: int, sampling: Sampling, seeds: Sequence[int]
-    ) -> list[Group]:
-        """n scored answers to each prompt. Raises what a reward raises."""
-        samples = self.rollouts.sample([prompt.ids.tolist() for prompt in prompts], n, sampling, seeds)
-        texts = self.data.tokenizer.decode_batch([_said(sample, sampling) for sample in samples])
+    def _begun_for(self, step: int) -> Begun:
+        """The rollout of this step; those that are to be asked before their turn are begun."""
+        updates = self.cfg.rollouts.updates
+        while len(self._begun) <= self.cfg.rollouts.ahead:
+            self._begun.append(self._begin(step + len(self._begun) * updates))
+        return self._begun.popleft()
+
+    def _begin(self, step: int) -> Begun:
+        cfg, state = self.cfg, self.data.train.state()
+        taken = self.data.train.take(cfg.prompts_each)
+        part, parts = self.feed.share
+        of_batches = np.split(np.arange(cfg.prompts_each), cfg.rollouts.updates)
+        places = np.concatenate([np.split(places, parts)[part] for places in of_batches]).tolist()
+        asked = {place: taken[place] for place in places}
+        return Begun(state, asked, self._asking(asked, step, 0))
+
+    def _asking(self, asked: Mapping[int, Prompt], step: int, again: int) -> Callable[[], list[Sample]]:
+        """Samples of prompts by their places; the seed of each depends on nothing else that is asked."""
+        cfg = self.cfg
+        seeds = [seed_of(cfg.train.seed, step, again, place) for place in asked]
+        sampling = cfg.rollouts.sampling(self.data.tokenizer.stop_ids)
+        prompts = [prompt.ids.tolist() for prompt in asked.values()]
+        given = (prompts, cfg.rollouts.samples, sampling, seeds)
+        if isinstance(self.rollouts, RayRollouts):
+            return self.rollouts.begin(*given)
+        return functools.partial(self.rollouts.sample, *given)
+
+    def _resampled(self, step: int, found: dict[int, Group]) -> int:
+        """Replaces groups whose answers are all worth the same by those of other prompts, `rollouts.resample` times at most; how
+        many, over all processes."""
+        replaced = 0
+        for again in range(1, self.cfg.rollouts.resample + 1):
+            silent = np.zeros(self.cfg.prompts_each, bool)
+            silent[[place for place in found if found[place].silent]] = True
+            anywhere = np.flatnonzero(of_each(silent).any(0)).tolist()
+            others = dict(zip(anywhere, self.data.train.take(len(anywhere)), strict=True))
+            asked = {place: prompt for place, prompt in others.items() if place in found}
+            if asked:
+                samples = self._asking(asked, step, again)()
+                found |= zip(asked, self._scored(list(asked.values()), samples), strict=True)
+            replaced += len(anywhere)
+        return replaced
+
+    def _scored(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Group]:
+        """The answers to each prompt, of which there are equally many. Raises what a reward raises."""
+        texts = self.data.tokenizer.decode_batch([self._said(sample) for sample in samples])
         asked = [prompts[sample.prompt] for sample in samples]
         began = time.perf_counter()
         scores = self.rewards(
@@ -299,12 +301,17 @@ class GRPO(Trainer):
             **columns_of([prompt.columns for prompt in asked]),
         )
         self._scoring += time.perf_counter() - began
-        groups = []
+        groups, n = [], len(samples) // len(prompts)
         for at, prompt in enumerate(prompts):
             own = slice(at * n, (at + 1) * n)
             parts = {name: x[own] for name, x in scores.parts.items()}
             groups.append(Group(prompt, samples[own], texts[own], scores.total[own], parts))
         return groups
+
+    def _said(self, sample: Sample) -> list[int]:
+        """Without the token that ended it."""
+        tokens: list[int] = sample.tokens.tolist()
+        return tokens[:-1] if tokens[-1] in self.data.tokenizer.stop_ids else tokens
 
     # --- held-out prompts ---------------------------------------------------------------------------------------------
 
@@ -317,13 +324,11 @@ class GRPO(Trainer):
         mine = range(part, len(asked), parts)
         seeds = [seed_of(self.cfg.train.seed, HELD_OUT, place) for place in mine]
         sampling = chosen.evaluation(self.data.tokenizer.stop_ids)
-        groups = self.answer([asked[i] for i in mine], chosen.eval_samples, sampling, seeds)
+        prompts = [asked[i] for i in mine]
+        ids = [prompt.ids.tolist() for prompt in prompts]
+        groups = self._scored(prompts, self.rollouts.sample(ids, chosen.eval_samples, sampling, seeds))
         self.last_held_out = groups
-        sums = _over_processes(summary(groups) | _right(groups))
-        found = means(sums)
-        return HeldOut(
-            found["right"], found["one_right"], chosen.eval_samples, found["reward"], found["answer_tokens"]
-        )
+        return HeldOut.of(means(_over_processes(summary(groups) | right(groups))), chosen.eval_samples)
 
     def _evaluate_now(self, records: Records) -> HeldOut:  # type: ignore[override]
         if self._evaluated is None or self._evaluated[0] != self.step:
@@ -340,23 +345,8 @@ class GRPO(Trainer):
         return Result(self.state, self.step, self.tokens, False, evaluation, None)  # type: ignore[arg-type]
 
 
-def _right(groups: Sequence[Group]) -> dict[str, np.ndarray]:
-    """Sums, as of `experience.summary`, of right answers and of groups that have one: by the first reward, from 1 on."""
-    right = np.array([next(iter(group.parts.values())) >= 1 for group in groups])
-    return {
-        "right": np.array([right.sum(), right.size], float),
-        "one_right": np.array([right.any(1).sum(), len(groups)], float),
-    }
-
-
 def _over_processes(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip(sums, of_each(np.stack(list(sums.values()))).sum(0), strict=True))
-
-
-def _said(sample: Sample, sampling: Sampling) -> list[int]:
-    """Without the token that ended it."""
-    tokens: list[int] = sample.tokens.tolist()
-    return tokens[:-1] if tokens[-1] in sampling.stop_ids else tokens
 
 
 def _copied(params: Any) -> Any:

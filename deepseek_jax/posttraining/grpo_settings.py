@@ -33,7 +33,13 @@ class RolloutConfig:
     reference_every: int = 0  # steps after which the reference becomes the model as it is then; 0: never
     # dynamic sampling: so many times at most, prompts whose answers are all worth the same are replaced by others
     resample: int = 0
+    replicas: int = 0  # processes under Ray that sample, an engine in each; 0: this process does
+    # of replicas: rollouts begun before their turn, while the trainer trains, with weights older by as many rollouts
+    ahead: int = 0
     rows: int = 64  # sequences that the engine runs at the same time
+    # of the engine's cache, 64 tokens each; None: as many as all rows need, or as memory allows. On a GPU that may differ from start
+    # to start, and with it which answers are computed side by side: say how many, so that a resumed run is bitwise the same
+    pages: int | None = None
     buckets: int = 2  # programs, for windows of data.seq_len tokens, of half as many, of a quarter, ...
     eval_prompts: int = 64  # held-out prompts that are answered every train.eval_every steps
     eval_samples: int = 4  # answers to each, of which pass@1 is the mean and pass@eval_samples the best
@@ -44,7 +50,7 @@ class RolloutConfig:
         ranges(
             "rollouts", self, "samples updates max_tokens rows buckets eval_prompts eval_samples", 1, _MANY
         )
-        ranges("rollouts", self, "reference_every resample samples_shown", 0, _MANY)
+        ranges("rollouts", self, "reference_every resample replicas ahead samples_shown", 0, _MANY)
         choice("rollouts.old", self.old, ("trainer", "sampler"))
         require(
             self.temperature > 0,
@@ -63,6 +69,18 @@ class RolloutConfig:
             not self.exact or self.updates == 1 or not self.keep_routes,
             f"rollouts.exact with updates={self.updates}: the later ones' values are routed by the weights as they are then; set "
             "rollouts.keep_routes=False",
+        )
+        require(
+            self.ahead == 0 or self.replicas > 0,
+            f"rollouts.ahead={self.ahead} needs processes that sample while this one trains: set rollouts.replicas",
+        )
+        require(
+            not self.ahead or not self.resample,
+            "rollouts.resample looks at a rollout's rewards before the next prompts are asked: set it, or rollouts.ahead, to 0",
+        )
+        require(
+            not self.exact or not self.replicas,
+            "rollouts.exact needs the engine in this process: set replicas to 0",
         )
         self.sampling(())
         self.evaluation(())

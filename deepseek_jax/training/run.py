@@ -136,12 +136,16 @@ class Run:
             self._lock.check()
         meta = {
             "config": to_dict(self.cfg),
-            "data": self.data.train.state(),
+            "data": self.data_state(),
             "tokens": self.tokens,
             "validation_loss": self._validation_loss(),
             **({} if self.provenance is None else {"provenance": self.provenance}),
         }
         self.checkpointer.save(self.step, self.state, self.beside(), meta)
+
+    def data_state(self) -> Any:
+        """Where the data go on after a checkpoint."""
+        return self.data.train.state()
 
     # What a checkpoint keeps beside the state: the average of the parameters.
 

@@ -11,8 +11,9 @@ import pytest
 
 from configs import v3_grpo
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.posttraining.experience import width_for
+from deepseek_jax.posttraining.experience import ends, width_for
 from deepseek_jax.posttraining.grpo_config import preset
+from deepseek_jax.posttraining.grpo_report import write_grpo_report
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
 from deepseek_jax.posttraining.rewards import Rewards, Weighted
 from deepseek_jax.training.metrics import TIMINGS, read_records
@@ -77,6 +78,16 @@ def test_what_the_records_say(undisturbed):
     # The second has moved; the reference is replaced by the model of step 2 there, so that the KL of step 3 is that of no step.
     assert train[1]["ratio_distance"] > 1e-3 and train[1]["kl"] > 1e-6
     assert train[0]["kl"] < 1e-9 and train[2]["kl"] < 1e-9
+
+
+def test_the_page_is_drawn(undisturbed, tmp_path):
+    _, run, *_ = undisturbed
+    texts = ends(run.last_held_out, 1)
+    (best, *_), (worst, *_) = texts["best_1"].splitlines(), texts["worst_1"].splitlines()
+    assert "= ?" in best and "= ?" in worst and "(reward " in texts["worst_1"]
+    found = [*read_records(run.out_dir / "metrics.jsonl"), {"kind": "samples", "step": 4, **texts}]
+    write_grpo_report(found, tmp_path / "page.png", "tiny")
+    assert (tmp_path / "page.png").stat().st_size > 50_000
 
 
 def test_stopped_between_the_updates_of_a_rollout_and_resumed(undisturbed, tmp_path):
