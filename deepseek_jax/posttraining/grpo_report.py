@@ -1,6 +1,7 @@
 """`write_grpo_report` draws a GRPO run on one page: what answers are worth, held-out questions, how far the policy moves, how it
 is sampled, and the worst and the best answers to held-out questions."""
 
+import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
@@ -50,6 +52,7 @@ _PANELS: tuple[tuple[str, str, Curves], ...] = (
 )
 _LOGARITHMIC = ("Trainer minus sampler", "Gradient norm")
 _SHOWN = 3  # answers of each end
+_FONT = "DejaVu Sans Mono"  # matplotlib brings it along
 _WIDTH, _LINES = 92, 7  # of an answer's text
 
 
@@ -160,10 +163,21 @@ def _rows(texts: Sequence[Sequence[str]]) -> int:
     return max(map(len, _columns(texts)))
 
 
+@functools.cache
+def _known() -> frozenset[int]:
+    """The characters that the page's font has."""
+    return frozenset(get_font(findfont(_FONT)).get_charmap())
+
+
+def _drawable(line: str) -> str:
+    """With a mark in the place of what the font does not have: a model may write anything."""
+    return "".join(x if x.isprintable() and ord(x) in _known() else "\N{WHITE SQUARE}" for x in line)
+
+
 def _draw_texts(axes: Axes, texts: Sequence[Sequence[str]]) -> None:
     axes.set_axis_off()
     axes.set_title("Answers to held-out questions", **drawing.TITLE)
     for x, lines in zip((0.0, 0.5), _columns(texts), strict=True):
-        shown = "\n".join(lines).replace("$", r"\$")
-        place: dict[str, Any] = {"va": "top", "fontsize": 8, "family": "monospace"}
+        shown = "\n".join(map(_drawable, lines)).replace("$", r"\$")
+        place: dict[str, Any] = {"va": "top", "fontsize": 8, "family": _FONT}
         axes.text(x, 1.0, shown, transform=axes.transAxes, **place)
