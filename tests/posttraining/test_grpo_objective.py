@@ -11,7 +11,7 @@ from deepseek_jax.model.id_sets import packed
 from deepseek_jax.model.sequence import Whole
 from deepseek_jax.model.transformer import Aux
 from deepseek_jax.parallel.layout import layout_over
-from deepseek_jax.parallel.mesh import batch_sharding, make_mesh
+from deepseek_jax.parallel.mesh import abstract_mesh, batch_sharding, make_mesh
 from deepseek_jax.posttraining.grpo_config import GRPOLossConfig
 from deepseek_jax.posttraining.grpo_loss import grpo_loss
 from deepseek_jax.posttraining.logprobs import make_logprob_step
@@ -20,7 +20,7 @@ from deepseek_jax.training.gradients import value_of
 from deepseek_jax.training.labels import totals
 from deepseek_jax.training.objectives import Outputs
 from deepseek_jax.training.state import state_shardings
-from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step import abstract_state, make_train_step
 from tests.tiny_run import HYPER, fresh_state, tiny
 
 REORDERED = 1e-5  # float32 sums in another order, as in test_step
@@ -237,3 +237,19 @@ def test_log_probabilities_of_a_batch_are_those_of_the_objective(alone, state):
     without = jax.device_get(step(state.params, state.balance_bias, batch | {"kept": 0 * batch["kept"]}))
     wrong = batch | {"old_logp": without.logp}
     assert alone(state.params, state.balance_bias, wrong, HYPER)[0][1].metrics["ratio_distance"] > 0.5
+
+
+@pytest.mark.parametrize("mesh", [{"node": 2}, {"pipe": 2, "schedule": "one_f_one_b"}])
+def test_fp8_and_a_pipeline_are_traced(mesh):
+    """With experts of other devices, and with layers of others, in micro-batches."""
+    sections = {
+        "precision": "deepseek_fp8",
+        "mesh": mesh,
+        "train": {"detached_mtp": True, "grad_accumulation": 4, "batch_size": 8},
+    }
+    cfg = tiny(model={"num_hidden_layers": 3}, data={"seq_len": T}, **sections)
+    over = abstract_mesh(cfg.mesh, 2)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), outputs()[0])
+    step = make_train_step(cfg, over, grpo(cfg, LOSS, TEMPERATURE))
+    _, metrics = jax.eval_shape(step, abstract_state(cfg, over), batch, HYPER)
+    assert {"kl", "sampler_gap_max", "mtp_loss", "balance_loss"} < set(metrics.objective)
