@@ -4,13 +4,18 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax.config import Config, DataConfig, TrainConfig
 from deepseek_jax.inference.scoring import logprobs
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining.exact import exact_logprobs
+from deepseek_jax.posttraining.grpo_loss import grpo_loss
+from deepseek_jax.posttraining.logprobs import make_logprob_step
 from deepseek_jax.posttraining.rollouts import Sample, Sampling
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.options import Options
 from deepseek_jax.serving.request import Request
-from tests.oracle.tiny import mostly_agreeing
+from tests.oracle import model as oracle
+from tests.oracle.tiny import checkpoint, mostly_agreeing
 from tests.posttraining.samples import drawn
 from tests.serving import invariant
 
@@ -80,3 +85,55 @@ def test_what_cannot_be_exact():
     greedy = [token for _ in range(9) for update in made.step() for token in update.tokens]
     assert [token.id for token in greedy] == [5, 5]
     assert all(token.sampled_logprob in (0, -np.inf) for token in greedy)
+
+
+# --- the trainer's own pass ---------------------------------------------------------------------------------------
+
+
+def batch_of(prompts, samples, w):
+    """Rows of a prompt and an answer, and zeros behind."""
+    b = len(samples)
+    batch = {
+        "tokens": np.zeros((b, w), np.int32),
+        "loss_mask": np.zeros((b, w), bool),
+        "sampler_logp": np.zeros((b, w), np.float32),
+        "kept": np.zeros((b, w, samples[0].kept.shape[-1]), np.uint32),
+        "padding": np.ones((b, w), bool),
+    }
+    for i, sample in enumerate(samples):
+        begin = len(prompts[sample.prompt])
+        at = slice(begin, begin + len(sample.tokens))
+        batch["tokens"][i, : at.stop] = [*prompts[sample.prompt], *sample.tokens]
+        batch["loss_mask"][i, at], batch["padding"][i, : at.stop] = True, False
+        batch["sampler_logp"][i, at], batch["kept"][i, at] = sample.logprobs, sample.kept
+    return batch
+
+
+def test_the_ratio_is_one_with_the_kept_sets_and_without_them_their_mass():
+    """At top-p 0.8, whose mass is the NumPy oracle's; in the normal mode, a token's distance is below 1e-4."""
+    made, prompts, t = invariant.engine(drafts=False), PROMPTS[3:], 32
+    samples = drawn(made, prompts, Sampling(24, (STOP,), 1.0, top_p=0.8, kept=True))
+    batch, mask = (found := batch_of(prompts, samples, t + 1)), found["loss_mask"]
+    cfg = Config(
+        model=CFG,
+        data=DataConfig(vocab_size=CFG.vocab_size, seq_len=t),
+        train=TrainConfig(loss_chunk=64),
+    )
+    params, bias = mostly_agreeing(CFG, 1, 0.3)
+    step = make_logprob_step(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+
+    def metrics(kept):
+        logp = jax.device_get(step(params, bias, batch | {"kept": kept})).logp
+        a = np.ones(len(samples), np.float32)
+        return jax.device_get(jax.jit(lambda x: grpo_loss(x, batch["sampler_logp"], None, a, mask)[1])(logp))
+
+    got = metrics(batch["kept"])
+    assert got["sampler_gap_max"] < 1e-4
+    np.testing.assert_allclose(got["ratio"], 1, atol=1e-5)
+    p = oracle.softmax(
+        np.stack(oracle.forward(*checkpoint(CFG, params, bias), batch["tokens"][:, :-1]).logits)
+    )
+    bits = np.unpackbits(batch["kept"].view(np.uint8), axis=-1, bitorder="little")[..., : CFG.vocab_size]
+    mass = (p * bits[:, 1:]).sum(-1)[mask[:, 1:]]
+    assert mass.min() > 0.8 - 1e-4 and mass.mean() < 0.95
+    np.testing.assert_allclose(metrics(0 * batch["kept"])["ratio"], mass.mean(), atol=1e-4)
