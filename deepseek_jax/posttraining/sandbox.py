@@ -1,0 +1,342 @@
+"""Runs programs that a model wrote, and tests them, so that they can neither do harm nor cheat.
+
+    sandbox = Sandbox()
+    sandbox.check("def f(x):\n    return x + 1", "assert f(1) == 2")     # Verdict(passed=True, ...)
+
+Walls: Linux namespaces (processes, network, mounts, users, IPC), entered by root's right, by bubblewrap, or by those of
+users; a root that holds the standard library, read-only, and a scratch folder; a user of its own, no capabilities, a
+filter of system calls; limits on memory, time, processes, files and output; an empty environment. A wall clock ends a
+program with all that it started. Where the kernel allows no namespaces, nothing is run unless `unsandboxed` says so:
+limits alone are no wall.
+
+Tests run in one process, the solution in another; what crosses between them is plain data (`sandboxed/wire.py`). The
+tests have passed if their process says a secret after the last of them, which the solution's has never seen.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepseek_jax.checks import ranges, require
+from deepseek_jax.posttraining.sandboxed.main import READY
+
+_HERE = Path(__file__).parent
+_START = "import sys; sys.path.insert(0, {!r}); from sandboxed.main import main; main()"
+_WALLS = ("namespaces", "bubblewrap")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a program may use."""
+
+    seconds: float = 10.0  # on the wall's clock, its start included
+    memory_mb: int = 512  # address space of a process
+    processes: int = 4  # at the same time, threads counted
+    file_mb: int = 8  # size of a file; all files together have 16 MB
+    output_kb: int = 64  # written to standard output and error
+
+    def __post_init__(self):
+        ranges("limits", self, "memory_mb", 64, 1 << 20)
+        ranges("limits", self, "processes file_mb output_kb", 1, 1 << 20)
+        ranges("limits", self, "seconds", 0.1, 86_400)
+
+
+class Verdict(NamedTuple):
+    """Whether the tests passed, and if not, why.
+
+    reason: "passed", "failed" (a test), "time" (the wall clock), "output" (too much of it), "ended" (the tests' process
+    ended before their end), "status" (a program that should read and write ended with another status than 0).
+    """
+
+    passed: bool
+    reason: str
+    detail: str = ""
+
+
+class Ended(NamedTuple):
+    """How a process ended: its output, its exit status (128 + signal), and what ended it ("", "time" or "output")."""
+
+    output: bytes
+    status: int
+    stopped: str
+
+
+class Sandbox:
+    """Runs programs inside walls. For any number of threads.
+
+    Args:
+        limits: of each process.
+        unsandboxed: run with limits alone where no wall can be built. Only for programs that you would run yourself.
+
+    Attributes:
+        walls: "namespaces", "bubblewrap" or "none".
+
+    Raises:
+        ValueError: no wall can be built here, with the reason of each.
+    """
+
+    def __init__(self, limits: Limits | None = None, unsandboxed: bool = False):
+        self.limits = limits or Limits()
+        self.walls = _walls_here(unsandboxed)
+
+    def check(self, solution: str, tests: str, name: str | None = None) -> Verdict:
+        """Runs tests, a Python program, that call the solution's functions.
+
+        Args:
+            name: of the function to test; default: all that do not hide a builtin.
+
+        Raises:
+            ValueError: no tests; OSError: the processes could not be started.
+        """
+        require(bool(tests.strip()), "there are no tests: without any, all programs would pass")
+        secret = secrets.token_hex(16)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            started = [
+                self._start("tests", {"tests": tests, "wanted": name, "secret": secret}, ours.fileno()),
+                self._start("functions", {"source": solution}, theirs.fileno()),
+            ]
+        checked, ran = self._wait(started)
+        return _verdict(checked, ran, secret)
+
+    def run(self, program: str, given: str = "") -> Ended:
+        """Runs a program that reads `given` from standard input. Raises OSError: it could not be started."""
+        (ended,) = self._wait([self._start("program", {"source": program, "input": given})])
+        return ended
+
+    def check_output(self, program: str, given: str, wanted: str) -> Verdict:
+        """Whether the program writes what is wanted; how words are spaced does not count."""
+        ended = self.run(program, given)
+        if ended.stopped:
+            return Verdict(False, ended.stopped)
+        if ended.status:
+            return Verdict(False, "status", f"{ended.status}: {_last_line(ended.output)}")
+        right = ended.output.decode(errors="replace").split() == wanted.split()
+        return Verdict(right, "passed" if right else "failed", _last_line(ended.output))
+
+    # --- processes ------------------------------------------------------------------------------------------
+
+    def _start(self, role: str, payload: dict[str, Any], channel: int | None = None) -> "_Process":
+        settings = {
+            "role": role,
+            "walls": self.walls,
+            "channel": channel,
+            "parent": os.getpid(),
+            "readable": _readable(),
+            "seconds": self.limits.seconds,
+            "memory": self.limits.memory_mb << 20,
+            "processes": self.limits.processes + 2,  # with those that wait for it
+            "file": self.limits.file_mb << 20,
+        }
+        return _Process(settings, payload, self.limits.output_kb << 10)
+
+    def _wait(self, processes: Sequence["_Process"]) -> list[Ended]:
+        """Until the first has ended, or one was stopped; then all have."""
+        deadline = time.monotonic() + self.limits.seconds
+        try:
+            with selectors.DefaultSelector() as selector:
+                for process in processes:
+                    selector.register(process.output, selectors.EVENT_READ, process)
+                while processes[0].open and not any(process.stopped for process in processes):
+                    _read(selector, processes, deadline)
+        finally:
+            for process in processes:
+                process.end()
+        return [process.ended() for process in processes]
+
+
+def _read(selector: selectors.BaseSelector, processes: Sequence["_Process"], deadline: float) -> None:
+    """Reads what there is, or stops all at the deadline."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        for process in processes:
+            process.stopped = "time"
+        return
+    for key, _ in selector.select(left):
+        if not key.data.read():
+            selector.unregister(key.fileobj)
+
+
+class _Process:
+    """A process with walls around it, and what it has written so far, the line that says that it is ready included."""
+
+    def __init__(self, settings: dict[str, Any], payload: dict[str, Any], most: int):
+        self._most, self._written = most + len(READY), b""
+        self.stopped, self.open = "", True
+        channel = settings["channel"]
+        with tempfile.TemporaryFile() as file:
+            file.write(json.dumps(payload).encode())
+            file.seek(0)
+            self._process = subprocess.Popen(
+                _command(settings),
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={"PYTHONHASHSEED": "0"},
+                cwd="/",
+                pass_fds=() if channel is None else (channel,),
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        self.output = self._process.stdout
+
+    def read(self) -> bool:
+        """Takes what was written; False at the end."""
+        data = os.read(self.output.fileno(), 1 << 16)
+        self._written += data
+        if len(self._written) > self._most:
+            self.stopped = "output"
+        self.open = bool(data)
+        return self.open
+
+    def end(self) -> None:
+        """Ends it with all that it started, waits until they have, and takes what they still wrote."""
+        with self._process, self.output:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            os.set_blocking(self.output.fileno(), False)
+            with contextlib.suppress(BlockingIOError):
+                while not self.stopped and self.read():
+                    pass
+
+    def ended(self) -> Ended:
+        """Raises OSError if it never became ready."""
+        ready, _, output = self._written.partition(b"\n")
+        if ready + b"\n" != READY and not self.stopped:
+            raise OSError(
+                f"a sandboxed process did not start: {_last_line(self._written) or 'it said nothing'}"
+            )
+        return Ended(output, self._process.returncode, self.stopped)
+
+
+def _verdict(checked: Ended, ran: Ended, secret: str) -> Verdict:
+    """Of how the tests' process and the solution's ended."""
+    stopped = checked.stopped or ran.stopped
+    if stopped:
+        return Verdict(False, stopped, _last_line(ran.output))
+    try:
+        report = json.loads(checked.output)
+    except ValueError:
+        return Verdict(False, "ended", f"the tests' process ended with status {checked.status}")
+    if report.get("secret") == secret:
+        return Verdict(True, "passed")
+    return Verdict(False, "failed", str(report.get("failed")))
+
+
+def _last_line(output: bytes) -> str:
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[-1][:500] if lines else ""
+
+
+# --- walls ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _readable() -> tuple[str, ...]:
+    """Folders that hold the interpreter's standard library and the C libraries that it loads."""
+    library = Path(os.__file__).parent
+    wanted = (
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        "/etc/ld.so.cache",
+        str(library),
+        f"{sys.base_prefix}/lib",
+    )
+    found = [path for path in dict.fromkeys(wanted) if os.path.lexists(path)]
+    within = [path for path in found if any(path.startswith(f"{other}/") for other in found)]
+    return tuple(path for path in found if path not in within)
+
+
+def _command(settings: dict[str, Any]) -> list[str]:
+    python = [
+        getattr(sys, "_base_executable", sys.executable),
+        "-S",
+        "-s",
+        "-P",
+        "-c",
+        _START.format(str(_HERE)),
+    ]
+    inside = [*python, json.dumps(settings)]
+    if settings["walls"] != "bubblewrap":
+        return inside
+    shown = [
+        word
+        for path in (*_readable(), python[0], str(_HERE / "sandboxed"))
+        for word in ("--ro-bind", path, path)
+    ]
+    return [
+        *(
+            str(shutil.which("bwrap")),
+            "--unshare-all",
+            "--unshare-user",
+            "--die-with-parent",
+            "--new-session",
+        ),
+        *(
+            "--cap-drop",
+            "ALL",
+            "--uid",
+            "65534",
+            "--gid",
+            "65534",
+            "--clearenv",
+            "--setenv",
+            "PYTHONHASHSEED",
+            "0",
+        ),
+        *shown,
+        *("--dev", "/dev", "--size", str(16 << 20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--"),
+        *inside,
+    ]
+
+
+@functools.cache
+def _walls_here(unsandboxed: bool) -> str:
+    """The first walls that stand a trial. Raises ValueError: none do, and it is not allowed to do without."""
+    reasons = []
+    order = _WALLS if os.geteuid() == 0 or not shutil.which("bwrap") else _WALLS[::-1]
+    for walls in order:
+        try:
+            _try(walls)
+            return walls
+        except OSError as error:
+            reasons.append(f"{walls}: {error}")
+    require(
+        unsandboxed,
+        f"programs of a model cannot be run safely here ({'; '.join(reasons)}): allow namespaces of users, install "
+        "bubblewrap, or say unsandboxed to run them with limits alone",
+    )
+    return "none"
+
+
+_TRIAL = "import os\ndef f(path):\n    return [os.path.exists(path), os.getppid() < 4]"
+
+
+def _try(walls: str) -> None:
+    """Raises OSError unless a program can be run, and sees neither this file nor this machine's processes."""
+    if walls == "bubblewrap" and not shutil.which("bwrap"):
+        raise OSError("bwrap is not installed")
+    trial = Sandbox.__new__(Sandbox)
+    trial.limits, trial.walls = Limits(), walls
+    found = trial.check(_TRIAL, f"assert f({__file__!r}) == [False, True]")
+    if not found.passed:
+        raise OSError(f"the walls do not hold: {found.reason} {found.detail}")
