@@ -4,10 +4,18 @@ Each would pass its tests if it succeeded: f returns the right answer only then.
 "reason: detail".
 """
 
+import os
 from typing import NamedTuple
 
 TESTS = "assert f(1) == 2\nassert f(5) == 6"
 FORTY_TWO = "assert f(1) == 42"
+
+_CLONE, _BY_HANDLE = {"x86_64": (56, 304), "aarch64": (220, 265)}[os.uname().machine]
+
+
+_IMPORTS = """import ctypes, os, resource, signal, socket, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+"""
 
 
 class Escape(NamedTuple):
@@ -22,12 +30,14 @@ class Escape(NamedTuple):
 def attempt(name: str, contained: str, *lines: str) -> Escape:
     """A program whose f does this, and answers rightly if nothing stopped it."""
     body = "".join(f"    {line}\n" for line in lines)
-    return Escape(name, contained, f"import ctypes, os, resource, signal, socket, sys, threading, time\nlibc = ctypes.CDLL(None, use_errno=True)\ndef f(x):\n{body}    return x + 1\n")
+    return Escape(name, contained, f"{_IMPORTS}def f(x):\n{body}    return x + 1\n")
 
 
 def system_call(name: str, contained: str, call: str) -> Escape:
     """A system call through the C library, past Python's own checks."""
-    return attempt(name, contained, f"if {call} < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))")
+    return attempt(
+        name, contained, f"if {call} < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))"
+    )
 
 
 _NOT_THERE = "failed: .*FileNotFoundError"
@@ -39,8 +49,14 @@ FILES = (
     attempt("climbs out by dots", _NOT_THERE, "open('/tmp/../../../../etc/shadow').read()"),
     attempt("reads other processes", _NOT_THERE, "os.listdir('/proc')"),
     attempt("reads its own environment", r"failed: .*KeyError", "os.environ['PATH']"),
-    attempt("changes the standard library", r"failed: .*OSError: .*(Read-only|Permission denied)", "open(os.__file__, 'a')"),
-    attempt("writes one large file", r"failed: .*OSError: .*File too large", "open('/tmp/a', 'wb').write(bytes(100 << 20))"),
+    attempt(
+        "changes the standard library", r"failed: .*(Read-only|Permission denied)", "open(os.__file__, 'a')"
+    ),
+    attempt(
+        "writes one large file",
+        r"failed: .*OSError: .*File too large",
+        "open('/tmp/a', 'wb').write(bytes(100 << 20))",
+    ),
     attempt(
         "fills the disk with small files",
         r"failed: .*OSError: .*No space left",
@@ -51,40 +67,82 @@ FILES = (
     attempt("becomes root", _REFUSED, "os.setuid(0)"),
     system_call("mounts", _REFUSED, "libc.mount(b'proc', b'/tmp', b'proc', 0, None)"),
     system_call("makes namespaces of its own", _REFUSED, "libc.unshare(0x10000000)"),
-    system_call("clones into namespaces", _REFUSED, "libc.syscall(SYS_clone, 0x10000000 | 17, 0, 0, 0, 0)"),
-    system_call("opens a file by its handle", _REFUSED, "libc.syscall(SYS_open_by_handle_at, 3, bytes(64), 0)"),
+    system_call("clones into namespaces", _REFUSED, f"libc.syscall({_CLONE}, 0x10000000 | 17, 0, 0, 0, 0)"),
+    system_call("opens a file by its handle", _REFUSED, f"libc.syscall({_BY_HANDLE}, 3, bytes(64), 0)"),
 )
 
 NETWORK = (
     attempt("calls the internet", _REFUSED, "socket.create_connection(('1.1.1.1', 80), 5)"),
     attempt("calls the machine it runs on", _REFUSED, "socket.create_connection(('127.0.0.1', PORT), 5)"),
-    attempt("sends a datagram", _REFUSED, "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT))"),
-    attempt("asks for a name", "failed: .*(gaierror|socket.gaierror|OSError|SolutionError|Error)", "socket.getaddrinfo('example.com', 80)"),
+    attempt(
+        "sends a datagram",
+        _REFUSED,
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT))",
+    ),
+    attempt("asks for a name", "failed: .*name resolution", "socket.getaddrinfo('example.com', 80)"),
     attempt("calls the machine's host", _REFUSED, "socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)"),
-    attempt("calls a socket without a file", "failed: .*ConnectionRefusedError", "socket.socket(socket.AF_UNIX).connect('\\0' + 'ABSTRACT')"),
+    attempt(
+        "calls a socket without a file",
+        "failed: .*ConnectionRefusedError",
+        "socket.socket(socket.AF_UNIX).connect('\\0' + 'ABSTRACT')",
+    ),
 )
 
 PROCESSES = (
     attempt("is a fork bomb", "(failed: .*BlockingIOError|time)", "while True: os.fork()"),
-    attempt("is a bomb of threads", "failed: .*RuntimeError: can't start new thread", "while True: threading.Thread(target=time.sleep, args=(9,)).start()"),
-    attempt("leaves a daemon behind", "failed: .*AssertionError", "if os.fork() == 0:", "    os.setsid()", "    if os.fork() == 0: os.execv(sys.executable, ['x']) if False else time.sleep(600)", "    os._exit(0)", "x = 0"),
+    attempt(
+        "is a bomb of threads",
+        "failed: .*RuntimeError: can't start new thread",
+        "while True: threading.Thread(target=time.sleep, args=(9,)).start()",
+    ),
+    attempt(
+        "leaves a daemon behind",
+        "failed: .*AssertionError",
+        "if os.fork() == 0:",
+        "    os.setsid()",
+        "    if os.fork() == 0: time.sleep(600)",
+        "    os._exit(0)",
+        "x = 0",
+    ),
     attempt("kills the trainer", "failed: .*ProcessLookupError", "os.kill(TRAINER, 9)"),
     attempt("kills the trainer's group", "failed: .*ProcessLookupError", "os.killpg(TRAINER_GROUP, 9)"),
-    attempt("kills its own group", "failed: SolutionError: the solution's process has ended|failed: .*has ended", "os.killpg(0, 9)"),
-    attempt("kills what watches it", "failed: .*AssertionError", "os.kill(1, 9)", "x = x if os.getppid() != 1 else 0"),
+    attempt("kills its own group", "failed: .*has ended", "os.killpg(0, 9)"),
+    attempt(
+        "kills what watches it",
+        "failed: .*AssertionError",
+        "os.kill(1, 9)",
+        "x = x if os.getppid() != 1 else 0",
+    ),
     attempt("runs a shell", "failed: .*FileNotFoundError", "os.execv('/bin/sh', ['sh', '-c', 'true'])"),
     attempt("runs a command", "failed: .*AssertionError", "x -= os.system('true')"),
     system_call("reads another process's memory", _REFUSED, "libc.ptrace(16, 1, 0, 0)"),
-    attempt("raises its own limits", "failed: .*ValueError: not allowed to raise maximum limit", "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))"),
+    attempt(
+        "raises its own limits",
+        "failed: .*ValueError: not allowed to raise maximum limit",
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))",
+    ),
     attempt("takes precedence", "failed: .*PermissionError", "os.setpriority(os.PRIO_PROCESS, 0, -20)"),
 )
 
 ENDLESS = (
-    attempt("allocates without end", "failed: .*MemoryError", "kept = [bytearray(1 << 28) for _ in range(64)]"),
+    attempt(
+        "allocates without end", "failed: .*MemoryError", "kept = [bytearray(1 << 28) for _ in range(64)]"
+    ),
     attempt("writes without end", "output", "while True: os.write(1, b'x' * 65536)"),
-    attempt("returns without end", "failed: .*(ValueError: a message of|MemoryError)", "return list(range(10 ** 6))"),
+    attempt(
+        "returns without end",
+        "failed: .*(ValueError: a message of|MemoryError)",
+        "return list(range(200_000))",
+    ),
     attempt("runs without end", "time", "while True: pass"),
-    attempt("sleeps and hears no signal", "time", "for s in range(1, 32):", "    try: signal.signal(s, signal.SIG_IGN)", "    except OSError: pass", "time.sleep(600)"),
+    attempt(
+        "sleeps and hears no signal",
+        "time",
+        "for s in range(1, 32):",
+        "    try: signal.signal(s, signal.SIG_IGN)",
+        "    except OSError: pass",
+        "time.sleep(600)",
+    ),
     attempt("stops itself", "time", "os.kill(os.getpid(), signal.SIGSTOP)"),
     attempt("crashes the interpreter", "failed: .*has ended", "ctypes.string_at(0)"),
 )
@@ -92,9 +150,21 @@ ENDLESS = (
 CHEATS = (
     Escape("ends with status 0 before the tests", "failed: .*raised SystemExit", "import sys\nsys.exit(0)"),
     Escape("ends with status 0 at once", "failed: .*has ended", "import os\nos._exit(0)"),
-    Escape("ends with status 0 in a test", "failed: line 1 of the tests: .*has ended", "import os\ndef f(x): os._exit(0)"),
-    Escape("raises SystemExit in a test", "failed: line 1 of the tests: .*raised SystemExit", "def f(x): raise SystemExit(0)"),
-    Escape("raises KeyboardInterrupt in a test", "failed: .*raised KeyboardInterrupt", "def f(x): raise KeyboardInterrupt"),
+    Escape(
+        "ends with status 0 in a test",
+        "failed: line 1 of the tests: .*has ended",
+        "import os\ndef f(x): os._exit(0)",
+    ),
+    Escape(
+        "raises SystemExit in a test",
+        "failed: line 1 of the tests: .*raised SystemExit",
+        "def f(x): raise SystemExit(0)",
+    ),
+    Escape(
+        "raises KeyboardInterrupt in a test",
+        "failed: .*raised KeyboardInterrupt",
+        "def f(x): raise KeyboardInterrupt",
+    ),
     Escape(
         "equals everything",
         "failed: .*TypeError: Equal is no plain data",
@@ -132,8 +202,9 @@ CHEATS = (
     Escape(
         "looks for the tests in its memory",
         "failed: line 1 of the tests: AssertionError",
-        "import gc, sys\ndef f(x):\n    found, frame = [], sys._getframe()\n    while frame:\n        found += frame.f_globals.values(), frame.f_locals.values()\n        frame = frame.f_back\n"
-        "    seen = [repr(o) for o in gc.get_objects()] + [repr(list(v)) for v in found]\n    return 42 if any('assert f(1) ==' in s.replace(\"'assert f(1) ==' in s\", '') for s in seen) else 0",
+        "import gc, sys\ndef f(x):\n    seen, frame = [repr(o) for o in gc.get_objects()], sys._getframe().f_back\n"
+        "    while frame:\n        seen += repr(list(frame.f_globals.values())), repr(list(frame.f_locals.values()))\n"
+        "        frame = frame.f_back\n    return 42 if any(f'assert {f.__name__}({x})' in s for s in seen) else 0",
         FORTY_TWO,
     ),
     Escape(
@@ -145,16 +216,16 @@ CHEATS = (
     Escape(
         "writes a verdict of its own",
         "failed: .*(AssertionError|no answer|no value|has ended)",
-        "import os\nfor fd in range(64):\n    try: os.write(fd, b'{\"secret\": \"0\"}\\n')\n    except OSError: pass\ndef f(x): return 0",
+        'import os\nfor fd in range(64):\n    try: os.write(fd, b\'{"secret": "0"}\\n\')\n    except OSError: pass\ndef f(x): return 0',
     ),
     Escape(
         "answers what was never asked",
         "failed: .*(AssertionError|no answer|no value|TypeError|has ended)",
-        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{\"names\": {\"f\": false}}\\n' + b'{\"value\": true}\\n' * 9)\n    except OSError: pass\ndef f(x): return 0",
+        'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"names": {"f": false}}\\n\' + b\'{"value": true}\\n\' * 9)\n    except OSError: pass\ndef f(x): return 0',
     ),
     Escape(
         "sends what breaks a reader",
-        "failed: .*no answer|failed: .*no value|failed: .*RecursionError",
+        "failed: .*(no answer|no value|has ended)",
         "import os\ndef f(x):\n    for fd in range(3, 64):\n        try: os.write(fd, b'{\"value\": ' + b'[' * 60000 + b']' * 60000 + b'}\\n')\n        except OSError: pass\n    os._exit(0)",
     ),
     Escape(
@@ -178,3 +249,13 @@ CHEATS = (
 )
 
 ALL = (*FILES, *NETWORK, *PROCESSES, *ENDLESS, *CHEATS)
+
+
+def placed(escape: Escape, port: int, abstract: str) -> Escape:
+    """The escape with what it aims at: this process, a port and a socket without a file that listen."""
+    aims = {"THIS_FILE": __file__, "PORT": port, "ABSTRACT": abstract}
+    aims |= {"TRAINER_GROUP": os.getpgid(0), "TRAINER": os.getpid()}
+    program = escape.program
+    for word, aim in aims.items():
+        program = program.replace(word, str(aim))
+    return escape._replace(program=program)

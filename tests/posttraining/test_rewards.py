@@ -128,12 +128,12 @@ def test_any_text_is_a_number_or_none_and_equals_itself(text):
 def test_long_texts_take_no_longer_than_their_length():
     """Nests, repeats and digits that make a careless expression quadratic or a careless number endless."""
     for piece in ("\\boxed{", "<answer>", "1,000", "{", "\\frac{", "</think>", "```\n", "a1", "9e9"):
-        text = piece * (1_000_000 // len(piece))
+        text = piece * (300_000 // len(piece))
         begin = time.process_time()
         for reward in (rules.answer, rules.boxed, rules.tagged, rules.format_tagged, rules.format_code):
             assert score(reward, text, answer="1") == 0
         assert rules.consistency(text, "en") <= 1
-        assert time.process_time() - begin < 4, piece
+        assert time.process_time() - begin < 2, piece
 
 
 # --- where an answer stands -------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 from deepseek_jax.checks import choice, ranges, require, shown
-from deepseek_jax.posttraining.rewards import rules
+from deepseek_jax.posttraining.rewards import code, rules
 from deepseek_jax.posttraining.rewards.combination import RewardFunction, Rewards, Weighted
 from deepseek_jax.posttraining.rewards.verl import of_verl
+from deepseek_jax.posttraining.sandbox import Limits, Sandbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +20,24 @@ class RewardConfig:
     longest: int = 1024  # tokens of an answer from which "overlong" is -1
     margin: int = 256  # tokens before `longest` over which "overlong" falls from 0 to -1
     language: str = "en"  # of "language": that the reasoning should be in
+    code_seconds: float = 10.0  # that "code" gives a program and its tests, on the wall's clock
+    code_memory_mb: int = 512  # that "code" gives each process of a program
+    code_workers: int = 0  # programs that "code" tests at the same time; 0: one per CPU
+    # let "code" run a model's programs with limits alone, where no sandbox can be built
+    unsandboxed: bool = False
 
     def __post_init__(self):
         ranges("reward", self, "longest margin", 1, 1 << 31)
+        ranges("reward", self, "code_workers", 0, 1 << 16)
         ranges("reward", self, "tolerance", 0, 1)
+
+    def limits(self) -> Limits:
+        """Of a program that is tested."""
+        return Limits(seconds=self.code_seconds, memory_mb=self.code_memory_mb)
+
+
+def _code(cfg: RewardConfig) -> RewardFunction:
+    return code.code(Sandbox(cfg.limits(), cfg.unsandboxed), cfg.code_workers or os.cpu_count() or 1)
 
 
 _MAKERS: dict[str, Callable[[RewardConfig], RewardFunction]] = {
@@ -34,6 +50,7 @@ _MAKERS: dict[str, Callable[[RewardConfig], RewardFunction]] = {
     "format_code": lambda cfg: rules.format_code,
     "overlong": lambda cfg: rules.overlong(cfg.longest, cfg.margin),
     "language": lambda cfg: rules.language(cfg.language),
+    "code": _code,
 }
 
 

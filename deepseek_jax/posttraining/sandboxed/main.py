@@ -22,10 +22,7 @@ def _work(settings: dict[str, Any], payload: dict[str, Any]) -> None:
     _set_input(payload.get("input", ""))
     os.write(1, READY)
     if settings["role"] == "program":
-        try:
-            solution.run_program(payload["source"])
-        finally:
-            solution.flush()
+        solution.end(solution.run_program(payload["source"]))
     elif settings["role"] == "functions":
         solution.serve(payload["source"], settings["channel"])
     else:

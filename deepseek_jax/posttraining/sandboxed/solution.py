@@ -6,15 +6,22 @@ The tests are not here, nor what they expect: a program that reads its own proce
 
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from .wire import Channel, pack, unpack
 
 
-def run_program(source: str) -> None:
-    """Runs the program as `__main__`; its output and exit status are its result."""
+def run_program(source: str) -> int:
+    """Runs the program as `__main__`; its output and the status that is returned are its result."""
     space = {"__name__": "__main__", "__builtins__": __builtins__}
-    exec(compile(source, "solution.py", "exec"), space)
+    try:
+        exec(compile(source, "solution.py", "exec"), space)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def serve(source: str, fd: int) -> None:
@@ -74,9 +81,11 @@ def _raised(error: BaseException) -> dict[str, Any]:
     return {"raised": kinds[0] if kinds else "Exception", "text": text}
 
 
-def flush() -> None:
+def end(status: int) -> NoReturn:
+    """Ends the process when what was written is out; 1 if that fails."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BaseException:
             os._exit(1)
+    os._exit(status & 255)
