@@ -10,7 +10,7 @@ from experiments import command_line
 
 COMMANDS = (
     *("train", "extend", "sft", "grpo", "generate", "serve", "convert", "launch", "plan", "bench"),
-    *("fp8_study", "kill_test", "kill_conversion", "mutations"),
+    *("tasks", "fp8_study", "kill_test", "kill_conversion", "mutations"),
 )
 
 

@@ -28,7 +28,13 @@ def around(work: Callable[[], None], settings: dict[str, Any]) -> NoReturn:
             os._exit(1)
     if settings["walls"] == "namespaces":
         _in_namespaces(work, settings)
-    _end(_run_and_wait(lambda: _inside(work, settings), lambda child: os.killpg(child, signal.SIGKILL)))
+    _end(_run_and_wait(lambda: _inside(work, settings), _kill_session))
+
+
+def _kill_session(child: int) -> None:
+    """The child with its group, or alone while it has none of its own yet."""
+    own = os.getpgid(child) == child
+    os.killpg(child, signal.SIGKILL) if own else os.kill(child, signal.SIGKILL)
 
 
 def _in_namespaces(work: Callable[[], None], settings: dict[str, Any]) -> NoReturn:
@@ -150,8 +156,8 @@ def _become(own: int) -> None:
 
 def _inside(work: Callable[[], None], settings: dict[str, Any]) -> None:
     """The last walls, then the work."""
-    os.setsid()
     syscalls.die_with_parent()
+    os.setsid()
     limit(settings)
     if settings["walls"] != "none":
         syscalls.drop_capabilities()
