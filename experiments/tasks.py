@@ -21,9 +21,12 @@ _SIDES = {"train.jsonl": False, "held_out.jsonl": True}
 
 def _tasks() -> str:
     lines = [
-        f"  {name:<16}{task.usual} {task.what} ({task.sizes[0]} to {task.sizes[-1]})" for name, task in TASKS.items()
+        f"  {name:<16}{task.usual} {task.what} ({task.sizes[0]} to {task.sizes[-1]})"
+        for name, task in TASKS.items()
     ]
-    return "\n".join(["tasks, their usual size and its range:", *lines, f"forms: {', '.join(FORMS)}; count: {COUNT}"])
+    return "\n".join(
+        ["tasks, their usual size and its range:", *lines, f"forms: {', '.join(FORMS)}; count: {COUNT}"]
+    )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -263,6 +263,13 @@ def test_language(text, language, share):
     assert score(rules.language(language), text) == pytest.approx(share)
 
 
+def test_a_coin_knows_nothing_and_forgets_nothing():
+    prompts, ids = [f"{i} + 1" for i in range(1000)], [[i, 2] for i in range(1000)]
+    found = rules.coin(prompts, prompts, ids)
+    assert {*found} == {0.0, 1.0} and abs(sum(found) - 500) < 4 * 250**0.5  # four standard deviations
+    assert found == rules.coin(prompts, prompts, np.asarray(ids)) != rules.coin(prompts, prompts, ids[::-1])
+
+
 # --- several ----------------------------------------------------------------------------------------------
 
 

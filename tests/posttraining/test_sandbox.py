@@ -59,10 +59,15 @@ def test_there_are_forty_of_them():
     assert len(names) == len({*names}) >= 40
 
 
-QUIET = (*escapes.FILES, *escapes.NETWORK)
+def raises(escape: escapes.Escape) -> bool:
+    """Whether it is stopped by an error that the program itself sees, and leaves nothing else to look for."""
+    return "Error" in escape.contained and "Assertion" not in escape.contained and "bomb" not in escape.name
 
 
-def test_files_and_network_are_out_of_reach(sandbox, aims):
+QUIET = (*escapes.FILES, *escapes.NETWORK, *filter(raises, escapes.PROCESSES))
+
+
+def test_what_is_out_of_reach(sandbox, aims):
     """All in one program, which says what stopped each."""
     placed = [escapes.placed(escape, *aims) for escape in QUIET]
     tries = [
@@ -79,7 +84,9 @@ def test_files_and_network_are_out_of_reach(sandbox, aims):
         assert re.match(f"{escape.name} {escape.contained}", line), line
 
 
-@pytest.mark.parametrize("escape", escapes.PROCESSES, ids=lambda escape: escape.name)
+@pytest.mark.parametrize(
+    "escape", [e for e in escapes.PROCESSES if not raises(e)], ids=lambda escape: escape.name
+)
 def test_processes(escape, sandbox, aims):
     contained(sandbox, escapes.placed(escape, *aims))
 
@@ -237,7 +244,7 @@ def test_many_threads(sandbox):
         return sandbox.check(f"def f(x):\n    return x + {i % 2}", "assert f(1) == 2").passed
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(one, range(8))) == [False, True] * 4
+        assert list(pool.map(one, range(4))) == [False, True] * 2
     assert not left_over()
 
 

@@ -51,6 +51,7 @@ _MAKERS: dict[str, Callable[[RewardConfig], RewardFunction]] = {
     "overlong": lambda cfg: rules.overlong(cfg.longest, cfg.margin),
     "language": lambda cfg: rules.language(cfg.language),
     "code": _code,
+    "coin": lambda cfg: rules.coin,
 }
 
 

@@ -5,6 +5,7 @@ Each is a reward function (`combination.py`) without state, for any thread. The 
 """
 
 import functools
+import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -135,6 +136,17 @@ def overlong(longest: int, margin: int) -> RewardFunction:
 
     reward.__name__ = "overlong"
     return reward
+
+
+# --- a control ------------------------------------------------------------------------------------------
+
+
+def coin(
+    prompts: Sequence[Any], completions: Any, completion_ids: Sequence[Sequence[int]], **columns: Any
+) -> list:
+    """0 or 1 by a hash of prompt and tokens, whatever they say: what a run learns from it, it learns from no task."""
+    keys = (repr((prompt, [*map(int, ids)])) for prompt, ids in zip(prompts, completion_ids, strict=True))
+    return [float(hashlib.sha256(key.encode()).digest()[0] & 1) for key in keys]
 
 
 # --- language ---------------------------------------------------------------------------------------------
