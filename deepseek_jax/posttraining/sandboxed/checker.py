@@ -53,11 +53,14 @@ class _Calls:
             raise SolutionError(f"the solution's process said what is no answer: {error!r}") from None
         if not (isinstance(kind, type) and issubclass(kind, Exception)):  # SystemExit would end the tests
             raise SolutionError(f"the solution raised {raised}: {text}")
-        try:
-            error = kind(text)
-        except TypeError:  # UnicodeDecodeError takes five arguments
-            error = SolutionError(f"the solution raised {raised}: {text}")
-        raise error
+        raise _made(kind, text)
+
+
+def _made(kind: type[Exception], text: str) -> Exception:
+    try:
+        return kind(text)
+    except TypeError:  # UnicodeDecodeError takes five arguments
+        return SolutionError(f"the solution raised {kind.__name__}: {text}")
 
 
 class _Object:

@@ -12,6 +12,7 @@ from typing import Any
 
 MAX_MESSAGE = 1 << 20  # bytes
 _MAX_ITEMS = 100_000  # of an iterator
+_LISTS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def pack(value: Any) -> Any:
@@ -28,17 +29,14 @@ def pack(value: Any) -> Any:
         return ["str", str.__str__(value)]
     if isinstance(value, bytes | bytearray):
         return ["bytes", bytes(value).hex()]
-    for kind in (list, tuple, set, frozenset):
+    for name, kind in _LISTS.items():
         if isinstance(value, kind):
-            return [kind.__name__, [pack(item) for item in kind.__iter__(value)]]
+            return [name, [pack(item) for item in kind.__iter__(value)]]
     if isinstance(value, dict):
         return ["dict", [[pack(key), pack(item)] for key, item in dict.items(value)]]
     if isinstance(value, Iterable):
         return ["list", [pack(item) for item in itertools.islice(value, _MAX_ITEMS)]]
     raise TypeError(f"{type(value).__name__} is no plain data")
-
-
-_LISTS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def unpack(packed: Any) -> Any:
