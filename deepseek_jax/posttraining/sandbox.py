@@ -19,23 +19,14 @@ import functools
 import json
 import os
 import secrets
-import selectors
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepseek_jax.checks import ranges, require
-from deepseek_jax.posttraining.sandboxed.main import READY
+from deepseek_jax.posttraining import sandbox_process
+from deepseek_jax.posttraining.sandbox_process import Ended, Process, last_line, wait
 
-_HERE = Path(__file__).parent
-_START = "import sys; sys.path.insert(0, {!r}); from sandboxed.main import main; main()"
 _WALLS = ("namespaces", "bubblewrap")
 
 
@@ -65,14 +56,6 @@ class Verdict(NamedTuple):
     passed: bool
     reason: str
     detail: str = ""
-
-
-class Ended(NamedTuple):
-    """How a process ended: its output, its exit status (128 + signal), and what ended it ("", "time" or "output")."""
-
-    output: bytes
-    status: int
-    stopped: str
 
 
 class Sandbox:
@@ -105,17 +88,17 @@ class Sandbox:
         require(bool(tests.strip()), "there are no tests: without any, all programs would pass")
         secret = secrets.token_hex(16)
         ours, theirs = socket.socketpair()
-        with ours, theirs:
-            started = [
-                self._start("tests", {"tests": tests, "wanted": name, "secret": secret}, ours.fileno()),
-                self._start("functions", {"source": solution}, theirs.fileno()),
-            ]
-        checked, ran = self._wait(started)
+        with ours, theirs, contextlib.ExitStack() as if_not_all_start:
+            checker = self._start("tests", {"tests": tests, "wanted": name, "secret": secret}, ours.fileno())
+            if_not_all_start.callback(checker.end)
+            started = [checker, self._start("functions", {"source": solution}, theirs.fileno())]
+            if_not_all_start.pop_all()
+        checked, ran = wait(started, self.limits.seconds)
         return _verdict(checked, ran, secret)
 
     def run(self, program: str, given: str = "") -> Ended:
         """Runs a program that reads `given` from standard input. Raises OSError: it could not be started."""
-        (ended,) = self._wait([self._start("program", {"source": program, "input": given})])
+        (ended,) = wait([self._start("program", {"source": program, "input": given})], self.limits.seconds)
         return ended
 
     def check_output(self, program: str, given: str, wanted: str) -> Verdict:
@@ -124,113 +107,30 @@ class Sandbox:
         if ended.stopped:
             return Verdict(False, ended.stopped)
         if ended.status:
-            return Verdict(False, "status", f"{ended.status}: {_last_line(ended.output)}")
+            return Verdict(False, "status", f"{ended.status}: {last_line(ended.output)}")
         right = ended.output.decode(errors="replace").split() == wanted.split()
-        return Verdict(right, "passed" if right else "failed", _last_line(ended.output))
+        return Verdict(right, "passed" if right else "failed", last_line(ended.output))
 
-    # --- processes ------------------------------------------------------------------------------------------
-
-    def _start(self, role: str, payload: dict[str, Any], channel: int | None = None) -> "_Process":
+    def _start(self, role: str, payload: dict[str, Any], channel: int | None = None) -> Process:
         settings = {
             "role": role,
             "walls": self.walls,
             "channel": channel,
             "parent": os.getpid(),
-            "readable": _readable(),
+            "readable": sandbox_process.readable(),
             "seconds": self.limits.seconds,
             "memory": self.limits.memory_mb << 20,
             "processes": self.limits.processes + 2,  # with those that wait for it
             "file": self.limits.file_mb << 20,
         }
-        return _Process(settings, payload, self.limits.output_kb << 10)
-
-    def _wait(self, processes: Sequence["_Process"]) -> list[Ended]:
-        """Until the first has ended, or one was stopped; then all have."""
-        deadline = time.monotonic() + self.limits.seconds
-        try:
-            with selectors.DefaultSelector() as selector:
-                for process in processes:
-                    selector.register(process.output, selectors.EVENT_READ, process)
-                while processes[0].open and not any(process.stopped for process in processes):
-                    _read(selector, processes, deadline)
-        finally:
-            for process in processes:
-                process.end()
-        return [process.ended() for process in processes]
-
-
-def _read(selector: selectors.BaseSelector, processes: Sequence["_Process"], deadline: float) -> None:
-    """Reads what there is, or stops all at the deadline."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        for process in processes:
-            process.stopped = "time"
-        return
-    for key, _ in selector.select(left):
-        if not key.data.read():
-            selector.unregister(key.fileobj)
-
-
-class _Process:
-    """A process with walls around it, and what it has written so far, the line that says that it is ready included."""
-
-    def __init__(self, settings: dict[str, Any], payload: dict[str, Any], most: int):
-        self._most, self._written = most + len(READY), b""
-        self.stopped, self.open = "", True
-        channel = settings["channel"]
-        with tempfile.TemporaryFile() as file:
-            file.write(json.dumps(payload).encode())
-            file.seek(0)
-            self._process = subprocess.Popen(
-                _command(settings),
-                stdin=file,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={"PYTHONHASHSEED": "0"},
-                cwd="/",
-                pass_fds=() if channel is None else (channel,),
-                start_new_session=True,
-            )
-        assert self._process.stdout is not None
-        self.output = self._process.stdout
-
-    def read(self) -> bool:
-        """Takes what was written; False at the end."""
-        data = os.read(self.output.fileno(), 1 << 16)
-        self._written += data
-        if len(self._written) > self._most:
-            self.stopped = "output"
-        self.open = bool(data)
-        return self.open
-
-    def end(self) -> None:
-        """Ends it with all that it started, waits until they have, and takes what they still wrote."""
-        with self._process, self.output:
-            self._process.terminate()
-            try:
-                self._process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            os.set_blocking(self.output.fileno(), False)
-            with contextlib.suppress(BlockingIOError):
-                while not self.stopped and self.read():
-                    pass
-
-    def ended(self) -> Ended:
-        """Raises OSError if it never became ready."""
-        ready, _, output = self._written.partition(b"\n")
-        if ready + b"\n" != READY and not self.stopped:
-            raise OSError(
-                f"a sandboxed process did not start: {_last_line(self._written) or 'it said nothing'}"
-            )
-        return Ended(output, self._process.returncode, self.stopped)
+        return Process(settings, payload, self.limits.output_kb << 10)
 
 
 def _verdict(checked: Ended, ran: Ended, secret: str) -> Verdict:
     """Of how the tests' process and the solution's ended."""
     stopped = checked.stopped or ran.stopped
     if stopped:
-        return Verdict(False, stopped, _last_line(ran.output))
+        return Verdict(False, stopped, last_line(ran.output))
     try:
         report = json.loads(checked.output)
     except ValueError:
@@ -240,73 +140,7 @@ def _verdict(checked: Ended, ran: Ended, secret: str) -> Verdict:
     return Verdict(False, "failed", str(report.get("failed")))
 
 
-def _last_line(output: bytes) -> str:
-    lines = output.decode(errors="replace").strip().splitlines()
-    return lines[-1][:500] if lines else ""
-
-
 # --- walls ------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _readable() -> tuple[str, ...]:
-    """Folders that hold the interpreter's standard library and the C libraries that it loads."""
-    library = Path(os.__file__).parent
-    wanted = (
-        "/lib",
-        "/lib64",
-        "/usr/lib",
-        "/usr/lib64",
-        "/etc/ld.so.cache",
-        str(library),
-        f"{sys.base_prefix}/lib",
-    )
-    found = [path for path in dict.fromkeys(wanted) if os.path.lexists(path)]
-    within = [path for path in found if any(path.startswith(f"{other}/") for other in found)]
-    return tuple(path for path in found if path not in within)
-
-
-def _command(settings: dict[str, Any]) -> list[str]:
-    python = [
-        getattr(sys, "_base_executable", sys.executable),
-        "-S",
-        "-s",
-        "-P",
-        "-c",
-        _START.format(str(_HERE)),
-    ]
-    inside = [*python, json.dumps(settings)]
-    if settings["walls"] != "bubblewrap":
-        return inside
-    shown = [
-        word
-        for path in (*_readable(), python[0], str(_HERE / "sandboxed"))
-        for word in ("--ro-bind", path, path)
-    ]
-    return [
-        *(
-            str(shutil.which("bwrap")),
-            "--unshare-all",
-            "--unshare-user",
-            "--die-with-parent",
-            "--new-session",
-        ),
-        *(
-            "--cap-drop",
-            "ALL",
-            "--uid",
-            "65534",
-            "--gid",
-            "65534",
-            "--clearenv",
-            "--setenv",
-            "PYTHONHASHSEED",
-            "0",
-        ),
-        *shown,
-        *("--dev", "/dev", "--size", str(16 << 20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--"),
-        *inside,
-    ]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.posttraining import sandbox as sandbox_module
+from deepseek_jax.posttraining import sandbox_process
 from deepseek_jax.posttraining.rewards import RewardConfig, code, rewards_named
 from deepseek_jax.posttraining.sandbox import Limits, Sandbox, Verdict
 from deepseek_jax.posttraining.sandboxed import wire
@@ -136,7 +137,7 @@ def test_walls_that_do_not_hold_are_no_walls():
 
 
 def test_a_sandbox_that_fails_is_an_error_not_a_score(sandbox, monkeypatch):
-    monkeypatch.setattr(sandbox_module, "_readable", lambda: ("/no/such/folder",))
+    monkeypatch.setattr(sandbox_process, "readable", lambda: ("/no/such/folder",))
     with pytest.raises(OSError, match=r"did not start: .*No such file or directory"):
         sandbox.check(RIGHT, "assert f(1) == 2")
     assert not left_over()
@@ -217,6 +218,29 @@ def test_a_program_starts_with_nothing(sandbox):
 def test_tests_that_are_none_are_an_error(sandbox):
     with pytest.raises(ValueError, match="there are no tests"):
         sandbox.check(RIGHT, " \n")
+
+
+def test_tests_that_end_early_prove_nothing(sandbox):
+    """Status 0 without the secret."""
+    assert (
+        said(sandbox.check(RIGHT, "import os\nos._exit(0)"))
+        == "ended: the tests' process ended with status 0"
+    )
+    assert sandbox.check(RIGHT, "raise SystemExit(0)").reason == "failed"
+
+
+def test_what_cannot_be_started_leaves_nothing_behind(sandbox, monkeypatch):
+    start = sandbox._start
+
+    def once(role, *args):
+        if role == "functions":
+            raise OSError("no more processes")
+        return start(role, *args)
+
+    monkeypatch.setattr(sandbox, "_start", once)
+    with pytest.raises(OSError, match="no more processes"):
+        sandbox.check(RIGHT, "assert f(1) == 2")
+    assert not left_over()
 
 
 def test_tests_of_the_wrong_shape(sandbox):
