@@ -49,7 +49,8 @@ def exact_logprobs(
     from, which is that of all ids that `Sample.kept` names, or of all ids, at `sampling.temperature`.
 
     prompts: those that `Sample.prompt` counts. Raises ValueError for an engine whose bits depend on what runs beside a row, or
-    whose MTP module drafts; for greedy samples, which have no probabilities; for those of a nucleus that was not kept.
+    whose MTP module drafts; for greedy samples, which have no probabilities; for those of a nucleus that was not kept; and, with
+    other weights than those that drew them, for samples with routes: the engine chooses experts by the weights that it has.
     """
     require(
         engine.options.invariant and not engine.device.drafts,
@@ -61,6 +62,12 @@ def exact_logprobs(
     require(
         not cut or all(sample.kept is not None for sample in samples),
         f"top_p={sampling.top_p}, top_k={sampling.top_k}: other weights leave other ids; sample with kept=True",
+    )
+    other = {sample.version for sample in samples if sample.routes is not None} - {engine.version}
+    require(
+        not other,
+        f"samples of the weights {sorted(other)} were routed by them, and the engine routes by its own, {engine.version}: leave their "
+        "routes out, here and in training",
     )
     requests = [_again(str(i), prompts[s.prompt], s, sampling) for i, s in enumerate(samples)]
     found: dict[str, list[float]] = {request.id: [] for request in requests}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.model import transformer
 from deepseek_jax.model.layout import Inputs, single_device
 from deepseek_jax.model.router import affinities, route
 from deepseek_jax.model.transformer import forward
@@ -73,7 +74,7 @@ def test_others_routes_are_taken_and_leave_the_gate_its_gradient():
     assert (np.abs(grads).max((1, 2)) > 1e-3).all()
 
 
-def test_gating_values_of_given_experts():
+def check_gating_values(route):
     """By hand, with their gradient by the affinities: f s_i / S of the given ones, S their sum; the bias has no part."""
     rng = np.random.default_rng(0)
     x, w = (
@@ -99,15 +100,41 @@ def test_gating_values_of_given_experts():
     assert (np.asarray(got.experts_btk[0, 3]) >= 0).all()  # where none are given, the router chooses
 
 
-def test_layers_are_those_with_experts():
+def detached(cfg, s_bte, bias_e, given_btk=None):
+    """As if weights were recorded with the experts."""
+    return route(cfg, jax.lax.stop_gradient(s_bte), bias_e, given_btk)
+
+
+def unheard(cfg, s_bte, bias_e, given_btk=None):
+    return route(cfg, s_bte, bias_e)
+
+
+def test_gating_values_of_given_experts():
+    check_gating_values(route)
+    for mutant in (detached, unheard):
+        with pytest.raises(AssertionError):
+            check_gating_values(mutant)
+
+
+def check_layers(states):
     """A layer's own: expert 2 l, 2 l + 1, 2 l + 2 in layer l of those that have experts, and nothing of it in the MTP module."""
     routes = np.broadcast_to(2 * np.arange(L)[:, None] + np.arange(K)[None], (B, T, L, K))
-    aux = STATES(PARAMS, routes.astype(np.int16))[1]
+    aux = states(PARAMS, routes.astype(np.int16))[1]
     want = np.zeros((L, CFG.n_routed_experts), int)
     for layer in range(L):
         want[layer, 2 * layer : 2 * layer + K] = COUNTED.sum()
     np.testing.assert_array_equal(aux.expert_counts_le[:L], want)
     assert (np.asarray(aux.expert_counts_le[L]) > 0).sum() > K
+
+
+def test_layers_are_those_with_experts(monkeypatch):
+    check_layers(STATES)
+    own = transformer._routes
+    monkeypatch.setattr(
+        transformer, "_routes", lambda *args: jnp.roll(own(*args), 1, axis=0)
+    )  # counted from a dense one
+    with pytest.raises(AssertionError):
+        check_layers(jax.jit(lambda *args: states(*args), compiler_options=QUICKLY))
 
 
 @pytest.mark.parametrize("layers", [CFG.num_hidden_layers, L + CFG.num_nextn_predict_layers, 1])

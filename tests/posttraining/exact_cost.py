@@ -1,6 +1,6 @@
 """How far the trainer's log-probabilities are from the sampler's, and what it costs that they are the same bits.
 
-    python -m tests.posttraining.exact_cost [--prompts=8] [--samples=8] [--tokens=48] [--rows=64]
+    python -m tests.posttraining.exact_cost [--prompts=8] [--samples=8] [--tokens=48] [--rows=64] [--top_p=1.0]
 
 A model of the size of `configs/tiny.py`, random, answers prompts that begin alike: by an engine as it is, by one whose rows do not
 depend on each other, and by the latter once more with the answers given. Beside them, one forward and backward pass of training
@@ -63,14 +63,14 @@ def windows(prompts, samples, width):
 
 
 @functools.partial(jax.jit, static_argnames="temperature")
-def trained(params, bias, tokens, mask, temperature):
+def trained(params, bias, tokens, mask, kept, temperature):
     """(gradients of the mean, log-probabilities [b, w - 1]) of the trainer's own pass."""
 
     def value(params):
         h, _ = forward(params, CFG, Inputs(tokens[:, :-1]), bias, single_device(), mtp=False)
-        h_nd = h.reshape(-1, h.shape[-1]) / temperature
-        logp = token_logprobs(h_nd, head_weight(params), tokens[:, 1:].reshape(-1), 1024)
-        logp = getattr(logp, "logprob_n", logp).reshape(mask[:, 1:].shape)
+        h_nd, labels = h.reshape(-1, h.shape[-1]), tokens[:, 1:].reshape(-1)
+        found = token_logprobs(h_nd, head_weight(params), labels, 1024, temperature, kept)
+        logp = found.logp.reshape(mask[:, 1:].shape)
         return jnp.where(mask[:, 1:], logp, 0).mean(), logp
 
     return jax.grad(value, has_aux=True)(params)
@@ -82,6 +82,7 @@ def main() -> None:
     )
     for name, default in (("prompts", 8), ("samples", 8), ("tokens", 48), ("rows", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--top_p", type=float, default=1.0)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     begin = rng.integers(0, CFG.vocab_size, 64).tolist()
@@ -90,7 +91,10 @@ def main() -> None:
         for i in range(args.prompts)
     ]
     params, bias = jax.tree.map(jnp.asarray, weights(CFG, seed=0))
-    model, sampling = Model(CFG, params, bias), Sampling(args.tokens, (2, 3, 4, 5), 0.7)
+    model, sampling = (
+        Model(CFG, params, bias),
+        Sampling(args.tokens, (2, 3, 4, 5), 0.7, top_p=args.top_p, kept=args.top_p < 1),
+    )
     plain, exact = (engine(model, args, invariant) for invariant in (False, True))
 
     _, sampled = timed(lambda: drawn(plain, prompts, sampling, args.samples))
@@ -100,8 +104,13 @@ def main() -> None:
 
     width = -(-max(len(prompts[s.prompt]) + len(s.tokens) for s in samples) // 32) * 32 + 1
     tokens, mask = windows(prompts, samples, width)
+    kept = None
+    if sampling.kept:
+        kept = np.full((*mask.shape, samples[0].kept.shape[-1]), 2**32 - 1, np.uint32)
+        kept[mask] = np.concatenate([s.kept for s in samples])
+        kept = kept[:, 1:].reshape(-1, kept.shape[-1])
     (_, logp), training = timed(
-        lambda: jax.block_until_ready(trained(params, bias, tokens, mask, sampling.temperature))
+        lambda: jax.block_until_ready(trained(params, bias, tokens, mask, kept, sampling.temperature))
     )
     apart = np.abs(np.asarray(logp)[mask[:, 1:]] - np.concatenate([s.logprobs for s in samples]))
     drawn_tokens = sum(len(s.tokens) for s in samples)

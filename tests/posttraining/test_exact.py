@@ -71,13 +71,15 @@ def test_what_cannot_be_exact():
     made = invariant.engine(drafts=False)
     sample = Sample(0, np.int32([1]), np.float32([-1]), "length", 0)
     other = Engine(made.device, Options(rows=4, max_model_len=512, chunk=64))
-    for engine, sampling, said in (
-        (other, Sampling(4), "invariant=True and drafts=False, not invariant=False"),
-        (made, Sampling(4, temperature=0), "greedy samples have no probabilities"),
-        (made, Sampling(4, top_p=0.9), "top_p=0.9, top_k=0: other weights leave other ids"),
+    routed = sample._replace(routes=np.zeros((1, 1, 3), np.int16), version=7)
+    for engine, one, sampling, said in (
+        (other, sample, Sampling(4), "invariant=True and drafts=False, not invariant=False"),
+        (made, sample, Sampling(4, temperature=0), "greedy samples have no probabilities"),
+        (made, sample, Sampling(4, top_p=0.9), "top_p=0.9, top_k=0: other weights leave other ids"),
+        (made, routed, Sampling(4), r"samples of the weights \[7\] were routed by them"),
     ):
         with pytest.raises(ValueError, match=said):
-            exact_logprobs(engine, PROMPTS, [sample], sampling)
+            exact_logprobs(engine, PROMPTS, [one], sampling)
     for answer, said in (([1, 99], "must be token ids below"), ([1, 2, 3], "must be as many")):
         with pytest.raises(ValueError, match=said):
             made.submit(Request("a", [1], 2, answer=answer))
