@@ -28,6 +28,7 @@ from deepseek_jax.posttraining.rollouts import Sampling
 from deepseek_jax.serving.build import cold
 from deepseek_jax.serving.engine import Engine
 from deepseek_jax.serving.options import Options
+from deepseek_jax.serving.request import Request
 from tests.oracle.tiny import weights
 from tests.posttraining.samples import drawn
 
@@ -74,6 +75,48 @@ def trained(params, bias, tokens, mask, kept, temperature):
         return jnp.where(mask[:, 1:], logp, 0).mean(), logp
 
     return jax.grad(value, has_aux=True)(params)
+
+
+@functools.partial(jax.jit, static_argnames="temperature")
+def log_probabilities(params, bias, tokens, temperature):
+    """[b, w - 1] of the trainer's form, without a gradient."""
+    h, _ = forward(params, CFG, Inputs(tokens[:, :-1]), bias, single_device(), mtp=False)
+    h_nd, labels = h.reshape(-1, h.shape[-1]), tokens[:, 1:].reshape(-1)
+    return token_logprobs(h_nd, head_weight(params), labels, 1024, temperature).logp.reshape(len(tokens), -1)
+
+
+def what_differs(made: Engine, params, bias, prompts, samples, tokens, mask) -> None:
+    """How far apart two ways to compute the same tokens' own log-probabilities are, one thing changed at a time."""
+
+    def whole(tokens):
+        return np.asarray(log_probabilities(params, bias, tokens, 1.0))
+
+    together, there = whole(tokens), mask[:, 1:]
+    apart = {"one sequence at a time": np.concatenate([whole(row[None]) for row in tokens])}
+    longer = np.pad(tokens, ((0, 0), (0, 32)))
+    apart["a longer window"] = whole(longer)[:, : tokens.shape[1] - 1]
+    decoded, chunks = np.zeros_like(together), np.zeros_like(together)
+    for i, sample in enumerate(samples):
+        prompt, answer = prompts[sample.prompt], sample.tokens.tolist()
+        made.submit(Request(f"d{i}", prompt, len(answer), answer=answer))
+        made.submit(Request(f"c{i}", [*prompt, *answer], 1, prompt_logprobs=0))
+    out: dict = {}
+    while made.has_work:
+        for update in made.step():
+            row = out.setdefault(update.id, [])
+            row += (update.prompt or [])[1:] if update.id[0] == "c" else update.tokens
+    for i, sample in enumerate(samples):
+        begin = len(prompts[sample.prompt]) - 1
+        decoded[i, begin : begin + len(sample.tokens)] = [token.logprob for token in out[f"d{i}"]]
+        chunks[i, : len(out[f"c{i}"])] = [token.logprob for token in out[f"c{i}"]]
+    apart |= {"chunks over pages": chunks, "decode rows over pages": decoded}
+    for name, other in apart.items():
+        by = np.abs(other - together)[there]
+        print(
+            f"  all sequences together, against {name}: up to {by.max():.1e} nats, in the mean {by.mean():.1e}"
+        )
+    by = np.abs(chunks - decoded)[there]
+    print(f"  chunks against decode rows: up to {by.max():.1e} nats, in the mean {by.mean():.1e}")
 
 
 def main() -> None:
@@ -124,6 +167,7 @@ def main() -> None:
         f"sampling {sampled:.2f} s, with rows that do not depend on each other {invariantly:.2f} s, given once more {given:.2f} s, "
         f"forward and backward {training:.2f} s: {whole / normal:.2f} times the time of a step"
     )
+    what_differs(exact, params, bias, prompts, samples, tokens, mask)
     assert same and apart.max() < 1e-4
 
 

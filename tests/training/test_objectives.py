@@ -11,6 +11,7 @@ from deepseek_jax.model.layout import single_device
 from deepseek_jax.model.loss import token_logprobs
 from deepseek_jax.parallel.layout import layout_over
 from deepseek_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from deepseek_jax.training.feeding import Feed
 from deepseek_jax.training.gradients import by_micro_batches, value_of
 from deepseek_jax.training.labels import check, targets, totals
 from deepseek_jax.training.objectives import pretraining
@@ -80,6 +81,19 @@ def test_padding_is_not_there(mode):
     for name, x in parts.metrics.items():
         assert x > 0
         np.testing.assert_allclose(padded.metrics[name], x, rtol=REORDERED, err_msg=name)
+
+
+def test_a_ramp_fills_up_arrays_of_any_rank():
+    """Rows of each of two devices are followed by empty ones."""
+    feed = Feed(make_mesh(tiny(mesh={"data": 2}).mesh, jax.devices()[:2]))
+    rows = {
+        name: 1 + np.arange(2 * n).reshape(2, *shape)
+        for name, n, shape in (("advantages", 1, ()), ("tokens", 3, (3,)), ("routes", 12, (3, 2, 2)))
+    }
+    for name, x in feed.filled_up(rows, 6).items():
+        assert x.shape == (6, *rows[name].shape[1:])
+        np.testing.assert_array_equal(x[[0, 3]], rows[name])
+        assert not x[[1, 2, 4, 5]].any()
 
 
 def policy(cfg):
