@@ -131,9 +131,9 @@ def attention_out(
 
 
 class Chosen(NamedTuple):
-    """Where the router sends tokens. counts_le: how many of this device's go to each expert of each MoE layer; experts_btlk: those
-    that each token of this device's rows goes to, best first, n_routed_experts where it does not count. Both int32. Inside, of the tokens
-    here: of one layer [e] and [b, t, k], or of all with the layers first."""
+    """Where the router sends tokens, int32. counts_le: how many of this device's go to each expert of each MoE layer;
+    experts_btlk: those that each token of this device's rows goes to, best first, n_routed_experts where it does not count.
+    Inside, of the tokens here: of one layer [e] and [b, t, k], or of all with the layers first."""
 
     counts_le: jax.Array
     experts_btlk: Any

@@ -11,8 +11,8 @@ from deepseek_jax.serving.steps import Running
 
 class Flight(NamedTuple):
     """A program that was launched, so many times one after the other (`pace.py` has the names): whose rows it has, by (row,
-    chunk or decode row), and its results on the device: what was drawn, one token of each row or a pair. table_rn: pages of the rows' sequences,
-    of chunks."""
+    chunk or decode row), and its results on the device: what was drawn, one token of each row or a pair. table_rn: of chunks,
+    the pages of the rows' sequences."""
 
     program: tuple[Any, ...]
     times: int

@@ -57,8 +57,8 @@ class Prefixes:
 
         A draft head's latent depends on the token behind as well. So with drafts a page's key has that token, and the page is
         full when it is computed: whoever finds the page finds that latent, too. In `whole_pages`, pages that decode rows have
-        written to are left out, be it that one latent: a chunk would have computed other bits. So are they where experts of a prompt's
-        tokens are asked for, which are kept beside the pages of chunks alone (`routes.py`).
+        written to are left out, be it that one latent: a chunk would have computed other bits. So are they where experts of a
+        prompt's tokens are asked for, which are kept beside the pages of chunks alone (`routes.py`).
         """
         page = self.pool.page
         full = (min(running.computed, len(running.tokens)) - self.limits.drafts) // page

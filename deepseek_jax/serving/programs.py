@@ -95,8 +95,8 @@ def layers_in_pages(cfg: ModelConfig, drafts: bool) -> int:
 
 class DecodeRows(NamedTuple):
     """The next token of sequences. slot_r: -1 for no row; page_r: a page more of the sequence, -1 for none; index_r: which
-    of its pages that is; mask_rw: ids that may be drawn, of rows whose masked_r is set (`request.Grammar`); answer_rt: tokens that are
-    taken instead of drawn ones, of each of several times, -1 for none (`Request.answer`)."""
+    of its pages that is; mask_rw: ids that may be drawn, of rows whose masked_r is set (`request.Grammar`); answer_rt: tokens
+    that are taken instead of drawn ones, of each of several times, -1 for none (`Request.answer`)."""
 
     slot_r: Any
     page_r: Any
@@ -111,8 +111,8 @@ class Chunks(NamedTuple):
 
     slot_r: -1 for no row; start_r: tokens before the chunk; tokens_rt: padded on the left; next_rt: the token after each, -1
     where nobody knows it; new_r: tokens that are no padding; samples_r: whether the next token is drawn; asks_r: whether
-    log-probabilities of next_rt are wanted; answer_r: the token that is taken instead of a drawn one, -1 for none; routes_r: whether the tokens' experts are, for the host alone; table_rn: the pages of the
-    sequence.
+    log-probabilities of next_rt are wanted; answer_r: the token that is taken instead of a drawn one, -1 for none; routes_r:
+    whether the tokens' experts are wanted, for the host alone; table_rn: the pages of the sequence.
     """
 
     slot_r: Any
@@ -130,8 +130,8 @@ class Chunks(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Log-probabilities of the tokens of a chunk, given those before: [r, t], and the likeliest ones [r, t, k]. routes_rtlk: experts that
-    the tokens themselves went to, as `Drawn.routes_blk`."""
+    """Log-probabilities of the tokens of a chunk, given those before: [r, t], and the likeliest ones [r, t, k]. routes_rtlk:
+    experts that the tokens themselves went to, as `Drawn.routes_blk`."""
 
     logprob_rt: Any
     top_ids_rtk: Any
@@ -179,7 +179,7 @@ def taking_part(state: State, rows: DecodeRows) -> tuple[State, Part]:
 
 
 def drawn_by(weights: Weights, part: Part, most: int | None) -> Callable[..., tuple[Slots, Drawn]]:
-    """(slots, logits, positions, which rows count, whose masks, and tokens that are given) -> the slots, and one token of each row."""
+    """(slots, logits, positions, which rows count, whose masks and given tokens) -> the slots, and one token of each row."""
 
     def one(
         slots: Slots, logits_rv: jax.Array, position_r: jax.Array, counted_r: jax.Array, masks: Any = None

@@ -66,10 +66,10 @@ class Request:
         salt: prompts share pages only if theirs is the same.
         priority: smaller ones run first, and take the slots of larger ones, which wait again.
         kept: give the ids that each token of the answer was drawn from.
-        answer: max_tokens token ids that are taken instead of drawn ones, each with the log-probabilities, kept ids and experts that it
-            has where it is drawn, by the same programs.
-        routes: give the experts of all tokens but the last. The prompt is computed here, and shares pages with those of requests that
-            ask the same, as far as they were computed as prompts.
+        answer: max_tokens token ids that are taken instead of drawn ones, each with the log-probabilities, kept ids and experts
+            that it has where it is drawn, by the same programs.
+        routes: give the experts of all tokens but the last. The prompt is computed here, and shares pages with those of requests
+            that ask the same, as far as they were computed as prompts.
         prefill: "host:port" of the server that is to compute the prompt (`transfer/`), where one was chosen.
         export: the prompt is computed for another server, which is sent its pages; nothing is drawn.
     """
@@ -149,8 +149,9 @@ class Token(NamedTuple):
     logprob: nats, in the model's own distribution, before temperature, penalties, bias and masks; sampled_logprob: in the
     distribution that it was drawn from, 0 where that is greedy. top: the likeliest (id, logprob), of the model's own.
     version: of the weights. kept: a bit for each id that could be drawn, where
-    asked for: uint32 [ceil(vocab_size / 32)], bit i % 32 of word i // 32. routes: where asked for, the experts, best first, that the
-    token *before* it went to in the pass that drew it: int16 [l, k], l the MoE layers of the main model (`results.routes_of`).
+    asked for: uint32 [ceil(vocab_size / 32)], bit i % 32 of word i // 32. routes: where asked for, the experts, best first, that
+    the token *before* it went to in the pass that drew it: int16 [l, k], l the MoE layers of the main model
+    (`results.routes_of`).
     """
 
     id: int
@@ -176,8 +177,8 @@ class Update(NamedTuple):
     finish_reason: None while it goes on; "stop" (a stop id, or the caller's own end), "length", "abort" or "error".
     cached_tokens: of the prompt, found in the prefix cache. prompt: all of it, once, where log-probabilities are asked for.
     error: what went wrong, in one line; code: its kind, where a router may send the request again (`transfer/errors.py`).
-    queued: seconds that it waited to run for the first time. routes: once, of the prompt's tokens but the last, int16 [t, l, k], where
-    asked for (`Token.routes`).
+    queued: seconds that it waited to run for the first time. routes: once, of the prompt's tokens but the last, int16 [t, l, k],
+    where asked for (`Token.routes`).
     """
 
     id: str

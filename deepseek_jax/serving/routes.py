@@ -1,8 +1,8 @@
 """The experts of prompts' tokens beside the pages that hold their latents, for who finds these in the cache.
 
-Pages know latents, not routes. A request that asks for routes shares pages with such requests alone (`Request.page_salt`), and only
-those that chunks filled: so each page that it finds has been written by chunks whose routes came to the host. They are kept by
-page, 59 KB of one of DeepSeek-V3 beside 4.5 MB of latents, and taken over in the order in which the device writes the pages.
+Pages know latents, not routes. A request that asks for routes shares pages with such requests alone (`Request.page_salt`), and
+only those that chunks filled: so each page that it finds has been written by chunks whose routes came to the host. They are
+kept by page, 59 KB of one of DeepSeek-V3 beside 4.5 MB of latents, and taken over in the order in which the device writes them.
 
 Dims: t token, n page of a sequence, l MoE layer, k selected expert.
 """

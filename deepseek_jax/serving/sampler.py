@@ -202,8 +202,8 @@ class Drawn(NamedTuple):
 
     token_b int32. logprob_b: nats, in the model's own distribution; sampled_b: in the one that it was drawn from, 0 where that
     is greedy. top_ids_bk, top_logprobs_bk: the TOP likeliest of the model's own for rows that ask, else zeros; of fewer ids,
-    the last have -inf. kept_bw uint32: a bit for each id that could be drawn, for rows that ask, else zeros. routes_blk int16: the
-    experts of the MoE layers of the main model that the token went to whose state was drawn from (`programs.py`).
+    the last have -inf. kept_bw uint32: a bit for each id that could be drawn, for rows that ask, else zeros. routes_blk int16:
+    the experts of the MoE layers of the main model that the token went to whose state was drawn from (`programs.py`).
     """
 
     token_b: jax.Array
