@@ -57,7 +57,7 @@ class GRPOLossConfig:
         )
 
 
-# What each differs in from DeepSeek-V3.2.
+# What each differs in from DeepSeek-V3.2; in a config file: config.loss.update(**PRESETS["dapo"]).
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "v32": {},
