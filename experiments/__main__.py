@@ -9,7 +9,7 @@ from pathlib import Path
 from experiments import command_line
 
 COMMANDS = (
-    *("train", "extend", "sft", "grpo", "generate", "serve", "convert", "launch", "plan", "bench"),
+    *("train", "extend", "sft", "grpo", "distill", "generate", "serve", "convert", "launch", "plan", "bench"),
     *("tasks", "fp8_study", "kill_test", "kill_conversion", "mutations"),
 )
 

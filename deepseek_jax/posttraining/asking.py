@@ -57,12 +57,11 @@ class AskRollouts:
         return {**message, "content": apart}
 
     def _seeds(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        times: collections.Counter[int] = collections.Counter()
+        times: collections.Counter[tuple[int, ...]] = collections.Counter()
         seeds = []
-        for prompt in prompts:
-            digest = zlib.crc32(repr(list(prompt)).encode())
-            seeds.append(seed_of(self._seed, digest, times[digest]))
-            times[digest] += 1
+        for prompt in map(tuple, prompts):
+            seeds.append(seed_of(self._seed, zlib.crc32(repr(prompt).encode()), times[prompt]))
+            times[prompt] += 1
         return seeds
 
 

@@ -63,6 +63,17 @@ def lengths(tokens: Sequence[int]) -> dict[str, float] | None:
     }
 
 
+def flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys, but where the data lies; a judge's only where there is one."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{path}{name}.") if value.get("model", True) else {}
+        elif name != "out_dir":
+            found[f"{path}{name}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
 def as_json(card: Card) -> str:
     return json.dumps(card, indent=2, ensure_ascii=False) + "\n"
 
@@ -91,5 +102,8 @@ def _table(values: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, bool | str) or value is None:
+        text = "-" if value is None else str(value)
+    else:
+        text = f"{value:,}" if isinstance(value, int) else ", ".join(map(str, value))
     return " ".join(text.replace("|", "\\|").split())

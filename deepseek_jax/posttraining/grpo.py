@@ -28,10 +28,12 @@ from deepseek_jax.data.prompts import Prompt
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.processes.together import of_each
 from deepseek_jax.posttraining.asked_prompts import Asked, read_prompts
+from deepseek_jax.posttraining.author import Author
 from deepseek_jax.posttraining.by_length import ByLength
 from deepseek_jax.posttraining.engine_rollouts import EngineRollouts, Parameters
 from deepseek_jax.posttraining.experience import Group, abstract_rows, means, rows_of, summary, width_for
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
+from deepseek_jax.posttraining.judge_model import judge_of
 from deepseek_jax.posttraining.logprobs import make_logprob_step
 from deepseek_jax.posttraining.objective import grpo
 from deepseek_jax.posttraining.ray_rollouts import RayRollouts
@@ -117,7 +119,14 @@ class GRPO(Trainer):
 
     @functools.cached_property
     def rewards(self) -> Rewards:
-        return rewards_named(self.cfg.rewards, self.cfg.reward)
+        cfg = self.cfg
+        judges = {"judge": judge_of(cfg.judge, self._policy)} if cfg.judge.model else {}
+        return rewards_named(cfg.rewards, cfg.reward, judges)
+
+    @property
+    def _policy(self) -> Author:
+        """The model that is trained, for who asks it to judge."""
+        return Author(self.rollouts, self.data.tokenizer, self.cfg.data.seq_len + 1, "policy")
 
     @functools.cached_property
     def rollouts(self) -> Rollouts:

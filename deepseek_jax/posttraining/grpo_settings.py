@@ -7,6 +7,7 @@ from deepseek_jax.checks import choice, ranges, require
 from deepseek_jax.config import Config
 from deepseek_jax.data.prompts import PromptConfig
 from deepseek_jax.posttraining.grpo_config import GRPOLossConfig
+from deepseek_jax.posttraining.judge_model import JudgeConfig, named_by
 from deepseek_jax.posttraining.rewards import RewardConfig, rewards_named
 from deepseek_jax.posttraining.rollouts import Sampling
 
@@ -115,13 +116,14 @@ class GRPOConfig(Config):
         "answer",
     )  # "NAME" or "NAME=WEIGHT"; the first says whether an answer is right
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
 
     def __post_init__(self):
         if self.data.tokenizer is None and self.train.init_from:
             data = dataclasses.replace(self.data, tokenizer=self.train.init_from)
             object.__setattr__(self, "data", data)
         super().__post_init__()
-        rewards_named(self.rewards, self.reward)
+        rewards_named(self.rewards, self.reward, named_by(self.judge))
         train, rollouts = self.train, self.rollouts
         require(
             train.batch_size % rollouts.samples == 0,

@@ -95,9 +95,14 @@ def balanced(cases: Sequence[Case], seed: int = 0) -> list[Case]:
     return [cases[i] for i in sorted(i for side in sides for i in draw.sample(side, number))]
 
 
-def _asked(form: Form, case: Case) -> list[dict[str, str]]:
+def texts_of(form: Form, case: Case) -> list[str]:
+    """What a judge of this form is given of a case."""
     known = {"question": case.question, "reference": case.reference, "response": case.response}
-    return judge_forms.messages(form, [known[part] for part in form.parts])
+    return [known[part] for part in form.parts]
+
+
+def _asked(form: Form, case: Case) -> list[dict[str, str]]:
+    return judge_forms.messages(form, texts_of(form, case))
 
 
 def _truth(form: str, case: Case) -> Any:

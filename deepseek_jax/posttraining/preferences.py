@@ -4,14 +4,16 @@ Each pair of comparable length is judged several times. Which of the two is show
 that what a judge gives to a place, and not to an answer, cancels. A pair is kept if the scores differ by enough on average.
 """
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.checks import require
 from deepseek_jax.posttraining import judge_forms
 from deepseek_jax.posttraining.asking import Ask
 from deepseek_jax.posttraining.judge_forms import PAIR, summary
+from deepseek_jax.posttraining.selection import Answer
 from deepseek_jax.posttraining.votes import Rate, mean_score, outcome, rate
 
 TIMES, MARGIN = (
@@ -66,6 +68,22 @@ def comparable(one: str, two: str, lengths: float = LENGTHS) -> bool:
     """Whether two texts differ, and the longer one has at most `lengths` times the characters of the other."""
     short, long = sorted((len(one), len(two)))
     return one != two and long <= lengths * short
+
+
+def pairs_of(
+    problems: Sequence[Mapping[str, Any]], answers: Sequence[Answer], lengths: float = LENGTHS
+) -> list[Pair]:
+    """The first two comparable answers to each problem, of those that ended by themselves; none of a problem without."""
+    texts: dict[int, list[str]] = {}
+    for answer in answers:
+        if answer.finish_reason != "length" and answer.text.strip():
+            texts.setdefault(answer.problem, []).append(answer.text)
+    found = []
+    for problem, said in texts.items():
+        both = (two for two in itertools.combinations(said, 2) if comparable(*two, lengths))
+        if (first := next(both, None)) is not None:
+            found.append(Pair(problems[problem]["prompt"][-1]["content"], *first))
+    return found
 
 
 def orders(times: int, seed: str) -> list[bool]:

@@ -12,6 +12,7 @@ from deepseek_jax.posttraining import judge_forms, judgements, preferences
 from deepseek_jax.posttraining.judge_forms import FORMS, PAIR, REFERENCE, SCORE, TRUTH, read, summary, verdict
 from deepseek_jax.posttraining.preferences import Pair, comparable, order_effect, orders, win_rate
 from deepseek_jax.posttraining.rewards.judge import Judge, polled
+from deepseek_jax.posttraining.selection import Answer
 from deepseek_jax.posttraining.votes import majority, mean_score, outcome, rate
 
 
@@ -244,6 +245,14 @@ def test_pairs_are_kept_beyond_the_margin_with_the_better_one_chosen():
         ("b", "4.5", "3", 1.5),
         ("c", "9", "4", 5.0),
     ]
+
+
+def test_a_problem_gives_its_first_two_comparable_answers():
+    texts = ["1", "1", "two or three", "2", "3"]
+    answers = [Answer(1, text, 3, "stop", True) for text in texts] + [Answer(0, "4", 3, "stop", True)]
+    answers[3] = answers[3]._replace(finish_reason="length")
+    problems = [{"prompt": [{"role": "user", "content": f"question {i}"}]} for i in range(2)]
+    assert preferences.pairs_of(problems, answers) == [Pair("question 1", "1", "3")]
 
 
 def test_answers_of_unlike_length_make_no_pair():

@@ -1,0 +1,25 @@
+"""The small model of `configs/tiny_grpo.py` writes training data: its right answers, the shortest to each problem.
+
+    make train
+    python -m experiments.sft --config=configs/tiny_sft.py
+    python -m experiments.grpo --config=configs/tiny_grpo.py
+    python -m experiments.distill --config=configs/tiny_distill.py
+    python -m experiments.sft --config=configs/tiny_sft.py --config.sft.sources="runs/tiny_distill/sft.jsonl=1" \
+        --config.train.out_dir=runs/tiny_student
+
+Hardware: 2 CPU cores, 2 GiB of memory.
+"""
+
+import ml_collections
+
+from configs.defaults import defaults
+from deepseek_jax.posttraining.distill import DistillConfig
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = defaults(DistillConfig)
+    config.expert = "runs/tiny_grpo"
+    config.prompts.sources = ("tasks:addition/2/1000=1",)
+    config.update({"samples": 4, "max_tokens": 64, "system": "", "out_dir": "runs/tiny_distill"})
+    config.select.update({"choose": "shortest", "repeated": 0.5})
+    return config
