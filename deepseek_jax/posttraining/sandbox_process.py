@@ -1,9 +1,9 @@
 """A process with walls around it: how it is started, read, ended."""
 
-import contextlib
 import functools
 import json
 import os
+import select
 import selectors
 import shutil
 import signal
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.posttraining.sandboxed.main import READY
 
 _HERE = Path(__file__).parent
+_PATIENCE = 5  # seconds for what was told to end
 _START = "import sys; sys.path.insert(0, {!r}); from sandboxed.main import main; main()"
 
 
@@ -56,23 +57,25 @@ class Process:
         """Takes what was written; False at the end."""
         data = os.read(self.output.fileno(), 1 << 16)
         self._written += data
-        if len(self._written) > self._most:
-            self.stopped = "output"
+        if self._is_over:
+            self.stopped = self.stopped or "output"
         self.open = bool(data)
         return self.open
 
     def end(self) -> None:
-        """Ends it with all that it started, waits until they have, and takes what they still wrote."""
+        """Ends it with all that it started, and waits until they have: until nobody can write any more."""
         with self._process, self.output:
             self._process.terminate()
             try:
-                self._process.wait(timeout=5)
+                self._process.wait(timeout=_PATIENCE)
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
-            os.set_blocking(self.output.fileno(), False)
-            with contextlib.suppress(BlockingIOError):
-                while not self.stopped and self.read():
-                    pass
+            while self.open and not self._is_over and select.select([self.output], [], [], _PATIENCE)[0]:
+                self.read()
+
+    @property
+    def _is_over(self) -> bool:
+        return len(self._written) > self._most
 
     def ended(self) -> Ended:
         """Raises OSError if it never became ready."""
