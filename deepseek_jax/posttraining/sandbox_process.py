@@ -1,9 +1,9 @@
 """A process with walls around it: how it is started, read, ended."""
 
+import contextlib
 import functools
 import json
 import os
-import select
 import selectors
 import shutil
 import signal
@@ -70,8 +70,10 @@ class Process:
                 self._process.wait(timeout=_PATIENCE)
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
-            while self.open and not self._is_over and select.select([self.output], [], [], _PATIENCE)[0]:
-                self.read()
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.output, selectors.EVENT_READ)
+                while self.open and not self._is_over and selector.select(_PATIENCE):
+                    self.read()
 
     @property
     def _is_over(self) -> bool:
@@ -90,15 +92,12 @@ class Process:
 def wait(processes: Sequence[Process], seconds: float) -> list[Ended]:
     """Waits until the first has ended or one was stopped, then ends all. Raises OSError if one never became ready."""
     deadline = time.monotonic() + seconds
-    try:
-        with selectors.DefaultSelector() as selector:
-            for process in processes:
-                selector.register(process.output, selectors.EVENT_READ, process)
-            while processes[0].open and not any(process.stopped for process in processes):
-                _read(selector, processes, deadline)
-    finally:
+    with contextlib.ExitStack() as ending, selectors.DefaultSelector() as selector:
         for process in processes:
-            process.end()
+            ending.callback(process.end)
+            selector.register(process.output, selectors.EVENT_READ, process)
+        while processes[0].open and not any(process.stopped for process in processes):
+            _read(selector, processes, deadline)
     return [process.ended() for process in processes]
 
 
