@@ -1,4 +1,14 @@
-"""GRPO."""
+"""The small model that learned sums by `configs/tiny_sft.py` learns to get them right (section 5.2).
+
+    make train
+    python -m experiments.sft --config=configs/tiny_sft.py
+    python -m experiments.grpo --config=configs/tiny_grpo.py
+
+The loss is DeepSeek-V3.2's, on policy: each rollout of 128 answers, 8 to each of 16 questions, is for one step. An answer is worth
+1 if it is right, else 0; a tenth of the questions are held out.
+
+Hardware: 2 CPU cores, 2 GiB of memory.
+"""
 
 import ml_collections
 
@@ -12,28 +22,21 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.update(tiny.get_config().model)
     config.data.update({"seq_len": 64, "vocab_size": 2048})
     config.optimizer.update(
-        {"schedule": "constant", "peak_lr": 1e-4, "warmup_steps": 2, "weight_decay": 0.0, "gamma": 0.0}
+        {"schedule": "constant", "peak_lr": 1e-4, "warmup_steps": 5, "weight_decay": 0.0, "gamma": 0.0}
     )
-    config.train.detached_mtp = True
     config.prompts.sources = ("tasks:addition/2",)
-    config.rollouts.update(
-        {
-            "max_tokens": 32,
-            "samples": 8,
-            "eval_prompts": 16,
-            "eval_samples": 4,
-            "rows": 64,
-        }
-    )
+    config.rollouts.update({"samples": 8, "max_tokens": 40, "eval_prompts": 64, "eval_samples": 16})
     config.train.update(
         {
-            "steps": 6,
-            "batch_size": 64,
-            "eval_every": 3,
-            "checkpoint_every": 3,
-            "sample_tokens": 0,
-            "out_dir": "runs/tiny_grpo",
             "init_from": "runs/tiny_sft",
+            "out_dir": "runs/tiny_grpo",
+            "steps": 60,
+            "batch_size": 128,
+            "eval_every": 20,
+            "checkpoint_every": 20,
+            "ema_decay": 0.9,
+            "detached_mtp": True,
+            "sample_tokens": 0,
         }
     )
     return config
