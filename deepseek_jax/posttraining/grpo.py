@@ -214,8 +214,10 @@ class GRPO(Trainer):
     def _rollout(self, step: int) -> list[Mapping[str, Any]]:
         """The batches of a rollout with the weights as they are."""
         began, self._scoring = time.perf_counter(), 0.0
-        self._load()
-        groups = self._groups(step)
+        first = now.doing("the first rollout, which compiles what samples")
+        with contextlib.nullcontext() if self._batches else first:
+            self._load()
+            groups = self._groups(step)
         self._of_rollout |= {
             "sampling_seconds": time.perf_counter() - began - self._scoring,
             "scoring_seconds": self._scoring,
