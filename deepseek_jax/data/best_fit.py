@@ -65,6 +65,7 @@ class PackedSamples:
         return len(self._windows)
 
     def require_a_window(self) -> None:
+        """Raises ValueError where there is none."""
         if not len(self):
             raise ValueError("there is no sample")
 

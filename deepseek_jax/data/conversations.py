@@ -16,6 +16,7 @@ Answers of one conversation share a sample as long as the prompt of the next beg
 a template that deletes reasoning it does not; each answer is a sample of its own then.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,10 +31,9 @@ LEARN = ("all", "last")  # which answers of a conversation
 KINDS = '"messages", "prompt" and "completion", or "text"'
 _THINK, _END_THINK = "<think>", "</think>"
 _OPENED = re.compile(rf"{_THINK}\s*\Z")
-_REASONS = {
-    "thinking": True,
-    "enable_thinking": True,
-}  # switches of templates that ask whether an answer reasons
+# Switches of templates that ask whether an answer reasons.
+_REASONS = {"thinking": True, "enable_thinking": True}
+_BEFORE = "\n"  # no tokenizer joins it with a word
 _PROBE = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"})
 
 
@@ -128,10 +128,9 @@ class Conversations:
         require(bool((reasoning + content).strip() or message.get("tool_calls")), empty)
         if reasoning or _END_THINK in content:
             options = _REASONS | options
-        prompt = self._tokenizer.chat_template.render(messages[:i], **options)
-        whole = self._tokenizer.chat_template.render(
-            messages[: i + 1], add_generation_prompt=False, **options
-        )
+        render = self._tokenizer.chat_template.render
+        prompt = render(messages[:i], **options)
+        whole = render(messages[: i + 1], add_generation_prompt=False, **options)
         calls = bool(message.get("tool_calls"))
         added = whole[len(prompt) :] if whole.startswith(prompt) else ""
         said, end = self._written(added, reasoning, content)
@@ -159,10 +158,24 @@ class Conversations:
         turns = [turn for row in rows for turn in row]
         prompts = self._encoded([(turn.prompt, True, not turn.chat) for turn in turns])
         answers = self._encoded([(turn.answer, turn.by_template, False) for turn in turns])
+        if self._puts_a_space:
+            behind = self._encoded([(f"{_BEFORE}{turn.answer}", turn.by_template, False) for turn in turns])
+            answers = list(map(self._without_space, turns, answers, behind))
         pairs = iter(
             [(prompt, [*ids, turn.end]) for turn, prompt, ids in zip(turns, prompts, answers, strict=True)]
         )
         return [_joined(next(pairs) for _ in row) for row in rows]
+
+    @functools.cached_property
+    def _puts_a_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text (Metaspace), which an answer behind a prompt does not have."""
+        before, both = self._tokenizer.encode(_BEFORE), self._tokenizer.encode(f"{_BEFORE}a")
+        return both != before + self._tokenizer.encode("a")
+
+    def _without_space(self, turn: Turn, answer: list[int], behind: list[int]) -> list[int]:
+        """Of an answer behind a prompt, what it adds to the ids of `_BEFORE`, unless it joins them."""
+        before = self._tokenizer.encode(_BEFORE)
+        return behind[len(before) :] if turn.prompt and behind[: len(before)] == before else answer
 
     def _encoded(self, texts: list[tuple[str, bool, bool]]) -> list[list[int]]:
         """Ids of (text, whether special tokens are matched, whether the bos stands before it), none of an empty text."""

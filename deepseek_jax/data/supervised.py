@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax import data as data_lib
-from deepseek_jax.checks import choice, named, ranges, require
+from deepseek_jax.checks import choice, ranges, require
 from deepseek_jax.config import SEEDS
 from deepseek_jax.data import packing
 from deepseek_jax.data.best_fit import PackedSamples, SamplePacker
@@ -110,6 +110,7 @@ def load(
         train, held = _split(found, cfg.validation_fraction)
     for source, one in zip(sources, train, strict=True):
         require(len(one.taken) > 0, f"{source}: no sample is left for training{report.reasons()}")
+    require(any(len(one.taken) for one in held), f"validation: no sample is left{report.reasons()}")
     packers = [SamplePacker(*one, seq_len, pad, cfg.seed) for one in train]
     _describe(report, packers)
     fingerprint: dict[str, object] = {
@@ -122,8 +123,7 @@ def load(
         "too_long": cfg.too_long,
         "seed": cfg.seed,
     }
-    with named("validation: "):
-        windows = validation_windows([PackedSamples(*one, seq_len, pad) for one in held], tokenizer, seq_len)
+    windows = validation_windows([PackedSamples(*one, seq_len, pad) for one in held], tokenizer, seq_len)
     stream = BatchStream(packers, weights, fingerprint, process_index, process_count)
     counts_v = _counts(packers, weights, tokenizer.vocab_size)
     return data_lib.Data(tokenizer, stream, windows, report, counts_v, fingerprint)

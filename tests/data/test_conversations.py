@@ -12,8 +12,9 @@ from deepseek_jax.data.chat import DEFAULT_TEMPLATE
 from deepseek_jax.data.conversations import Conversations, answer_after
 from deepseek_jax.data.row_fields import question_of
 from deepseek_jax.data.rows import Row, of_row
+from deepseek_jax.data.tokenizer import Tokenizer
 from tests.data import templates
-from tests.data.family import CHATML
+from tests.data.family import CHATML, FAMILY, make
 
 QUESTION = {"role": "user", "content": "What is MLA?"}
 AGAIN = {"role": "user", "content": "Why?"}
@@ -94,6 +95,21 @@ def test_prompt_and_answer_are_what_a_sampler_would_see(deepseek, with_template)
     tokenizer = with_template(CHATML)
     together = tokenizer.encode("assistant\n\nA line.", allow_special=True)
     assert together != tokenizer.encode("assistant\n") + tokenizer.encode("\nA line.")
+
+
+def test_an_answer_has_its_own_text_behind_any_prompt(tmp_path):
+    """Tokenizers that put a space before a text put none before an answer."""
+    spaces = set()
+    for name in FAMILY:
+        tokenizer = Tokenizer.load(make(name, tmp_path / name))
+        for answer in ("the cat", " the rat", "that killed the cat"):
+            ((ids, learned),) = samples(tokenizer, {"prompt": "the malt", "completion": answer})
+            prompt, said = ids[~learned], ids[learned][:-1]
+            assert prompt.tolist() == tokenizer.encode_prompt("the malt") and ids[-1] == tokenizer.eos_id
+            assert tokenizer.text_after(prompt, said) == answer, name
+            if tokenizer.text_after(prompt, tokenizer.encode(answer)) != answer:
+                spaces.add(name)
+    assert spaces == {"metaspace", "metaspace_words", "llama_2", "sentencepiece"}
 
 
 def test_rows_of_all_kinds(deepseek, tokenizer):
