@@ -320,6 +320,8 @@ def test_the_reward_of_programs():
         and scores.parts["code"][4] != scores.parts["code"][4]
     )
     assert scores.timeouts == {"code": 1, "format_code": 0}
+    assert list(scores.parts) == ["code", "code_timed_out", "format_code"]
+    assert scores.parts["code_timed_out"].tolist() == [0, 0, 0, 1, 0]
     assert scores.total.tolist() == [1.5, 0.5, 0, 0.5, 0]
 
 

@@ -46,6 +46,7 @@ def code(sandbox: Sandbox, workers: int) -> RewardFunction:
             return list(scores)
 
     reward.__name__ = "code"
+    reward.may_time_out = True  # type: ignore[attr-defined]
     return reward
 
 

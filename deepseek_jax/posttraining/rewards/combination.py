@@ -38,7 +38,8 @@ class Scores(NamedTuple):
 
     Attributes:
         total: float64 [n], the weighted sum of the rewards that apply.
-        parts: name -> float64 [n], unweighted; NaN where the reward does not apply.
+        parts: name -> float64 [n], unweighted; NaN where the reward does not apply. Of a reward that says that it
+            `may_time_out`, also NAME_timed_out -> 1 where its check did, so that it is among what a run shows.
         timeouts: name -> how many of its checks ran out of time.
     """
 
@@ -87,7 +88,10 @@ class Rewards:
         for reward in self.rewards:
             scores = _called(reward, n, {"prompts": prompts} | given)
             parts[reward.name] = np.array([np.nan if s is None else float(s) for s in scores])
-            timeouts[reward.name] = sum(isinstance(score, TimedOut) for score in scores)
+            timed_out = np.array([isinstance(score, TimedOut) for score in scores])
+            timeouts[reward.name] = int(timed_out.sum())
+            if getattr(reward.function, "may_time_out", False):
+                parts[f"{reward.name}_timed_out"] = timed_out.astype(np.float64)
         total = self._total(parts, prompts)
         return Scores(total, parts, timeouts)
 
