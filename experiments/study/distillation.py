@@ -24,19 +24,24 @@ from absl import flags
 from experiments import command_line
 from experiments.study.stages import fine_tune, run_command
 
-_BASE = flags.DEFINE_string("base", "runs/tiny", "Folder of the run that all start from.")
-_OUT = flags.DEFINE_string("out", "runs/distillation", "Folder of the study.")
-_SEEDS = flags.DEFINE_integer("seeds", 5, "How often all is done.")
+FLAGS = flags.FlagValues()  # of its own: other commands have flags of these names
+_BASE = flags.DEFINE_string("base", "runs/tiny", "Folder of the run that all start from.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", "runs/distillation", "Folder of the study.", flag_values=FLAGS)
+_SEEDS = flags.DEFINE_integer("seeds", 5, "How often all is done.", flag_values=FLAGS)
 _TASK = flags.DEFINE_string(
-    "task", "tasks:addition/2", "Which questions (deepseek_jax/posttraining/tasks.py)."
+    "task", "tasks:addition/2", "Which questions (deepseek_jax/posttraining/tasks.py).", flag_values=FLAGS
 )
-_COUNT = flags.DEFINE_integer("count", 1000, "Training questions; a tenth as many are held out.")
-_EXPERT_STEPS = flags.DEFINE_integer("expert_steps", 200, "Steps of the expert's fine-tuning.")
-_GRPO_STEPS = flags.DEFINE_integer("grpo_steps", 0, "Steps of GRPO after it.")
-_STEPS = flags.DEFINE_integer("steps", 100, "Steps of each student.")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of all fine-tuning.")
-_SAMPLES = flags.DEFINE_integer("samples", 4, "Answers of the expert to each question.")
-_TOKENS = flags.DEFINE_integer("max_tokens", 160, "Of an answer.")
+_COUNT = flags.DEFINE_integer(
+    "count", 1000, "Training questions; a tenth as many are held out.", flag_values=FLAGS
+)
+_EXPERT_STEPS = flags.DEFINE_integer(
+    "expert_steps", 200, "Steps of the expert's fine-tuning.", flag_values=FLAGS
+)
+_GRPO_STEPS = flags.DEFINE_integer("grpo_steps", 0, "Steps of GRPO after it.", flag_values=FLAGS)
+_STEPS = flags.DEFINE_integer("steps", 100, "Steps of each student.", flag_values=FLAGS)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of all fine-tuning.", flag_values=FLAGS)
+_SAMPLES = flags.DEFINE_integer("samples", 4, "Answers of the expert to each question.", flag_values=FLAGS)
+_TOKENS = flags.DEFINE_integer("max_tokens", 160, "Of an answer.", flag_values=FLAGS)
 
 ARMS = ("answers", "first", "shortest", "both")
 MOST_CHECKS = 3
@@ -197,7 +202,7 @@ def _print(found: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    command_line.parse_flags(argv)
+    command_line.parse_flags(argv, FLAGS)
     from deepseek_jax.posttraining.length_plot import Point, draw_points
 
     out = Path(_OUT.value)

@@ -21,17 +21,24 @@ from absl import flags
 from experiments import command_line
 from experiments.study.stages import fine_tune, run_command
 
-_BASE = flags.DEFINE_string("base", "runs/tiny", "Folder of the run that all start from.")
-_OUT = flags.DEFINE_string("out", "runs/judges", "Folder of the study.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "How often all is done.")
+FLAGS = flags.FlagValues()  # of its own: other commands have flags of these names
+_BASE = flags.DEFINE_string("base", "runs/tiny", "Folder of the run that all start from.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", "runs/judges", "Folder of the study.", flag_values=FLAGS)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "How often all is done.", flag_values=FLAGS)
 _TASK = flags.DEFINE_string(
-    "task", "tasks:addition/2", "Which questions (deepseek_jax/posttraining/tasks.py)."
+    "task", "tasks:addition/2", "Which questions (deepseek_jax/posttraining/tasks.py).", flag_values=FLAGS
 )
-_COUNT = flags.DEFINE_integer("count", 1000, "Training questions; a tenth as many are held out.")
-_STEPS = flags.DEFINE_integer("steps", 100, "Steps in which answering is learned.")
-_JUDGE_STEPS = flags.DEFINE_integer("judge_steps", 300, "Steps in which judging is learned.")
-_FORM = flags.DEFINE_enum("form", "truth", ["truth", "reference"], "Whether the judge is told the answer.")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of both.")
+_COUNT = flags.DEFINE_integer(
+    "count", 1000, "Training questions; a tenth as many are held out.", flag_values=FLAGS
+)
+_STEPS = flags.DEFINE_integer("steps", 100, "Steps in which answering is learned.", flag_values=FLAGS)
+_JUDGE_STEPS = flags.DEFINE_integer(
+    "judge_steps", 300, "Steps in which judging is learned.", flag_values=FLAGS
+)
+_FORM = flags.DEFINE_enum(
+    "form", "truth", ["truth", "reference"], "Whether the judge is told the answer.", flag_values=FLAGS
+)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of both.", flag_values=FLAGS)
 
 VOTES, ANSWERS = 6, 4
 ANSWER_TOKENS, JUDGEMENT_TOKENS = 64, 128
@@ -132,7 +139,7 @@ def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    command_line.parse_flags(argv)
+    command_line.parse_flags(argv, FLAGS)
     found = []
     for seed in range(_SEEDS.value):
         folder = Path(_OUT.value) / f"seed_{seed}"
