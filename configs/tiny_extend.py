@@ -22,18 +22,22 @@ def get_config() -> ml_collections.ConfigDict:
     config.phases = {
         "seq_len": (1024, 2048),
         "batch_size": (8, 4),
-        "steps": (40, 40),
-        "lr": (5e-4, 5e-4),
+        "steps": (20, 20),
+        "lr": (1e-3, 1e-3),
     }
-    config.recall = {"share": 0.25, "steps": 160, "lr": 2e-3}
+    config.recall = {"share": 0.25, "steps": 450, "steps_share": 0.85, "lr": 3e-3}
     config.control = True
-    config.needle = {"lengths": (128, 256, 512, 1024, 2048)}
+    config.needle = {
+        "lengths": (128, 256, 512, 1024, 2048),
+        "hay": ("# the grass is green", "# the sky is blue", "# the sun is yellow"),
+    }
     config.train.update(
         {
+            "batch_size": 4,
             "init_from": "runs/tiny",
             "out_dir": "runs/tiny_extend",
-            "eval_every": 50,
-            "checkpoint_every": 20,
+            "eval_every": 150,
+            "checkpoint_every": 50,
             "sample_tokens": 0,
         }
     )

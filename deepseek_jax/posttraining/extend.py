@@ -33,6 +33,7 @@ SAID_ELSEWHERE = {
     "optimizer.warmup_steps": "phases.lr, which is constant",
     "optimizer.gamma": "the extension: the routers' bias stays as it is",
 }
+_WARMUP = 20  # steps, of those that teach recall
 TEACH, PHASE, CONTROL = "recall", "phase", "control"  # names of folders
 
 
@@ -197,7 +198,7 @@ def _stage(cfg: ExtendConfig, name: str, phase: Phase, source: str) -> Stage:
             run.optimizer,
             schedule="constant",
             peak_lr=phase.lr,
-            warmup_steps=0,
+            warmup_steps=min(_WARMUP, phase.steps // 10) if name == TEACH else 0,
             batch_ramp=False,
             gamma=0.0,
             mtp_lambda_until_tokens=0,

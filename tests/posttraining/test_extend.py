@@ -92,7 +92,7 @@ def test_each_phase_starts_from_the_one_before():
     runs = stages(
         config(
             control=True,
-            recall={"share": 0.25, "steps": 7, "steps_share": 0.5, "lr": 2e-3},
+            recall={"share": 0.25, "steps": 70, "steps_share": 0.5, "lr": 2e-3},
             phases={"grad_accumulation": (2, 1)},
         )
     )
@@ -108,7 +108,8 @@ def test_each_phase_starts_from_the_one_before():
     assert [r.cfg.data.seq_len for r in runs] == [32, 64, 128, 32, 32]
     assert [r.cfg.train.batch_size for r in runs] == [4, 4, 2, 8, 8]
     assert [r.cfg.train.grad_accumulation for r in runs] == [1, 2, 1, 2, 1]
-    assert [r.cfg.train.steps for r in runs] == [7, 3, 2, 3, 2]
+    assert [r.cfg.train.steps for r in runs] == [70, 3, 2, 3, 2]
+    assert [r.cfg.optimizer.warmup_steps for r in runs] == [7, 0, 0, 0, 0]
     assert [r.cfg.optimizer.peak_lr for r in runs] == [2e-3, 1e-3, 5e-4, 1e-3, 5e-4]
     assert [r.cfg.model.rope_scaling is None for r in runs] == [True, False, False, False, False]
     assert all(r.cfg.data.tokenizer == "/nowhere/before" for r in runs)
