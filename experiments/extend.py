@@ -53,16 +53,17 @@ def _compare(cfg: ExtendConfig) -> None:
     from deepseek_jax.evaluation.needle_picture import draw
 
     found: dict[str, Found] = {}
+    lines = []
     for name, one in Comparison(cfg, make_mesh(cfg.mesh)):
         found[name] = one
+        lines.append(f"{name}: {_line(cfg, one, next(iter(found.values())))}")
         if is_first():
-            first = next(iter(found.values()))
-            print(f"{name + ':':<28}{_line(cfg, one, first)}", flush=True)
+            print(lines[-1], flush=True)
     grids = {name: one.grid for name, one in found.items() if one.grid is not None}
-    if grids:
+    if grids and is_first():
         path = Path(cfg.train.out_dir) / "needle.png"
         with now.doing("drawing the picture"):
-            draw(grids, path)
+            draw(grids, path, lines)
         print(f"picture: {path}", flush=True)
 
 
@@ -72,7 +73,7 @@ def _line(cfg: ExtendConfig, one: Found, first: Found) -> str:
     if one.grid is None:
         return text
     up_to, beyond = one.grid.mean_of(0, short), one.grid.mean_of(short + 1, max(one.grid.lengths))
-    return f"{text}; needles found up to there {up_to}, beyond {beyond}"
+    return f"{text}; needles: {up_to:.2f} up to there, {beyond:.2f} beyond"
 
 
 def _devices(cfg: ExtendConfig, runs: Sequence[Stage]) -> Config:
