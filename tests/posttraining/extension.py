@@ -36,6 +36,7 @@ def get_config():
     config.train.update({"checkpoint_every": 3, "eval_every": 6, "ema_every": 2, "sample_tokens": 0})
     return config
 """
+_LONGEST = 20.0  # seconds after which it is killed, at most
 STAGES = ("recall", "phase_1", "phase_2", "control_1", "control_2")
 
 
@@ -62,6 +63,19 @@ class Extension:
         if process.returncode:
             raise ValueError(f"{self.folder}: status {process.returncode}\n{printed}")
         return printed
+
+    def disturbed(self, seconds: float | None) -> str | None:
+        """Runs, and kills it after so many seconds; says where it was then, or None if it had ended."""
+        process = self.start()
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return self.where()
+        if process.returncode:
+            raise ValueError(f"{self.folder}: status {process.returncode}\n{printed}")
+        return None
 
     def where(self) -> str:
         begun = [name for name, run in self.runs.items() if run.folder.exists()]
@@ -104,24 +118,19 @@ def main() -> int:
         began = time.monotonic()
         again = alone.finish()
         print(f"left alone; nothing left to do takes {time.monotonic() - began:.0f} s:\n{again}", flush=True)
-        killed = Extension(base / "killed", before.folder)
-        began = time.monotonic()
-        killed_at, span = [], 0.0
-        while True:
-            process = killed.start()
-            limit = rng.uniform(1, 25) if len(killed_at) < args.kills else None
-            try:
-                process.communicate(timeout=limit)
-                break
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                killed_at.append(killed.where())
-                print(f"kill {len(killed_at)}: {killed_at[-1]}", flush=True)
-        span = time.monotonic() - began
-        differing = compared(killed, alone)
-        print(f"{len(killed_at)} kills in {span:.0f} s: {', '.join(differing) or 'bitwise equal'}")
-        return bool(differing)
+        kills, equal, number = 0, True, 0
+        while kills < args.kills:
+            number += 1
+            killed = Extension(base / f"killed{number}", before.folder)
+            while (
+                where := killed.disturbed(rng.uniform(0, _LONGEST) if kills < args.kills else None)
+            ) is not None:
+                kills += 1
+                print(f"kill {kills}: {where}", flush=True)
+            differing = compared(killed, alone)
+            equal &= not differing
+            print(f"extension {number}: {', '.join(differing) or 'bitwise equal'}", flush=True)
+        return not equal
 
 
 if __name__ == "__main__":
