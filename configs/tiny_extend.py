@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.control = True
     config.needle = {
         "lengths": (128, 256, 512, 1024, 2048),
+        "samples": 6,
         "hay": ("# the grass is green", "# the sky is blue", "# the sun is yellow"),
     }
     config.train.update(
