@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from deepseek_jax.data.conversations import question_of
 from deepseek_jax.data.held_out import is_held_out, share
+from deepseek_jax.data.row_fields import question_of
 from deepseek_jax.posttraining.problems import TASKS
 from deepseek_jax.posttraining.tasks import FORMS, problems, rows
 
