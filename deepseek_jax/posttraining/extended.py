@@ -5,6 +5,7 @@ prompts and the same windows, texts that none of them trained on.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deepseek_jax import data, now
+from deepseek_jax.checkpoints import inventory
 from deepseek_jax.checkpoints.files import locate
 from deepseek_jax.config import Config, ModelConfig, to_dict
 from deepseek_jax.data.text_files import from_object, write_file
@@ -103,8 +105,10 @@ class Comparison:
         """What decides the findings on an arm, as JSON has it."""
         folder = Path(arm.weights).expanduser()
         weights = folder if (folder / "config.json").is_file() else locate(folder)[0]
+        listed = weights / ("model.safetensors.index.json" if weights is folder else inventory.FILES)
         asked = {
             "weights": str(weights),
+            "files": hashlib.sha256(listed.read_bytes()).hexdigest() if listed.is_file() else None,
             "model": to_dict(arm.model),
             "needle": to_dict(self.cfg.needle),
             "windows": [len(self._windows), self.cfg.data.seq_len],

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from deepseek_jax.config import Config, from_config_dict, to_dict
 from deepseek_jax.model import rope
 from deepseek_jax.parallel.mesh import abstract_mesh, make_mesh
 from deepseek_jax.posttraining.extend import ExtendConfig, before, check_source, stages
-from deepseek_jax.posttraining.extended import arms
+from deepseek_jax.posttraining.extended import Comparison, arms
 from deepseek_jax.posttraining.recall import write_recall
 from deepseek_jax.training.checkpoint import Checkpointer
 from deepseek_jax.training.preflight import granularity
@@ -204,7 +205,7 @@ def checkpoint(cfg: Config, folder: Path, **meta) -> None:
     """A run in `folder` with one checkpoint, of step 0; nothing is compiled."""
     keeper = Checkpointer(folder / "checkpoints")
     keeper.save(
-        0, fresh_state(cfg), {"none": np.zeros(1)}, {"config": to_dict(cfg), "data": {}, "tokens": 7, **meta}
+        0, fresh_state(cfg), {"none": np.zeros(1)}, {"config": to_dict(cfg), "data": {}, "tokens": 7} | meta
     )
     keeper.close()
 
@@ -266,6 +267,18 @@ def test_where_weights_come_from_goes_with_them(tmp_path):
     after = Start(two, make_mesh(two.mesh, jax.devices()[:1]))
     assert after.differences == [] and after.trained_length == 64
     assert after.provenance["before"] == run.provenance and after.provenance["step"] == 2
+
+
+def test_what_was_found_is_of_the_files_that_are_there(tmp_path):
+    """Weights made anew in the same place are looked at again."""
+    text = {"tokenizer": str(HERE / "tokenizer.json"), "cache_dir": str(tmp_path / "cache")}
+    cfg = config(tmp_path, data=text)
+    arm, found = arms(cfg)["untouched"], []
+    for tokens in (7, 8):
+        checkpoint(tiny(), tmp_path / "before", tokens=tokens)
+        found.append(Comparison(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))._described(arm))
+        shutil.rmtree(tmp_path / "before")
+    assert found[0]["weights"] == found[1]["weights"] and found[0]["files"] != found[1]["files"]
 
 
 def test_texts_to_learn_recall_from(tmp_path):
