@@ -19,7 +19,7 @@ from deepseek_jax.posttraining.distill import DistillConfig
 def get_config() -> ml_collections.ConfigDict:
     config = defaults(DistillConfig)
     config.expert = "runs/tiny_grpo"
-    config.prompts.sources = ("tasks:addition/2/1000=1",)
+    config.prompts.sources = ("tasks:sort_digits/4/1000=1",)
     config.update({"samples": 4, "max_tokens": 64, "system": "", "out_dir": "runs/tiny_distill"})
     config.select.update({"choose": "shortest", "repeated": 0.5})
     return config

@@ -16,7 +16,7 @@ from deepseek_jax.posttraining.sft import SFTConfig
 def get_config() -> ml_collections.ConfigDict:
     config = defaults(SFTConfig)
     config.update(tiny.get_config())
-    config.sft.sources = ("tasks:addition/2=1",)
+    config.sft.sources = ("tasks:sort_digits/4=1",)
     config.data.update({"seq_len": 256, "fim_rate": 0.0})
     config.optimizer.update(
         {
@@ -32,9 +32,9 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "init_from": "runs/tiny",
             "out_dir": "runs/tiny_sft",
-            "steps": 100,
-            "eval_every": 50,
-            "checkpoint_every": 50,
+            "steps": 120,
+            "eval_every": 60,
+            "checkpoint_every": 60,
             "sample_tokens": 48,
         }
     )
