@@ -152,6 +152,8 @@ def test_resume_is_bitwise_and_processes_read_their_rows(write, load, small_bloc
             half._ahead and half._ahead[2].result()
             parts.append(half.take(size))
         assert_same({name: np.concatenate([part[name] for part in parts]) for name in batch}, batch)
+    for half in halves:
+        half.close()  # which reads ahead
     lone = load(*sources, process=(1, 2)).train
     read.clear()
     taken = lone._read(lone._cursor, 20)[0]

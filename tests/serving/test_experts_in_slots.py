@@ -15,10 +15,11 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.parallel.slots import InSlots
 from deepseek_jax.serving.build import cold
 from deepseek_jax.serving.engine import Engine
+from deepseek_jax.serving.request import Request
 from deepseek_jax.serving.transfer.identity import fingerprint
 from tests.oracle.tiny import weights
 from tests.serving import mesh_engine
-from tests.serving.mesh_engine import CFG, OPTIONS, alone, tight
+from tests.serving.mesh_engine import CFG, OPTIONS, alone
 
 MESH = MeshConfig(data=1, node=2, local=3)  # 8 experts do not divide over 6 devices, nor do 9
 
@@ -57,11 +58,12 @@ def test_slots_hold_what_the_checkpoint_has(format, shared, tmp_path):
 
 
 def test_an_engine_with_the_shared_expert_among_the_routed_ones(folder):
-    """The tokens of one device, in whatever slots the experts lie and while they move; the shared expert's rows are counted."""
-    requests = tight()[:12]
+    """The tokens of one device, in whatever slots the experts lie and while they move; plans look at the shared one's load, too."""
+    rng, moved = np.random.default_rng(0), []
+    requests = [Request(str(i), rng.integers(0, CFG.vocab_size, 40).tolist(), 8) for i in range(6)]
     model = deepseek_jax.load(folder, mesh=MESH, slots=InSlots(3, True))
     made = Engine(cold(model, dataclasses.replace(OPTIONS, redundant=3, pages=8)), OPTIONS)
-    rng, moved = np.random.default_rng(0), []
+    assert made.experts.planner.window.count_le.shape == (CFG.num_moe_layers + 1, 9)
 
     def turn(step=made.step):
         if len(moved) < 6:
