@@ -7,7 +7,9 @@ The report gives neither clip, weight of the KL divergence nor size of a group; 
 the reference is replaced every 400. The form of the loss is DeepSeek-V3.2's. Accuracy and format count the same. R1's first stage
 has some 1,700 steps; these are whole rollouts.
 
-Hardware: 512 GPUs of 80 GB, as configs/v3_sft.py. Not run: there is no expected reward.
+Hardware: 512 GPUs of 80 GB, as configs/v3_sft.py. Not run: there is no expected reward. The step lowers; rollouts need what is not
+there yet, an engine over several processes that takes other weights: now each process samples with the whole model on its
+first device.
 """
 
 import ml_collections

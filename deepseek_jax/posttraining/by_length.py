@@ -1,5 +1,6 @@
 """Programs for windows of several lengths: a batch of short answers is not computed at the length of the longest one."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,12 @@ class ByLength:
     def _of(self, args: Any) -> Any:
         length = args[self._at]["tokens"].shape[1] - 1
         if length not in self._made:
-            data = dataclasses.replace(self._cfg.data, seq_len=length)
-            self._made[length] = self._make(dataclasses.replace(self._cfg, data=data), self._mesh)
+            self._made[length] = self._make(_of_length(self._cfg, length), self._mesh)
         return self._made[length]
+
+
+def _of_length(cfg: Config, length: int) -> Config:
+    """A checked config with shorter windows. It is not checked again: the longest answer need not fit into them."""
+    shorter = copy.copy(cfg)
+    object.__setattr__(shorter, "data", dataclasses.replace(cfg.data, seq_len=length))
+    return shorter

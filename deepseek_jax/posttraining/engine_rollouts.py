@@ -1,6 +1,7 @@
 """`Rollouts` on the serving engine: built once, its weights replaced from step to step.
 
-All samples are in one queue, and as many run at the same time as the engine has rows; samples of a prompt share its pages.
+All samples are in one queue, and as many run at the same time as the engine has rows; samples of a prompt share the pages that it
+fills, of 64 tokens, and compute the rest of it each.
 Weights of a training mesh are arranged as decoding reads them by one program, so that no other program is compiled anew
 when they come.
 """

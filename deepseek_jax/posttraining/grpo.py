@@ -4,7 +4,8 @@
 
 All else is a training run's: folder, checkpoints, average, records, mesh. A checkpoint lies between two rollouts. So a run
 that was killed while it sampled, or between the updates of a rollout, makes that rollout again, and it is the same: the
-weights are, and the key of each answer is made of (seed, step, place of its prompt, number of the answer).
+weights are, and the key of each answer is made of (seed, step, place of its prompt, number of the answer). Rollouts begun ahead
+(`rollouts.ahead`) are begun anew as well, with newer weights than they had.
 
 Every process answers its share of the prompts, and scores its share of the answers. Held-out prompts are answered every
 `train.eval_every` steps.
@@ -115,7 +116,14 @@ class GRPO(Trainer):
 
     @functools.cached_property
     def data(self) -> Asked:  # type: ignore[override]
-        return read_prompts(self.cfg)
+        found, processes = read_prompts(self.cfg), self.feed.share[1]
+        held_out = min(len(found.validation), self.cfg.rollouts.eval_prompts)
+        require(
+            held_out >= processes,
+            f"{held_out} held-out prompts for {processes} processes, each of which answers some: raise rollouts.eval_prompts="
+            f"{self.cfg.rollouts.eval_prompts}, or hold out more than {len(found.validation)}",
+        )
+        return found
 
     @functools.cached_property
     def rewards(self) -> Rewards:
@@ -156,6 +164,16 @@ class GRPO(Trainer):
             super().close()
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def resume(self, step: int | None = None, discard_newer: bool = False) -> bool:
+        """As `Run.resume`. Raises ValueError for a checkpoint that lies inside of a rollout by the present `rollouts.updates`."""
+        at, updates = self.checkpointer.latest() if step is None else step, self.cfg.rollouts.updates
+        require(
+            not at or at % updates == 0,
+            f"step {at} in {self.checkpointer.directory} is no multiple of rollouts.updates={updates}, and would lie inside of a "
+            "rollout: set rollouts.updates as it was, or to a divisor of the step",
+        )
+        return super().resume(step, discard_newer)
 
     def data_state(self) -> Any:
         """What was begun and not trained on is asked again."""

@@ -35,7 +35,8 @@ class RolloutConfig:
     # dynamic sampling: so many times at most, prompts whose answers are all worth the same are replaced by others
     resample: int = 0
     replicas: int = 0  # processes under Ray that sample, an engine in each; 0: this process does
-    # of replicas: rollouts begun before their turn, while the trainer trains, with weights older by as many rollouts
+    # of replicas: rollouts begun before their turn, while the trainer trains, with weights older by as many rollouts. A resumed run
+    # begins them anew, with the weights of its checkpoint, and so is not bitwise the same
     ahead: int = 0
     rows: int = 64  # sequences that the engine runs at the same time
     # of the engine's cache, 64 tokens each; None: as many as all rows need, or as memory allows. On a GPU that may differ from start
@@ -139,6 +140,12 @@ class GRPOConfig(Config):
         require(
             rollouts.max_tokens <= self.data.seq_len,
             f"rollouts.max_tokens={rollouts.max_tokens} leaves no room for a prompt in data.seq_len={self.data.seq_len}",
+        )
+        loss, compared = self.loss, self.old_of_sampler and rollouts.updates > 1
+        require(
+            not rollouts.ahead or compared or loss.off_policy_delta > 0 or loss.importance != "none",
+            f"rollouts.ahead={rollouts.ahead}: answers are of older weights, and nothing in the loss heeds it; set "
+            "loss.off_policy_delta, or loss.importance",
         )
 
     @property

@@ -11,6 +11,7 @@ import pytest
 
 from configs import v3_grpo
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.posttraining.by_length import ByLength
 from deepseek_jax.posttraining.experience import ends, width_for
 from deepseek_jax.posttraining.grpo_config import preset
 from deepseek_jax.posttraining.grpo_report import write_grpo_report
@@ -159,6 +160,34 @@ def test_a_batch_is_as_wide_as_the_smallest_window_that_it_fits_into(tokens, buc
     assert width_for(tokens, 64, buckets) == width
 
 
+def test_a_window_shorter_than_the_longest_answer_has_a_program():
+    """Of DeepSeek-V3's, answers of up to 32,768 tokens, a batch of short ones."""
+    cfg = from_config_dict(v3_grpo.get_config(), GRPOConfig)
+    width = width_for(9000, cfg.data.seq_len, cfg.rollouts.buckets)
+    of_length = ByLength(lambda cfg, mesh: lambda batch: cfg, cfg, None, at=0)
+    made = of_length({"tokens": np.zeros((1, width))})
+    assert made.data.seq_len == width - 1 == 9216 < cfg.rollouts.max_tokens
+    assert cfg.data.seq_len == 36864 and (made.loss, made.rollouts) == (cfg.loss, cfg.rollouts)
+
+
+def test_a_checkpoint_inside_of_a_rollout_is_not_gone_on_from(undisturbed):
+    """Where rollouts are for another number of updates now."""
+    other = {"steps": 6, "checkpoint_every": 3, "eval_every": 3}
+    run = trainer(config(undisturbed[0], train=other, rollouts={"updates": 3, "reference_every": 3}))
+    with (
+        contextlib.closing(run),
+        pytest.raises(ValueError, match=r"step 4 in .* no multiple of rollouts\.updates=3"),
+    ):
+        run.resume()
+
+
+def test_each_process_has_a_held_out_prompt(undisturbed, tmp_path):
+    run = trainer(in_another_folder(undisturbed[0], tmp_path))
+    run.feed.share = (0, 3)
+    with contextlib.closing(run), pytest.raises(ValueError, match="2 held-out prompts for 3 processes"):
+        _ = run.data
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -178,6 +207,10 @@ def test_a_batch_is_as_wide_as_the_smallest_window_that_it_fits_into(tokens, buc
         (
             {"rollouts": {"exact": True}},
             "rollouts.exact with updates=2: the later ones' values are routed by the weights as they are then",
+        ),
+        (
+            {"rollouts": {"replicas": 1, "ahead": 1}, "loss": {"off_policy_delta": 0.0}},
+            "rollouts.ahead=1: answers are of older weights, and nothing in the loss heeds it",
         ),
         ({"rewards": ("answr",)}, "did you mean 'answer'"),
     ],
