@@ -47,11 +47,15 @@ class Group(NamedTuple):
         return len(self.prompt.ids) + max(len(sample.tokens) for sample in self.samples)
 
 
+def windows(seq_len: int, buckets: int) -> list[int]:
+    """Tokens of the windows for which there are programs: seq_len, seq_len / 2, ..., `buckets` of them, the smallest first."""
+    return sorted({max(1, seq_len >> i) for i in range(buckets)})
+
+
 def width_for(tokens: int, seq_len: int, buckets: int) -> int:
-    """Columns of a batch whose longest row has so many tokens: one and the smallest of the windows seq_len, seq_len / 2,
-    ..., of which there are `buckets`, that it fits into."""
-    windows = sorted({max(1, seq_len >> i) for i in range(buckets)})
-    return 1 + next((window for window in windows if tokens <= window + 1), seq_len)
+    """Columns of a batch whose longest row has so many tokens: one and the smallest window that it fits into."""
+    fitting = (window for window in windows(seq_len, buckets) if tokens <= window + 1)
+    return 1 + next(fitting, seq_len)
 
 
 def rows_of(groups: Sequence[Group], loss: GRPOLossConfig, width: int) -> Rows:

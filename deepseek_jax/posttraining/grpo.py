@@ -26,13 +26,22 @@ from jax.sharding import AbstractMesh, Mesh
 from deepseek_jax import now
 from deepseek_jax.checks import require
 from deepseek_jax.data.prompts import Prompt
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.processes.together import of_each
 from deepseek_jax.posttraining.asked_prompts import Asked, read_prompts
 from deepseek_jax.posttraining.author import Author
 from deepseek_jax.posttraining.by_length import ByLength
 from deepseek_jax.posttraining.engine_rollouts import EngineRollouts, Parameters
-from deepseek_jax.posttraining.experience import Group, abstract_rows, means, rows_of, summary, width_for
+from deepseek_jax.posttraining.experience import (
+    Group,
+    abstract_rows,
+    means,
+    rows_of,
+    summary,
+    width_for,
+    windows,
+)
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
 from deepseek_jax.posttraining.judge_model import judge_of
 from deepseek_jax.posttraining.logprobs import make_logprob_step
@@ -50,9 +59,9 @@ from deepseek_jax.training.step import make_train_step
 HELD_OUT = 1 << 32  # in the place of a step: seeds of held-out answers are those of no step
 
 
-def make_step(cfg: GRPOConfig, mesh: Mesh | AbstractMesh) -> Any:
-    """`make_train_step` with the objective of GRPO."""
-    return make_train_step(cfg, mesh, grpo(cfg, cfg.loss, cfg.rollouts.temperature))
+def make_step(cfg: GRPOConfig, mesh: Mesh | AbstractMesh, num_ids: int | None = None) -> Any:
+    """`make_train_step` with the objective of GRPO. num_ids: ids from there on are never drawn; None: all are."""
+    return make_train_step(cfg, mesh, grpo(cfg, cfg.loss, cfg.rollouts.temperature, num_ids))
 
 
 class Begun(NamedTuple):
@@ -72,7 +81,8 @@ class GRPO(Trainer):
         rewards: default: those that `cfg.rewards` names.
         rollouts: who samples; default: the serving engine, on all devices of one process, or on the first of each of several.
 
-    Raises ValueError for groups that do not divide over the processes, and as `Trainer`.
+    Raises ValueError for groups that do not divide over the processes, windows of a length that do not over the mesh, and as
+    `Trainer`.
     """
 
     cfg: GRPOConfig
@@ -86,11 +96,17 @@ class GRPO(Trainer):
         rollouts: Rollouts | None = None,
     ):
         mesh = make_mesh(cfg.mesh) if mesh is None else mesh
+        of_each_length, tensor = windows(cfg.data.seq_len, cfg.rollouts.buckets), mesh.shape["tensor"]
+        require(
+            not any(window % tensor for window in of_each_length),
+            f"windows of {of_each_length} tokens (data.seq_len={cfg.data.seq_len}, rollouts.buckets={cfg.rollouts.buckets}) do not "
+            f"all divide over tensor={tensor} devices",
+        )
         super().__init__(cfg, mesh, data)  # type: ignore[arg-type]
-        self.step_fn = ByLength(make_step, cfg, mesh, at=1)
+        self.step_fn = ByLength(lambda cfg, mesh: make_step(cfg, mesh, self._num_ids), cfg, mesh, at=1)
         temperature = cfg.rollouts.temperature
         self._logprobs = ByLength(
-            functools.partial(make_logprob_step, temperature=temperature), cfg, mesh, at=2
+            lambda cfg, mesh: make_logprob_step(cfg, mesh, temperature, self._num_ids), cfg, mesh, at=2
         )
         if rewards is not None:
             self.rewards = rewards
@@ -124,6 +140,13 @@ class GRPO(Trainer):
             f"{self.cfg.rollouts.eval_prompts}, or hold out more than {len(found.validation)}",
         )
         return found
+
+    @functools.cached_property
+    def _num_ids(self) -> int | None:
+        """Ids of the model that the tokenizer knows, which are drawn; None: all."""
+        there, model = "data" in vars(self) or self.cfg.data.tokenizer is None, self.cfg.model
+        tokenizer = self.data.tokenizer if there else Tokenizer.load(str(self.cfg.data.tokenizer))
+        return tokenizer.vocab_size if tokenizer.vocab_size < model.vocab_size else None
 
     @functools.cached_property
     def rewards(self) -> Rewards:

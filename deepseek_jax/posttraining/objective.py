@@ -35,8 +35,11 @@ from deepseek_jax.training.state import Hyper
 ARRAYS = ("old_logp", "ref_logp", "sampler_logp", "exact_logp")
 
 
-def grpo(cfg: Config, loss: GRPOLossConfig, temperature: float = 1.0) -> Objective:
-    """The objective. temperature: at which the outputs were drawn: log-probabilities are of that distribution.
+def grpo(
+    cfg: Config, loss: GRPOLossConfig, temperature: float = 1.0, num_ids: int | None = None
+) -> Objective:
+    """The objective. temperature: at which the outputs were drawn, from the first num_ids ids (None: from all):
+    log-probabilities are of that distribution.
 
     Metrics: those of `grpo_loss`; "entropy", nats, mean over the drawn tokens; those of `losses_beside`. Raises ValueError for a
     temperature of 0, and MTP modules that are not detached; when traced, for a batch that does not fit.
@@ -53,7 +56,7 @@ def grpo(cfg: Config, loss: GRPOLossConfig, temperature: float = 1.0) -> Objecti
         valid_bt = out.sequence.own(targets(batch, t, 0)[1])
         old, ref, sampler, exact = (of_labels(batch, name, t, out.sequence) for name in ARRAYS)
         logp_bt, entropy_bt = drawn_logprobs(
-            out.sequence, out.head_dv, batch, out.h_btd, t, cfg.train.loss_chunk, temperature
+            out.sequence, out.head_dv, batch, out.h_btd, t, cfg.train.loss_chunk, temperature, num_ids
         )
         if exact is not None:
             logp_bt = exact + (logp_bt - stop_gradient(logp_bt))
@@ -84,12 +87,14 @@ def drawn_logprobs(
     t: int,
     chunk: int,
     temperature: float,
+    num_ids: int | None = None,
 ) -> LogProbs:
-    """Log-probabilities and entropies [b, t] of this device's labels, in the distribution that they were drawn from."""
+    """Log-probabilities and entropies [b, t] of this device's labels, in the distribution that they were drawn from: num_ids and
+    up have no probability."""
     labels_bt, kept_btw = sequence.own(targets(batch, t, 0)[0]), of_labels(batch, "kept", t, sequence)
     kept_nw = None if kept_btw is None else kept_btw.reshape(-1, kept_btw.shape[-1])
     h_nd = h_btd.reshape(-1, h_btd.shape[-1])
-    found = token_logprobs(h_nd, head_dv, labels_bt.reshape(-1), chunk, temperature, kept_nw)
+    found = token_logprobs(h_nd, head_dv[:, :num_ids], labels_bt.reshape(-1), chunk, temperature, kept_nw)
     return LogProbs(*(x.reshape(labels_bt.shape) for x in found))
 
 

@@ -11,8 +11,10 @@ import pytest
 
 from configs import v3_grpo
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining.by_length import ByLength
 from deepseek_jax.posttraining.experience import ends, width_for
+from deepseek_jax.posttraining.grpo import GRPO
 from deepseek_jax.posttraining.grpo_config import preset
 from deepseek_jax.posttraining.grpo_report import write_grpo_report
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
@@ -168,6 +170,15 @@ def test_a_window_shorter_than_the_longest_answer_has_a_program():
     made = of_length({"tokens": np.zeros((1, width))})
     assert made.data.seq_len == width - 1 == 9216 < cfg.rollouts.max_tokens
     assert cfg.data.seq_len == 36864 and (made.loss, made.rollouts) == (cfg.loss, cfg.rollouts)
+
+
+def test_windows_that_do_not_divide_are_refused_before_a_short_batch_comes(undisturbed, tmp_path):
+    cfg = in_another_folder(undisturbed[0], tmp_path, rollouts={"buckets": 3}, mesh={"tensor": 2})
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=44))
+    with pytest.raises(
+        ValueError, match=r"windows of \[11, 22, 44\] tokens .* do not all divide over tensor=2"
+    ):
+        GRPO(cfg, make_mesh(cfg.mesh, jax.devices()[:2]))
 
 
 def test_a_checkpoint_inside_of_a_rollout_is_not_gone_on_from(undisturbed):

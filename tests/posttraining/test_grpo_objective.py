@@ -17,7 +17,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.tensor import Divided
 from deepseek_jax.posttraining.grpo_loss import grpo_loss
 from deepseek_jax.posttraining.logprobs import make_logprob_step
-from deepseek_jax.posttraining.objective import grpo
+from deepseek_jax.posttraining.objective import drawn_logprobs, grpo
 from deepseek_jax.training.gradients import value_of
 from deepseek_jax.training.labels import totals
 from deepseek_jax.training.objectives import Outputs
@@ -103,6 +103,24 @@ def test_each_token_has_its_own_column():
     last = mask & ~np.roll(mask, -1, 1)
     for other in (loss(shift=1)[0], loss(shift=-1)[0], loss(mask & ~last)[0], loss(~batch["padding"])[0]):
         assert abs(other - value) > 1e-4
+
+
+def test_ids_that_no_tokenizer_knows_have_no_probability():
+    """Nobody draws them: the model's ids from 300 on."""
+    batch = {"tokens": outputs()[0]["tokens"] % 300}
+
+    def of(head):
+        found = drawn_logprobs(Whole(), head, batch, H, T, 24, TEMPERATURE, num_ids=300)
+        return found.logp.sum(), found
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(HEAD)
+    logits = (H.astype(np.float64) @ HEAD / TEMPERATURE)[..., :300]
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = np.take_along_axis(logp, batch["tokens"][:, 1:, None].astype(np.int64), -1)[..., 0]
+    np.testing.assert_allclose(found.logp, want, rtol=REORDERED, atol=1e-5)
+    entropy = -(np.exp(logp) * logp).sum(-1)
+    np.testing.assert_allclose(found.entropy, entropy, rtol=REORDERED, atol=1e-5)
+    assert not gradient[:, 300:].any() and gradient[:, :300].any(0).all()
 
 
 def test_values_of_the_sampler_keep_the_models_gradient():
