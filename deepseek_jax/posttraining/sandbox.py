@@ -21,6 +21,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 from typing import Any, NamedTuple
 
 from deepseek_jax.checks import ranges, require
@@ -38,7 +39,7 @@ class Limits:
     memory_mb: int = 512  # address space of a process
     processes: int = 4  # at the same time, threads counted
     file_mb: int = 8  # size of a file; all files together have 16 MB
-    output_kb: int = 64  # written to standard output and error
+    output_kb: int = 64  # written to standard output, by functions to standard error as well
 
     def __post_init__(self):
         ranges("limits", self, "memory_mb", 64, 1 << 20)
@@ -102,7 +103,7 @@ class Sandbox:
         return ended
 
     def check_output(self, program: str, given: str, wanted: str) -> Verdict:
-        """Whether the program writes what is wanted; how words are spaced does not count."""
+        """Whether the program writes what is wanted to standard output; how words are spaced does not count."""
         ended = self.run(program, given)
         if ended.stopped:
             return Verdict(False, ended.stopped)
@@ -166,11 +167,12 @@ _TRIAL = "import os\ndef f(path):\n    return [os.path.exists(path), os.getppid(
 
 
 def _try(walls: str) -> None:
-    """Raises OSError unless a program can be run, and sees neither this file nor this machine's processes."""
+    """Raises OSError unless a program can be run, and sees neither a file of this machine nor its processes."""
     if walls == "bubblewrap" and not shutil.which("bwrap"):
         raise OSError("bwrap is not installed")
     trial = Sandbox.__new__(Sandbox)
     trial.limits, trial.walls = Limits(), walls
-    found = trial.check(_TRIAL, f"assert f({__file__!r}) == [False, True]")
+    with tempfile.NamedTemporaryFile() as file:
+        found = trial.check(_TRIAL, f"assert f({file.name!r}) == [False, True]")
     if not found.passed:
         raise OSError(f"the walls do not hold: {found.reason} {found.detail}")

@@ -177,6 +177,7 @@ def _command(settings: dict[str, Any]) -> list[str]:
             "0",
         ),
         *shown,
-        *("--dev", "/dev", "--size", str(16 << 20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--"),
+        *("--dev", "/dev", "--size", str(16 << 20), "--tmpfs", "/tmp", "--chdir", "/tmp"),
+        *("--remount-ro", "/dev", "--remount-ro", "/", "--"),  # both are memory without a limit
         *inside,
     ]

@@ -69,6 +69,16 @@ FILES = (
     system_call("makes namespaces of its own", _REFUSED, "libc.unshare(0x10000000)"),
     system_call("clones into namespaces", _REFUSED, f"libc.syscall({_CLONE}, 0x10000000 | 17, 0, 0, 0, 0)"),
     system_call("opens a file by its handle", _REFUSED, f"libc.syscall({_BY_HANDLE}, 3, bytes(64), 0)"),
+    attempt(
+        "fills what is no disk",
+        r"failed: .*(PermissionError|OSError|FileNotFoundError)",
+        "for folder in ('/', '/dev', '/dev/shm'):",
+        "    try:",
+        "        for i in range(20): open(f'{folder}/{i}', 'wb').write(bytes(1 << 20))",
+        "    except OSError as error: kept = error",
+        "    else: return x + 1",
+        "raise kept",
+    ),
 )
 
 NETWORK = (
@@ -118,6 +128,7 @@ PROCESSES = (
     attempt("runs a shell", "failed: .*FileNotFoundError", "os.execv('/bin/sh', ['sh', '-c', 'true'])"),
     attempt("runs a command", "failed: .*AssertionError", "x -= os.system('true')"),
     system_call("reads another process's memory", _REFUSED, "libc.ptrace(16, 1, 0, 0)"),
+    system_call("keeps memory that no limit counts", _REFUSED, "libc.shmget(0, 1 << 20, 0o1600)"),
     attempt(
         "raises its own limits",
         "failed: .*ValueError: not allowed to raise maximum limit",
