@@ -136,6 +136,11 @@ def test_walls_that_do_not_hold_are_no_walls():
         sandbox_module._try("none")
 
 
+def test_walls_hold_where_the_project_lies_beside_the_standard_library(sandbox, monkeypatch):
+    monkeypatch.setattr(sandbox_module, "__file__", os.__file__)
+    sandbox_module._try(sandbox.walls)
+
+
 def test_a_sandbox_that_fails_is_an_error_not_a_score(sandbox, monkeypatch):
     monkeypatch.setattr(sandbox_process, "readable", lambda: ("/no/such/folder",))
     with pytest.raises(OSError, match=r"did not start: .*No such file or directory"):
@@ -146,7 +151,11 @@ def test_a_sandbox_that_fails_is_an_error_not_a_score(sandbox, monkeypatch):
 # --- what is right ----------------------------------------------------------------------------------------
 
 RICH = """
+from __future__ import annotations
 import collections, dataclasses
+@dataclasses.dataclass
+class Point:
+    x: int
 class Stack:
     size = 3
     def __init__(self, *items): self.items = list(items)
@@ -166,6 +175,7 @@ RICH_TESTS = """
 import math
 stack = Stack(1, 2)
 stack.push(5)
+assert Point(4).x == 4
 assert stack.pop() == 5 and stack.pop() == 2 and stack.size == 3
 value = [None, True, -7, 2**200, 0.1, float("inf"), 2j, "\\ud800é", b"\\x00", (1, [2]), {3}, frozenset({4}), {5: {"a": ()}}]
 assert echo(*value, key=value) == [*value, {"key": value}]
@@ -203,6 +213,8 @@ def test_programs_that_read_and_write(sandbox):
     assert sandbox.check_output(program, "1\n", "3").reason == "status"
     assert sandbox.run("import sys; print(len(sys.stdin.read()))", "x" * 300_000).output == b"300000\n"
     assert sandbox.run("import sys; sys.exit(7)").status == 7
+    warned = "import sys\nassert input() is not 2\nprint('so far', file=sys.stderr)\nprint(3)"  # by the interpreter, too
+    assert sandbox.check_output(warned, "2\n", "3").passed
 
 
 def test_a_program_starts_with_nothing(sandbox):
@@ -246,6 +258,9 @@ def test_what_cannot_be_started_leaves_nothing_behind(sandbox, monkeypatch):
 def test_tests_of_the_wrong_shape(sandbox):
     assert sandbox.check("def f(x) return", "assert f(1) == 2").detail.startswith("SyntaxError")
     assert sandbox.check(RIGHT, "assert g(1) == 2").detail.endswith("name 'g' is not defined")
+    uncalled = "def check(candidate):\n    assert candidate(1) == 2\n"  # as HumanEval's are
+    assert said(sandbox.check("", uncalled)).startswith("failed: the tests call nothing of the solution")
+    assert sandbox.check(RIGHT, f"{uncalled}check(f)").passed
 
 
 @pytest.mark.parametrize("value", [object(), lambda: 0, type, 1 + 0j, [object()]])
@@ -343,3 +358,7 @@ def test_cases_of_input_and_output(sandbox):
     for tests in ([], [{"input": "2"}], {"inputs": ["2"]}, 7):
         with pytest.raises(ValueError, match="are no cases"):
             code.read_tests(tests)
+    with pytest.raises(
+        ValueError, match="are arguments of a function: write them as a program that calls it"
+    ):
+        code.read_tests({"fn_name": "f", "inputs": [[1]], "outputs": [2]})

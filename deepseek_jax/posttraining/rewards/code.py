@@ -1,7 +1,8 @@
 """The reward of a program: 1 if it passes its tests in the sandbox, 0 if not.
 
 The program is the last fenced block of the answer. Tests are the row's column "tests":
-- a Python program that calls the solution's functions, alone the one of column "entry_point" if there is one; or
+- a Python program that calls the solution's functions, alone the one of column "entry_point" if there is one (one that only
+  defines a `check`, as HumanEval's, needs its call at the end: what calls nothing scores 0); or
 - cases of a program that reads and writes: [{"input": ..., "output": ...}, ...], or verl's {"inputs": [...],
   "outputs": [...]}; either may be JSON text.
 """
@@ -74,6 +75,10 @@ def read_tests(tests: Any) -> str | Cases:
     if isinstance(tests, str) and not tests.lstrip().startswith(("[", "{")):
         return tests
     found = json.loads(tests) if isinstance(tests, str) else tests
+    if isinstance(found, Mapping) and found.get("fn_name"):
+        raise ValueError(
+            f"tests {shown(tests)} are arguments of a function: write them as a program that calls it"
+        )
     if isinstance(found, Mapping) and {"inputs", "outputs"} <= found.keys():
         found = [{"input": a, "output": b} for a, b in zip(found["inputs"], found["outputs"], strict=True)]
     ok = isinstance(found, Sequence) and bool(found) and all(isinstance(case, Mapping) for case in found)

@@ -18,10 +18,14 @@ class SolutionError(Exception):
 
 
 class _Calls:
-    """Asks the solution's process."""
+    """Asks the solution's process.
+
+    Attributes:
+        asked: whether the tests have called anything.
+    """
 
     def __init__(self, fd: int):
-        self._channel = Channel(fd)
+        self._channel, self.asked = Channel(fd), False
 
     def names(self) -> dict[str, bool]:
         """Names that the solution defines -> whether it is a class."""
@@ -29,6 +33,7 @@ class _Calls:
 
     def ask(self, args: Any = None, kwargs: Any = None, **request: Any) -> Any:
         """The packed value. Raises what the solution raised, if it is an `Exception`."""
+        self.asked = True
         if args is not None:
             request |= {
                 "args": [pack(x) for x in args],
@@ -107,13 +112,14 @@ def _stand_ins(calls: _Calls, wanted: str | None) -> dict[str, Any]:
 
 
 def check(tests: str, fd: int, wanted: str | None) -> str:
-    """Runs the tests. Returns "" if they pass, else what failed."""
+    """Runs the tests. Returns "" if they pass, else what failed: tests that call nothing would pass whatever the solution is."""
+    calls = _Calls(fd)
     try:
-        space = {"__name__": "tests", "__builtins__": builtins, **_stand_ins(_Calls(fd), wanted)}
+        space = {"__name__": "tests", "__builtins__": builtins, **_stand_ins(calls, wanted)}
         exec(compile(tests, "tests.py", "exec"), space)
     except BaseException as error:
         return _told(error)
-    return ""
+    return "" if calls.asked else "the tests call nothing of the solution: let them end with such a call"
 
 
 def _told(error: BaseException) -> str:

@@ -6,28 +6,33 @@ The tests are not here, nor what they expect: a program that reads its own proce
 
 import os
 import sys
+import types
 from typing import Any, NoReturn
 
 from .wire import Channel, pack, unpack
 
 
 def run_program(source: str) -> int:
-    """Runs the program as `__main__`; its output and the status that is returned are its result."""
+    """Runs the program as `__main__`; its output and the status that is returned are its result. What it, or the interpreter,
+    writes to standard error is no part of them; an error that ends it is its last line."""
     space = {"__name__": "__main__", "__builtins__": __builtins__}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
     try:
         exec(compile(source, "solution.py", "exec"), space)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}")
         return 1
     return 0
 
 
 def serve(source: str, fd: int) -> None:
     """Answers calls on the channel: first the names that the program defines, then a reply to each request."""
-    space: dict[str, Any] = {"__name__": "solution", "__builtins__": __builtins__}
-    channel = Channel(fd)
+    module = sys.modules["solution"] = types.ModuleType("solution")  # where dataclasses look for names
+    space, channel = vars(module), Channel(fd)
     answer: Any = _Server(space)
     try:
         exec(compile(source, "solution.py", "exec"), space)
