@@ -127,7 +127,18 @@ def test_any_text_is_a_number_or_none_and_equals_itself(text):
 
 def test_long_texts_take_no_longer_than_their_length():
     """Nests, repeats and digits that make a careless expression quadratic or a careless number endless."""
-    for piece in ("\\boxed{", "<answer>", "1,000", "{", "\\frac{", "</think>", "```\n", "a1", "9e9"):
+    for piece in (
+        "\\boxed{",
+        "<answer>",
+        "1,000",
+        "{",
+        "\\frac{",
+        "</think>",
+        "```\n",
+        "```a\n",
+        "a1",
+        "9e9",
+    ):
         text = piece * (300_000 // len(piece))
         begin = time.process_time()
         for reward in (rules.answer, rules.boxed, rules.tagged, rules.format_tagged, rules.format_code):
@@ -179,6 +190,8 @@ def test_where_the_truth_stands():
     assert score(rules.answer, text, answer=18) == 1
     assert score(rules.answer, text, reward_model={"style": "rule", "ground_truth": "18"}) == 1
     assert score(rules.answer, text, answer=None) is None and score(rules.answer, text) is None
+    for truth in ("", ".", "$"):  # nothing is no answer, whatever the row says
+        assert score(rules.answer, "I do not know", answer=truth) == score(rules.boxed, "", answer=truth) == 0
 
 
 def test_conversations_and_what_trl_gives_beside_columns():

@@ -67,14 +67,16 @@ def _either(text: str) -> str | None:
 def right_answer(
     name: str, read: Callable[[str], str | None], same: Callable[[str, str], bool | None]
 ) -> RewardFunction:
-    """1 if what `read` finds in the text is the same as the truth, 0 if not; None where `same` or the truth is."""
+    """1 if what `read` finds in the text is the same as the truth, 0 if not, or if it finds nothing; None where `same` or the
+    truth is."""
 
     def score(text: str, row: Mapping[str, Any]) -> float | None:
         truth = right_answer_of(row)
         if truth is None:
             return None
-        right = same(read(text) or "", truth)
-        return None if right is None else float(right)
+        found = read(text) or ""
+        right = same(found, truth)
+        return None if right is None else float(right and bool(found))
 
     return by_row(name, score)
 
@@ -97,9 +99,10 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 def _is_tagged(text: str) -> bool:
     """<think>...</think><answer>...</answer>, each tag once, nothing around; a prompt may have opened the first."""
     text = text if text.lstrip().startswith(_TAGS[0]) else _TAGS[0] + text
-    counted = all(text.count(tag) == 1 for tag in _TAGS)
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return False
     shape = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
-    return counted and shape is not None and all(part.strip() for part in shape.groups())
+    return shape is not None and all(part.strip() for part in shape.groups())
 
 
 def _is_boxed(text: str) -> bool:

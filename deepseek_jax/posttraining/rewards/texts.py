@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _OPEN, _CLOSE = "<think>", "</think>"
-_FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+_OPENS, _CLOSES = re.compile("```[^`]*"), re.compile("```[ \t]*")  # lines around a block of code
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
@@ -55,5 +55,13 @@ def tagged(text: str, tag: str = "answer") -> str | None:
 
 def program(text: str) -> str | None:
     """The last fenced block of code; None if there is none."""
-    blocks = _FENCE.findall(text)
-    return blocks[-1] if blocks else None
+    found: str | None = None
+    block: list[str] | None = None  # the lines of the one that is open
+    for line in text.split("\n"):
+        if block is None:
+            block = [] if _OPENS.fullmatch(line) else None
+        elif _CLOSES.fullmatch(line):
+            found, block = "".join(f"{one}\n" for one in block), None
+        else:
+            block.append(line)
+    return found
