@@ -109,14 +109,11 @@ class Conversations:
 
     def _conversation(self, messages: Any, given: Mapping[str, Any], first: int = 0) -> list[Turn]:
         """The answers from message `first` on."""
-        said, options = messages_of(messages), options_of(given)
+        said, options = messages_of(messages), options_of(given, self._tokenizer.chat_template)
         answers = [i for i, m in enumerate(said) if i >= first and m["role"] == "assistant" and learned_of(m)]
         require(
             bool(answers), f"nothing to learn: none of {len(said) - first} messages is an answer to learn"
         )
-        template = self._tokenizer.chat_template
-        known = options["tools"] is None or template.mentions("tools")
-        require(known, "tools: the chat template does not write them; say them in a system message")
         chosen = answers if self._learn == "all" else answers[-1:]
         return [self._turn(said, i, options) for i in chosen]
 

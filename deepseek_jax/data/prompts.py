@@ -30,7 +30,7 @@ from deepseek_jax.data.sources import weighted
 from deepseek_jax.data.tokenizer import Tokenizer
 
 _ORDER = 107  # keeps this random stream apart from those of packing
-_NO_COLUMNS = ("prompt", "messages", "tools", "chat_template_kwargs")
+_NO_COLUMNS = ("prompt", "messages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +219,8 @@ def prompts_of(rows: Iterable[Row], tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
-    return tokenizer.chat_template.render(messages, **options_of(values))
+    template = tokenizer.chat_template
+    return template.render(messages, **options_of(values, template))
 
 
 def split_row(values: Mapping[str, Any]) -> tuple[str | list[dict[str, Any]], dict[str, Any]]:

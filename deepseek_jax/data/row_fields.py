@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.checks import require, shown
-from deepseek_jax.data.chat import Message
+from deepseek_jax.data.chat import ChatTemplate, Message
 
 
 def messages_of(value: Any) -> list[dict[str, Any]]:
@@ -47,8 +47,9 @@ def learned_of(message: Message) -> bool:
     return bool(weight)
 
 
-def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's "tools", as a list or its JSON, and "chat_template_kwargs", for the template. Raises ValueError."""
+def options_of(given: Mapping[str, Any], template: ChatTemplate) -> dict[str, Any]:
+    """A row's "tools", as a list or its JSON, and "chat_template_kwargs", for the template. Raises ValueError for what is none,
+    and for tools that the template would leave out."""
     tools, switches = given.get("tools"), given.get("chat_template_kwargs") or {}
     if isinstance(tools, str):
         try:
@@ -57,6 +58,8 @@ def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"tools={shown(tools)} is no JSON: {error}") from error
     require(tools is None or isinstance(tools, list), f"tools={shown(tools)} should be a list")
     require(isinstance(switches, Mapping), f"chat_template_kwargs={shown(switches)} should be an object")
+    known = not tools or template.mentions("tools")
+    require(known, "tools: the chat template does not write them; say them in a system message")
     return {"tools": tools or None} | dict(switches)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.checks import require, shown
+from deepseek_jax.data.row_fields import options_of
 from deepseek_jax.posttraining.asking import text_of
 from deepseek_jax.posttraining.author import Author
 from deepseek_jax.posttraining.drawn import Line
@@ -28,7 +29,8 @@ def answered(
     """n answers to each problem, scored: lines of `drawn.py`.
 
     Args:
-        problems: rows with "prompt" (messages) and the columns that the rewards read.
+        problems: rows with "prompt" (messages), "tools" and "chat_template_kwargs" if there are any, and the columns that the
+            rewards read.
         system: stands before each prompt.
         first: the number of the first problem; answers depend on a problem's number, not on those beside it.
 
@@ -63,7 +65,8 @@ def as_asked(system: str, problem: Problem) -> list[dict[str, Any]]:
 
 
 def _ids(author: Author, problem: Problem, system: str, sampling: Sampling) -> list[int]:
-    ids = author.tokenizer.encode_chat(as_asked(system, problem))
+    messages, options = as_asked(system, problem), options_of(problem, author.tokenizer.chat_template)
+    ids = author.tokenizer.encode_chat(messages, **options)
     require(
         len(ids) + sampling.max_tokens <= author.positions,
         f"the prompt {shown(problem['prompt'][-1]['content'])} has {len(ids)} tokens: with max_tokens="

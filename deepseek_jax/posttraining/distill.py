@@ -173,7 +173,7 @@ def _originals(cfg: DistillConfig, problems: Sequence[Problem], tokenizer: Any) 
         completion = problem.get("completion")
         if cfg.original and completion:
             tokens = len(tokenizer.encode(completion[-1]["content"])) + 1
-            yield _row("original", i, list(problem["prompt"]), completion, tokens)
+            yield _row("original", i, list(problem["prompt"]), completion, tokens) | _options(problem)
 
 
 def _samples(
@@ -182,12 +182,18 @@ def _samples(
     """<system prompt, problem, the expert's answer>."""
     for answer in kept:
         said = [{"role": "assistant", "content": answer.text}]
-        prompt = as_asked(cfg.system, problems[answer.problem])
-        yield _row("expert", answer.problem, prompt, said, answer.tokens)
+        problem = problems[answer.problem]
+        prompt = as_asked(cfg.system, problem)
+        yield _row("expert", answer.problem, prompt, said, answer.tokens) | _options(problem)
 
 
 def _row(kind: str, problem: int, prompt: Any, completion: Any, tokens: int) -> dict[str, Any]:
     return {"prompt": prompt, "completion": completion, "kind": kind, "problem": problem, "tokens": tokens}
+
+
+def _options(problem: Problem) -> dict[str, Any]:
+    """What the chat template was told beside the messages."""
+    return {name: problem[name] for name in ("tools", "chat_template_kwargs") if problem.get(name)}
 
 
 def cases_of(problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Case]:

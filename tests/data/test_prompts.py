@@ -64,6 +64,10 @@ def test_rows_become_prompts_with_columns(tokenizer):
         ({"messages": [{"role": "assistant", "content": "4"}]}, "f:3: there is no message before the answer"),
         ({"prompt": [{"role": "user"}]}, "f:3: message 0 is .*role"),
         ({"prompt": [{"role": "user", "content": "?"}], "tools": "{"}, "f:3: tools='{' is no JSON"),
+        (
+            {"prompt": [{"role": "user", "content": "?"}], "tools": [{}]},
+            "f:3: tools: the chat template does not",
+        ),
     ],
 )
 def test_no_prompt_is_an_error_with_its_line(tokenizer, row, error):

@@ -9,9 +9,12 @@ import pytest
 
 from configs import tiny_distill
 from deepseek_jax.config import build
+from deepseek_jax.data import prompts
+from deepseek_jax.data.chat import DEFAULT_TEMPLATE
 from deepseek_jax.data.conversations import Conversations
+from deepseek_jax.data.rows import Row
+from deepseek_jax.posttraining import answering, judge_model
 from deepseek_jax.posttraining import distill as distilling
-from deepseek_jax.posttraining import judge_model
 from deepseek_jax.posttraining.answering import answer_of
 from deepseek_jax.posttraining.asking import AskRollouts
 from deepseek_jax.posttraining.author import author
@@ -22,6 +25,7 @@ from deepseek_jax.posttraining.preferences import pairs_of
 from deepseek_jax.posttraining.rewards import Rewards, Weighted
 from deepseek_jax.posttraining.rollouts import Sampling
 from deepseek_jax.posttraining.selection import Answer
+from tests.data import templates
 from tests.inference.checkpoint import save_run
 from tests.posttraining import grpo_cases
 
@@ -163,6 +167,26 @@ def test_the_expert_is_asked_with_the_system_prompt_or_without(asked, expert, tm
             REWARDS,
         )
     assert ("be brief" in expert.tokenizer.decode(watched.asked[0][0])) == asked
+
+
+def test_what_the_template_is_told_reaches_the_expert_and_the_rows(expert, tmp_path):
+    turn = "{{ '<｜Assistant｜>' }}"
+    template = DEFAULT_TEMPLATE.replace(
+        turn, turn + "{{ '<think>' if thinking }}{{ tools | tojson if tools }}"
+    )
+    tokenizer = templates.tokenizer_with(template, expert.tokenizer, tmp_path)
+    told = {"tools": [{"name": "add"}], "chat_template_kwargs": {"thinking": True}}
+    row = Row("f:1", {"messages": [*PROBLEMS[0]["prompt"], *PROBLEMS[0]["completion"]], **told})
+    (prompt,) = prompts.prompts_of([row], tokenizer)
+    problem = {"prompt": prompt.prompt, **prompt.columns}
+    ids = answering._ids(dataclasses.replace(expert, tokenizer=tokenizer), problem, "", Sampling(8, (1,)))
+    assert ids == prompt.ids.tolist() and tokenizer.decode(ids).endswith('<think>[{"name": "add"}]')
+    cfg = settings(tmp_path)
+    made = [
+        *distilling._originals(cfg, [problem], tokenizer),
+        *distilling._samples(cfg, [problem], [Answer(0, "2", 1, "stop", True)]),
+    ]
+    assert [{name: one[name] for name in told} for one in made] == [told, told]
 
 
 def test_a_prompt_without_room_is_named(expert, tmp_path):
