@@ -5,7 +5,9 @@
     python -m experiments.grpo --config=configs/tiny_grpo.py
     python -m experiments.distill --config=configs/tiny_distill.py
     python -m experiments.sft --config=configs/tiny_sft.py --config.sft.sources="runs/tiny_distill/sft.jsonl=1" \
-        --config.train.out_dir=runs/tiny_student
+        --config.sft.validation=tasks:sort_digits/4/1000 --config.train.out_dir=runs/tiny_student
+
+The rows ask training questions alone, so that none is left to hold out: what to validate on is named.
 
 Hardware: 2 CPU cores, 2 GiB of memory.
 """

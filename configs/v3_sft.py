@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
             "loss_chunk": 1024,
             "eval_every": 100,
             "checkpoint_every": 100,
-            "init_from": "runs/v3_extend",
+            "init_from": "runs/v3_extend/phase_2",
             "out_dir": "runs/v3_sft",
         }
     )

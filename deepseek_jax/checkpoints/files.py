@@ -55,6 +55,12 @@ def choose(directory: Path, steps: list[int], step: int | None) -> int:
     return max(steps) if step is None else step
 
 
+def run_folder(path: str) -> str:
+    """The folder of the run that `path`, by its name, is a checkpoint of, or holds the checkpoints of; else `path`."""
+    above = Path(path).parent if Path(path).name.isdecimal() else Path(path)
+    return str(above.parent) if above.name == "checkpoints" else path
+
+
 def locate(path: str | Path, step: int | None = None) -> tuple[Path, Path]:
     """(folder of one step, folder of the run) for a run's folder, its checkpoints, or the folder of a step.
 

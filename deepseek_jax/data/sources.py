@@ -1,8 +1,11 @@
 """Several sources with weights, as configs of post-training write them."""
 
+import re
 from collections.abc import Sequence
 
 from deepseek_jax.checks import require, shown
+
+_NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?")
 
 
 def weighted(sources: Sequence[str], name: str) -> list[tuple[str, float]]:
@@ -10,7 +13,7 @@ def weighted(sources: Sequence[str], name: str) -> list[tuple[str, float]]:
     found = []
     for entry in sources:
         source, _, weight = entry.rpartition("=")
-        number = bool(source) and weight.replace(".", "", 1).isdecimal()
+        number = bool(source) and _NUMBER.fullmatch(weight) is not None
         require(number or len(sources) == 1, f'{name} entry {shown(entry)} should be "SOURCE=WEIGHT"')
         source, share = (source, float(weight)) if number else (entry, 1.0)
         require(

@@ -136,8 +136,9 @@ def questions(cfg: NeedleConfig, hay: Hay, tokenizer: Tokenizer) -> list[Questio
     for length in cfg.lengths:
         for sample in range(cfg.samples):
             rng = np.random.default_rng((cfg.seed, length, sample))
-            said = cfg.says(cfg.number(rng))
-            needle, asked = tokenizer.encode(said), tokenizer.encode(said.rstrip())
+            number = cfg.number(rng)
+            said = cfg.says(number)
+            needle, asked = tokenizer.encode(said), tokenizer.encode(f"{said.partition(number)[0]}{number}")
             answer = len(asked) - _alike(asked, tokenizer.encode(cfg.question))
             room = length - len(begin) - len(needle) - len(asked)
             require(room >= 0, f"needle.lengths: {length} tokens have no room for needle and question")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from deepseek_jax.checkpoints.files import steps_in
+from deepseek_jax.checkpoints.files import run_folder, steps_in
 from deepseek_jax.checks import ranges, require, shown
 from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.evaluation.needle import NeedleConfig
@@ -189,7 +189,7 @@ def _stage(cfg: ExtendConfig, name: str, phase: Phase, source: str) -> Stage:
         own = [(s, w * (1 - share)) for s, w in _shares(run)]
         recall = (str(recall_file(cfg, phase.seq_len)), share)
         sources = tuple(f"{s}={w:.6f}" for s, w in (*own, recall))
-    tokenizer = run.data.tokenizer or cfg.train.init_from or None
+    tokenizer = run.data.tokenizer or run_folder(cfg.train.init_from) or None
     stage = dataclasses.replace(
         run,
         model=before(run.model) if name == TEACH else run.model,

@@ -3,6 +3,7 @@ worth, and what is learned from them."""
 
 import dataclasses
 
+from deepseek_jax.checkpoints.files import run_folder
 from deepseek_jax.checks import choice, ranges, require
 from deepseek_jax.config import Config
 from deepseek_jax.data.prompts import PromptConfig
@@ -121,7 +122,7 @@ class GRPOConfig(Config):
 
     def __post_init__(self):
         if self.data.tokenizer is None and self.train.init_from:
-            data = dataclasses.replace(self.data, tokenizer=self.train.init_from)
+            data = dataclasses.replace(self.data, tokenizer=run_folder(self.train.init_from))
             object.__setattr__(self, "data", data)
         super().__post_init__()
         rewards_named(self.rewards, self.reward, named_by(self.judge))

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 from deepseek_jax import data as data_lib
+from deepseek_jax.checkpoints.files import run_folder
 from deepseek_jax.checks import ranges, require
 from deepseek_jax.config import Config
 from deepseek_jax.data import supervised
@@ -41,7 +42,7 @@ class SFTConfig(Config):
 
     def __post_init__(self):
         if self.data.tokenizer is None and self.train.init_from:
-            data = dataclasses.replace(self.data, tokenizer=self.train.init_from)
+            data = dataclasses.replace(self.data, tokenizer=run_folder(self.train.init_from))
             object.__setattr__(self, "data", data)
         super().__post_init__()
 

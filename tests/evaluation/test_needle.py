@@ -74,6 +74,14 @@ def test_depths_share_hay_and_samples_do_not(asked):
     assert sorted(asked[0].tokens) == sorted(asked[4].tokens) != sorted(asked[5].tokens)
 
 
+def test_what_a_needle_says_behind_its_number_is_no_answer(hay, tokenizer):
+    cfg = NeedleConfig(lengths=(64,), samples=1, digits=2, needle="# key: {value} is it\n")
+    for question in questions(cfg, hay, tokenizer):
+        value = tokenizer.decode(question.tokens[-question.answer :])
+        assert value.strip().isdigit()
+        assert f"# key:{value} is it\n" in tokenizer.decode(question.tokens)
+
+
 def test_batches_of_a_length(asked):
     batch = windows(asked, 128)
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {

@@ -87,6 +87,8 @@ def test_deepseek_v3s_phases():
         assert rope.softmax_scale(run.cfg.model) == pytest.approx(192**-0.5 * (0.1 * np.log(40) + 1) ** 2)
         assert dataclasses.replace(before(run.cfg.model), max_position_embeddings=4096) == pre.model
     assert runs[0].cfg.model == runs[1].cfg.model
+    tuned = importlib.import_module("configs.v3_sft").get_config()
+    assert tuned.train.init_from == runs[-1].cfg.train.out_dir  # a run, not the folder of both
 
 
 def test_each_phase_starts_from_the_one_before():

@@ -142,6 +142,11 @@ def test_tasks_are_files_with_their_held_out_questions(config, tmp_path):
     # Of 81 sums of one-digit numbers, those held out; and a tenth of as many of the other task.
     assert len(recall) == 40 and len(train) <= 60 and 4 < len(held_out) <= 10
     assert not held_out & (train | recall)
+    little = dataclasses.replace(config.sft, sources=("a.jsonl=0.00005", "b.jsonl=1"))
+    assert (
+        in_files(in_files(little, tmp_path, "sft.sources"), tmp_path, "sft.sources").sources[0]
+        == "a.jsonl=5e-05"
+    )
     named = dataclasses.replace(config.sft, validation="tasks:recall/2/40")
     files = [in_files(named, tmp_path, "sft.sources") for _ in range(2)]
     assert files[0] == files[1] and len(Path(files[0].validation).read_text().splitlines()) == 4
@@ -198,6 +203,12 @@ def test_what_is_refused(config, train, message):
 
 def test_the_tokenizer_is_that_of_the_weights(config):
     assert config.data.tokenizer == config.train.init_from
+    for name in (
+        "base",
+        "base/checkpoints",
+        "base/checkpoints/20",
+    ):  # a tokenizer lies in the folder of the run
+        assert build(SFTConfig, {"train": {"init_from": name}}).data.tokenizer == "base"
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from="other"))
     assert other.data.tokenizer == config.data.tokenizer  # named once, it stays
 
