@@ -5,7 +5,7 @@ from typing import Any
 
 from deepseek_jax.checks import require, shown
 from deepseek_jax.data.row_fields import options_of
-from deepseek_jax.posttraining.asking import text_of
+from deepseek_jax.posttraining.asking import for_rewards, text_of
 from deepseek_jax.posttraining.author import Author
 from deepseek_jax.posttraining.drawn import Line
 from deepseek_jax.posttraining.rewards import Rewards, columns_of, rewards_named
@@ -43,7 +43,8 @@ def answered(
     rows = [problems[sample.prompt] for sample in samples]
     ids = [sample.tokens.tolist() for sample in samples]
     columns = columns_of(rows)
-    scores = rewards([row["prompt"] for row in rows], texts, ids, **columns)
+    read = for_rewards(prompts, samples, texts, author.tokenizer)
+    scores = rewards([row["prompt"] for row in rows], read, ids, **columns)
     return [
         {
             "problem": first + sample.prompt,

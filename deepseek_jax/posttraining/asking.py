@@ -10,9 +10,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from deepseek_jax.posttraining.rollouts import Rollouts, Sampling, seed_of
+from deepseek_jax.posttraining.rewards import texts
+from deepseek_jax.posttraining.rollouts import Rollouts, Sample, Sampling, seed_of
 
 Conversation = Sequence[Mapping[str, Any]]
+_END = 16  # tokens of a prompt, in which the mark that opens reasoning lies, if it is its end
 
 
 class Ask(Protocol):
@@ -69,3 +71,11 @@ def text_of(sample: Any, tokenizer: Any, sampling: Sampling) -> str:
     """The text of a `rollouts.Sample`, without the id that ended it."""
     tokens = sample.tokens.tolist()
     return tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in sampling.stop_ids else tokens)
+
+
+def for_rewards(
+    prompts: Sequence[Sequence[int]], samples: Sequence[Sample], said: Sequence[str], tokenizer: Any
+) -> list[str]:
+    """The texts of samples as rewards read them: with the mark of the reasoning that a prompt has opened."""
+    ends = tokenizer.decode_batch([list(map(int, ids[-_END:])) for ids in prompts])
+    return [texts.behind(ends[sample.prompt], text) for sample, text in zip(samples, said, strict=True)]

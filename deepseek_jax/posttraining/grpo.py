@@ -30,6 +30,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.processes.together import of_each
 from deepseek_jax.posttraining.asked_prompts import Asked, read_prompts
+from deepseek_jax.posttraining.asking import for_rewards
 from deepseek_jax.posttraining.author import Author
 from deepseek_jax.posttraining.by_length import ByLength
 from deepseek_jax.posttraining.engine_rollouts import EngineRollouts, Parameters
@@ -348,7 +349,7 @@ class GRPO(Trainer):
         began = time.perf_counter()
         scores = self.rewards(
             [prompt.prompt for prompt in asked],
-            texts,
+            for_rewards([prompt.ids.tolist() for prompt in prompts], samples, texts, self.data.tokenizer),
             [sample.tokens.tolist() for sample in samples],
             **columns_of([prompt.columns for prompt in asked]),
         )

@@ -20,8 +20,9 @@ class HeldOut(NamedTuple):
 
     @classmethod
     def of(cls, means: Mapping[str, float], k: int) -> "HeldOut":
-        """Of the means of `experience.summary` and `right`."""
-        return cls(means["pass_at_1"], means["pass_at_k"], k, means["reward"], means["answer_tokens"])
+        """Of the means of `experience.summary` and `right`; 0 where there is none."""
+        once, any_of_k = means.get("pass_at_1", 0.0), means.get("pass_at_k", 0.0)
+        return cls(once, any_of_k, k, means["reward"], means["answer_tokens"])
 
     @property
     def loss(self) -> float:
@@ -30,8 +31,9 @@ class HeldOut(NamedTuple):
 
 
 def right(groups: Sequence[Group]) -> dict[str, np.ndarray]:
-    """Sums over groups of k answers, as of `experience.summary`."""
-    counts = [(len(group.samples), int((next(iter(group.parts.values())) >= 1).sum())) for group in groups]
+    """Sums over groups of k answers, as of `experience.summary`; those to which the first reward does not apply are none."""
+    first = [next(iter(group.parts.values())) for group in groups]
+    counts = [(len(part), int((part >= 1).sum())) for part in first if not np.isnan(part).any()]
     return {
         name: np.array(
             [sum(pass_at_k(n, c, n if name == "pass_at_k" else 1) for n, c in counts), len(counts)]

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from configs import tiny_distill
@@ -22,8 +23,8 @@ from deepseek_jax.posttraining.distill import DistillConfig, cases_of, distill
 from deepseek_jax.posttraining.drawn import ANSWERS
 from deepseek_jax.posttraining.judge_model import JudgeConfig, judge_of
 from deepseek_jax.posttraining.preferences import pairs_of
-from deepseek_jax.posttraining.rewards import Rewards, Weighted
-from deepseek_jax.posttraining.rollouts import Sampling
+from deepseek_jax.posttraining.rewards import Rewards, Weighted, rewards_named
+from deepseek_jax.posttraining.rollouts import Sample, Sampling
 from deepseek_jax.posttraining.selection import Answer
 from tests.data import templates
 from tests.inference.checkpoint import save_run
@@ -187,6 +188,26 @@ def test_what_the_template_is_told_reaches_the_expert_and_the_rows(expert, tmp_p
         *distilling._samples(cfg, [problem], [Answer(0, "2", 1, "stop", True)]),
     ]
     assert [{name: one[name] for name in told} for one in made] == [told, told]
+
+
+def test_rewards_know_that_the_prompt_opened_the_reasoning(expert, tmp_path):
+    """An answer in a box, but in reasoning that never ends."""
+    said = r"it is \boxed{1}"
+
+    class Fixed:
+        def sample(self, prompts, n, sampling, seeds):
+            ids = np.array(tokenizer.encode(said), np.int32)
+            return [Sample(i, ids, np.zeros(len(ids)), "length", 0) for i in range(len(prompts))]
+
+    for mark, right in (("<think>", 0), ("", 1)):
+        turn = "{{ '<｜Assistant｜>' }}"
+        (tmp_path / mark).mkdir(exist_ok=True)
+        tokenizer = templates.tokenizer_with(
+            DEFAULT_TEMPLATE.replace(turn, turn + mark), expert.tokenizer, tmp_path / mark
+        )
+        writer = dataclasses.replace(expert, tokenizer=tokenizer, rollouts=Fixed())
+        (line,) = answering.answered(writer, PROBLEMS[:1], 1, Sampling(8), rewards_named(("answer",)))
+        assert (line["reward"], line["text"]) == (right, said)
 
 
 def test_a_prompt_without_room_is_named(expert, tmp_path):

@@ -13,12 +13,13 @@ from configs import v3_grpo
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining.by_length import ByLength
-from deepseek_jax.posttraining.experience import ends, width_for
+from deepseek_jax.posttraining.experience import Group, ends, means, width_for
 from deepseek_jax.posttraining.grpo import GRPO
 from deepseek_jax.posttraining.grpo_config import preset
 from deepseek_jax.posttraining.grpo_report import write_grpo_report
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
 from deepseek_jax.posttraining.rewards import Rewards, Weighted
+from deepseek_jax.posttraining.right_answers import right
 from deepseek_jax.training.metrics import TIMINGS, read_records
 from deepseek_jax.training.schedules import Schedules
 from tests.golden.run import StopAfter
@@ -246,3 +247,10 @@ def test_the_shipped_config_has_the_values_of_deepseek_r1():
     assert dataclasses.replace(cfg.loss, clip_low=0.2, clip_high=0.2) == preset("v32")
     assert rollouts.keep_mask and rollouts.keep_routes
     assert {schedules.lr(step, 0) for step in (0, 800, 1696)} == {3e-6}
+
+
+def test_prompts_that_the_first_reward_leaves_out_count_as_neither_right_nor_wrong():
+    parts = ([1, 1, 0, 0], [np.nan] * 4, [0, 0, 0, 1])
+    groups = [Group(None, [None] * 4, [""] * 4, np.zeros(4), {"answer": np.array(part)}) for part in parts]
+    assert means(right(groups)) == {"pass_at_1": pytest.approx(3 / 8), "pass_at_k": 1.0}
+    assert means(right(groups[1:2])) == {}

@@ -181,6 +181,13 @@ def test_right_answers(text, found):
     assert tuple(score(f, text, answer="82") for f in (rules.answer, rules.boxed, rules.tagged)) == found
 
 
+def test_reasoning_that_a_prompt_opened_and_no_answer_ended():
+    for prompt, right in (("What?<think>\n", 0), ("What?", 1)):
+        assert score(rules.answer, texts.behind(prompt, r"it is \boxed{82}, or"), answer="82") == right
+        closed = texts.behind(prompt, r"it is 82</think>\boxed{82}")
+        assert score(rules.answer, closed, answer="82") == 1 and texts.reasoning(closed) == "it is 82"
+
+
 def test_where_the_truth_stands():
     text = r"\boxed{18}"
     for column in ("answer", "solution", "ground_truth"):

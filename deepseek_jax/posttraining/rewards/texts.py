@@ -14,6 +14,12 @@ def text_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
     return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
 
 
+def behind(prompt: str, text: str) -> str:
+    """The text with the mark of reasoning that a prompt, rendered, has opened at its end: without it, reasoning that never ends
+    would be taken for an answer."""
+    return f"{_OPEN}{text}" if prompt.rstrip().endswith(_OPEN) else text
+
+
 def reasoning(text: str) -> str:
     """What stands before the end of the reasoning, its tags left out; the whole text if it marks none."""
     before, closed, _ = text.partition(_CLOSE)
@@ -21,10 +27,8 @@ def reasoning(text: str) -> str:
 
 
 def said(text: str) -> str | None:
-    """What stands after the reasoning; the whole text if it marks none, None if its reasoning never ends.
-
-    A prompt may have opened the reasoning, so that the text only closes it.
-    """
+    """What stands after the reasoning; the whole text if it marks none, None if its reasoning never ends (of which a prompt may
+    have the mark: `behind`)."""
     _, closed, after = text.rpartition(_CLOSE)
     return after if closed else None if _OPEN in text else text
 
