@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import re
 
@@ -208,6 +209,11 @@ def test_rewards_know_that_the_prompt_opened_the_reasoning(expert, tmp_path):
         writer = dataclasses.replace(expert, tokenizer=tokenizer, rollouts=Fixed())
         (line,) = answering.answered(writer, PROBLEMS[:1], 1, Sampling(8), rewards_named(("answer",)))
         assert (line["reward"], line["text"]) == (right, said)
+
+
+def test_problems_may_have_columns_that_json_has_not():
+    first, other = ({**PROBLEMS[0], "asked": datetime.date(2024, 12, day)} for day in (26, 27))
+    assert distilling.digest([first]) == distilling.digest([{**first}]) != distilling.digest([other])
 
 
 def test_a_prompt_without_room_is_named(expert, tmp_path):
