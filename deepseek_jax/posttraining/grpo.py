@@ -255,6 +255,8 @@ class GRPO(Trainer):
 
     def _rollout(self, step: int) -> list[Mapping[str, Any]]:
         """The batches of a rollout with the weights as they are."""
+        if self.records is not None:
+            self.records.flush()  # the step before ends here: this rollout's seconds are not its own
         began, self._scoring = time.perf_counter(), 0.0
         first = now.doing("the first rollout, which compiles what samples")
         with contextlib.nullcontext() if self._batches else first:

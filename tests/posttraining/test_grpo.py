@@ -121,6 +121,21 @@ def test_interrupted_in_a_rollout_it_is_made_again(undisturbed, tmp_path):
     assert again == arrays and records(run) == records(whole)
 
 
+def test_a_step_is_written_down_before_the_next_rollout(undisturbed, tmp_path):
+    """So the seconds of a rollout count in those of its own step."""
+    seen = []
+
+    def looks(**given):
+        seen.append(
+            [r["step"] for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+        )
+        return grpo_cases.even(**given)
+
+    cfg = in_another_folder(undisturbed[0], tmp_path, train={"checkpoint_every": 4, "eval_every": 4})
+    run_on(cfg, rewards=Rewards([Weighted("looks", 1.0, looks)]))
+    assert seen == [[], [1, 2], [1, 2, 3, 4]]  # of both rollouts, and of the evaluation
+
+
 def test_no_program_is_compiled_again(undisturbed, tmp_path, caplog):
     """A rollout with other weights runs the programs of the first."""
     folder, *_ = undisturbed
