@@ -21,6 +21,7 @@ from deepseek_jax.data.report import CorpusReport
 from deepseek_jax.json_files import parse_object
 
 _PARQUET_ROWS = 1024  # at once
+_OF_TEMPLATES = ("messages", "prompt", "completion", "tools")  # fields that templates write out
 _DAMAGED = (EOFError, OSError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pyarrow.ArrowException)
 
 
@@ -84,5 +85,13 @@ def _parquet(path: str) -> Iterator[Row]:
             with named(f"{path}, rows {number} to {number + len(batch) - 1}: "):
                 values = batch.to_pylist()
             for row in values:
-                yield Row(f"{path}:{number}", row)
+                given = {name: _as_given(row[name]) for name in _OF_TEMPLATES if name in row}
+                yield Row(f"{path}:{number}", {**row, **given})
                 number += 1
+
+
+def _as_given(value: Any) -> Any:
+    """Without the fields that are None: Parquet gives each object those of all others in its place."""
+    if isinstance(value, dict):
+        return {name: _as_given(inner) for name, inner in value.items() if inner is not None}
+    return [_as_given(inner) for inner in value] if isinstance(value, list) else value

@@ -34,7 +34,7 @@ from deepseek_jax.data.rows import of_row, read_rows, row_files
 from deepseek_jax.data.token_cache import CHECKED_BYTES
 from deepseek_jax.data.tokenizer import Tokenizer
 
-FORMAT = 1  # version of an entry; entries of another version are made again
+FORMAT = 2  # version of an entry; entries of another version are made again
 _ROWS = 256  # rendered before they are encoded together
 
 

@@ -35,6 +35,13 @@ def test_json_lines_and_parquet_and_their_names(tmp_path):
     # Parquet knows columns, not which of them a row had.
     assert rows[8].values == {"m": [{"role": "user", "content": None, "calls": [1]}]}
     assert report.files == 3 and report.skipped == {"not of rows": 1}
+
+    # What templates write has no fields that other rows have: a tool would get their parameters.
+    def tools(name):
+        return {"tools": [{"name": name, "parameters": {"properties": {name: {"type": "int"}}}}], "n": 1}
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([tools("a"), tools("b")]), tmp_path / "c.parquet")
+    assert [row.values for row in read(c)[0]] == [tools("a"), tools("b")]
     with pytest.raises(ValueError, match=r"no file of '.*md' holds rows|README.md:1 is not valid JSON"):
         read(tmp_path / "*.md")
 
