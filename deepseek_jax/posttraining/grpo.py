@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax import now
+from deepseek_jax.checkpoints.files import read_meta
 from deepseek_jax.checks import require
 from deepseek_jax.data.prompts import Prompt
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -190,13 +191,24 @@ class GRPO(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def resume(self, step: int | None = None, discard_newer: bool = False) -> bool:
-        """As `Run.resume`. Raises ValueError for a checkpoint that lies inside of a rollout by the present `rollouts.updates`."""
+        """As `Run.resume`. Raises ValueError for a checkpoint that lies inside of a rollout by the present `rollouts.updates`, and for
+        one without the reference that `loss.beta` asks for now, or with one that nothing weighs."""
         at, updates = self.checkpointer.latest() if step is None else step, self.cfg.rollouts.updates
         require(
             not at or at % updates == 0,
             f"step {at} in {self.checkpointer.directory} is no multiple of rollouts.updates={updates}, and would lie inside of a "
             "rollout: set rollouts.updates as it was, or to a divisor of the step",
         )
+        beta = self.cfg.loss.beta
+        if at in self.checkpointer.steps():
+            before = (
+                read_meta(self.checkpointer.directory / str(at))["config"].get("loss", {}).get("beta", beta)
+            )
+            require(
+                bool(before) == bool(beta),
+                f"loss.beta={beta}, and at step {at} it was {before}: a checkpoint has a reference where beta is above 0 alone. Leave "
+                "it so, or begin another run from this one's weights (train.init_from)",
+            )
         return super().resume(step, discard_newer)
 
     def data_state(self) -> Any:

@@ -208,6 +208,15 @@ def test_a_checkpoint_inside_of_a_rollout_is_not_gone_on_from(undisturbed):
         run.resume()
 
 
+def test_the_kl_divergence_is_not_left_out_on_the_way(undisturbed):
+    run = trainer(config(undisturbed[0], loss={"beta": 0.0}))
+    with (
+        contextlib.closing(run),
+        pytest.raises(ValueError, match=r"loss\.beta=0\.0, and at step 4 it was 0\.001"),
+    ):
+        run.resume()
+
+
 def test_each_process_has_a_held_out_prompt(undisturbed, tmp_path):
     run = trainer(in_another_folder(undisturbed[0], tmp_path))
     run.feed.share = (0, 3)
