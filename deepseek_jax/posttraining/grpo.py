@@ -24,7 +24,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax import now
-from deepseek_jax.checkpoints.files import read_meta
 from deepseek_jax.checks import require
 from deepseek_jax.data.prompts import Prompt
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -42,8 +41,8 @@ from deepseek_jax.posttraining.experience import (
     rows_of,
     summary,
     width_for,
-    windows,
 )
+from deepseek_jax.posttraining.grpo_checks import check_checkpoint, check_held_out, check_windows
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
 from deepseek_jax.posttraining.judge_model import judge_of
 from deepseek_jax.posttraining.logprobs import make_logprob_step
@@ -98,12 +97,7 @@ class GRPO(Trainer):
         rollouts: Rollouts | None = None,
     ):
         mesh = make_mesh(cfg.mesh) if mesh is None else mesh
-        of_each_length, tensor = windows(cfg.data.seq_len, cfg.rollouts.buckets), mesh.shape["tensor"]
-        require(
-            not any(window % tensor for window in of_each_length),
-            f"windows of {of_each_length} tokens (data.seq_len={cfg.data.seq_len}, rollouts.buckets={cfg.rollouts.buckets}) do not "
-            f"all divide over tensor={tensor} devices",
-        )
+        check_windows(cfg, mesh)
         super().__init__(cfg, mesh, data)  # type: ignore[arg-type]
         self.step_fn = ByLength(lambda cfg, mesh: make_step(cfg, mesh, self._num_ids), cfg, mesh, at=1)
         temperature = cfg.rollouts.temperature
@@ -134,13 +128,8 @@ class GRPO(Trainer):
 
     @functools.cached_property
     def data(self) -> Asked:  # type: ignore[override]
-        found, processes = read_prompts(self.cfg), self.feed.share[1]
-        held_out = min(len(found.validation), self.cfg.rollouts.eval_prompts)
-        require(
-            held_out >= processes,
-            f"{held_out} held-out prompts for {processes} processes, each of which answers some: raise rollouts.eval_prompts="
-            f"{self.cfg.rollouts.eval_prompts}, or hold out more than {len(found.validation)}",
-        )
+        found = read_prompts(self.cfg)
+        check_held_out(self.cfg, len(found.validation), self.feed.share[1])
         return found
 
     @functools.cached_property
@@ -191,24 +180,10 @@ class GRPO(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def resume(self, step: int | None = None, discard_newer: bool = False) -> bool:
-        """As `Run.resume`. Raises ValueError for a checkpoint that lies inside of a rollout by the present `rollouts.updates`, and for
-        one without the reference that `loss.beta` asks for now, or with one that nothing weighs."""
-        at, updates = self.checkpointer.latest() if step is None else step, self.cfg.rollouts.updates
-        require(
-            not at or at % updates == 0,
-            f"step {at} in {self.checkpointer.directory} is no multiple of rollouts.updates={updates}, and would lie inside of a "
-            "rollout: set rollouts.updates as it was, or to a divisor of the step",
-        )
-        beta = self.cfg.loss.beta
-        if at in self.checkpointer.steps():
-            before = (
-                read_meta(self.checkpointer.directory / str(at))["config"].get("loss", {}).get("beta", beta)
-            )
-            require(
-                bool(before) == bool(beta),
-                f"loss.beta={beta}, and at step {at} it was {before}: a checkpoint has a reference where beta is above 0 alone. Leave "
-                "it so, or begin another run from this one's weights (train.init_from)",
-            )
+        """As `Run.resume`; raises ValueError as `check_checkpoint`."""
+        at = self.checkpointer.latest() if step is None else step
+        if at is not None and at in self.checkpointer.steps():
+            check_checkpoint(self.cfg, self.checkpointer.directory, at)
         return super().resume(step, discard_newer)
 
     def data_state(self) -> Any:
