@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.update(tiny.get_config().model)
     config.data.update({"seq_len": 64, "vocab_size": 2048})
     config.optimizer.update(
-        {"schedule": "constant", "peak_lr": 1e-4, "warmup_steps": 5, "weight_decay": 0.0, "gamma": 0.0}
+        {"schedule": "constant", "peak_lr": 1e-4, "warmup_steps": 0, "weight_decay": 0.0, "gamma": 0.0}
     )
     config.prompts.sources = ("tasks:sort_digits/4",)
     config.rollouts.update({"samples": 16, "max_tokens": 32, "eval_prompts": 64, "eval_samples": 16})
