@@ -26,6 +26,11 @@ def read_prompts(cfg: GRPOConfig) -> Asked:
     """Those of `cfg.prompts` that leave room for an answer. Raises ValueError for what cannot be read, or does not fit the model."""
     room = cfg.data.seq_len + 1 - cfg.rollouts.max_tokens
     require(cfg.data.tokenizer is not None, "data.tokenizer is not set, nor train.init_from, which has one")
+    require(
+        Path(str(cfg.data.tokenizer)).expanduser().exists(),
+        f"{cfg.data.tokenizer} does not exist: fine-tune a model into it first (experiments.sft), or name other weights by "
+        "train.init_from and their tokenizer by data.tokenizer",
+    )
     tokenizer = Tokenizer.load(str(cfg.data.tokenizer))
     check_vocabulary(cfg, tokenizer)
     prompts = in_files(cfg.prompts, Path(cfg.data.cache_dir).expanduser(), "prompts.sources")

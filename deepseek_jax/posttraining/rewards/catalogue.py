@@ -78,7 +78,8 @@ def _weighted(entry: str, cfg: RewardConfig, more: dict[str, RewardFunction]) ->
         return Weighted(name, weight, more[name])
     if ":" in name:
         return Weighted(name, weight, _own(name))
-    choice("reward", name, (*_MAKERS, *more))
+    require(name != "judge", 'reward "judge" asks a model: name one by judge.model')
+    choice("reward", name, (*_MAKERS, *more, "module:function"))  # the last: of one's own
     return Weighted(name, weight, _MAKERS[name](cfg))
 
 
