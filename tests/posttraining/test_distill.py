@@ -344,5 +344,5 @@ def test_a_grpo_run_may_be_rewarded_by_its_own_votes(tmp_path):
     with contextlib.closing(run):
         name, weight, judge = run.rewards.rewards[1]
         assert (name, weight) == ("judge", 0.5) and judge._ask._rollouts is run.rollouts
-    with pytest.raises(ValueError, match='reward "judge" asks a model: name one by judge.model'):
+    with pytest.raises(ValueError, match=r'reward "judge" asks a model: name one by judge\.model'):
         grpo_cases.config(tmp_path, rewards=(even, "judge=0.5"))
