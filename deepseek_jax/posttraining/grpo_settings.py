@@ -3,10 +3,9 @@ worth, and what is learned from them."""
 
 import dataclasses
 
-from deepseek_jax.checkpoints.files import run_folder
 from deepseek_jax.checks import choice, ranges, require
-from deepseek_jax.config import Config
 from deepseek_jax.data.prompts import PromptConfig
+from deepseek_jax.posttraining.from_weights import FromWeights
 from deepseek_jax.posttraining.grpo_config import GRPOLossConfig
 from deepseek_jax.posttraining.judge_model import JudgeConfig, named_by
 from deepseek_jax.posttraining.rewards import RewardConfig, rewards_named
@@ -107,8 +106,8 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GRPOConfig(Config):
-    """The frozen whole of a GRPO run. Without data.tokenizer, it takes that of train.init_from."""
+class GRPOConfig(FromWeights):
+    """The frozen whole of a GRPO run."""
 
     rollouts: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     loss: GRPOLossConfig = dataclasses.field(default_factory=GRPOLossConfig)
@@ -121,9 +120,6 @@ class GRPOConfig(Config):
     judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
 
     def __post_init__(self):
-        if self.data.tokenizer is None and self.train.init_from:
-            data = dataclasses.replace(self.data, tokenizer=run_folder(self.train.init_from))
-            object.__setattr__(self, "data", data)
         super().__post_init__()
         rewards_named(self.rewards, self.reward, named_by(self.judge))
         train, rollouts = self.train, self.rollouts

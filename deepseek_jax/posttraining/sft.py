@@ -11,12 +11,12 @@ import math
 from pathlib import Path
 
 from deepseek_jax import data as data_lib
-from deepseek_jax.checkpoints.files import run_folder
 from deepseek_jax.checks import ranges, require
 from deepseek_jax.config import Config
 from deepseek_jax.data import supervised
 from deepseek_jax.data.supervised import SupervisedConfig
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.posttraining.from_weights import FromWeights
 from deepseek_jax.posttraining.task_files import in_files
 from deepseek_jax.training.loop import Trainer
 from deepseek_jax.training.preflight import check_vocabulary
@@ -35,16 +35,10 @@ class LearningConfig(SupervisedConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig(Config):
-    """Of a run of supervised fine-tuning. Without data.tokenizer, it takes that of train.init_from."""
+class SFTConfig(FromWeights):
+    """Of a run of supervised fine-tuning."""
 
     sft: LearningConfig = dataclasses.field(default_factory=LearningConfig)
-
-    def __post_init__(self):
-        if self.data.tokenizer is None and self.train.init_from:
-            data = dataclasses.replace(self.data, tokenizer=run_folder(self.train.init_from))
-            object.__setattr__(self, "data", data)
-        super().__post_init__()
 
     @property
     def remarks(self) -> tuple[str, ...]:
