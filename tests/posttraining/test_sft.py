@@ -18,6 +18,7 @@ from deepseek_jax import hf
 from deepseek_jax.config import Config, YarnConfig, build, from_config_dict
 from deepseek_jax.data import Tokenizer, Validation
 from deepseek_jax.data.conversations import Conversations
+from deepseek_jax.data.held_out import is_held_out
 from deepseek_jax.model.sequence import WHOLE
 from deepseek_jax.model.transformer import Aux
 from deepseek_jax.parallel.mesh import make_mesh
@@ -133,12 +134,17 @@ def test_tasks_are_files_with_their_held_out_questions(config, tmp_path):
         first.endswith(".jsonl=0.5") and second.endswith("=2.0") and third == "a.jsonl=1.0" and held is None
     )
     of_tasks = in_files(dataclasses.replace(mixed, sources=mixed.sources[:2]), tmp_path, "sft.sources")
-    assert of_tasks.sources == (first, second)
-    questions = {
-        name: {row["prompt"][0]["content"] for row in map(json.loads, Path(name).read_text().splitlines())}
-        for name in (first.rpartition("=")[0], second.rpartition("=")[0], of_tasks.validation)
-    }
-    train, recall, held_out = questions.values()
+
+    def questions(name):
+        return {row["prompt"][0]["content"] for row in map(json.loads, Path(name).read_text().splitlines())}
+
+    files = *(source.rpartition("=")[0] for source in of_tasks.sources), of_tasks.validation
+    train, recall, held_out = map(questions, files)
+    # Beside a file both sides stand in a task's file, and the split by the question parts them again.
+    both = questions(first.rpartition("=")[0]) | questions(second.rpartition("=")[0])
+    assert both == train | recall | held_out and {q for q in both if is_held_out(q)} == held_out
+    fewer = in_files(dataclasses.replace(mixed, validation_fraction=0.02), tmp_path, "sft.sources").sources[0]
+    assert not {q for q in questions(fewer.rpartition("=")[0]) - train if not is_held_out(q, 0.02)}
     # Of 81 sums of one-digit numbers, those held out; and a tenth of as many of the other task.
     assert len(recall) == 40 and len(train) <= 60 and 4 < len(held_out) <= 10
     assert not held_out & (train | recall)
