@@ -27,8 +27,12 @@ def is_held_out(question: str, fraction: float = FRACTION) -> bool:
 def those_held_out(share_n: np.ndarray, fraction: float) -> np.ndarray:
     """Which of the questions with these shares (float64 [n]) are held out: bool [n].
 
-    Where that leaves a side empty, the nearest question moves over. Raises ValueError: there is one question only.
+    Where none is, since the rows are of questions that others hold out none of, it is `fraction` of these questions, those nearest to
+    the held-out ones, but one at least; and where all are, one stays. Raises ValueError: there is one question only.
     """
-    low, high = share_n.min(), share_n.max()
-    require(low < high, "all rows ask the same: no other is left for validation; give a validation file")
-    return share_n < np.clip(fraction, np.nextafter(low, 1), high)
+    questions = np.unique(share_n)
+    require(
+        len(questions) > 1, "all rows ask the same: no other is left for validation; give a validation file"
+    )
+    number = int((questions < fraction).sum()) or max(1, round(fraction * len(questions)))
+    return share_n < questions[min(number, len(questions) - 1)]

@@ -66,9 +66,12 @@ def options_of(given: Mapping[str, Any], template: ChatTemplate) -> dict[str, An
 def question_of(values: Mapping[str, Any]) -> str:
     """What a row asks, by which rows are held out (held_out.py): the words of the user before the first answer.
 
-    A system prompt does not count, so that a question is on one side whatever stands before it. Of a text: the text.
-    Raises ValueError for messages that are none.
+    A system prompt does not count, so that a question is on one side whatever stands before it. Of a text: the text. A row that
+    is about another question, as a judgement is, names that in its field "held_out_by". Raises ValueError for messages that are
+    none.
     """
+    if isinstance(values.get("held_out_by"), str):
+        return str(values["held_out_by"])
     given = values.get("messages") or values.get("prompt")
     if given is None or isinstance(given, str):
         return str(given if given is not None else values.get("text"))

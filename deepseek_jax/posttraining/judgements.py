@@ -45,6 +45,7 @@ def worked(
     """A row of each case, its reasons by `write`. form: "reference", "truth" or "score"."""
     for case in cases:
         yield _row(
+            case,
             _asked(FORMS[form], case),
             f"{write(case)}\n{judge_forms.verdict(FORMS[form], _truth(form, case))}",
         )
@@ -61,6 +62,7 @@ def paired(right: Case, wrong: Case, write: Callable[[Case], str] = reasons) -> 
         scores = tuple(HIGHEST if case.right else LOWEST for case in (first, second))
         reason = f"{right.worked}\nThe answer is {right.reference}. {' '.join(said)}"
         yield _row(
+            right,
             judge_forms.messages(FORMS["pair"], texts),
             f"{reason}\n{judge_forms.verdict(FORMS['pair'], scores)}",
         )
@@ -84,7 +86,7 @@ def agreeing(ask: Ask, cases: Sequence[Case], form: str = "truth", times: int = 
         true = (text for text in own if judge_forms.read(FORMS[form], text) == _truth(form, case))
         text = next(true, None)
         if text is not None:
-            yield _row(messages, text)
+            yield _row(case, messages, text)
 
 
 def balanced(cases: Sequence[Case], seed: int = 0) -> list[Case]:
@@ -109,5 +111,7 @@ def _truth(form: str, case: Case) -> Any:
     return case.right if form != "score" else float(HIGHEST if case.right else LOWEST)
 
 
-def _row(messages: list[dict[str, str]], said: str) -> Row:
-    return {"prompt": messages, "completion": [{"role": "assistant", "content": said}]}
+def _row(case: Case, messages: list[dict[str, str]], said: str) -> Row:
+    """All judgements of answers to a question are on its side of the split (`data/row_fields.py: question_of`)."""
+    answer = [{"role": "assistant", "content": said}]
+    return {"prompt": messages, "completion": answer, "held_out_by": case.question}

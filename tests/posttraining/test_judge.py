@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from deepseek_jax.data.row_fields import question_of
 from deepseek_jax.posttraining import judge_forms, judgements, preferences
 from deepseek_jax.posttraining.judge_forms import FORMS, PAIR, REFERENCE, SCORE, TRUTH, read, summary, verdict
 from deepseek_jax.posttraining.preferences import Pair, comparable, order_effect, orders, win_rate
@@ -284,6 +285,7 @@ def test_a_written_judgement_says_why_and_ends_with_the_truth(form):
 
 def test_a_pair_is_written_in_both_orders():
     rows = list(judgements.paired(RIGHT, WRONG))
+    assert {question_of(row) for row in rows} == {RIGHT.question}
     seen = [(part(r["prompt"], "response A"), read(PAIR, r["completion"][0]["content"])) for r in rows]
     assert seen == [("it is 7", (10.0, 1.0)), ("it is 8", (1.0, 10.0))]
 

@@ -3,9 +3,10 @@
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from deepseek_jax.data.held_out import is_held_out, share
+from deepseek_jax.data.held_out import is_held_out, share, those_held_out
 from deepseek_jax.data.row_fields import question_of
 from deepseek_jax.posttraining.problems import TASKS
 from deepseek_jax.posttraining.tasks import FORMS, problems, rows
@@ -146,3 +147,27 @@ def test_every_task_and_form_has_rows():
     for name in TASKS:
         for form in FORMS:
             assert rows(f"tasks:{name}/{form}/5")
+
+
+def test_rows_of_questions_that_nobody_holds_out_are_split_near_the_others():
+    """Distilled rows ask training questions alone: a tenth of these, by their hash, is for validation; one at least, never all."""
+    share_n = np.repeat(np.linspace(0.2, 0.9, 40), 3)
+    found = {fraction: those_held_out(share_n, fraction) for fraction in (0.0, 0.1, 0.5, 1.0)}
+    assert {fraction: len(set(share_n[out])) for fraction, out in found.items()} == {
+        0.0: 1,
+        0.1: 4,
+        0.5: 17,
+        1.0: 39,
+    }
+    assert all(share_n[out].max() < share_n[~out].min() for out in found.values())
+    assert set(share_n[those_held_out(share_n, 0.3)]) == {share for share in share_n if share < 0.3}
+    with pytest.raises(ValueError, match="all rows ask the same"):
+        those_held_out(np.full(3, 0.5), 0.1)
+
+
+def test_what_is_said_of_a_question_is_on_its_side():
+    asked = {
+        "prompt": [{"role": "user", "content": "Is 5 the answer to 2 + 3 = ?"}],
+        "held_out_by": "2 + 3 = ?",
+    }
+    assert question_of(asked) == question_of({"prompt": [{"role": "user", "content": "2 + 3 = ?"}]})
