@@ -51,10 +51,10 @@ def author(path: str, step: int | None = None, ema: bool = False, rows: int = 64
     mesh = make_mesh(over, jax.local_devices()[:1])
     rollouts = EngineRollouts(model.config, mesh, over, options, tokenizer.vocab_size)
     rollouts.load(Parameters(model.params, model.balance_bias), 0)
-    return Author(rollouts, tokenizer, positions, _name(path, step, ema))
+    return Author(rollouts, tokenizer, positions, name_of(path, step, ema))
 
 
-def _name(path: str, step: int | None, ema: bool) -> str:
+def name_of(path: str, step: int | None, ema: bool) -> str:
     """With the step that None means: a run that goes on is another author."""
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():

@@ -19,7 +19,7 @@ from deepseek_jax.data.prompts import PromptConfig, load
 from deepseek_jax.posttraining import data_card, judgements, length_plot, preferences
 from deepseek_jax.posttraining.answering import Problem, answer_of, answered, as_asked
 from deepseek_jax.posttraining.asking import Ask
-from deepseek_jax.posttraining.author import Author, author
+from deepseek_jax.posttraining.author import Author, author, name_of
 from deepseek_jax.posttraining.drawn import Drawn, json_lines, write_whole
 from deepseek_jax.posttraining.judge_forms import summary
 from deepseek_jax.posttraining.judge_model import JudgeConfig, ask_of, judge_of
@@ -27,7 +27,7 @@ from deepseek_jax.posttraining.judgements import Case
 from deepseek_jax.posttraining.rewards import RewardConfig, Rewards, rewards_named
 from deepseek_jax.posttraining.rollouts import Sampling
 from deepseek_jax.posttraining.selection import KEPT, Answer, SelectionConfig, require_kept, select
-from deepseek_jax.posttraining.task_files import in_files
+from deepseek_jax.posttraining.task_files import check_tasks, in_files
 
 ROWS, JUDGEMENTS, PREFERENCES = "sft.jsonl", "judgements.jsonl", "preferences.jsonl"
 CARD, PAGE, PICTURE = "card.json", "card.md", "length.png"
@@ -69,6 +69,7 @@ class DistillConfig:
     out_dir: str = "runs/tiny_distill"  # answers, rows, card, picture
 
     def __post_init__(self):
+        check_tasks(self.prompts.sources, self.prompts.validation, "prompts.sources")
         ranges("", self, "samples max_tokens at_once rows", 1, 1 << 31)
         ranges("", self, "temperature", 0, 1e6)
         ranges("", self, "right", -1e9, 1e9)
@@ -123,7 +124,10 @@ def distill(
     Raises ValueError: nothing is kept; a prompt that is too long; a folder whose answers were drawn otherwise.
     """
     folder = Path(cfg.out_dir)
-    drawn = Drawn(folder, cfg.drawn_by() | {"expert": expert.name, "asked": digest(problems)}, cfg.samples)
+    by = cfg.drawn_by() | {"expert": expert.name, "asked": digest(problems)}
+    if cfg.judge.model:
+        by["judged_by"] = name_of(cfg.judge.model, cfg.judge.step, cfg.judge.ema)
+    drawn = Drawn(folder, by, cfg.samples)
     draw(cfg, problems, expert, rewards, drawn)
     answers = [answer_of(line, cfg.right) for line in drawn.lines]
     said = select(answers, cfg.select)

@@ -15,9 +15,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.data.prompts import Prompt
 from deepseek_jax.parallel.mesh import batch_sharding
+from deepseek_jax.parallel.processes.together import of_each
 from deepseek_jax.posttraining.advantages import group_advantages, silent
 from deepseek_jax.posttraining.grpo_config import GRPOLossConfig
 from deepseek_jax.posttraining.grpo_settings import GRPOConfig
+from deepseek_jax.posttraining.rewards import Scores
 from deepseek_jax.posttraining.rollouts import Sample
 
 Rows = dict[str, np.ndarray]
@@ -45,6 +47,18 @@ class Group(NamedTuple):
     def longest(self) -> int:
         """Tokens of the longest row."""
         return len(self.prompt.ids) + max(len(sample.tokens) for sample in self.samples)
+
+
+def grouped(
+    prompts: Sequence[Prompt], samples: Sequence[Sample], texts: Sequence[str], scores: Scores
+) -> list[Group]:
+    """The answers to each prompt, of which there are equally many."""
+    groups, n = [], len(samples) // len(prompts)
+    for at, prompt in enumerate(prompts):
+        own = slice(at * n, (at + 1) * n)
+        parts = {name: x[own] for name, x in scores.parts.items()}
+        groups.append(Group(prompt, samples[own], texts[own], scores.total[own], parts))
+    return groups
 
 
 def windows(seq_len: int, buckets: int) -> list[int]:
@@ -137,9 +151,34 @@ def summary(groups: Sequence[Group]) -> dict[str, np.ndarray]:
     return {name: np.array([np.nansum(x), (~np.isnan(x.astype(float))).sum()]) for name, x in found.items()}
 
 
+def over_processes(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of `summary`, added up; all processes call it."""
+    return dict(zip(sums, of_each(np.stack(list(sums.values()))).sum(0), strict=True))
+
+
 def means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Of `summary`; a reward that applied nowhere is left out."""
     return {name: float(total / count) for name, (total, count) in sums.items() if count}
+
+
+class Silence:
+    """Notices rollouts in which all answers to each prompt are worth the same, so that nothing is learned."""
+
+    IN_A_ROW = 3
+
+    def __init__(self) -> None:
+        self._rollouts = 0
+
+    def __call__(self, rollout: Mapping[str, float], max_tokens: int) -> str | None:
+        """What to say after a rollout with these `means`; None for most of them."""
+        self._rollouts = self._rollouts + 1 if rollout["silent_groups"] == 1 else 0
+        if self._rollouts != self.IN_A_ROW:
+            return None
+        return (
+            f"warning: in {self.IN_A_ROW} rollouts in a row all answers to each question were worth the same, {rollout['reward']:.3g} in "
+            f"the mean, and {rollout['cut_off']:.0%} of them were cut off at rollouts.max_tokens={max_tokens}: nothing is learned so. "
+            "Fine-tune on such questions first, ask easier or harder ones, or let answers be longer"
+        )
 
 
 def ends(groups: Sequence[Group], shown: int) -> dict[str, str]:

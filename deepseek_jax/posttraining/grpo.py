@@ -36,8 +36,11 @@ from deepseek_jax.posttraining.by_length import ByLength
 from deepseek_jax.posttraining.engine_rollouts import EngineRollouts, Parameters
 from deepseek_jax.posttraining.experience import (
     Group,
+    Silence,
     abstract_rows,
+    grouped,
     means,
+    over_processes,
     rows_of,
     summary,
     width_for,
@@ -57,7 +60,9 @@ from deepseek_jax.training.records import Records
 from deepseek_jax.training.schedules import StepPlan
 from deepseek_jax.training.step import make_train_step
 
-HELD_OUT = 1 << 32  # in the place of a step: seeds of held-out answers are those of no step
+HELD_OUT = (
+    1 << 32
+) - 1  # in the place of a step, one word as these: seeds of held-out answers are those of no step
 
 
 def make_step(cfg: GRPOConfig, mesh: Mesh | AbstractMesh, num_ids: int | None = None) -> Any:
@@ -113,6 +118,7 @@ class GRPO(Trainer):
         self._parts: list[list[Group]] = []  # the groups of each
         self._loaded, self._stopping, self._scoring = -1, False, 0.0
         self._of_rollout: dict[str, float] = {}
+        self._silence = Silence()
         self.last_held_out: list[Group] = []
         require(
             not self.schedules.ramps(self.granularity),
@@ -220,6 +226,8 @@ class GRPO(Trainer):
             if self.cfg.loss.beta and every and plan.step and plan.step % every == 0:
                 self.reference = _copied(self.state.params)
             _ = self.reference
+            if self.records is not None and not plan.step:  # where it begins
+                self._evaluate_now(self.records)
             self._batches = self._rollout(plan.step)
         return self._exactly(at) if self.cfg.rollouts.exact else self._batches[at]
 
@@ -285,7 +293,10 @@ class GRPO(Trainer):
         stale = step - min(sample.version for group in groups for sample in group.samples)
         chosen = self.cfg.rollouts
         more = {"replaced": replaced} if chosen.resample else {"staleness": stale} if chosen.ahead else {}
-        self._of_rollout = means(_over_processes(summary(groups))) | more
+        self._of_rollout = means(over_processes(summary(groups))) | more
+        warning = self._silence(self._of_rollout, chosen.max_tokens)
+        if warning and self.records is not None:
+            self.records.say(warning)
         return groups
 
     def _begun_for(self, step: int) -> Begun:
@@ -343,12 +354,7 @@ class GRPO(Trainer):
             **columns_of([prompt.columns for prompt in asked]),
         )
         self._scoring += time.perf_counter() - began
-        groups, n = [], len(samples) // len(prompts)
-        for at, prompt in enumerate(prompts):
-            own = slice(at * n, (at + 1) * n)
-            parts = {name: x[own] for name, x in scores.parts.items()}
-            groups.append(Group(prompt, samples[own], texts[own], scores.total[own], parts))
-        return groups
+        return grouped(prompts, samples, texts, scores)
 
     def _said(self, sample: Sample) -> list[int]:
         """Without the token that ended it."""
@@ -370,7 +376,7 @@ class GRPO(Trainer):
         ids = [prompt.ids.tolist() for prompt in prompts]
         groups = self._scored(prompts, self.rollouts.sample(ids, chosen.eval_samples, sampling, seeds))
         self.last_held_out = groups
-        return HeldOut.of(means(_over_processes(summary(groups) | right(groups))), chosen.eval_samples)
+        return HeldOut.of(means(over_processes(summary(groups) | right(groups))), chosen.eval_samples)
 
     def _evaluate_now(self, records: Records) -> HeldOut:  # type: ignore[override]
         if self._evaluated is None or self._evaluated[0] != self.step:
@@ -385,10 +391,6 @@ class GRPO(Trainer):
         with now.doing("saving"):
             self.checkpointer.wait()
         return Result(self.state, self.step, self.tokens, False, evaluation, None)  # type: ignore[arg-type]
-
-
-def _over_processes(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return dict(zip(sums, of_each(np.stack(list(sums.values()))).sum(0), strict=True))
 
 
 def _copied(params: Any) -> Any:

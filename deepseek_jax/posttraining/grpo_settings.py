@@ -10,6 +10,7 @@ from deepseek_jax.posttraining.grpo_config import GRPOLossConfig
 from deepseek_jax.posttraining.judge_model import JudgeConfig, named_by
 from deepseek_jax.posttraining.rewards import RewardConfig, rewards_named
 from deepseek_jax.posttraining.rollouts import Sampling
+from deepseek_jax.posttraining.task_files import check_tasks
 
 _MANY = 1 << 31
 
@@ -121,6 +122,7 @@ class GRPOConfig(FromWeights):
 
     def __post_init__(self):
         super().__post_init__()
+        check_tasks(self.prompts.sources, self.prompts.validation, "prompts.sources")
         rewards_named(self.rewards, self.reward, named_by(self.judge))
         train, rollouts = self.train, self.rollouts
         require(

@@ -17,7 +17,7 @@ from deepseek_jax.data import supervised
 from deepseek_jax.data.supervised import SupervisedConfig
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.posttraining.from_weights import FromWeights
-from deepseek_jax.posttraining.task_files import in_files
+from deepseek_jax.posttraining.task_files import check_tasks, in_files
 from deepseek_jax.training.loop import Trainer
 from deepseek_jax.training.preflight import check_vocabulary
 
@@ -39,6 +39,10 @@ class SFTConfig(FromWeights):
     """Of a run of supervised fine-tuning."""
 
     sft: LearningConfig = dataclasses.field(default_factory=LearningConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_tasks(self.sft.sources, self.sft.validation, "sft.sources")
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -13,11 +13,18 @@ from typing import Any, TypeVar
 from deepseek_jax.data.held_out import is_held_out
 from deepseek_jax.data.row_fields import question_of
 from deepseek_jax.data.sources import weighted
-from deepseek_jax.posttraining.tasks import SCHEME, Row, rows
+from deepseek_jax.posttraining.tasks import SCHEME, Row, parsed, rows
 
 
 def is_task(source: str) -> bool:
     return source.startswith(f"{SCHEME}:")
+
+
+def check_tasks(sources: Sequence[str], validation: str | None, name: str) -> None:
+    """Raises ValueError for generated tasks that there are none of, before anything is read. name: of the sources."""
+    named = [source for source, _ in weighted(sources, name)] + ([validation] if validation else [])
+    for source in filter(is_task, named):
+        parsed(source)
 
 
 def task_file(sources: Sequence[str], folder: Path, held_out: bool = False, seed: int = 0) -> Path:

@@ -40,7 +40,7 @@ def rows(source: str, held_out: bool = False, seed: int = 0) -> list[Row]:
 
     Raises ValueError: no such task, size or form.
     """
-    name, size, form, count = _parsed(source)
+    name, size, form, count = parsed(source)
     number = max(1, count // _HELD_OUT_SHARE) if held_out else count
     made = problems(name, size, number, held_out, seed)
     return [_row(name, problem, form) for problem in made]
@@ -60,7 +60,7 @@ def problems(name: str, size: int, count: int, held_out: bool = False, seed: int
     return list(found.values())
 
 
-def _parsed(source: str) -> tuple[str, int, str, int]:
+def parsed(source: str) -> tuple[str, int, str, int]:
     """Task, size, form and count that a source names."""
     scheme, _, path = source.partition(":")
     require(

@@ -70,7 +70,7 @@ def test_what_the_records_say(undisturbed):
     found = records(run)
     train = [r for r in found if r["kind"] == "train"]
     assert [r["step"] for r in train] == [1, 2, 3, 4] and not result.stopped
-    assert [r["step"] for r in found if r["kind"] == "eval"] == [2, 4]
+    assert [r["step"] for r in found if r["kind"] == "eval"] == [0, 2, 4]
     for record in train:
         assert 1 <= record["answer_tokens"] <= 12 and 0 <= record["silent_groups"] <= 1
         assert record["reward"] == pytest.approx(record["reward_tests.posttraining.grpo_cases:even"])
@@ -111,7 +111,7 @@ def test_interrupted_in_a_rollout_it_is_made_again(undisturbed, tmp_path):
 
     def killed(**given):
         calls.append(len(given["prompts"]))
-        if len(calls) == 3:  # those of the first rollout, of the evaluation, and of the second rollout
+        if len(calls) == 4:  # those of the evaluation, of the first rollout, and again of both
             raise KeyboardInterrupt
         return grpo_cases.even(**given)
 
@@ -133,7 +133,7 @@ def test_a_step_is_written_down_before_the_next_rollout(undisturbed, tmp_path):
 
     cfg = in_another_folder(undisturbed[0], tmp_path, train={"checkpoint_every": 4, "eval_every": 4})
     run_on(cfg, rewards=Rewards([Weighted("looks", 1.0, looks)]))
-    assert seen == [[], [1, 2], [1, 2, 3, 4]]  # of both rollouts, and of the evaluation
+    assert seen == [[], [], [1, 2], [1, 2, 3, 4]]  # of both rollouts, between two evaluations
 
 
 def test_no_program_is_compiled_again(undisturbed, tmp_path, caplog):

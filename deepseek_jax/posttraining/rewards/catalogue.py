@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,6 +35,9 @@ class RewardConfig:
     def limits(self) -> Limits:
         """Of a program that is tested."""
         return Limits(seconds=self.code_seconds, memory_mb=self.code_memory_mb)
+
+
+_GIVEN = ("prompts", "completions", "completion_ids")
 
 
 def _code(cfg: RewardConfig) -> RewardFunction:
@@ -92,4 +96,23 @@ def _own(name: str) -> RewardFunction:
     except (ImportError, AttributeError) as error:
         raise ValueError(f'reward {shown(name)} should be "package.module:function": {error}') from error
     require(callable(found), f"reward {shown(name)} is no function")
-    return of_verl(found) if of else found
+    if of:
+        return of_verl(found)
+    takes = inspect.signature(found)
+    try:
+        takes.bind(**dict.fromkeys(_GIVEN), **dict.fromkeys(_required(takes)))
+    except TypeError as error:
+        raise ValueError(
+            f"reward {shown(name)} takes {takes}, and is called with prompts, completions, completion_ids and the columns of the rows "
+            f"by these names ({error}): define it as f(prompts, completions, completion_ids, **columns)"
+        ) from error
+    return found
+
+
+def _required(takes: inspect.Signature) -> list[str]:
+    """What a reward asks of the columns."""
+    return [
+        name
+        for name, p in takes.parameters.items()
+        if name not in _GIVEN and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
