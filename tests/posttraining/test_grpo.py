@@ -13,7 +13,7 @@ from configs import v3_grpo
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining.by_length import ByLength
-from deepseek_jax.posttraining.experience import Group, ends, means, width_for
+from deepseek_jax.posttraining.experience import Group, Silence, ends, means, width_for
 from deepseek_jax.posttraining.grpo import GRPO
 from deepseek_jax.posttraining.grpo_config import preset
 from deepseek_jax.posttraining.grpo_report import write_grpo_report
@@ -278,3 +278,16 @@ def test_prompts_that_the_first_reward_leaves_out_count_as_neither_right_nor_wro
     groups = [Group(None, [None] * 4, [""] * 4, np.zeros(4), {"answer": np.array(part)}) for part in parts]
     assert means(right(groups)) == {"pass_at_1": pytest.approx(3 / 8), "pass_at_k": 1.0}
     assert means(right(groups[1:2])) == {}
+
+
+def test_rollouts_that_teach_nothing_are_said_once():
+    noticed = Silence()
+    quiet = {"silent_groups": 1.0, "reward": 0.0, "cut_off": 0.9}
+    said = [noticed({**quiet, "silent_groups": share}, 32) for share in (1, 1, 0.5, 1, 1, 1, 1, 1)]
+    assert [text is not None for text in said] == [False] * 5 + [True, False, False]
+    assert "0 in the mean, and 90% of them were cut off at rollouts.max_tokens=32" in str(said[5])
+
+
+def test_a_task_that_there_is_not_is_named_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match=r"'adition' is not one of .* did you mean 'addition'"):
+        config(tmp_path, prompts={"sources": ("tasks:adition/1",)})

@@ -1,7 +1,9 @@
 """Rewards by rules: what counts as the same answer, what has the form, what is too long, what is in one language."""
 
+import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -401,3 +403,23 @@ def test_threads_do_not_disturb_each_other():
     with ThreadPoolExecutor(8) as pool:
         for found in pool.map(many, range(2, 10)):
             assert found == [1.0] * 25 + [0.0] * 25 + [1.0] * 25 + [0.0] * 25
+
+
+@pytest.mark.parametrize(
+    "define, takes",
+    [
+        (lambda answer, row: [], r"takes \(answer, row\), and is called with prompts"),
+        (lambda prompts, completions, **columns: [], None),
+        (lambda prompts, completions, completion_ids, answer, tests=None: [], None),
+        (lambda prompts, texts, **columns: [], None),
+        (lambda prompts, completions: [], r"takes \(prompts, completions\)"),
+    ],
+)
+def test_an_own_reward_that_cannot_be_called_is_refused_at_once(define, takes, monkeypatch):
+    """Which columns there are, the rows will say."""
+    monkeypatch.setitem(sys.modules, "of_ones_own", types.SimpleNamespace(reward=define))
+    if takes is None:
+        assert rewards_named(("of_ones_own:reward",)).rewards[0].function is define
+        return
+    with pytest.raises(ValueError, match=takes):
+        rewards_named(("of_ones_own:reward",))
