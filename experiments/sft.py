@@ -26,7 +26,7 @@ def _tuner(cfg: SFTConfig) -> Any:
 def _answers(trainer, params, bias) -> Mapping[str, str]:
     from experiments.answers import answers
 
-    with now.doing("answering held-out conversations"):
+    with now.doing("answering held-out conversations, for which programs are compiled"):
         return answers(trainer.cfg, params, bias, trainer.data.tokenizer, trainer.data.validation)
 
 

@@ -22,24 +22,15 @@ from typing import Any
 from absl import flags
 
 from experiments import command_line
-from experiments.study.stages import fine_tune, run_command
+from experiments.study.stages import fine_tune, run_command, settings
 
-FLAGS = flags.FlagValues()  # of its own: other commands have flags of these names
-_BASE = flags.DEFINE_string("base", "runs/tiny", "Folder of the run that all start from.", flag_values=FLAGS)
-_OUT = flags.DEFINE_string("out", "runs/distillation", "Folder of the study.", flag_values=FLAGS)
-_SEEDS = flags.DEFINE_integer("seeds", 5, "How often all is done.", flag_values=FLAGS)
-_TASK = flags.DEFINE_string(
-    "task", "tasks:addition/2", "Which questions (deepseek_jax/posttraining/tasks.py).", flag_values=FLAGS
-)
-_COUNT = flags.DEFINE_integer(
-    "count", 1000, "Training questions; a tenth as many are held out.", flag_values=FLAGS
-)
+_STUDY = settings("runs/distillation", seeds=5)
+FLAGS = _STUDY.values
 _EXPERT_STEPS = flags.DEFINE_integer(
     "expert_steps", 200, "Steps of the expert's fine-tuning.", flag_values=FLAGS
 )
 _GRPO_STEPS = flags.DEFINE_integer("grpo_steps", 0, "Steps of GRPO after it.", flag_values=FLAGS)
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps of each student.", flag_values=FLAGS)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of all fine-tuning.", flag_values=FLAGS)
 _SAMPLES = flags.DEFINE_integer("samples", 4, "Answers of the expert to each question.", flag_values=FLAGS)
 _TOKENS = flags.DEFINE_integer("max_tokens", 160, "Of an answer.", flag_values=FLAGS)
 
@@ -84,7 +75,7 @@ def _write(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
 
 
 def _fine_tune(rows: Path, folder: Path, steps: int, seed: int) -> Path:
-    return fine_tune(f"{rows}=1", folder, steps, _BASE.value, seed, _LEARNING_RATE.value)
+    return fine_tune(f"{rows}=1", folder, steps, _STUDY.base.value, seed, _STUDY.learning_rate.value)
 
 
 def _expert(rows: Path, folder: Path, seed: int) -> Path:
@@ -92,7 +83,7 @@ def _expert(rows: Path, folder: Path, seed: int) -> Path:
     if not _GRPO_STEPS.value:
         return expert
     settings = {
-        "prompts__sources": f"{_TASK.value}/{_COUNT.value}=1",
+        "prompts__sources": f"{_STUDY.task.value}/{_STUDY.questions.value}=1",
         "prompts__seed": seed,
         "train__seed": seed,
         "train__init_from": expert,
@@ -152,7 +143,7 @@ def _one_seed(seed: int, folder: Path) -> dict[str, Any]:
     """Accuracy and mean length of each student on the held-out questions."""
     from deepseek_jax.posttraining.tasks import rows
 
-    source = f"{_TASK.value}/boxed/{_COUNT.value}"
+    source = f"{_STUDY.task.value}/boxed/{_STUDY.questions.value}"
     train, held_out = rows(source, seed=seed), rows(source, held_out=True, seed=seed)
     expert = _expert(_write(folder / "traces.jsonl", traces(train, seed)), folder, seed)
     problems = _write(folder / "answers.jsonl", short(train))
@@ -205,9 +196,9 @@ def main(argv: Sequence[str]) -> int:
     command_line.parse_flags(argv, FLAGS)
     from deepseek_jax.posttraining.length_plot import Point, draw_points
 
-    out = Path(_OUT.value)
+    out = Path(_STUDY.out.value)
     seeds = []
-    for seed in range(_SEEDS.value):
+    for seed in range(_STUDY.seeds.value):
         folder = out / f"seed_{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         seeds.append(_one_seed(seed, folder))

@@ -19,18 +19,10 @@ from typing import Any
 from absl import flags
 
 from experiments import command_line
-from experiments.study.stages import fine_tune, run_command
+from experiments.study.stages import fine_tune, run_command, settings
 
-FLAGS = flags.FlagValues()  # of its own: other commands have flags of these names
-_BASE = flags.DEFINE_string("base", "runs/tiny", "Folder of the run that all start from.", flag_values=FLAGS)
-_OUT = flags.DEFINE_string("out", "runs/judges", "Folder of the study.", flag_values=FLAGS)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "How often all is done.", flag_values=FLAGS)
-_TASK = flags.DEFINE_string(
-    "task", "tasks:addition/2", "Which questions (deepseek_jax/posttraining/tasks.py).", flag_values=FLAGS
-)
-_COUNT = flags.DEFINE_integer(
-    "count", 1000, "Training questions; a tenth as many are held out.", flag_values=FLAGS
-)
+_STUDY = settings("runs/judges", seeds=3)
+FLAGS = _STUDY.values
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps in which answering is learned.", flag_values=FLAGS)
 _JUDGE_STEPS = flags.DEFINE_integer(
     "judge_steps", 300, "Steps in which judging is learned.", flag_values=FLAGS
@@ -38,7 +30,6 @@ _JUDGE_STEPS = flags.DEFINE_integer(
 _FORM = flags.DEFINE_enum(
     "form", "truth", ["truth", "reference"], "Whether the judge is told the answer.", flag_values=FLAGS
 )
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of both.", flag_values=FLAGS)
 
 VOTES, ANSWERS = 6, 4
 ANSWER_TOKENS, JUDGEMENT_TOKENS = 64, 128
@@ -51,9 +42,9 @@ def padded(answer: str) -> str:
 
 def _judge(folder: Path, seed: int) -> tuple[Path, Path]:
     """Folders of the model that answers, and of the one that judges."""
-    source = f"{_TASK.value}/boxed/{_COUNT.value}=1"
-    rate, steps = _LEARNING_RATE.value, (_STEPS.value, _JUDGE_STEPS.value)
-    writer = fine_tune(source, folder / "writer", steps[0], _BASE.value, seed, rate)
+    source = f"{_STUDY.task.value}/boxed/{_STUDY.questions.value}=1"
+    rate, steps = _STUDY.learning_rate.value, (_STEPS.value, _JUDGE_STEPS.value)
+    writer = fine_tune(source, folder / "writer", steps[0], _STUDY.base.value, seed, rate)
     run_command(
         "distill",
         "tiny_distill",
@@ -79,7 +70,7 @@ def _cases(writer: Path, seed: int) -> list[Any]:
     from deepseek_jax.posttraining.distill import cases_of
     from deepseek_jax.posttraining.tasks import rows
 
-    held_out = rows(f"{_TASK.value}/boxed/{_COUNT.value}", held_out=True, seed=seed)
+    held_out = rows(f"{_STUDY.task.value}/boxed/{_STUDY.questions.value}", held_out=True, seed=seed)
     answers = right_or_wrong(author(str(writer)), held_out, ANSWERS, ANSWER_TOKENS, seed + 1)
     return judgements.balanced(cases_of(held_out, answers), seed)
 
@@ -141,8 +132,8 @@ def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     command_line.parse_flags(argv, FLAGS)
     found = []
-    for seed in range(_SEEDS.value):
-        folder = Path(_OUT.value) / f"seed_{seed}"
+    for seed in range(_STUDY.seeds.value):
+        folder = Path(_STUDY.out.value) / f"seed_{seed}"
         writer, judge = _judge(folder, seed)
         found.append(_measured(judge, _cases(writer, seed), seed))
         (folder / "result.json").write_text(json.dumps(found[-1], indent=2))

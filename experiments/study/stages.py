@@ -3,9 +3,42 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from absl import flags
 
 from experiments import command_line
+
+flags.disclaim_key_flags()  # those of `settings` are the study's own, whose --help shows them
+
+
+class Settings(NamedTuple):
+    """Flags of every study, in `values`: other commands have flags of these names."""
+
+    values: flags.FlagValues
+    base: flags.FlagHolder
+    out: flags.FlagHolder
+    seeds: flags.FlagHolder
+    task: flags.FlagHolder
+    questions: flags.FlagHolder
+    learning_rate: flags.FlagHolder
+
+
+def settings(out: str, seeds: int) -> Settings:
+    """With the defaults of a study: its folder, and how often it is done."""
+    own: Any = flags.FlagValues()
+    here: dict[str, Any] = {"flag_values": own}
+    return Settings(
+        own,
+        flags.DEFINE_string("base", "runs/tiny", "Folder of the run that all start from.", **here),
+        flags.DEFINE_string("out", out, "Folder of the study.", **here),
+        flags.DEFINE_integer("seeds", seeds, "How often all is done.", **here),
+        flags.DEFINE_string(
+            "task", "tasks:sort_digits/4", "Which questions (deepseek_jax/posttraining/tasks.py).", **here
+        ),
+        flags.DEFINE_integer("count", 1000, "Training questions; a tenth as many are held out.", **here),
+        flags.DEFINE_float("learning_rate", 1e-3, "Of all fine-tuning.", **here),
+    )
 
 
 def run_command(name: str, config: str, **settings: Any) -> None:
